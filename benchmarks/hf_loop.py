@@ -32,8 +32,8 @@ Contender = Callable[[Sequence[Sequence[Any]]], list[float]]
 
 def ours(found: Any, *, packed: bool) -> Contender:
     """The project's trainer. packed: False computes every row whole and padded, as for families that cannot pack."""
-    from tunesmith.engines.hf.loaded import LoadedHFModel
-    from tunesmith.training.batches.batch_plan import lay_out_step
+    from tunesmith.engines.hf.engine import LoadedHFModel
+    from tunesmith.training.batches.batch_plan import lay_out_steps
     from tunesmith.training.checkpoints import Checkpoints
     from tunesmith.training.objectives import CrossEntropy
     from tunesmith.training.settings import TrainSettings
@@ -45,7 +45,7 @@ def ours(found: Any, *, packed: bool) -> Contender:
         model._model.packs = False
 
     def run(steps: Sequence[Sequence[Any]]) -> list[float]:
-        plan = [lay_out_step(step, settings.tokens, share=model.shares_prefix) for step in steps]
+        plan = [lay_out_steps([step], settings.tokens, share=model.shares_prefix) for step in steps]
         with tempfile.TemporaryDirectory() as work:
             state = Trainer(model, plan, settings, Checkpoints(Path(work), {}), objective=CrossEntropy()).run()
         return [point["seconds"] for point in state.curve]

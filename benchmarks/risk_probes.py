@@ -28,7 +28,7 @@ from tunesmith.evaluation.gates.probe_judging import WIDEST_BITS
 from tunesmith.evaluation.probes.numbers import exposure_interval
 from tunesmith.evaluation.report.risks import CHANCE_BITS
 from tunesmith.evaluation.stats.statistics import Interval
-from tunesmith.training.batches.canaries import canaries
+from tunesmith.training.batches.rows import canaries
 from tunesmith.training.settings import CanarySettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

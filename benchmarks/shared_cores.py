@@ -118,7 +118,7 @@ def training_step(base: Any, loaded: Any) -> Any:
     """A function that trains a LoRA adapter on 16 short rows and returns their number."""
     from tunesmith.core.messages import Message
     from tunesmith.models.rendering import Renderer
-    from tunesmith.training.batches.batch_plan import lay_out_step
+    from tunesmith.training.batches.batch_plan import lay_out_steps
     from tunesmith.training.estimates.estimate import state_bytes
     from tunesmith.training.objectives import CrossEntropy
     from tunesmith.training.settings import TrainSettings
@@ -136,7 +136,7 @@ def training_step(base: Any, loaded: Any) -> Any:
     ]
     model = loaded.trainable(settings, seed=0, state_bytes=state_bytes(settings))
     optimizer, objective = make_optimizer(model, settings), CrossEntropy()
-    batches = lay_out_step(rows, settings.tokens, share=model.shares_prefix)
+    batches = lay_out_steps([rows], settings.tokens, share=model.shares_prefix)
 
     def step() -> int:
         gradients(model, objective, batches)

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from tests.tiny import TEMPLATE, write_model, write_tokenizer
-from tunesmith.engines.hf.engine import HFEngine
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
@@ -89,9 +88,3 @@ def change_adapter(trainable: HFTrainable, *, seed: int = 0, std: float = 0.1) -
     generator = torch.Generator().manual_seed(seed)
     for tensor in trainable.parameter_groups()[1].tensors:
         tensor.normal_(std=std, generator=generator)
-
-
-def use_static_cache(engine: HFEngine, static: bool) -> None:
-    """Have an engine decode with the static cache or with the dynamic one from now on, whatever the device."""
-    engine._model.static = static
-    engine._model.release_cache()

@@ -16,8 +16,8 @@ import tunesmith.api
 import tunesmith.cli.main
 import tunesmith.jobs.worker
 import tunesmith.server.app
-import tunesmith.training.launchers.together
-from tunesmith.engines.hf import libraries, loaded
+import tunesmith.training.launchers
+from tunesmith.engines.hf import engine, libraries
 
 libraries.transformers()
 libraries.peft()

@@ -20,8 +20,8 @@ from tunesmith.training.batches.batch_plan import Step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimates.estimate import state_bytes
 from tunesmith.training.objectives import CrossEntropy, Objective
+from tunesmith.training.schedule import TrainerState
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
 
 NO_BASE = Base(digest="", folder=Path(), spec="", family="", context_length=0, fingerprint="")

@@ -18,7 +18,7 @@ RANK, RATE, FULL_RATE = 16, 2e-4, 2e-5
 def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, list[list[Any]], Any]:
     """A native trainable model, the steps in the rows' order, the settings."""
     from tunesmith.engines.factory import load_model
-    from tunesmith.training.batches.batch_plan import lay_out_step
+    from tunesmith.training.batches.batch_plan import lay_out_steps
     from tunesmith.training.estimates.estimate import state_bytes
     from tunesmith.training.settings import TrainSettings
 
@@ -26,7 +26,7 @@ def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, list[lis
     settings = TrainSettings(schedule="linear", warmup=0.0, batch=batch, checkpoint_seconds=1e6, **own)
     model = load_model(found).trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     ready = rendered(found.folder, rows)
-    plan = [lay_out_step(ready[start : start + batch], settings.tokens) for start in range(0, len(ready), batch)]
+    plan = [lay_out_steps([ready[start : start + batch]], settings.tokens) for start in range(0, len(ready), batch)]
     return model, plan, settings
 
 

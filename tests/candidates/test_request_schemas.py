@@ -14,17 +14,15 @@ from llguidance import LLMatcher
 from tests.candidates.test_copying import fits
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.grammars.call_grammars import call_grammar
 from tunesmith.candidates.grammars.copying import Constraint
-from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, both, check_schema
+from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, both, call_grammar, check_schema
 from tunesmith.candidates.grammars.schema_rules import SchemaRules, orders_keys
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.engines.decoding.constraint import Constraints
-from tunesmith.engines.decoding.json_text import restricted
-from tunesmith.engines.protocol import Generation
+from tunesmith.engines.protocol import Generation, restricted
 from tunesmith.models.call_format import CallFormat
 from tunesmith.models.rendering import Renderer
 from tunesmith.services.versions import _notes

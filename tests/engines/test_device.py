@@ -26,7 +26,7 @@ from tunesmith.core.system import machine as memory
 from tunesmith.engines import device, factory, on_ray
 from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present, stated_peak
 from tunesmith.engines.factory import open_engine
-from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.on_ray import RayEngine
 from tunesmith.engines.protocol import Generation, Question
@@ -37,7 +37,7 @@ from tunesmith.services.doctor import examine, examine_gpu
 from tunesmith.training import gpu_step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.gpu_step import Figure, compare_step
-from tunesmith.training.launchers.on_ray import _fit, _Written
+from tunesmith.training.launchers import _fit, _Written
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainer import Trainer

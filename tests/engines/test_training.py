@@ -26,7 +26,7 @@ from tunesmith.engines import factory
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.factory import check_weight_settings, engine_kind
 from tunesmith.engines.hf import libraries, support
-from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable

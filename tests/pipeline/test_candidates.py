@@ -156,7 +156,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     answerer = ReadyVersions(project.store, pipeline.PipelineContext(project).engine).answerer(version)
     dataset = load_dataset(project.store, project.store.record(version.evaluation).parents["dataset"])
     asked = [answerer.generation(example.request, ANYONE) for example in dataset.examples("test")[:8]]
-    served = [each.text for each in answerer.responder.generate(asked, answerer.adapter)]
+    served = [each.text for each in answerer.responder.generate(asked, answerer.candidate.training)]
     assert served == [line["text"] for line in _answers(project, name)[1]][:8]
 
 

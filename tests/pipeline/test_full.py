@@ -69,7 +69,7 @@ def test_the_engine_swaps_adapters_and_reads_them_again(released: Path) -> None:
     store = Project.load(released).store
     (version,) = list_versions(store, "tiny")
     ready = ReadyVersions(store, engine)
-    name = str(ready.answerer(version).adapter)
+    name = str(ready.answerer(version).candidate.training)
     for other in ("b", "c", "d"):
         engine.load_adapter(other, folder)
     assert (engine.holds("full"), engine.holds(name), engine.holds("d")) == (False, False, True)

@@ -33,7 +33,7 @@ from tunesmith.project import Project
 from tunesmith.services.training import repeat, run, train
 from tunesmith.store.people import identities
 from tunesmith.store.records import Record
-from tunesmith.training.launchers import on_ray
+from tunesmith.training import launchers
 
 
 def _project(folder: Path, epochs: int = 6, **engine: object) -> Path:
@@ -200,7 +200,7 @@ def test_rank_0_on_ray_trains_on_the_rows_of_a_fine_tuning_job(tmp_path: Path, m
         found: str = lead(pickle.loads(pickle.dumps(given)), ALONE, progress)  # noqa: S301  as Ray sends it
         return found
 
-    monkeypatch.setattr(on_ray, "run_on_ray", here)
+    monkeypatch.setattr(launchers, "run_on_ray", here)
     monkeypatch.setattr(PipelineContext, "on_ray", None)
     project = Project.load(write_project(tmp_path, engine={"ray": {"workers": 1}}))
     (tmp_path / "rows.jsonl").rename(tmp_path / "uploaded.jsonl")

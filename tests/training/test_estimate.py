@@ -24,9 +24,9 @@ from tunesmith.core.system.machine import wanted_threads
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.hf.costs import Shapes
-from tunesmith.engines.hf.lora import LoraTrainable
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.native.adapters import costs
+from tunesmith.engines.hf.trainable import LoraTrainable
+from tunesmith.engines.native.adapters import trainable as costs
 from tunesmith.engines.native.adapters.trainable import NativeTrainable
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
@@ -34,7 +34,7 @@ from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
-from tunesmith.training.batches.batch_plan import Step, lay_out_step, step_tokens
+from tunesmith.training.batches.batch_plan import Step, lay_out_steps, step_tokens
 from tunesmith.training.estimates.estimate import MemoryNeeds, check_disk, check_memory, estimate
 from tunesmith.training.estimates.prediction import Memory, read_shapes, training_memory
 from tunesmith.training.settings import TrainSettings
@@ -50,9 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _step(folder: Path, more: int = 20) -> Step:
     renderer = Renderer(folder)
-    return lay_out_step(
-        [renderer.conversation(row(f"light {n}", f'{{"on":{n}}}' + " and so on" * more)) for n in range(8)], 8192
-    )
+    rows = [renderer.conversation(row(f"light {n}", f'{{"on":{n}}}' + " and so on" * more)) for n in range(8)]
+    return lay_out_steps([rows], 8192)
 
 
 def test_what_does_not_fit_is_refused_before_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

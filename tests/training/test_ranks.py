@@ -24,7 +24,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.factory import load_sharded
-from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.protocol import Generation
 from tunesmith.engines.ranks import Ranks, connected_ranks, held
@@ -32,10 +32,10 @@ from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.records.training import ValidationScore
-from tunesmith.training.batches.batch_plan import lay_out_rank, lay_out_step, step_labels, step_tokens
+from tunesmith.training.batches.batch_plan import lay_out_steps, step_labels, step_tokens
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
-from tunesmith.training.launchers.together import begin, end, take_part
+from tunesmith.training.launchers import begin, end, take_part
 from tunesmith.training.scoring import AnswerScore, Score
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
@@ -206,10 +206,10 @@ def test_the_ranks_of_a_step_compute_its_rows_once(size: int) -> None:
         count = int(torch.randint(1, 9, (1,), generator=draw))
         lengths = torch.randint(3, 40, (count,), generator=draw).tolist()
         rows = [Rendered(tuple(range(n)), tuple(place > n // 2 for place in range(n))) for n in lengths]
-        parts = [lay_out_rank([rows], 64, Ranks(rank, size), share=False) for rank in range(size)]
+        parts = [lay_out_steps([rows], 64, Ranks(rank, size), share=False) for rank in range(size)]
         assert len({len(part) for part in parts}) == 1, number
         assert len({(step_tokens(part), step_labels(part)) for part in parts}) == 1
-        assert step_labels(parts[0]) == step_labels(lay_out_step(rows, 64, share=False))
+        assert step_labels(parts[0]) == step_labels(lay_out_steps([rows], 64, share=False))
         labels = [label for part in parts for batch in part for label in batch.labels.tolist()]
         assert sorted(labels) == sorted(token for one in rows for token in one.ids[len(one.ids) // 2 + 1 :])
 

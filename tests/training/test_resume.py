@@ -27,7 +27,7 @@ from tunesmith.core.progress import SILENT, Progress, Silent, Stopped, Task
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.engines.factory import load_model
-from tunesmith.engines.hf import four_bits
+from tunesmith.engines.hf import loading
 from tunesmith.engines.native import kernels as native
 from tunesmith.models.base import resolve_base
 from tunesmith.store.records import Record
@@ -328,6 +328,6 @@ def test_resumed_on_the_hf_engine_it_ends_in_the_same_bytes(
     if "quantize" in changes:
         with pytest.raises(Refused, match="settings"):
             run(tmp_path / "whole", SETTINGS)
-        monkeypatch.setattr(four_bits, "version", lambda _: "0.49.1")
+        monkeypatch.setattr(loading, "version", lambda _: "0.49.1")
         with pytest.raises(Refused, match="quantized"):
             run(tmp_path / "whole", settings)

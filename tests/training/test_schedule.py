@@ -23,11 +23,10 @@ from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.records.training import Decisions, Estimate, ValidationScore
 from tunesmith.training.batches.rehearsal import Rehearsal
 from tunesmith.training.estimates.estimate import MemoryNeeds, memory_needs
-from tunesmith.training.schedule import Annealed, keep_decisions, read_decisions
+from tunesmith.training.schedule import Annealed, TrainerState, keep_decisions, read_decisions
 from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
-from tunesmith.training.state import TrainerState
 from tunesmith.training.train import run_training
 
 SETTINGS = TrainSettings(rank=4, batch=4, budget="40s", learning_rate=0.01, checkpoint_seconds=1e-9)  # type: ignore[arg-type]

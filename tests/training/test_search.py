@@ -25,10 +25,10 @@ from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.factory import load_model
 from tunesmith.training import search
 from tunesmith.training.batches.batch_plan import validation_parts
+from tunesmith.training.schedule import TrainerState
 from tunesmith.training.search import Trial, search_space
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingSpec
-from tunesmith.training.state import TrainerState
 from tunesmith.training.steps import validation_fit
 
 HOPELESS = TrainSettings(rank=4, batch=4, epochs=2, learning_rate=1e-7)

@@ -15,8 +15,7 @@ from tests.evaluation.probing import row
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
-from tunesmith.engines.settings import TARGETS
-from tunesmith.models.families import match_layers
+from tunesmith.engines.settings import TARGETS, match_layers
 from tunesmith.pipeline.training import _of_control
 from tunesmith.training.batches.rows import row_count, training_rows
 from tunesmith.training.estimates.estimate import subset_settings, too_few_numbers

@@ -15,9 +15,9 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT
 from tunesmith.store.store import Store
 from tunesmith.training.checkpoints import Checkpoints
+from tunesmith.training.schedule import TrainerState
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Follower, Point, follower, points
-from tunesmith.training.state import TrainerState
 
 Series = dict[str, list[tuple[int, float]]]
 TRAIN = {"rank": 2, "batch": 8, "epochs": 2, "checkpoint_seconds": 1e-9, "validations": 2, "validate_by": "loss"}

@@ -19,10 +19,9 @@ from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.records.training import Decisions, TrainingBody
 from tunesmith.training.estimates.more_time import MoreTime, more_time
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.schedule import Annealed
+from tunesmith.training.schedule import Annealed, TrainerState
 from tunesmith.training.scoring import mean_score
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
 
 

@@ -29,7 +29,7 @@ class NeedsGrammars(UsageError):
 
 
 class Answerer:
-    """One candidate, ready to turn requests into what its responder generates from.
+    """A candidate, ready to turn requests into what its responder generates from.
 
     engine: may be None for a candidate that the base does not answer. endpoint: how an outside model is reached.
     renderer: the base's, with which evaluations read calls of functions in its answers; a server reads them itself.
@@ -51,39 +51,19 @@ class Answerer:
                 where="engine",
                 fix="leave `engine:` out, or release a candidate with constrain: true and a schema",
             )
-        self._candidate, self._engine, self._endpoint = candidate, engine, endpoint
+        self.candidate, self._engine, self._endpoint = candidate, engine, endpoint
         self.composer, self.renderer = Composer(store, candidate), renderer
-
-    @property
-    def name(self) -> str:
-        """The candidate's name."""
-        return self._candidate.name
-
-    @property
-    def adapter(self) -> str | None:
-        """The name under which the candidate's weights are loaded into the engine."""
-        return self._candidate.training
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens of an answer, if the request does not lower it."""
-        return self._candidate.max_tokens
-
-    @property
-    def asks_base(self) -> bool:
-        """Whether the engine answers, and not a baseline or an endpoint."""
-        return self._candidate.asks_base
 
     @cached_property
     def responder(self) -> Responder:
         """What answers. Raises UsageError for an endpoint whose settings are not given here."""
-        if self._candidate.method != "model":
-            return make_baseline(self._candidate.method, self.composer.examples)
-        if self._candidate.endpoint is not None:
+        if self.candidate.method != "model":
+            return make_baseline(self.candidate.method, self.composer.examples)
+        if self.candidate.endpoint is not None:
             if self._endpoint is None:
-                url = self._candidate.endpoint.url
+                url = self.candidate.endpoint.url
                 raise UsageError(
-                    f"{self._candidate.name} is the endpoint {url}, which only evaluations ask",
+                    f"{self.candidate.name} is the endpoint {url}, which only evaluations ask",
                     fix="release another candidate: an endpoint can be measured only",
                 )
             return Endpoint(self._endpoint)
@@ -100,7 +80,7 @@ class Answerer:
 
     @cached_property
     def _constraint(self) -> Constraint:
-        return Constraint(self._candidate)
+        return Constraint(self.candidate)
 
     def generation(
         self,
@@ -121,13 +101,13 @@ class Answerer:
         schema: JSON Schema of the request, which the answer must fit as well as the candidate's own. Raises UsageError
         where it cannot be held.
         """
-        if schema is not None and not self.asks_base:
+        if schema is not None and not self.candidate.asks_base:
             raise UsageError(
-                f"{self.name} answers without a language model, so its answers cannot be held to a format",
+                f"{self.candidate.name} answers without a language model, so its answers cannot be held to a format",
                 where="response_format",
                 fix="leave response_format out",
             )
-        bound = self._candidate.max_tokens
+        bound = self.candidate.max_tokens
         request = Generation(
             messages=self.composer.conversation(messages, caller),
             max_tokens=bound if max_tokens is None else min(bound, max_tokens),
@@ -142,9 +122,9 @@ class Answerer:
     def require_calls(self) -> None:
         """Raise UsageError where an answer cannot call functions: it must fit the candidate's own rule, or no model
         answers."""
-        ruled = self._candidate.answer_schema is not None or self._candidate.answer_grammar is not None
-        if ruled or not self.asks_base:
+        ruled = self.candidate.answer_schema is not None or self.candidate.answer_grammar is not None
+        if ruled or not self.candidate.asks_base:
             why = "holds its answers to its own schema or grammar" if ruled else "answers without a language model"
             raise UsageError(
-                f"{self.name} {why}, so it cannot call functions", where="tools", fix="send tool_choice: none"
+                f"{self.candidate.name} {why}, so it cannot call functions", where="tools", fix="send tool_choice: none"
             )

@@ -96,7 +96,7 @@ def ask_rows(
                 began = time.perf_counter()
                 try:
                     asked = [_generation(answerer, example) for example in chunk]
-                    given = answerer.responder.generate(asked, answerer.adapter)
+                    given = answerer.responder.generate(asked, answerer.candidate.training)
                 except UsageError as error:
                     raise _named(error, answerer, chunk) from error
                 spent = time.perf_counter() - began
@@ -132,9 +132,11 @@ def _generation(answerer: Answerer, example: Request) -> Generation:
 
 def _named(error: UsageError, answerer: Answerer, chunk: Sequence[Request]) -> UsageError:
     """The error with the name of the first request that alone gives one; the error itself where none does."""
-    for example in chunk if answerer.asks_base else ():
+    for example in chunk if answerer.candidate.asks_base else ():
         try:
-            answerer.responder.generate([replace(_generation(answerer, example), max_tokens=1)], answerer.adapter)
+            answerer.responder.generate(
+                [replace(_generation(answerer, example), max_tokens=1)], answerer.candidate.training
+            )
         except UsageError as found:
             return UsageError(found.what, where=f"request {example.id}, {found.where}", fix=found.fix)
     return error

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,10 @@ from tunesmith.candidates.retrieval import Index, example_index, last_request
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example
-from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.engines.protocol import UNBOUNDED, Completion, Generation, Responder
 
 # With more distinct answers, or fewer than two examples per answer, the task is not a classification.
 MOST_ANSWERS = 200
-_UNBOUNDED = 1 << 30
 _TOKENS = r"(?u)\b\w+\b"  # scikit-learn's default drops words of one letter
 
 
@@ -28,10 +27,10 @@ class Confident(Completion):
     confidence: float = 0.0
 
 
-class Baseline(ABC):
+class Baseline(Responder):
     """Answers requests from the training examples. Uses no tokens."""
 
-    context_length = _UNBOUNDED
+    context_length = UNBOUNDED
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
@@ -41,12 +40,6 @@ class Baseline(ABC):
         if any(request.top_logprobs is not None for request in requests):
             raise UsageError("a baseline has no log-probabilities", where="logprobs")
         return self._answers([last_request(request.messages) for request in requests])
-
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
-        """The whole answer in one piece."""
-        (completion,) = self.generate([request], adapter)
-        yield completion.text
-        yield completion
 
     @abstractmethod
     def _answers(self, texts: Sequence[str]) -> list[Completion]: ...

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.candidates.grammars.request_schemas import check_schema
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.system.http_clients import HttpClients
-from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.core.system.http_clients import HttpClients, api_key
+from tunesmith.engines.protocol import UNBOUNDED, Completion, Generation, Responder
 
 if TYPE_CHECKING:
     import httpx
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0  # seconds between two tries, also where the endpoint asks for more
 _LARGEST_ANSWER = 16 << 20
-_UNBOUNDED = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +40,16 @@ class RemoteCompletion(Completion):
     confidence: float | None = None
 
 
-class Endpoint:
+class Endpoint(Responder):
     """Answers by sending requests to an endpoint. Nothing is streamed."""
 
-    context_length = _UNBOUNDED
+    context_length = UNBOUNDED
 
     def __init__(self, settings: EndpointSettings) -> None:
         import httpx
 
         self._settings = settings
-        self._key = _key(settings)
+        self._key = api_key(settings.key_env, "endpoint.key_env")
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         certificates = httpx.create_ssl_context()  # read once, and not for each client
         given: Any = {"headers": headers, "verify": certificates, "timeout": settings.timeout}
@@ -68,12 +66,6 @@ class Endpoint:
                 given.append(completion)
                 task.advance()
             return given
-
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
-        """The whole answer in one piece."""
-        (completion,) = self.generate([request], adapter)
-        yield completion.text
-        yield completion
 
     def _ask(self, request: Generation) -> Completion:
         body: dict[str, Any] = {
@@ -199,21 +191,6 @@ def _probability(tokens: Any) -> float:
     if any(isinstance(each, bool) or not isinstance(each, int | float) or not each <= 1e-3 for each in sums):
         raise TypeError("a log-probability is above 0 or not a number")
     return round(math.exp(min(math.fsum(sums), 0.0)), 6)
-
-
-def _key(settings: EndpointSettings) -> str:
-    if settings.key_env is None:
-        return ""
-    key = os.environ.get(settings.key_env, "").strip()
-    if not key:
-        raise UsageError(
-            f"the environment variable {settings.key_env} is not set",
-            where="endpoint.key_env",
-            fix=f"export {settings.key_env}=... before asking {settings.url}",
-        )
-    if not key.isascii() or not key.isprintable():
-        raise UsageError(f"{settings.key_env} does not hold a key that fits a header", where="endpoint.key_env")
-    return key
 
 
 def _asked_wait(header: str | None) -> float:

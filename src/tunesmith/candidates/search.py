@@ -13,8 +13,8 @@ from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.asking import ask_rows
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import turns_only
+from tunesmith.candidates.retrieval import choose_shots, draw_shots
 from tunesmith.candidates.settings import Search
-from tunesmith.candidates.shots import choose_shots, draw_shots
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress

@@ -204,7 +204,7 @@ def _draw_memory(console: Console, found: MemoryPlan) -> None:
     each = "the device has" if found.ranks == 1 else f"each of {found.ranks} devices has"
     console.print(
         f"{each} {found.device / _GIB:.1f} GiB. Answers keep {found.cache_per_token / 1024:.0f} KiB for a token: one "
-        f"device holds {found.cache_tokens:,} tokens beside the base in {found.precision}. The static cache of 16 "
+        f"device holds {found.cache_tokens:,} tokens beside the base in {found.precision}. The cache of 16 "
         f"answers of {found.tokens:,} tokens takes {found.cache_rows / _GIB:.1f} GiB."
     )
     if found.rate is None:

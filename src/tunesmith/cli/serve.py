@@ -158,7 +158,7 @@ def chat(
         if message is not None:
             here.emit(ask(answerer, message), _draw_answer)
             return
-        say(f"talking to {answerer.name}; an empty line or ctrl-D ends")
+        say(f"talking to {answerer.candidate.name}; an empty line or ctrl-D ends")
         with contextlib.suppress(EOFError):
             _converse(answerer)
 
@@ -173,7 +173,7 @@ def _converse(answerer: Answerer) -> None:
     asked_as = answerer.composer.asked_as
     while text := input("> ").strip():
         turns.append(Message(role="user", content=text))
-        for piece in answerer.responder.stream(answerer.generation(turns, asked_as), answerer.adapter):
+        for piece in answerer.responder.stream(answerer.generation(turns, asked_as), answerer.candidate.training):
             if isinstance(piece, Completion):
                 print()
                 if sources := answerer.composer.retrieved(turns, asked_as).sources:

@@ -6,9 +6,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.device import gpu_present
-from tunesmith.engines.native.support import lacks, refuse
-from tunesmith.engines.settings import HF, NATIVE, TARGETS, EngineSettings, VllmSettings, WeightSettings
-from tunesmith.models.families import is_native, match_layers
+from tunesmith.engines.settings import (
+    HF,
+    NATIVE,
+    TARGETS,
+    EngineSettings,
+    VllmSettings,
+    WeightSettings,
+    is_native,
+    lacks,
+    match_layers,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
@@ -70,7 +79,7 @@ def load_model(base: Base, engine: LocalEngine | None = None, progress: Progress
         if (slow := slowness()) is not None:
             progress.say(slow)
         return NativeModel(base)
-    from tunesmith.engines.hf.loaded import LoadedHFModel
+    from tunesmith.engines.hf.engine import LoadedHFModel
 
     return LoadedHFModel(base)
 
@@ -92,7 +101,7 @@ def export_check() -> Any:
 def load_sharded(base: Base, ranks: Ranks) -> ShardedModel:
     """A base's weights, sharded over several ranks as soon as one trains on it. Always with transformers: the native
     network computes in one process."""
-    from tunesmith.engines.hf.loaded import ShardedHFModel
+    from tunesmith.engines.hf.engine import ShardedHFModel
 
     return ShardedHFModel(base, ranks)
 

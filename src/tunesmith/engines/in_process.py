@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.decoding.answers import Answer, choice_rows
+from tunesmith.engines.decoding.answers import Answer, Sampling, Score, choice_rows
 from tunesmith.engines.decoding.constraint import Constraints, Guide
-from tunesmith.engines.decoding.sampling import Score
 from tunesmith.engines.protocol import Completion, Engine, Generation, Question, Streamed, TokenScore
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
@@ -151,6 +150,17 @@ class InProcessEngine(ABC, Generic[Loaded]):
         """What holds a request's answer to its schema or grammar; None where any text may be given."""
         free = request.schema is None and request.grammar is None
         return None if free else self._constraints.guide(request)
+
+    def _row(self, request: Generation, answer: Answer, tokens: int) -> dict[str, Any]:
+        """The fields of a request's DecodedRow besides its ids. tokens: of its prompt."""
+        answer.prompt_tokens = tokens
+        return {
+            "limit": max(1, min(request.max_tokens, self.context_length - tokens)),
+            "sampling": Sampling(request.temperature, request.top_p, request.seed),
+            "listener": answer,
+            "guide": self._guide(request),
+            "top": request.top_logprobs,
+        }
 
     def _loaded(self, adapter: str | None) -> Loaded | None:
         """The adapter of this name; None for the base. Raises Refused where it is not loaded."""

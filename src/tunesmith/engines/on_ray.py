@@ -17,7 +17,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.ray_cluster import actor_options, check_room, connected, limit_to
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.engines.factory import LocalEngine, load_model
-from tunesmith.engines.protocol import Completion, Engine, Generation, Question, Scored, Streamed
+from tunesmith.engines.protocol import Completion, Engine, Generation, Question
 from tunesmith.engines.settings import RaySettings
 from tunesmith.models.base import Base, check_base
 
@@ -27,7 +27,7 @@ _MOST_LOST = 3  # workers that may end in one call
 _Method = Literal["generate", "choose"]
 
 
-class RayEngine:
+class RayEngine(Engine):
     """Implements engines.protocol.Engine. The workers start with the first request; calls are answered one by one."""
 
     follows_grammars = True
@@ -65,12 +65,6 @@ class RayEngine:
     ) -> list[Completion]:
         """Answers in the order of requests."""
         return self._share("generate", requests, adapter, progress)
-
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
-        """The whole text in one piece, then the whole Completion."""
-        (done,) = self.generate([request], adapter)
-        yield done.text if request.top_logprobs is None else Scored(done.text, done.scores)
-        yield done
 
     def choose(
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT

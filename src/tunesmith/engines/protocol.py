@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 
+# Allows json.dumps' whitespace or none: with unbounded whitespace, a model could go on with it forever.
+# whitespace_pattern does not serve: some releases of llguidance read " ?" as any number of spaces.
+ITEM_SEPARATOR: Final = ", ?"
+KEY_SEPARATOR: Final = ": ?"
 ConstrainedBy = Literal["constrain", "messages", "response_format.json_schema", "tools"]
 
 
@@ -35,6 +39,12 @@ class Generation:
     grammar: str | None = None
     constrained_by: ConstrainedBy = "constrain"
     top_logprobs: int | None = None
+
+
+def restricted(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON Schema with llguidance's options for whitespace. Other libraries (xgrammar) ignore them."""
+    options = {"whitespace_flexible": False, "item_separator": ITEM_SEPARATOR, "key_separator": KEY_SEPARATOR}
+    return {**schema, "x-guidance": options}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,7 @@ class Completion:
     scores: tuple[TokenScore, ...] = field(default=(), kw_only=True)
 
 
+UNBOUNDED: Final = 1 << 30  # the context length of what has none
 # What a stream gives: pieces of text, then the whole answer.
 Streamed = str | Scored | Completion
 
@@ -98,9 +109,11 @@ class Responder(Protocol):
         ...
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
-        """Pieces of the answer's text as they are decoded; the last item is the whole Completion. Closing the iterator
-        cancels the request."""
-        ...
+        """Pieces of the answer's text as they are decoded, or all of it in one; the last item is the whole Completion.
+        Closing the iterator cancels the request."""
+        (done,) = self.generate([request], adapter)
+        yield done.text if request.top_logprobs is None else Scored(done.text, done.scores)
+        yield done
 
 
 class Engine(Responder, Protocol):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.settings import Duration, Settings
 
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)
+# Shown wherever a base is of another family.
+SLOW = "is run by transformers' own modules: as exact as the native engine, but slower on a CPU"
 # The linear layers of engines.native.network.network.GROUPS, repeated here so that reading settings imports no torch.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _STARTED = ("gpus", "command", "flags", "start_seconds")
@@ -244,3 +251,50 @@ class WeightSettings(Settings):
         """The settings as data, without those that the method does not use."""
         stated: dict[str, Any] = write(self)
         return {key: value for key, value in stated.items() if self.method == "lora" or key not in _ADAPTER_SETTINGS}
+
+
+def is_native(family: str) -> bool:
+    """Whether the native engine computes a family; the hf engine runs any other."""
+    return family in NATIVE_FAMILIES
+
+
+def match_layers(wanted: Iterable[str], names: Iterable[str], where: str) -> set[str]:
+    """The names that match wanted: names, shell patterns such as `*_proj` and `[qv]_proj`, or `all`.
+
+    where: the setting that wanted comes from. Raises UsageError for an entry that matches no name.
+    """
+    known, found = sorted(names), set[str]()
+    for each in wanted:
+        matches = {name for name in known if each == "all" or fnmatchcase(name, each)}
+        if not matches:
+            raise UsageError(
+                f"the base has no linear layer called {each!r}; it has {', '.join(known)}, or write all", where=where
+            )
+        found |= matches
+    return found
+
+
+def lacks(family: str, weights: WeightSettings, *, ranks: int = 1, where: str = "train") -> str | None:
+    """Why this engine does not train a base of a family with these settings; None if it does.
+
+    ranks: how many processes train together. where: the weights' place in the project file.
+    """
+    needs = {
+        f"does not compute the family {family!r}, but {', '.join(NATIVE_FAMILIES)}": not is_native(family),
+        f"does not train on a base in 4 bits, which {where}.quantize asks for": weights.quantize is not None,
+        f"keeps the base in bf16, and {where}.precision asks for fp32": weights.precision == "fp32",
+        f"has its own attention, and {where}.attention names another": weights.attention is not None,
+        f"has its own kernels, and {where}.kernels names others": weights.kernels is not None,
+        f"does not compute layers again, which {where}.recompute asks for": weights.recompute,
+        f"trains no magnitudes, which {where}.dora asks for": weights.dora,
+        f"starts no adapter at singular vectors, which {where}.start asks for": weights.start == "pissa",
+        "trains in one process, and several are to train together": ranks > 1,
+    }
+    return next((reason for reason, given in needs.items() if given), None)
+
+
+def refuse(reason: str) -> Refused:
+    """The error for what this engine does not train."""
+    return Refused(
+        f"the native engine {reason}", where="engine.train", fix="write train: hf, or leave engine.train out"
+    )

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of, with_tools
+from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.models.call_format import CallFormat, find_call_format
-from tunesmith.models.tool_turns import marked_tools, tool_turns
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -429,3 +429,61 @@ def _turns(messages: Sequence[Message], loss_on: LossOn) -> dict[int, bool]:
         return said
     learned = [place for place, weighs in said.items() if weighs]
     return dict.fromkeys(learned[-1:] if loss_on == "last" else learned, True)
+
+
+def tool_turns(messages: Sequence[Message]) -> list[JsonObject]:
+    """The turns as chat templates of transformers expect them: arguments as an object, tool turns with a name."""
+    names = {call.id: call.name for message in messages for call in message.tool_calls}
+    turns = []
+    for message in messages:
+        turn: JsonObject = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": parse_json(call.arguments)},
+                }
+                for call in message.tool_calls
+            ]
+        if message.role == "tool":
+            turn |= {"tool_call_id": message.tool_call_id, "name": names.get(message.tool_call_id or "", "")}
+        turns.append(turn)
+    return turns
+
+
+def marked_tools(
+    turns: Sequence[Fields], tools: Sequence[Fields]
+) -> tuple[list[JsonObject], list[JsonObject], dict[str, str]]:
+    """(turns, tools, mark -> what it stands for), with a mark in every place that a template must render.
+
+    Marks consist of letters and digits, so that escaping does not change them.
+    """
+    marks: dict[str, str] = {}
+
+    def mark(what: str) -> str:
+        made = f"zq{len(marks)}qz"
+        marks[made] = what
+        return made
+
+    declared = [
+        dict(tool, function=dict(tool["function"], name=mark(f"the tool {tool['function']['name']}"))) for tool in tools
+    ]
+    shown = []
+    for turn in turns:
+        changed = dict(turn)
+        if turn["role"] == "tool":
+            changed["content"] = mark(f"the result of the tool {turn['name']}")
+        if "tool_calls" in turn:
+            changed["tool_calls"] = [_marked_call(call, mark) for call in turn["tool_calls"]]
+            if turn["content"]:
+                changed["content"] = mark("the text of a turn with a call")
+        shown.append(changed)
+    return shown, declared, marks
+
+
+def _marked_call(call: Fields, mark: Any) -> JsonObject:
+    name = call["function"]["name"]
+    called = mark(f"the call of {name}")
+    arguments = {mark(f"the arguments of {name}"): mark(f"the arguments of {name}")}
+    return dict(call, function={"name": called, "arguments": arguments})

@@ -62,7 +62,7 @@ def train_candidate(
         context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
         if context.ray is None:
             return _train(context, name, candidate, settings, work)
-        from tunesmith.training.launchers.on_ray import run_on_ray
+        from tunesmith.training.launchers import run_on_ray
 
         if context.on_ray is not None:
             context.on_ray.release()
@@ -83,7 +83,7 @@ def train_candidate(
 def _train(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> str:
     """Train in this process, and in those that it leads; returns the training record's digest."""
     from tunesmith.engines.ranks import ALONE
-    from tunesmith.training.launchers.together import begin
+    from tunesmith.training.launchers import begin
     from tunesmith.training.train import train
 
     context = context.without_test_rows()

@@ -25,8 +25,8 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.data.dataset import load_dataset
 from tunesmith.engines.factory import export_check
+from tunesmith.engines.settings import is_native
 from tunesmith.models.base import Base
-from tunesmith.models.families import is_native
 from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.records.base import StoredFile
 from tunesmith.records.version import Dtype, Equality, ExportBody, Form, Outcome, Tolerance

@@ -90,13 +90,13 @@ def ask(
     turn = [Message(role="user", content=message)]
     who = to.composer.asked_as if caller is None else caller
     found: Streamed | Completion | None = None
-    for piece in to.responder.stream(to.generation(turn, who, max_tokens=max_tokens), to.adapter):
+    for piece in to.responder.stream(to.generation(turn, who, max_tokens=max_tokens), to.candidate.training):
         found = piece
         if stopped():
             raise Stopped("the question was stopped")
     assert isinstance(found, Completion)  # the last item of a stream
     sources = tuple(to.composer.retrieved(turn, who).sources)
-    return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.name, sources=sources)
+    return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.candidate.name, sources=sources)
 
 
 def choices(store: Store, user: User, region: str, base: str, evaluation: str) -> tuple[Choice, ...]:

@@ -139,7 +139,7 @@ def _project(directory: Path) -> Check:
 
 def _base(directory: Path) -> Check:
     """Which engine runs a base in a local folder. Downloads nothing."""
-    from tunesmith.models.families import SLOW, is_native
+    from tunesmith.engines.settings import SLOW, is_native
 
     project = Project.load(directory)
     config = project.root / project.settings.base / "config.json"

@@ -113,16 +113,16 @@ def train_together(
     opened: opens the project, on rank 0 alone. copies: of the model that the processes hold together.
     """
     from tunesmith.engines.ranks import joined
-    from tunesmith.training.launchers import together
+    from tunesmith.training.launchers import end, take_part
 
     with joined(copies) as ranks:
         if not ranks.first:
-            together.take_part(ranks)
+            take_part(ranks)
             return None
         project = opened()
         context = PipelineContext(project, progress, together=ranks)
         digest = training(context, name or only_tuned(project), restart)
-        together.end(ranks)
+        end(ranks)
     return training_summary(project.store, digest)
 
 
@@ -483,7 +483,7 @@ class Way(View):
 class MemoryPlan(View):
     """What trainings on a base take. device: its bytes. numbers: of the base. tokens: of a batch. cache_per_token:
     bytes of a token's keys and values while answers are generated; cache_tokens: how many of them one device holds
-    beside the whole base; cache_rows: bytes of the static cache of the rows that are answered together, of `tokens`
+    beside the whole base; cache_rows: bytes of the cache of the rows that are answered together, of `tokens`
     tokens each. row_tokens: of each of the 1,000 rows. rate: floating-point operations a second that are assumed for
     each device, None where there is nothing to go by; basis: where the rate comes from."""
 
@@ -532,7 +532,7 @@ def memory_plan(
     """
     from tunesmith.engines.device import DeviceMemory, computing_device
     from tunesmith.engines.hf.costs import DTYPES, cache_bytes, training_flops
-    from tunesmith.engines.hf.generation import MOST_ROWS
+    from tunesmith.engines.hf.engine import MOST_ROWS
     from tunesmith.training.estimates.prediction import read_shapes, training_memory
 
     shapes = read_shapes(config_folder(spec, root))

@@ -21,7 +21,7 @@ from tunesmith.core.errors import NextStep, Refused
 from tunesmith.core.system.files import sync_folder
 from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.engines.ranks import ALONE, Ranks, held
-from tunesmith.engines.weights.tensor_files import SavedTensors, write_tensors
+from tunesmith.engines.weights import SavedTensors, write_tensors
 
 KEPT = 2  # the newest, and the one before it in case the newest is damaged
 _STATE = "state.json"

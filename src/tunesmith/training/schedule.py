@@ -1,6 +1,6 @@
-"""When the learning rate rises and falls, when a training validates, and when it ends.
+"""How a training has gone so far; when the learning rate rises and falls, when it validates, and when it ends.
 
-`Planned` knows the number of steps from the start. `Annealed` keeps the rate constant until it decides that the rate
+`Schedule` knows the number of steps from the start. `Annealed` keeps the rate constant until it decides that the rate
 should fall: the steps or the time run out, or validation no longer improves. The schedule is warm-up, stable, decay
 (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed
 Training Durations"), with a linear fall to zero. A decision that depends on a clock is written to disk before it acts,
@@ -10,14 +10,105 @@ so that a training that is killed and resumed takes the same steps, and a finish
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Protocol
 
 from tunesmith.core.system.files import write_atomic
 from tunesmith.records.training import Decay, Decisions
 from tunesmith.training.settings import MOST_WARMUP, WARMUP, TrainSettings
-from tunesmith.training.state import TrainerState
+
+
+@dataclass
+class TrainerState:
+    """Progress of a training. Every checkpoint holds all of it.
+
+    step: steps done. seconds: of steps, validations and checkpoints, without the time between a stop and its resume.
+    curve: step, loss, learning_rate, tokens and seconds of each step. validation: of each validation the step, the loss
+    and the mean probability of the labels, and where answers are scored the score and its standard error.
+    ended: why the training stopped before the end of its plan. paused: seconds in which it stood still, which count
+    nowhere else.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+    ended: str | None = None
+    paused: float = 0.0
+
+    @property
+    def best(self) -> int | None:
+        """Index of the validation whose weights are kept. None without validation.
+
+        Only the weights of the best one before it are held, so each validation is compared with that one, as it comes.
+        Where its score is within one standard error of the highest so far (Breiman et al. 1984), it takes that one's
+        place if its score or the probability of its labels is higher; without scores the probability alone decides. It
+        is not the loss that does: on few rows that rises, since a model that has become too sure pays for each wrong
+        token without limit, while more of its answers become right (Guo et al. 2017, "On Calibration of Modern Neural
+        Networks", section 3).
+        """
+        best: int | None = None
+        highest, error = -math.inf, 0.0
+        for place, each in enumerate(self.validation):
+            value = _value(each)
+            if value > highest:
+                highest, error = value, each.get("score_error", 0.0)
+            held = None if best is None else self.validation[best]
+            better = held is None or value > _value(held) or each["probability"] > held["probability"]
+            if better and value >= highest - error:
+                best = place
+        return best
+
+    def exhausted(self, patience: int | None) -> str | None:
+        """Why validation says to stop: the last `patience` validations brought no higher score, and no better weights.
+        None where it does not.
+
+        Better weights alone would stop a training whose score rises slowly, within its error, while the probability of
+        its labels falls.
+        """
+        if patience is None or self.best is None:
+            return None
+        values = [_value(each) for each in self.validation]
+        if len(values) - 1 - max(self.best, values.index(max(values))) < patience:
+            return None
+        what = "better score" if "score" in self.validation[-1] else "higher probability of the expected answers"
+        return f"no {what} in {patience} validations"
+
+    @property
+    def overfitting(self) -> list[dict[str, float]]:
+        """The validations with a higher loss than the lowest before them, although the training loss has fallen since.
+
+        The training loss of a validation is the mean over the steps since the validation before it.
+        """
+        found: list[dict[str, float]] = []
+        ends = [int(each["step"]) for each in self.validation]
+        means = [_mean_loss(self.curve[first:last]) for first, last in zip([0, *ends], ends, strict=False)]
+        for index, each in enumerate(self.validation):
+            lowest = min(range(index + 1), key=lambda before: self.validation[before]["loss"])
+            if each["loss"] > self.validation[lowest]["loss"] and means[index] < means[lowest]:
+                found.append(
+                    {
+                        "step": each["step"],
+                        "loss": each["loss"],
+                        "training_loss": means[index],
+                        "lowest_step": self.validation[lowest]["step"],
+                        "lowest_loss": self.validation[lowest]["loss"],
+                        "lowest_training_loss": means[lowest],
+                    }
+                )
+        return found
+
+
+def _value(validation: Mapping[str, float]) -> float:
+    """What weights are chosen by: the score, or without scores the probability of the labels."""
+    return validation.get("score", validation["probability"])
+
+
+def _mean_loss(curve: Sequence[Mapping[str, float]]) -> float:
+    return sum(point["loss"] for point in curve) / max(1, len(curve))
+
 
 # A fall that would overrun the budget by more than the first share is shortened to the second one. That is lower, since
 # where steps vary it would be shortened again and again.
@@ -27,25 +118,15 @@ ALL_EPOCHS = "all epochs are done"  # why a rate fell
 _RECENT = 10  # steps that say how long one takes now
 
 
-class Schedule(Protocol):
-    """What the trainer asks before and after each step. Steps count from 0."""
+class Schedule:
+    """What the trainer asks before and after each step, which count from 0.
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        ...
+    This one knows the number of steps: warm-up, then cosine, linear or constant.
 
-    def validates(self, step: int) -> bool:
-        """Whether to validate after so many steps."""
-        ...
+    decisions: what it decided while the training ran; None where everything is planned.
+    """
 
-    def decide(self, state: TrainerState) -> str | None:
-        """Decide after a step and its validation what follows; returns what to tell the user. Sets state.ended where
-        the training ends."""
-        ...
-
-
-class Planned:
-    """A schedule whose number of steps is known: warm-up, then cosine, linear or constant."""
+    decisions: Decisions | None = None
 
     def __init__(self, steps: int, settings: TrainSettings) -> None:
         self._steps, self._settings = steps, settings
@@ -61,23 +142,26 @@ class Planned:
         return step in self._validated
 
     def decide(self, state: TrainerState) -> str | None:
-        """End the training where patience is exhausted."""
+        """Decide after a step and its validation what follows; returns what to tell the user. Sets state.ended where
+        the training ends: here, where patience is exhausted."""
         if not self.validates(state.step) or (reason := state.exhausted(self._settings.patience)) is None:
             return None
         state.ended = reason
         return f"stopping at step {state.step}: {reason}"
 
 
-class Annealed:
+class Annealed(Schedule):
     """A schedule that decides while the training runs when the learning rate begins to fall."""
+
+    decisions: Decisions
 
     def __init__(
         self, steps: int, settings: TrainSettings, decisions: Decisions, kept: Path | None, *, budget: float | None
     ) -> None:
         """steps: the most there are. kept: file that the decisions are kept in; None where rank 0 keeps them. budget:
         seconds; None: no clock is read, and decisions that were made before are followed."""
-        self._steps, self._settings, self._budget, self._kept = steps, settings, budget, kept
-        self.decisions = decisions
+        super().__init__(steps, settings)
+        self._budget, self._kept, self.decisions = budget, kept, decisions
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -131,12 +215,9 @@ class Annealed:
                 return "the budget is used"
         return state.exhausted(self._settings.patience) if self.validates(state.step) else None
 
-    def _spent(self, state: TrainerState) -> float:
-        return state.seconds + self.decisions.seconds
-
     def _affordable(self, state: TrainerState, planned: int) -> int:
         """How many of the planned steps are left: fewer once the budget is overrun, where these would take too long."""
-        spent = self._spent(state)
+        spent = state.seconds + self.decisions.seconds
         if self._budget is None or spent <= self._budget:
             return planned
         recent = max(1e-9, median(each["seconds"] for each in state.curve[-_RECENT:]))

@@ -85,7 +85,7 @@ class Validation:
     ) -> None:
         """The answers to `rows` rows are scored, at first all; 0: none (see TrainerState.best). clock: seconds, which
         time answers and validations."""
-        self._model, self._batches, self.score = model, batches, score
+        self.model, self.batches, self.score = model, batches, score
         self.ranks, self.clock = ranks, clock
         self.rows = 0 if score is None else score.rows
 
@@ -94,12 +94,12 @@ class Validation:
         answers are scored."""
         found = self._fit()
         if self.score is not None and self.rows:
-            score = self.score.score(self._model, self.rows)
+            score = self.score.score(self.model, self.rows)
             found["score"], found["score_error"] = self.ranks.agree(lambda: score)
         return found
 
     def _fit(self) -> dict[str, float]:
-        return validation_fit(self._model, self._batches, self.ranks)
+        return validation_fit(self.model, self.batches, self.ranks)
 
     def described(self) -> ValidationScore | None:
         """What answers are scored by; None where there is no score."""
@@ -118,7 +118,7 @@ class Validation:
         be answered within their share of the budget even if they took no longer than these, no more are timed.
         """
         began = self.clock()
-        if self._batches:
+        if self.batches:
             self._fit()
         loss, answer = self.clock() - began, self.answer_seconds()
         if answer * _FEW * LEAST_SCORED / _TIMED <= _ONE_SHARE * budget:
@@ -154,18 +154,25 @@ def decide_beforehand(
     ranks = validation.ranks
     if (before := ranks.agree(lambda: _decided(kept))) is not None:
         return Decisions.model_validate(before)
-    if settings.budget is None:
-        every, steps = max(1, math.ceil(len(plan) / settings.validations)), len(plan)
-        made = Decisions(
-            warmup=warmup_steps(settings, steps),
-            validate_every=every,
-            scored_rows=validation.rows,
-            seconds=0.0,
-            rehearsed=rehearsal.answers,
-            decays=(),
-        )
-    else:
-        made = _within(settings.budget, settings, plan, expected, validation, rehearsal, progress)
+    measured, rows, steps = 0.0, validation.rows, float(len(plan))
+    every = math.ceil(steps / settings.validations)
+    if (budget := settings.budget) is not None:
+        began = validation.clock()
+        loss, answer = validation.seconds(budget)
+        measured = rehearsal.seconds + validation.clock() - began
+        _check_budget(budget, measured, measured + 4 * expected.step_seconds + loss, validation, rehearsal)
+        rows = _scored_within(budget, answer, validation, progress)
+        steps = min(steps, budget / max(expected.step_seconds, 1e-9))  # few rows are read often before a budget ends
+        each = max(loss + rows * answer, 1e-9)
+        every = round(steps / min(settings.validations, max(1.0, _ALL_SHARE * budget / each)))
+    made = Decisions(
+        warmup=warmup_steps(settings, steps),
+        validate_every=max(1, min(len(plan), every)),
+        scored_rows=rows,
+        seconds=measured,
+        rehearsed=rehearsal.answers,
+        decays=(),
+    )
     if ranks.first:
         keep_decisions(kept, made)
     return made
@@ -188,53 +195,36 @@ def _decided(kept: Path) -> dict[str, Any] | None:
     )
 
 
-def _within(
-    budget: float,
-    settings: TrainSettings,
-    plan: TrainingPlan,
-    expected: Estimate,
-    validation: Validation,
-    rehearsal: Rehearsal,
-    progress: Progress,
-) -> Decisions:
-    began = validation.clock()
-    loss, answer = validation.seconds(budget)
-    measured = rehearsal.seconds + validation.clock() - began
-    least = measured + 4 * expected.step_seconds + loss
-    if max(least, measured / _MOST_MEASURED) > budget:
-        before = "drawing what is rehearsed and measuring" if rehearsal.answers else "measuring"
-        half = ", more than half of it" if least <= budget else ""
-        enough = max(least, measured / _MOST_MEASURED)
-        otherwise = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
-        if 2 * rehearsal.seconds > measured:
-            otherwise = ", or leave rehearse out"
-        raise BudgetTooShort(
-            f"the budget of {_told(budget)} is too short: {before}, four steps and one validation take "
-            f"{_told(least)}, of which {before} took {_told(measured)}{half}",
-            least=enough,
-            fix=f"set budget to {math.ceil(10 * least)}s or more{otherwise}",
-        )
-    rows = 0
-    if validation.score is not None:
-        rows = min(validation.score.rows, int(_ONE_SHARE * budget / max(answer, 1e-9)))
-        if rows < LEAST_SCORED:
-            progress.say(
-                f"{UNSCORED}: within this budget {rows} answers of {answer:.2g} s could be scored each time, and fewer "
-                f"than {LEAST_SCORED} say too little"
-            )
-            rows = 0
-    each = loss + rows * answer
-    step = max(expected.step_seconds, 1e-9)
-    steps = min(len(plan), budget / step)  # few rows are read as often as a budget does long before it ends
-    apart = steps / min(settings.validations, max(1.0, _ALL_SHARE * budget / max(each, 1e-9)))
-    return Decisions(
-        warmup=warmup_steps(settings, steps),
-        validate_every=max(1, min(len(plan), round(apart))),
-        scored_rows=rows,
-        seconds=measured,
-        rehearsed=rehearsal.answers,
-        decays=(),
+def _check_budget(budget: float, measured: float, least: float, validation: Validation, rehearsal: Rehearsal) -> None:
+    """measured: seconds that measuring took. least: seconds with four steps and one validation after it."""
+    enough = max(least, measured / _MOST_MEASURED)
+    if enough <= budget:
+        return
+    before = "drawing what is rehearsed and measuring" if rehearsal.answers else "measuring"
+    half = ", more than half of it" if least <= budget else ""
+    otherwise = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
+    if 2 * rehearsal.seconds > measured:
+        otherwise = ", or leave rehearse out"
+    raise BudgetTooShort(
+        f"the budget of {_told(budget)} is too short: {before}, four steps and one validation take "
+        f"{_told(least)}, of which {before} took {_told(measured)}{half}",
+        least=enough,
+        fix=f"set budget to {math.ceil(10 * least)}s or more{otherwise}",
     )
+
+
+def _scored_within(budget: float, answer: float, validation: Validation, progress: Progress) -> int:
+    """How many rows each validation answers; 0 where the budget has time for too few. answer: seconds of one."""
+    if validation.score is None:
+        return 0
+    rows = min(validation.score.rows, int(_ONE_SHARE * budget / max(answer, 1e-9)))
+    if rows >= LEAST_SCORED:
+        return rows
+    progress.say(
+        f"{UNSCORED}: within this budget {rows} answers of {answer:.2g} s could be scored each time, and fewer than "
+        f"{LEAST_SCORED} say too little"
+    )
+    return 0
 
 
 def _told(seconds: float) -> str:

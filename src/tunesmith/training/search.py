@@ -26,9 +26,9 @@ from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.training.batches.batch_plan import validation_parts
+from tunesmith.training.schedule import TrainerState
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingSpec
-from tunesmith.training.state import TrainerState
 from tunesmith.training.train import run_training
 
 METHOD = f"Optuna {optuna.__version__}: TPE sampler, successive halving pruner"

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import Progress
+from tunesmith.training.schedule import TrainerState
 from tunesmith.training.settings import MetricsSettings, TrainSettings
-from tunesmith.training.state import TrainerState
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +43,7 @@ class Sink(Protocol):
         ...
 
     def write(self, points: Sequence[Point]) -> None:
-        """Add points, each series in the order of its steps. Raises TunesmithError or OSError where that fails."""
+        """Add points, each series in the order of its steps."""
         ...
 
     def finish(self) -> None:
@@ -80,7 +80,7 @@ class Follower:
     def _reporting(self) -> Iterator[None]:
         try:
             yield
-        except (TunesmithError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - each tool has errors of its own
             self._progress.say(f"metrics were not written ({error}); the training and its record continue")
 
 
@@ -194,11 +194,8 @@ class _Mlflow:
             raise UsageError(f"MLflow says: {error}", where="metrics.mlflow") from error
 
     def last_steps(self) -> dict[str, int]:
-        with _mlflow_errors():
-            histories = {
-                series: self._client.get_metric_history(self._run, series)
-                for series in (*_STEP_SERIES, *_VALIDATION_SERIES)
-            }
+        every = (*_STEP_SERIES, *_VALIDATION_SERIES)
+        histories = {series: self._client.get_metric_history(self._run, series) for series in every}
         return {series: max((each.step for each in held), default=0) for series, held in histories.items()}
 
     def write(self, points: Sequence[Point]) -> None:
@@ -206,20 +203,8 @@ class _Mlflow:
 
         now = int(time.time() * 1000)
         metrics = [Metric(point.series, point.value, now, point.step) for point in points]
-        with _mlflow_errors():
-            for first in range(0, len(metrics), _MOST_METRICS):
-                self._client.log_batch(self._run, metrics=metrics[first : first + _MOST_METRICS])
+        for first in range(0, len(metrics), _MOST_METRICS):
+            self._client.log_batch(self._run, metrics=metrics[first : first + _MOST_METRICS])
 
     def finish(self) -> None:
-        with _mlflow_errors():
-            self._client.set_terminated(self._run)
-
-
-@contextlib.contextmanager
-def _mlflow_errors() -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        raise TunesmithError(f"MLflow says: {error}", where="metrics.mlflow") from error
+        self._client.set_terminated(self._run)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,12 +15,12 @@ from tunesmith.core.system.files import write_atomic
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 from tunesmith.records.training import Decisions, Environment, Estimate, ValidationScore
+from tunesmith.training.schedule import TrainerState
 from tunesmith.training.settings import MetricsSettings, TrainSettings
-from tunesmith.training.state import TrainerState
 
 
 class RowsFile(BaseModel):
-    """Rendered rows as JSON lines: each row's id, its token ids, and the ranges [start, end) of tokens to learn.
+    """Rendered rows as JSON lines: each row's id, its token ids, and for each of them 1 where it is learned, else 0.
 
     digest: of the file's bytes.
     """
@@ -37,35 +37,19 @@ class RowsFile(BaseModel):
                 "the training's rows are missing or changed", where=str(self.path), fix="start the training again"
             )
         with self.path.open("rb") as stream:
-            return [_decode(json.loads(line)) for line in stream]
+            lines = map(json.loads, stream)
+            return [Rendered(tuple(row["tokens"]), tuple(mark == "1" for mark in row["trained"])) for row in lines]
 
 
 def write_rows(path: Path, ids: Sequence[str], rows: Sequence[Rendered]) -> RowsFile:
     """Write rendered rows under their ids."""
     lines = (
-        json.dumps({"id": each, "tokens": list(row.ids), "trained": list(_ranges(row.trained))})
+        json.dumps({"id": each, "tokens": row.ids, "trained": "".join("01"[learned] for learned in row.trained)})
         for each, row in zip(ids, rows, strict=True)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
     return RowsFile(path=path, digest=digest_file(path))
-
-
-def _ranges(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    start: int | None = None
-    for place, marked in enumerate((*trained, False)):
-        if marked and start is None:
-            start = place
-        elif not marked and start is not None:
-            yield start, place
-            start = None
-
-
-def _decode(line: dict[str, Any]) -> Rendered:
-    trained = [False] * len(line["tokens"])
-    for start, end in line["trained"]:
-        trained[start:end] = [True] * (end - start)
-    return Rendered(tuple(line["tokens"]), tuple(trained))
 
 
 class TrainingSpec(BaseModel):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,14 +17,13 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
-from tunesmith.engines.batch import Batch, label_count
+from tunesmith.engines.batch import label_count
 from tunesmith.engines.device import DeviceMemory, device_name
 from tunesmith.engines.factory import LocalEngine, load_model, training_engine
 from tunesmith.engines.ranks import ALONE, Ranks
-from tunesmith.engines.settings import HF
+from tunesmith.engines.settings import HF, is_native
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.models.base import Base, check_base, model_width, require_context_length
-from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.records.training import (
     Decisions,
@@ -52,12 +51,11 @@ from tunesmith.training.estimates.estimate import (
     trial_step,
 )
 from tunesmith.training.objectives import Objective, objective_of
-from tunesmith.training.schedule import DECISIONS, Annealed, Planned, Schedule
+from tunesmith.training.schedule import DECISIONS, Annealed, Schedule, TrainerState
 from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings, fit_to_rows
 from tunesmith.training.sinks import Reporter, follower
 from tunesmith.training.spec import TrainingResult, TrainingSpec, write_rows
-from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
 
 # Part of a training's identity. Raise it when the arithmetic of training or the batch plan changes.
@@ -145,28 +143,30 @@ def run_training(
     batches = lay_out_validation(checked, settings, share=trained.shares_prefix, ranks=ranks)
     checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks, rehearsal), ranks)
     validation = Validation(trained, batches, score if batches else None, ranks=ranks, clock=measured)
-    expected = _estimate(plan, batches, trained, objective, spec, validation)
+    ready = _Ready(spec, plan, validation, rehearsal, progress)
+    expected = _estimate(ready, objective)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
     notices = [*spec.notices, *([notice] if notice else []), *rehearsal.notices()]
-    _announce(spec, trained, len(rows), plan, expected, notices, progress, validation)
-    DeviceMemory(trained.device).reset_peak()
-    schedule = _schedule(spec, plan, expected, validation, rehearsal, progress)
+    _announce(ready, len(rows), expected, notices)
+    memory = DeviceMemory(trained.device)
+    memory.reset_peak()
+    schedule = _schedule(ready, expected)
     progress.measured(
         spec.name, {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
     )
     # The same training again has the same curves and is one run; one within a budget is another each time.
-    measured_first = schedule.decisions.seconds if isinstance(schedule, Annealed) else 0.0
+    measured_first = schedule.decisions.seconds if schedule.decisions else 0.0
     run = checkpoints.identity | ({"measured": measured_first} if measured_first else {})
     curves = follower(spec.metrics, spec.name, digest_of(run), settings, progress)
-    reporter = Reporter(spec.name, DeviceMemory(trained.device).peak, progress)
+    reporter = Reporter(spec.name, memory.peak, progress)
 
     def on_step(state: TrainerState) -> None:
         reporter.report(state)
         if watch is not None:
             watch(state, trained)
 
-    trainer = Trainer(
+    state = Trainer(
         trained,
         plan,
         settings,
@@ -179,8 +179,7 @@ def run_training(
         progress=progress,
         clock=now,
         ranks=ranks,
-    )
-    state = trainer.run()
+    ).run()
     curves.finish()
     epochs = state.step / plan.epoch_steps
     paused = [f"the training was paused for {state.paused:.0f} s, which do not count"] if state.paused else []
@@ -191,7 +190,7 @@ def run_training(
         state=state,
         estimate=expected,
         notices=[*notices, *validation.notices(), *paused, *checkpoints.moved],
-        decisions=schedule.decisions if isinstance(schedule, Annealed) else None,
+        decisions=schedule.decisions,
         score=validation.described(),
         epochs=epochs,
         rows=len(rows),
@@ -200,7 +199,7 @@ def run_training(
         labels=round(labels * epochs),
         tokens_computed=sum(int(step["tokens"]) for step in state.curve),
         trained_numbers=trained.trained_numbers,
-        peak_memory_bytes=ranks.most(DeviceMemory(trained.device).peak()),
+        peak_memory_bytes=ranks.most(memory.peak()),
         checkpoint_bytes=checkpoints.newest_bytes(),
     )
 
@@ -259,39 +258,37 @@ def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsal
     }
 
 
-def _schedule(
-    spec: TrainingSpec,
-    plan: TrainingPlan,
-    expected: Estimate,
-    validation: Validation,
-    rehearsal: Rehearsal,
-    progress: Progress,
-) -> Schedule:
+class _Ready(NamedTuple):
+    """A training before its first step."""
+
+    spec: TrainingSpec
+    plan: TrainingPlan
+    validation: Validation
+    rehearsal: Rehearsal
+    progress: Progress
+
+
+def _schedule(ready: _Ready, expected: Estimate) -> Schedule:
     """The schedule of a training. One that decides while it runs goes on from the decisions in the work folder."""
-    settings, kept = spec.settings, spec.work / DECISIONS
+    spec, plan, validation, rehearsal, progress = ready
+    settings, kept, first = spec.settings, spec.work / DECISIONS, validation.ranks.first
     if settings.schedule != "wsd":
-        return Planned(len(plan), settings)
+        return Schedule(len(plan), settings)
     try:
         decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, rehearsal, kept, progress)
     except BudgetTooShort:
-        if validation.ranks.first:  # the machine may have been busy: the next run measures anew
+        if first:  # the machine may have been busy: the next run measures anew
             (spec.work / _ESTIMATE).unlink(missing_ok=True)
         raise
     validation.rows = decisions.scored_rows
     budget = None if spec.decisions else settings.budget
-    return Annealed(len(plan), settings, decisions, kept if validation.ranks.first else None, budget=budget)
+    return Annealed(len(plan), settings, decisions, kept if first else None, budget=budget)
 
 
-def _estimate(
-    plan: TrainingPlan,
-    batches: Sequence[Batch],
-    model: TrainableModel,
-    objective: Objective,
-    spec: TrainingSpec,
-    validation: Validation,
-) -> Estimate:
+def _estimate(ready: _Ready, objective: Objective) -> Estimate:
     """The estimate, made once: a resumed training keeps its first one. Whether there is room is checked each time."""
-    settings, ranks, clock = spec.settings, validation.ranks, validation.clock
+    (spec, plan, validation, *_), settings = ready, ready.spec.settings
+    ranks, clock, batches, model = validation.ranks, validation.clock, validation.batches, validation.model
     copies = copied_bytes(model, settings, spec.base) if validation.rows and ranks.size == 1 else 0
     needs = memory_needs(model, settings, validates=bool(batches), copies=copies)
     kept = spec.work / _ESTIMATE
@@ -303,12 +300,12 @@ def _estimate(
         return Estimate.model_validate(before)
     trial = trial_step(model, objective, ranks)
     made = estimate(steps, step_tokens(batches), settings.validations, trial, needs, ranks=ranks, clock=clock)
+    seconds = made.seconds
     if settings.budget is not None:
-        seconds = made.seconds + (len(plan) - len(steps)) * made.step_seconds
-        made = made.model_copy(update={"seconds": min(settings.budget, seconds)})
+        seconds = min(settings.budget, seconds + (len(plan) - len(steps)) * made.step_seconds)
     elif validation.rows:
-        answers = settings.validations * validation.rows * validation.answer_seconds()
-        made = made.model_copy(update={"seconds": made.seconds + answers})
+        seconds += settings.validations * validation.rows * validation.answer_seconds()
+    made = made.model_copy(update={"seconds": seconds})
     if ranks.first:
         write_atomic(kept, made.model_dump_json().encode())
     return made
@@ -321,22 +318,14 @@ def _estimated(kept: Path) -> dict[str, Any] | None:
     return None
 
 
-def _announce(
-    spec: TrainingSpec,
-    model: TrainableModel,
-    rows: int,
-    plan: TrainingPlan,
-    expected: Estimate,
-    notices: Sequence[str],
-    progress: Progress,
-    validation: Validation,
-) -> None:
+def _announce(ready: _Ready, rows: int, expected: Estimate, notices: Sequence[str]) -> None:
+    spec, plan, validation, _, progress = ready
     ranks = validation.ranks
     if ranks.size > 1:
         progress.say(f"{ranks.size} ranks train together, by transformers' modules; each holds a part of every tensor")
     elif spec.engine == HF:
         why = "" if is_native(spec.base.family) else ": the native engine does not compute this family"
-        on = device_name(model.device)
+        on = device_name(validation.model.device)
         progress.say(f"{spec.base.spec} ({spec.base.family}) is trained by transformers' modules on {on}{why}")
     budget = spec.settings.budget
     length = f"{len(plan)} steps" if budget is None else f"steps of {expected.step_seconds:.2g} s within its budget"

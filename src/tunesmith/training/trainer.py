@@ -20,9 +20,8 @@ from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import Objective
-from tunesmith.training.schedule import Planned, Schedule
+from tunesmith.training.schedule import Schedule, TrainerState
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.state import TrainerState
 from tunesmith.training.steps import gradients, make_optimizer, parameters, update
 
 # A step that takes so many times as long as the slowest of the last few was paused (ctrl-Z, a stopped container). Its
@@ -65,7 +64,7 @@ class Trainer:
         Raises Refused where the checkpoints belong to another training.
         """
         self.model, self.plan, self.settings, self.progress = model, plan, settings, progress
-        self._schedule = Planned(len(plan), settings) if schedule is None else schedule
+        self._schedule = schedule or Schedule(len(plan), settings)
         self._objective, self._validate, self._checkpoints = objective, validate, checkpoints
         self._on_checkpoint, self._on_step = on_checkpoint, on_step
         self._clock, self._ranks = clock, ranks
@@ -111,13 +110,10 @@ class Trainer:
                 done = min(total, int(now))
                 if self.finished:
                     break
-                self._step(task)
+                with self._full_memory_told(self.state.step + 1):
+                    self._step(task)
         self._restore_best()
         return self.state
-
-    def compute(self, step: Step) -> float:
-        """Leave a step's gradients on the parameters; returns its loss."""
-        return gradients(self.model, self._objective, step, self._ranks)
 
     def _step(self, task: Task) -> None:
         """Compute the next step and update the model, validate and save where it is time for that.
@@ -126,20 +122,17 @@ class Trainer:
         """
         state, began = self.state, self._clock()
         step = self.plan[state.step]
-        with self._full_memory_told(state.step + 1):
-            loss = self.compute(step)
+        loss = gradients(self.model, self._objective, step, self._ranks)
         rate, tokens = self._schedule.rate(state.step), step_tokens(step)
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss became {loss}", state.step + 1)
-        with self._full_memory_told(state.step + 1):
-            norm = update(self.model, self._optimizer, rate, self.settings.clip)
+        norm = update(self.model, self._optimizer, rate, self.settings.clip)
         if not math.isfinite(norm):
             raise self._not_finite(f"the gradient's norm became {norm}", state.step + 1)
         state.step += 1
         validates = self._validate is not None and self._schedule.validates(state.step)
         if validates:
-            with self._full_memory_told(state.step):
-                self._validate_now()
+            self._validate_now()
         seconds = self._counted(self._clock() - began, tokens, validates)
         state.seconds += seconds
         state.curve.append(

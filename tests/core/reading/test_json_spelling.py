@@ -12,7 +12,7 @@ from llguidance import LLMatcher
 
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.strict_json import as_decoded
-from tunesmith.engines.decoding.json_text import restricted
+from tunesmith.engines.protocol import restricted
 
 ANY = LLMatcher.grammar_from_json_schema(restricted({}))
 VALUES = st.recursive(

@@ -14,14 +14,11 @@ from tests.hf_models import base_of_family, change_adapter
 from tests.tiny import row
 from tests.trained import batch_loss, gradients
 from tunesmith.core.errors import Refused
-from tunesmith.engines.batch import Batch, empty_batch, lay_out
-from tunesmith.engines.hf.full import FullTrainable
-from tunesmith.engines.hf.loaded import LoadedHFModel
-from tunesmith.engines.hf.lora import LoraTrainable
+from tunesmith.engines.batch import Batch, empty_batch, lay_out, pack
+from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.packing import FLASH
-from tunesmith.engines.hf.trainable import HFTrainable
-from tunesmith.engines.packed import pack
+from tunesmith.engines.hf.trainable import FullTrainable, HFTrainable, LoraTrainable
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.training.settings import TrainSettings

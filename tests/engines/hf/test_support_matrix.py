@@ -18,9 +18,9 @@ from tests.process_group import run_ranks
 from tests.tiny import SIZES, WIDE, row, write_model
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
+from tunesmith.engines import weights
 from tunesmith.engines.factory import check_weight_settings
-from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.loaded import LoadedHFModel, ShardedHFModel, build_trainable
+from tunesmith.engines.hf.engine import HFEngine, LoadedHFModel, ShardedHFModel, build_trainable
 from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
@@ -29,11 +29,10 @@ from tunesmith.engines.protocol import Generation
 from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks, held, whole
 from tunesmith.engines.settings import EngineSettings, WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
-from tunesmith.engines.weights import late_weights
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
-from tunesmith.training.batches.batch_plan import lay_out_rank, lay_out_step
+from tunesmith.training.batches.batch_plan import lay_out_steps
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import gradients, make_optimizer, parameters, update
@@ -75,7 +74,7 @@ def _settings(setting: str) -> TrainSettings:
 def _two_steps(model: TrainableModel, base: Base, settings: TrainSettings, ranks: Ranks = ALONE) -> list[float]:
     rows = [Renderer(base.folder).conversation(messages) for messages in ROWS]
     alone, optimizer = ranks.size == 1, make_optimizer(model, settings)
-    step = lay_out_step(rows, 96, share=False) if alone else lay_out_rank([rows], 96, ranks, share=False)
+    step = lay_out_steps([rows], 96, share=False) if alone else lay_out_steps([rows], 96, ranks, share=False)
     losses = []
     for _ in range(2):
         losses.append(gradients(model, CrossEntropy(), step, ranks))
@@ -240,7 +239,7 @@ def test_what_needs_whole_weights_is_refused_where_they_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     settings = WeightSettings.model_validate({"rank": 2, **changes})
-    monkeypatch.setattr(late_weights.DeviceMemory, "available", lambda self, sharing: 1000 // sharing)
+    monkeypatch.setattr(weights.DeviceMemory, "available", lambda self, sharing: 1000 // sharing)
     with pytest.raises(Refused, match=r"needs whole weights on every rank: 0\.0 GB") as refused:
         ShardedHFModel(_base(tmp_path, "llama"), Ranks(0, 2, local=2)).trainable(settings, seed=1, state_bytes=16)
     assert refused.value.where == f"train.{next(iter(changes))}"

@@ -23,15 +23,12 @@ from tunesmith.engines.native.network.attention import Layout
 from tunesmith.engines.native.network.network import Layer, Network, Rotary, Shape
 from tunesmith.engines.native.network.products import PackedLinear
 
-DTYPES = [torch.float32, torch.bfloat16]
+BF16 = torch.bfloat16
 needs_kernels = pytest.mark.usefixtures("compiled_kernels")
 
-BOTH = pytest.mark.parametrize("dtype", DTYPES)
-F32, BF16 = DTYPES
 # Sizes that fit whole registers and tiles, and some that do not.
-PAGED = pytest.mark.parametrize(("dtype", "prefix", "group", "size", "page"), [
-    (F32, 0, 2, 8, 16), (F32, 21, 3, 64, 32), (F32, 64, 1, 40, 48), (BF16, 21, 2, 8, 16), (BF16, 0, 3, 64, 32),
-    (BF16, 64, 3, 64, 32), (BF16, 21, 5, 32, 32), (BF16, 64, 1, 40, 48),
+PAGED = pytest.mark.parametrize(("prefix", "group", "size", "page"), [
+    (0, 2, 8, 16), (21, 2, 8, 16), (0, 3, 64, 32), (21, 3, 64, 32), (64, 3, 64, 32), (21, 5, 32, 32), (64, 1, 40, 48),
 ])  # fmt: skip
 
 
@@ -77,20 +74,18 @@ def test_results_written_past_the_caches() -> None:
 
 @needs_kernels
 @PAGED
-def test_a_prompt_in_parts(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, group: int, size: int, page: int
-) -> None:
+def test_a_prompt_in_parts(monkeypatch: pytest.MonkeyPatch, prefix: int, group: int, size: int, page: int) -> None:
     """On tiles the same bits wherever it is divided, and whatever was left behind it in its pages. Also token by token,
     as a decoding step computes it."""
     tokens, kv, first = 75, 2, 3  # tokens of another row come first
-    qkv, angles = _random(dtype, first + tokens, kv * (group + 2) * size), torch.randn(first + tokens, size // 2)
+    qkv, angles = _random(BF16, first + tokens, kv * (group + 2) * size), torch.randn(first + tokens, size // 2)
     pages = torch.randperm(12, generator=torch.Generator().manual_seed(1))[: tokens // page + 1]
-    shared = [_random(dtype, kv, prefix, size, seed=seed) for seed in (3, 4)]
+    shared = [_random(BF16, kv, prefix, size, seed=seed) for seed in (3, 4)]
     early = _in_pages(shared[0], shared[1], page) if prefix else None
 
     def run(*cuts: int, prompt: bool = True) -> Tensor:
         keys, values = (
-            torch.full((13, *each), float("nan"), dtype=dtype) for each in ops.page_shapes(kv, page, size, dtype)
+            torch.full((13, *each), float("nan"), dtype=BF16) for each in ops.page_shapes(kv, page, size, BF16)
         )
         parts = []
         for start, end in zip((0, *cuts), (*cuts, tokens), strict=True):
@@ -100,7 +95,7 @@ def test_a_prompt_in_parts(
             lengths = torch.tensor([*range(first), *range(start, end)])
             places = ops.Places(table, lengths, kv, group, size, page)
             q = ops.decode_split(qkv[rows], angles[rows].cos(), angles[rows].sin(), keys, values, places)
-            out = torch.zeros(len(rows), kv * group * size, dtype=dtype)
+            out = torch.zeros(len(rows), kv * group * size, dtype=BF16)
             ops.decode_mix(q, early, keys, values, places, slice(first, len(rows)), out, 0.3, prompt=prompt)
             assert not out[:first].any(), "another row"
             parts.append(out[first:])
@@ -110,7 +105,7 @@ def test_a_prompt_in_parts(
     _same(whole, run(prompt=False))
     parts = run(1, 33, 34, 70)
     _same(whole, parts)
-    if dtype == torch.bfloat16 and native.library().tiles() and (size % 32, page) == (0, 32):
+    if native.library().tiles() and (size % 32, page) == (0, 32):
         assert torch.equal(whole, parts)
         monkeypatch.setattr(ops, "_threads", lambda: 3)
         assert torch.equal(whole, run())
@@ -119,9 +114,8 @@ def test_a_prompt_in_parts(
 
 
 @needs_kernels
-@BOTH
-def test_the_largest_score_and_disallowed_tokens(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    scores = _random(dtype, 4, 100)
+def test_the_largest_score_and_disallowed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = _random(BF16, 4, 100)
     scores[1] = 2.0
     scores[2, [7, 90]] = 50.0
     scores[3] = float("-inf")
@@ -184,7 +178,7 @@ from tunesmith.engines.native.network import ops
 from tunesmith.engines.native import runtime
 torch.set_num_threads(3)
 count = lambda: len(os.listdir("/proc/self/task"))
-work = lambda: ops.gated(torch.ones(64, 32))
+work = lambda: ops.gated(torch.ones(64, 32, dtype=torch.bfloat16))
 before, made = count(), work()
 during = count()
 runtime.release_threads()

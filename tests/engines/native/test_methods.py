@@ -23,12 +23,11 @@ from tunesmith.engines.native.adapters import lora as lora_module
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.training.batches.batch_plan import lay_out_step, lay_out_validation, plan
+from tunesmith.training.batches.batch_plan import lay_out_steps, lay_out_validation, plan
 from tunesmith.training.estimates.estimate import trial_step
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.schedule import learning_rate
+from tunesmith.training.schedule import TrainerState, learning_rate
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.state import TrainerState
 
 ROWS = [row(f"turn on light {n}", f'{{"intent":"on","slots":{{"light":{n}}}}}' + " and so on" * n) for n in range(6)]
 
@@ -46,7 +45,7 @@ def rows(folder: Path) -> list[Rendered]:
 
 def test_accumulated_gradients_equal_the_whole_steps(folder: Path, rows: list[Rendered]) -> None:
     network = load_network(folder, torch.float32)
-    whole, parts = lay_out_step(rows, 100_000), lay_out_step(rows, 120)
+    whole, parts = lay_out_steps([rows], 100_000), lay_out_steps([rows], 120)
     assert len(whole) == 1
     assert len(parts) > 2
     lora = lora_model(network, TrainSettings(rank=4))
@@ -65,7 +64,7 @@ def test_accumulated_gradients_equal_the_whole_steps(folder: Path, rows: list[Re
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(64, 200))
 def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], tokens: int) -> None:
     rows = [Rendered((7, 8, 9, *range(100, 100 + n)), (False,) * 3 + (True,) * n) for n in lengths]
-    for parts in (lay_out_step(rows, tokens), lay_out_validation(rows, TrainSettings(batch=60, tokens=tokens))):
+    for parts in (lay_out_steps([rows], tokens), lay_out_validation(rows, TrainSettings(batch=60, tokens=tokens))):
         labels = [label for part in parts for label in part.labels.tolist()]
         assert sorted(labels) == sorted(100 + place for n in lengths for place in range(n))
         for part in parts:
@@ -76,7 +75,7 @@ def test_trial_step_changes_nothing(folder: Path, rows: list[Rendered]) -> None:
     network = load_network(folder, torch.float32)
     lora = lora_model(network, TrainSettings(rank=4))
     before = [master.clone() for master in lora.masters]
-    trial_step(lora, CrossEntropy())(lay_out_step(rows, 120))
+    trial_step(lora, CrossEntropy())(lay_out_steps([rows], 120))
     assert all(torch.equal(one, other) for one, other in zip(before, lora.masters, strict=True))
     assert all(master.grad is None for master in lora.masters)
 

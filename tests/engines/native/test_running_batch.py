@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM
 from tests.adapters import write_adapter
 from tests.tiny import FAMILIES, TILED, write_model
 from tunesmith.core.errors import Refused
-from tunesmith.engines.decoding.sampling import Sampling, Score
+from tunesmith.engines.decoding import answers
+from tunesmith.engines.decoding.answers import Sampling, Score
 from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
 from tunesmith.engines.native.decoding import running_batch
-from tunesmith.engines.native.decoding.pages import PAGE, PageCache
-from tunesmith.engines.native.decoding.rows import Prefix, Row
-from tunesmith.engines.native.decoding.running_batch import RunningBatch
+from tunesmith.engines.native.decoding.running_batch import PAGE, PageCache, Prefix, Row, RunningBatch
 from tunesmith.engines.native.network import passes
 from tunesmith.engines.native.network.network import Layer, Network, Shape
 from tunesmith.engines.native.network.weights import load_network
@@ -189,7 +188,7 @@ def test_errors_end_one_row_or_the_whole_batch(monkeypatch: pytest.MonkeyPatch, 
     alone = _alone(network, _prompt(1, 9))
     near_zero = [_alone(network, _prompt(1, 9), sampling=Sampling(each)) for each in (1e-3, 1e-40, 1e-300)]
     assert near_zero == [alone] * 3
-    monkeypatch.setattr(running_batch, "sample", broken)
+    monkeypatch.setattr(answers, "sample", broken)
     good, bad, drawn = Heard(), Bad(), Heard()
     asked = _row(_prompt(2, 9), drawn, sampling=Sampling(0.7))
     batch = _decoded(network, _row(_prompt(6, 5), bad), asked, _row(_prompt(1, 9), good))
@@ -350,7 +349,7 @@ def test_native_passes_fit_networks_like_llama_only(tmp_path: Path) -> None:
     shape, layer = network.shape, network.layers[0]
     for change in (
         {"shape": replace(shape, gelu="relu")},  # type: ignore[arg-type]
-        {"shape": NewShape(**{field.name: getattr(shape, field.name) for field in fields(shape)})},
-        {"layers": (*network.layers[:-1], NewLayer(**{one.name: getattr(layer, one.name) for one in fields(layer)}))},
+        {"shape": NewShape(**vars(shape), parallel_mlp=True)},
+        {"layers": (*network.layers[:-1], NewLayer(**vars(layer), attention_sink=layer.mlp_norm))},
     ):
         assert not passes.fits(replace(network, **change))  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm import http as vllm_http
-from tunesmith.engines.vllm import pool as vllm_pool
+from tunesmith.engines.vllm import model_server
 from tunesmith.engines.vllm.engine import VllmEngine
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
@@ -67,7 +67,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32, so that a wrong token is a mistake; no waiting; a cache of the test's own."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(vllm_http, "_FIRST_WAIT", 0.001)
-    monkeypatch.setattr(vllm_pool, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(model_server, "_FIRST_WAIT", 0.01)
     monkeypatch.setattr(embedded, "load_network", lambda folder: load_network(folder, torch.float32))
 
 
@@ -143,8 +143,7 @@ def test_a_schema_that_the_server_rejects_is_the_requests_fault(
     asked = _requests(schema='{"type": "object"}', constrained_by="response_format.json_schema")
     engine.generate(asked)
     assert fake.heard[-1][1]["structured_outputs"]["json"]["type"] == "object"
-    monkeypatch.setattr(engine._pool, "ask", reject)
-    monkeypatch.setattr(engine._pool, "events", reject)
+    monkeypatch.setattr(engine._pool, "choices", reject)
     for by, where in (("response_format.json_schema", "response_format.json_schema"), ("constrain", "http://x")):
         (request, *_) = _requests(schema="{}", constrained_by=by)
         for answer in (lambda: engine.generate([request]), lambda: list(engine.stream(request))):  # noqa: B023

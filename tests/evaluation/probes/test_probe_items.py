@@ -28,8 +28,7 @@ from tunesmith.evaluation.probes.items import Item, decode_items, encode_items
 from tunesmith.evaluation.probes.numbers import general_questions, right_share
 from tunesmith.evaluation.probes.suites import ask, suite_of
 from tunesmith.models.rendering import Renderer
-from tunesmith.training.batches.canaries import SOURCE, canaries
-from tunesmith.training.batches.rows import training_rows
+from tunesmith.training.batches.rows import SOURCE, canaries, training_rows
 from tunesmith.training.settings import CanarySettings, TrainSettings
 
 

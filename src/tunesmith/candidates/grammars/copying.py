@@ -39,8 +39,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.engines.decoding.json_text import restricted
-from tunesmith.engines.protocol import Generation
+from tunesmith.engines.protocol import Generation, restricted
 
 _GRAMMARS_KEPT: Final = 64
 _FEWEST, _BEYOND = 20, 0.02  # values that a proposal to copy needs, and the share that may not be copied

@@ -16,7 +16,7 @@ from typing import Any, Final
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.engines.decoding.json_text import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
+from tunesmith.engines.protocol import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
 
 FIX: Final = "simplify the schema there, or leave the field out of copy"
 _NOTES: Final = frozenset(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tunesmith.core.errors import UsageError
 
 if TYPE_CHECKING:
     import httpx
-import ipaddress
-from urllib.parse import urlsplit
 
 
 class HttpClients:
@@ -40,6 +43,21 @@ class HttpClients:
                 yield client
             finally:
                 self._free.append(client)
+
+
+def api_key(variable: str | None, where: str) -> str | None:
+    """The API key in an environment variable, None where none is named. where: the setting that names it.
+
+    Raises UsageError where the variable is not set, and for a key that does not fit a header.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UsageError(f"the environment variable {variable} is not set", where=where, fix=f"export {variable}=...")
+    if not key.isascii() or not key.isprintable():
+        raise UsageError(f"{variable} does not hold a key that fits a header", where=where)
+    return key
 
 
 def is_private(url: str) -> bool:

@@ -1,15 +1,107 @@
-"""A request's prompt, an answer in progress, and multiple choices as rows."""
+"""A request's prompt, the choice of an answer's next token, an answer in progress, and multiple choices as rows."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from tunesmith.core.errors import UsageError
-from tunesmith.engines.decoding.sampling import Score
+from tunesmith.engines.decoding.constraint import Guide
 from tunesmith.engines.protocol import Completion, Generation, Question, Scored, Streamed, TokenScore
 from tunesmith.models.rendering import Rendered, Renderer
+
+_COLDEST = 1e-6  # a lower temperature would still draw nothing but the likeliest token
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a row's next token is chosen. temperature 0: the likeliest."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A token's log-probability under the model, and the likeliest tokens with theirs, in descending order."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Listener(Protocol):
+    """Receives a row's tokens. Called by the thread that decodes."""
+
+    def take(self, token: int, score: Score | None) -> bool:
+        """Receive the next token; returns whether the row ends with it. score: if the row wants log-probabilities."""
+        ...
+
+    def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
+        """Learn that no more tokens follow. stopped: an end token ended the row."""
+
+
+def score_of(logprobs: Tensor, token: int, top: int) -> Score:
+    """The score of a token among logprobs [vocabulary], with the top likeliest tokens."""
+    values, tokens = logprobs.topk(min(top, logprobs.numel()))
+    return Score(float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+def sample(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token drawn by its logits from the smallest set of probability top_p (Holtzman et al. 2019), never empty."""
+    # Subtract the maximum first: divided by a temperature near zero, other logits could become infinite.
+    probabilities = torch.softmax((scores - scores.max()) / max(sampling.temperature, _COLDEST), -1)
+    if sampling.top_p >= 1.0:
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+    probabilities, tokens = probabilities.sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities[1:][before[1:] >= sampling.top_p] = 0.0  # the first stays: top_p may be 0 in 32 bits
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class DecodedRow:
+    """One answer to decode.
+
+    ids: the prompt. limit: most tokens of the answer. guide: holds it to its schema or grammar. top: how many of the
+    likeliest tokens to score at each step; None: no log-probabilities. given: the tokens so far.
+    """
+
+    ids: Sequence[int]
+    limit: int
+    sampling: Sampling
+    listener: Listener
+    guide: Guide | None = None
+    top: int | None = None
+    given: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token by its logits [vocabulary], those of disallowed tokens being minus infinity."""
+        if self.sampling.temperature <= 0:
+            return int(logits.argmax())
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(self.sampling.seed)
+        return sample(logits.float(), self.sampling, self.generator)
+
+    def append(self, token: int, logprobs: Tensor | None, stop_ids: Collection[int]) -> bool:
+        """Add a token and tell the listener; returns whether the row ends with it. logprobs: [vocabulary], if it wants
+        scores. Raises UsageError where the schema turns out too complex."""
+        self.given.append(token)
+        if token in stop_ids:
+            if self.guide is not None:
+                self.guide.check()
+            return True
+        if self.guide is not None:
+            self.guide.follow(token)
+        score = None if logprobs is None else score_of(logprobs, token, self.top or 0)
+        return self.listener.take(token, score) or len(self.given) >= self.limit
 
 
 def prompt_ids(renderer: Renderer, request: Generation, context_length: int) -> list[int]:

@@ -19,8 +19,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from torch import Tensor
 
 from tunesmith.core.errors import UsageError
-from tunesmith.engines.decoding.json_text import restricted
-from tunesmith.engines.protocol import ConstrainedBy, Generation
+from tunesmith.engines.protocol import ConstrainedBy, Generation, restricted
 
 _KEPT = 64  # grammars of requests; few are asked twice
 _REQUEST_STATES = 50_000  # of a request's grammar, 1 to 2 KB each; of others llguidance's own limit

@@ -77,7 +77,7 @@ def shapes_of(module: Any) -> Shapes:
 
 
 def _cache(config: Any) -> tuple[tuple[int, int], ...]:
-    """Shapes.cache, with what transformers' static cache keeps of each layer."""
+    """Shapes.cache. transformers' static cache says what is kept of each layer; unused, it takes no memory."""
     heads = getattr(config, "num_attention_heads", 0)  # a running state has none
     cached_heads = getattr(config, "num_key_value_heads", None) or heads
     numbers = 2 * cached_heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))

@@ -1,4 +1,5 @@
-"""Answers with a base that transformers runs, in this process, under one adapter at a time."""
+"""A base that transformers runs, loaded once: into this process, or by several ranks that hold it together. It answers
+under one adapter at a time, and candidates train on it."""
 
 from __future__ import annotations
 
@@ -9,18 +10,30 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from torch import Tensor
 
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import label_count, lay_out
-from tunesmith.engines.decoding.answers import Answer, prompt_ids
-from tunesmith.engines.decoding.sampling import Sampling
-from tunesmith.engines.hf.generation import MOST_ROWS, Decoding, Row
-from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.decoding.answers import Answer, DecodedRow, prompt_ids
+from tunesmith.engines.decoding.constraint import mask_disallowed_
+from tunesmith.engines.device import computing_device
+from tunesmith.engines.hf import libraries
+from tunesmith.engines.hf.loading import model_settings
+from tunesmith.engines.hf.model import HFModel, left_padded
+from tunesmith.engines.hf.support import check_supported
+from tunesmith.engines.hf.trainable import FullTrainable, HFTrainable, LoraTrainable
 from tunesmith.engines.in_process import InProcessEngine
+from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation, Streamed
-from tunesmith.engines.weights.whole_model import read_model_file
+from tunesmith.engines.ranks import ALONE, Ranks
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.engines.weights import check_room, read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import MODEL_FILE
@@ -38,7 +51,6 @@ class HFEngine(InProcessEngine[str]):
         """model: the base with its weights, asked for when the first request is to be answered."""
         super().__init__(base)
         self._load = model
-        # CUDA graphs belong to the thread that recorded them.
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
 
     @cached_property
@@ -65,18 +77,15 @@ class HFEngine(InProcessEngine[str]):
         answers, batches = self._begin(requests)
         with progress.task("answering", len(answers)) as task:
             for batch in batches:
-                if self._model.static:
-                    self._decoder.submit(self._decode, batch, loaded).result()
-                else:
-                    self._decode(batch, loaded)
+                self._decode(batch, loaded)
                 task.advance(len(batch))
         return _completions(answers)
 
-    def _begin(self, requests: Sequence[Generation]) -> tuple[list[Answer], list[list[Row]]]:
+    def _begin(self, requests: Sequence[Generation]) -> tuple[list[Answer], list[list[DecodedRow]]]:
         """The requests' answers, in their order, and batches of rows that give them their tokens."""
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         answers = [self._answer(request, events, streams=False) for request in requests]
-        return answers, self._batches([self._row(*each) for each in zip(requests, answers, strict=True)])
+        return answers, self._batches([self._decoded(*each) for each in zip(requests, answers, strict=True)])
 
     def generate_together(self, requests: Sequence[Generation], loaded: str | None) -> list[Completion]:
         """Answers to this rank's requests, while the other ranks answer theirs. loaded: the adapter's name in the
@@ -90,7 +99,7 @@ class HFEngine(InProcessEngine[str]):
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         loaded = self._loaded(adapter)
         answer = self._answer(request, events, streams=True)
-        row, cancelled = self._row(request, answer), threading.Event()
+        row, cancelled = self._decoded(request, answer), threading.Event()
         self._decoder.submit(self._decode, [row], loaded, cancelled.is_set)
         try:
             while (piece := events.get()) is not None:
@@ -106,23 +115,14 @@ class HFEngine(InProcessEngine[str]):
             each = self._model.label_losses(batch).cpu()
         return [-float(part.sum()) for part in each.split([label_count(row) for row in rows])]
 
-    def _row(self, request: Generation, answer: Answer) -> Row:
+    def _decoded(self, request: Generation, answer: Answer) -> DecodedRow:
         prompt = prompt_ids(self._renderer, request, self.context_length)
-        answer.prompt_tokens = len(prompt)
-        return Row(
-            ids=prompt,
-            limit=max(1, min(request.max_tokens, self.context_length - len(prompt))),
-            sampling=Sampling(request.temperature, request.top_p, request.seed),
-            answer=answer,
-            guide=self._guide(request),
-            top=request.top_logprobs,
-            generator=torch.Generator().manual_seed(request.seed),
-        )
+        return DecodedRow(ids=prompt, **self._row(request, answer, len(prompt)))
 
-    def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def _batches(self, rows: Sequence[DecodedRow]) -> list[list[DecodedRow]]:
         """Rows of similar length together, such that the longest prompt fits the context with the longest answer."""
         most = MOST_ROWS if len(rows) > 1 and self._model.pads else 1
-        batches: list[list[Row]] = []
+        batches: list[list[DecodedRow]] = []
         for row in sorted(rows, key=lambda row: len(row.ids)):  # the last row of a batch has its longest prompt
             limit = max([row.limit, *(one.limit for one in batches[-1])]) if batches else row.limit
             if batches and len(batches[-1]) < most and len(row.ids) + limit <= self.context_length:
@@ -131,7 +131,9 @@ class HFEngine(InProcessEngine[str]):
                 batches.append([row])
         return batches
 
-    def _decode(self, rows: Sequence[Row], loaded: str | None, cancelled: Callable[[], bool] = lambda: False) -> None:
+    def _decode(
+        self, rows: Sequence[DecodedRow], loaded: str | None, cancelled: Callable[[], bool] = lambda: False
+    ) -> None:
         """Decode rows to their ends. Errors go to the rows' answers, whose callers raise them."""
         ranks = self._model.ranks
         decoding = Decoding(rows, self._renderer.stop_ids, cancelled, ranks)
@@ -152,3 +154,183 @@ def _completions(answers: Sequence[Answer]) -> list[Completion]:
     for answer in answers:
         answer.raise_error()
     return [answer.completion() for answer in answers]
+
+
+MOST_ROWS = 16  # answers decoded together
+
+
+class Decoding:
+    """Decodes rows together with transformers' `generate`, which keeps the cache; every token is chosen here, so that
+    sampling, schemas, stop texts and limits are the same as in the native engine, and each row has its own. Each row's
+    answer receives its tokens, its end and any error."""
+
+    def __init__(
+        self, rows: Sequence[DecodedRow], stop_ids: frozenset[int], cancelled: Callable[[], bool], ranks: Ranks = ALONE
+    ) -> None:
+        """cancelled: whether the caller no longer waits for the answers. ranks: each of them decodes its own rows, or
+        none, with a module that is sharded over them."""
+        self._rows, self._stop_ids, self._cancelled, self._ranks = rows, stop_ids, cancelled, ranks
+        self._most_unfinished = 1  # rows of a rank, as of the last forward pass
+        self._filler = min(stop_ids)
+        self._unfinished = dict.fromkeys(range(len(rows)))
+
+    def run(self, model: HFModel) -> None:
+        """Decode all rows to their ends, then compute single tokens for nothing until every rank has done so: a forward
+        pass of a sharded module needs all ranks."""
+        module = model.module
+        if self._rows:
+            self._generate(model)
+        while self._ranks.size > 1 and self._most_unfinished:
+            module(input_ids=torch.tensor([[self._filler]], device=module.device), use_cache=False)
+            self._most_unfinished = self._ranks.most(0)
+
+    def _generate(self, model: HFModel) -> None:
+        transformers = libraries.transformers()
+        prompts, limit = [row.ids for row in self._rows], max(row.limit for row in self._rows)
+        ids, mask = left_padded(prompts, self._filler, model.device)
+        how = transformers.GenerationConfig(do_sample=False, max_new_tokens=limit, pad_token_id=self._filler)
+        model.module.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=how,
+            synced_gpus=False,
+            logits_processor=transformers.LogitsProcessorList([self._choose]),
+            stopping_criteria=transformers.StoppingCriteriaList([self._finished]),
+        )
+
+    def end_all(self, error: BaseException | None = None) -> None:
+        """End the rows that are not finished yet."""
+        for place in list(self._unfinished):
+            self._end(place, stopped=False, error=error)
+
+    def _choose(self, _ids: Tensor, logits: Tensor) -> Tensor:
+        """A logits processor: leaves one token for each row of logits [B, vocabulary]. Tokens are chosen on the CPU,
+        where schemas and random numbers are."""
+        device, logits = logits.device, logits.cpu()
+        only = torch.full_like(logits, float("-inf"))
+        for place, row in enumerate(self._rows):
+            token = self._next_token(row, place, logits[place]) if place in self._unfinished else self._filler
+            only[place, token] = 0.0
+        return only.to(device)
+
+    def _finished(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        """A stopping criterion: which rows need no more tokens."""
+        if self._cancelled():
+            self._unfinished.clear()
+        self._most_unfinished = self._ranks.most(len(self._unfinished))
+        return torch.tensor([place not in self._unfinished for place in range(len(ids))], device=ids.device)
+
+    def _end(self, place: int, *, stopped: bool, error: BaseException | None = None) -> None:
+        del self._unfinished[place]
+        self._rows[place].listener.end(stopped=stopped, error=error)
+
+    def _next_token(self, row: DecodedRow, place: int, logits: Tensor) -> int:
+        logprobs = None if row.top is None else logits.float().log_softmax(-1)
+        try:
+            mask_disallowed_(logits[None], [row.guide])
+            token = row.choose(logits)
+            ended = row.append(token, logprobs, self._stop_ids)
+        except Exception as error:  # noqa: BLE001 - a bad schema ends this row only; its caller raises the error
+            self._end(place, stopped=False, error=error)
+            return self._filler
+        if ended:
+            self._end(place, stopped=token in self._stop_ids)
+        return token
+
+
+_REQUESTS, _ANSWERS = TypeAdapter(list[Generation]), TypeAdapter(list[Completion])
+
+
+class LoadedHFModel:
+    """Implements engines.training_protocol.LoadedModel."""
+
+    def __init__(self, base: Base, device: torch.device | None = None) -> None:
+        """The weights are read when they are first needed; for trainings that keep them otherwise, once more. device:
+        that computes, by default this process's."""
+        prepare_process()
+        self._base, self._device = base, device
+
+    @cached_property
+    def _model(self) -> HFModel:
+        return HFModel(self._base, model_settings(WeightSettings()), device=self._device)
+
+    def engine(self) -> HFEngine:
+        """The engine that answers with these weights."""
+        model = self._model
+        return HFEngine(self._base, lambda: model)
+
+    def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
+        """A new adapter on these weights, at its start, or a copy of them to be trained in full.
+
+        Raises Refused or UsageError for settings that this engine or base cannot honour.
+        """
+        check_supported(settings)
+        wanted = model_settings(settings)
+        # Neither PiSSA, which takes its start out of the base's weights, nor full training leaves the base as it is.
+        keeps = settings.start != "pissa" and settings.method != "full"
+        shares = wanted == model_settings(WeightSettings()) and keeps
+        model = self._model if shares else HFModel(self._base, wanted, device=self._device)
+        return build_trainable(model, settings, seed)
+
+
+class ShardedHFModel:
+    """Implements engines.training_protocol.ShardedModel."""
+
+    def __init__(self, base: Base, ranks: Ranks) -> None:
+        """The weights are read when they are first needed, by every rank."""
+        prepare_process()
+        self._base, self._ranks = base, ranks
+        self._model: HFModel | None = None
+        self._trained: HFTrainable | None = None
+        self._engine = HFEngine(base, self._sharded)
+
+    def _sharded(self) -> HFModel:
+        if self._model is None:
+            raise TunesmithError("several ranks answer only while they train")
+        return self._model
+
+    def engine(self) -> HFEngine:
+        """The engine that renders requests. Only answer_together answers them."""
+        return self._engine
+
+    def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
+        """A new adapter on these weights, at its start, or the weights themselves. Shards the base: there is one only.
+
+        Raises Refused or UsageError for settings that this engine or base cannot honour on several ranks.
+        """
+        check_supported(settings, ranks=self._ranks.size)
+        if self._trained is not None:
+            raise TunesmithError("several ranks train one model at a time", fix="start them for each training")
+        # PiSSA and DoRA start from what the weights are.
+        what = "start: pissa" if settings.start == "pissa" else "dora: true" if settings.dora else None
+        wanted = model_settings(settings)
+        if what is not None:
+            check_room(self._base, what, self._ranks, computing_device(), wanted.dtype)
+        self._model = HFModel(self._base, wanted, late=what is None)
+        self._trained = build_trainable(self._model, settings, seed, self._ranks)
+        return self._trained
+
+    def answer_together(self, requests: Sequence[Generation], model: TrainableModel | None) -> list[Completion]:
+        """Rank 0's requests, answered by all ranks with the model in training as it is now; None: by the base.
+
+        Every rank calls this and gets all answers. The requests of other ranks do not count.
+        """
+        if self._trained is None or (model is not None and model is not self._trained):
+            raise TunesmithError("only the model in training answers on several ranks")
+        stated = self._ranks.agree(lambda: _REQUESTS.dump_python(list(requests), mode="json"))
+        asked = _REQUESTS.validate_python(stated)
+        mine = range(self._ranks.rank, len(asked), self._ranks.size)
+        adapter = self._trained.adapter if model is not None or self._trained.replaces_base else None
+        given = self._engine.generate_together([asked[place] for place in mine], adapter)
+        answers: dict[int, Completion] = {}
+        for rank, stated in enumerate(self._ranks.gather(_ANSWERS.dump_python(given, mode="json"))):
+            places = range(rank, len(asked), self._ranks.size)
+            answers |= zip(places, _ANSWERS.validate_python(stated), strict=True)
+        return [answers[place] for place in range(len(asked))]
+
+
+def build_trainable(model: HFModel, settings: WeightSettings, seed: int, ranks: Ranks = ALONE) -> HFTrainable:
+    """What settings train in a model, at its start. With several ranks, the model is sharded over them."""
+    if settings.method == "full":
+        return FullTrainable(model, settings, ranks=ranks)
+    return LoraTrainable(model, settings, seed=seed, ranks=ranks)

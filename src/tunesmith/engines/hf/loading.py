@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +17,13 @@ from torch import nn
 from tunesmith.core.errors import Refused
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.engines.device import computing_device
-from tunesmith.engines.hf import four_bits, libraries
+from tunesmith.engines.hf import libraries
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.engines.weights.late_weights import LateWeights, stored_tensors, without_weights
+from tunesmith.engines.weights import LateWeights, stored_tensors, without_weights
 from tunesmith.models.base import INDEX, base_files, weight_files
 from tunesmith.models.weight_files import MODEL_FILE
+
+_BLOCK = 64
 
 
 class ModelSettings(NamedTuple):
@@ -70,7 +74,7 @@ def load(
     made: dict[str, Any] = {"dtype": settings.dtype, **attention}
     how: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **made}
     if settings.quantized:
-        how["quantization_config"] = four_bits.quantization(settings.dtype)
+        how["quantization_config"] = four_bits(settings.dtype)
     if settings.quantized or device.type != "cpu":
         how["device_map"] = {"": str(device)}  # read into the device's memory at once
     with scratch_folder() as scratch:
@@ -165,3 +169,39 @@ def cannot_run(folder: Path, reason: str) -> Refused:
         where=str(folder),
         fix="use a model that transformers supports by itself",
     )
+
+
+def four_bits(computed: torch.dtype) -> Any:
+    """transformers' configuration for a base in 4 bits while an adapter is trained (QLoRA), by bitsandbytes. computed:
+    what it computes in.
+
+    Method: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs": NF4 with one scale for each block of
+    64 numbers; the scales are quantised to 8 bits.
+    """
+    libraries.bitsandbytes()
+    return libraries.transformers().BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
+    )
+
+
+def prepare_four_bits(linears: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Make 4-bit layers ready for training. Raises Refused for layers that bitsandbytes does not restore from 4 bits on
+    a CPU (seen in 0.50.2): those whose rows do not consist of whole blocks."""
+    for name, module in linears.items():
+        if device.type == "cpu" and module.in_features % _BLOCK:  # type: ignore[operator]
+            raise Refused(
+                f"{name} has {module.in_features} inputs, and bitsandbytes computes 4-bit layers on a CPU correctly "
+                f"only for multiples of {_BLOCK}",
+                where="train.quantize",
+                fix="leave quantize out",
+            )
+        # In eval mode, bitsandbytes packs a layer for its bf16 inference kernel, which has no gradients.
+        module.train()
+
+
+def four_bits_description() -> str:
+    """How the base is quantised, for the record of the training and to refuse a resume with another version."""
+    return f"nf4, blocks of {_BLOCK}, double quantisation, bitsandbytes {version('bitsandbytes')}"

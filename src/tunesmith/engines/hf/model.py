@@ -6,7 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -18,17 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import Refused
-from tunesmith.engines.batch import Batch, lay_out
-from tunesmith.engines.device import DeviceMemory, computing_device
-from tunesmith.engines.hf import four_bits, libraries, packing
-from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, cache_bytes, is_experts, is_linear, shapes_of
-from tunesmith.engines.hf.loading import FP32, ModelSettings, load, stored_names, use_liger
+from tunesmith.engines.batch import Batch, lay_out, pack
+from tunesmith.engines.device import computing_device
+from tunesmith.engines.hf import libraries, packing
+from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, is_experts, is_linear, shapes_of
+from tunesmith.engines.hf.loading import FP32, ModelSettings, load, prepare_four_bits, stored_names, use_liger
 from tunesmith.engines.hf.sharding import recomputed, replaced, shard
-from tunesmith.engines.packed import pack
 from tunesmith.engines.ranks import ALONE, Ranks, whole
-from tunesmith.engines.weights.late_weights import to_meta
+from tunesmith.engines.settings import match_layers
+from tunesmith.engines.weights import to_meta
 from tunesmith.models.base import Base, require_context_length
-from tunesmith.models.families import match_layers
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import AdapterConfig, read_adapter_file
 
@@ -37,7 +36,6 @@ _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _NOT_ADAPTED = {"out_proj"}
 _PROBE = (5, 9, 2, 7, 11, 3, 8, 6)  # token ids to test a model with; any would do
 _PROBES = ((5, 9, 2, 7, 11), (5, 3, 8, 6, 4), (5, 9, 7, 2, 10))
-_MOST_GRAPHS = 64  # of one function that torch compiles
 _LAYER = re.compile(r"(?P<prefix>.*?)(?P<list>\w+)\.(?P<number>\d+)\.")
 
 
@@ -86,18 +84,12 @@ class HFModel:
         self._experts = [name for name, module in self.module.named_modules() if is_experts(module)]
         self.shapes = shapes_of(self.module)
         if settings.quantized:
-            four_bits.prepare(self.linears, self.device)
+            prepare_four_bits(self.linears, self.device)
         self._others = [name for name, _ in self.module.named_modules() if name not in self.linears]
         self._peft: Any = None  # PEFT's wrapper around the module, from the first adapter on
         self._names = (f"adapter{number}" for number in count())
         self._turn = threading.RLock()  # held while an adapter is active
-        self._cache: tuple[tuple[int, int], Any] | None = None  # the last static cache, by its rows and tokens
         self.vocabulary = self._check_causal()
-
-    @property
-    def config(self) -> Any:
-        """transformers' configuration of the language model."""
-        return self.module.config.get_text_config()
 
     def targets(self, wanted: Sequence[str]) -> dict[str, nn.Module]:
         """The linear layers that names or patterns match; `all` matches every one except the head.
@@ -340,50 +332,8 @@ class HFModel:
             probe = lay_out(rows, share=self.attention != packing.FLASH)
             return packing.enable(self.module, probe, exact=1e-3 * self._rounding)
 
-    @cached_property
-    def static(self) -> bool:
-        """Whether answers are decoded with transformers' static cache, for which it compiles a step of decoding: on one
-        GPU, where the family's and the base's kind allow it and the steps have the same logits as with the dynamic
-        cache."""
-        compiles = self.module._can_compile_fullgraph and not self.settings.quantized
-        return bool(compiles and self.device.type == "cuda" and self.ranks.size == 1 and self.same_with_static_cache())
-
-    def same_with_static_cache(self) -> bool:
-        """Whether the first steps after two rows have the same logits with a static cache as with a dynamic one."""
-        rows, most = [_PROBE[:3], _PROBE], 1e-3 * self._rounding
-        with self.using(None), suppress(Exception):  # each family fails in its own way where it cannot use the cache
-            cache = libraries.transformers().StaticCache(config=self.config, max_cache_len=2 * len(_PROBE))
-            steps = zip(self._first_steps(rows), self._first_steps(rows, cache=cache), strict=True)
-            return all(torch.allclose(one, other, rtol=most, atol=most) for one, other in steps)
-        return False
-
-    def static_cache(self, rows: int, tokens: int) -> Any:
-        """transformers' static cache for so many rows of so many tokens, empty; None where answers are decoded with a
-        dynamic one, and where the device has no room for it.
-
-        The last one is used again, because a compiled step expects it at its address."""
-        if not self.static:
-            return None
-        if self._cache is None or self._cache[0] != (rows, tokens):
-            self._cache = None
-            needed = rows * cache_bytes(self.shapes, self.settings.dtype, tokens)
-            if 2 * needed > DeviceMemory(self.device).available():  # a step needs room as well
-                return None
-            made = libraries.transformers().StaticCache(config=self.config, max_cache_len=tokens)
-            self._cache = (rows, tokens), made
-            # torch compiles a graph for each adapter and size, and from the eighth on it would leave them uncompiled.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
-            torch._dynamo.config.suppress_errors = True  # where it cannot compile, as without a C compiler, it need not
-        self._cache[1].reset()
-        return self._cache[1]
-
-    def release_cache(self) -> None:
-        """Give back the memory of the static cache."""
-        with self._turn:
-            self._cache = None
-
     @torch.no_grad()
-    def _first_steps(self, rows: Sequence[Sequence[int]], **cache: Any) -> tuple[Tensor, ...]:
+    def _first_steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """Logits [B, vocabulary] of the first three steps after rows, which go on with the same token: of two equally
         likely ones, rounding would choose another in each batch."""
         ids, mask = left_padded(rows, 0, self.device)
@@ -393,10 +343,9 @@ class HFModel:
             pad_token_id=0,
             output_logits=True,
             return_dict_in_generate=True,
-            disable_compile=True,
         )
         how_on = {"generation_config": how, "prefix_allowed_tokens_fn": lambda *_: [_PROBE[-1]]}
-        return tuple(self.module.generate(ids, attention_mask=mask, **how_on, **cache).logits)
+        return tuple(self.module.generate(ids, attention_mask=mask, **how_on).logits)
 
 
 def left_padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:

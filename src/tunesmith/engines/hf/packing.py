@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.engines.batch import Batch
+from tunesmith.engines.batch import Batch, Packed, pack, read_lengths
 from tunesmith.engines.hf import libraries
-from tunesmith.engines.packed import Packed, pack, read_lengths
 
 FLASH = "flash_attention_2"
 _NAME = "tunesmith_packed"

@@ -1,26 +1,33 @@
-"""What the trainings of transformers' modules have in common, whichever weights are trained."""
+"""Trainings of transformers' modules: a LoRA adapter by PEFT; every weight of the base, or all weights of its last
+layers; and what both have in common."""
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.core.errors import Refused
-from tunesmith.engines.batch import Batch
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.engines.batch import Batch, read_lengths
 from tunesmith.engines.device import device_name
 from tunesmith.engines.hf import packing
-from tunesmith.engines.hf.costs import DTYPES, activation_bytes, training_flops
+from tunesmith.engines.hf.costs import DTYPES, activation_bytes, is_linear, sizes, training_flops
+from tunesmith.engines.hf.loading import four_bits_description
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.sharding import layers
-from tunesmith.engines.packed import read_lengths
 from tunesmith.engines.process import MEASURED_ROWS, product_flops
-from tunesmith.engines.ranks import held
+from tunesmith.engines.ranks import ALONE, Ranks, held, whole
 from tunesmith.engines.settings import HF, WeightSettings
-from tunesmith.engines.training_protocol import LabelWeights, TrainableModel
+from tunesmith.engines.training_protocol import LabelWeights, ParameterGroup, TrainableModel
+from tunesmith.engines.weights import save_model
+from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
 
 _FLOAT = 4  # bytes
 
@@ -73,7 +80,6 @@ class HFTrainable(TrainableModel):
 
     def loss(self, batch: Batch, weights: LabelWeights) -> Tensor:
         """The weighted sum of a batch's negative log-likelihoods: a scalar, with gradients unless autograd is off."""
-        self._model.release_cache()
         losses = self._label_losses(batch)
         if not isinstance(weights, Tensor):
             weights = weights(-losses.detach())
@@ -93,7 +99,6 @@ class HFTrainable(TrainableModel):
                 where="train.method, train.start",
                 fix="leave both out, so that an adapter of the base is trained",
             )
-        self._model.release_cache()
         with self._model.using(None):
             return self._model.label_losses(batch, packed=self._model.packs)
 
@@ -138,3 +143,205 @@ class HFTrainable(TrainableModel):
     @property
     def _precision(self) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype == self._model.settings.dtype)
+
+
+class LoraTrainable(HFTrainable):
+    """Implements engines.training_protocol.TrainableModel. What is trained is fp32, also on a base in bf16, so that the
+    optimiser moves PEFT's own parameters."""
+
+    adapter: str
+
+    def __init__(self, model: HFModel, settings: WeightSettings, *, seed: int, ranks: Ranks = ALONE) -> None:
+        """The start weights are PEFT's, drawn with seed. With several ranks, the model is sharded over them.
+
+        Raises Refused for settings that PEFT or this base cannot honour, and for layers that the model does not call.
+        """
+        super().__init__(model, settings)
+        targets = model.targets(settings.targets)
+        _check_rank(targets, settings)
+        pattern, last = ("layers", None) if settings.layers is None else model.last_layers(settings.layers)
+        self._config = AdapterConfig(
+            rank=settings.rank,
+            alpha=settings.adapter_alpha(),
+            targets=frozenset(name.rsplit(".", 1)[-1] for name in targets),
+            root=settings.scaling == "root",
+            dora=settings.dora,
+            layers=last,
+            layers_pattern=pattern,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.adapter = model.add_adapter(self._config, settings.start)
+        weakref.finalize(self, model.remove_adapter, self.adapter).atexit = False
+        self.parameters = model.adapter_parameters(self.adapter)
+        if uncalled := model.uncalled(self.adapter):
+            raise Refused(
+                f"the model does not run {uncalled[0]} as a layer, so an adapter there would have no effect",
+                where="train.targets",
+                fix="name the layers to adapt without it",
+            )
+        if ranks.size > 1:
+            changed = [".base_layer."] if settings.start == "pissa" else []
+            model.shard(ranks, drawn=(f".{self.adapter}.", *changed))
+            self.parameters = model.adapter_parameters(self.adapter)
+        self._added = self.trained_numbers
+        self._start = _copies(self.parameters) if settings.start == "pissa" else None
+
+    @property
+    def replaces_base(self) -> bool:
+        """Whether the start took something out of the base's weights, so that they are the base with the adapter only,
+        and until the first step."""
+        return self._start is not None
+
+    def environment(self) -> Mapping[str, str]:
+        """What every training states, PEFT's version, and how the base is quantised."""
+        found = {**super().environment(), "peft": version("peft")}
+        return found if self._settings.quantize is None else found | {"quantized": four_bits_description()}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """A, B and DoRA's magnitudes. LoRA+ (Hayou et al. 2024): B has a higher learning rate than A."""
+        parts = {part: _named(self.parameters, part) for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        rates = {"lora_B": self._settings.b_rate}
+        return [ParameterGroup(tensors, rates.get(part, 1.0)) for part, tensors in parts.items() if tensors]
+
+    def collect_gradients(self) -> None:
+        """Give zeros to a tensor that no token reached. Autograd added the other gradients already."""
+        for tensor in self.parameters.values():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+
+    def parameters_changed(self) -> None:
+        """Nothing to do: the module computes with the parameters themselves."""
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in PEFT's layout into an existing folder. One that started at PiSSA has twice the rank.
+
+        All ranks call this, and rank 0 writes.
+        """
+        model, config, tensors = self._model, self._config, self._model.adapter_tensors(self.adapter)
+        if not model.ranks.first:
+            return
+        if self._start is not None:
+            tensors, config = model.without_start(self.adapter, tensors, self._start), config.of_twice_the_rank()
+        targets = frozenset(name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors)
+        save_adapter_file(
+            folder,
+            replace(config, targets=targets),
+            {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()},
+            base=model.base.digest,
+            fingerprint=model.base.fingerprint,
+        )
+
+
+def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
+    """PiSSA starts at singular vectors, of which a weight has no more than its smaller size."""
+    most = min(min(sizes(module)) for module in targets.values())
+    if settings.start == "pissa" and settings.rank > most:
+        raise UsageError(
+            f"start: pissa needs as many singular vectors as the rank, {settings.rank}, but a weight has only {most}",
+            where="train.rank, train.start",
+            fix=f"set rank to {most} or lower, or leave start out",
+        )
+
+
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {f"model.{name}": whole(tensor.detach()).clone() for name, tensor in parameters.items()}
+
+
+def _named(parameters: Mapping[str, nn.Parameter], part: str) -> list[Tensor]:
+    return [tensor for name, tensor in parameters.items() if f".{part}." in name]
+
+
+class FullTrainable(HFTrainable):
+    """Implements engines.training_protocol.TrainableModel.
+
+    The optimiser moves fp32 master weights. Where the module computes in fp32, they are its own parameters. Where it
+    computes in bf16, they start at its rounded weights, and after each step they are rounded into them.
+    """
+
+    replaces_base = True
+
+    def __init__(self, model: HFModel, settings: WeightSettings, *, ranks: Ranks = ALONE) -> None:
+        """With several ranks, the model is sharded over them.
+
+        Raises Refused for weights that the base's files do not hold as the module does, and where several ranks would
+        train weights of two dtypes.
+        """
+        super().__init__(model, settings)
+        trained = _trained(model, settings.layers)
+        if renamed := next((name for name in trained if name not in model.stored), None):
+            raise Refused(
+                f"transformers makes {renamed} out of other tensors of the base's files, and method: full writes "
+                "those that it trains under the names that they have there",
+                where="train.method",
+                fix="leave method out, and name the layers to adapt in targets where experts are fused",
+            )
+        if ranks.size > 1 and len({each.dtype for each in trained.values()}) > 1:
+            raise Refused(
+                "the base keeps some weights in fp32, and fully_shard reduces gradients of one dtype only",
+                where="train.precision",
+                fix="set precision: fp32, or train in one process, without torchrun",
+            )
+        if ranks.size > 1:
+            model.shard(ranks, trained=trained.keys())
+            trained = {name: each for name, each in model.module.named_parameters() if name in trained}
+        self.parameters = trained
+        self._masters: dict[str, Tensor] = {}
+        for name, parameter in trained.items():
+            parameter.requires_grad_()
+            self._masters[name] = parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Matrices, to which weight decay applies; norms and biases, to which it does not."""
+        groups = [[each for each in self._masters.values() if (each.dim() > 1) is decays] for decays in (True, False)]
+        return [ParameterGroup(groups[0]), ParameterGroup(groups[1], weight_decay=False)]
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Add the gradients to the master weights' in fp32, and zeros where no token reached a weight."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if (master := self._masters[name]) is not parameter:
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    @torch.no_grad()
+    def parameters_changed(self) -> None:
+        """Round the master weights into the module's."""
+        for name, parameter in self.parameters.items():
+            if (master := self._masters[name]) is not parameter:
+                parameter.copy_(master)
+
+    def save(self, folder: Path) -> None:
+        """Write model.safetensors into an existing folder: the base's weights with the trained ones in their place.
+
+        All ranks call this. Tensors are brought together one by one, and rank 0 keeps them on the CPU and writes.
+        Raises TunesmithError where no weight differs from the base's after rounding.
+        """
+        model = self._model
+        weights = ((model.stored[name], whole(master.detach())) for name, master in self._masters.items())
+        if model.ranks.first:
+            save_model(weights, model.base, folder, model.repeated)
+        else:
+            deque(weights, maxlen=0)
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of a batch's matrix products: 2 more for each trained number and token."""
+        tokens, scored = self._computed(batch)
+        linear = (each for each in self._model.module.modules() if is_linear(each) and each.weight.requires_grad)
+        learned = (each.weight.numel() * (scored if each is self._model.head else tokens) for each in linear)
+        return super().flops(batch) + 2.0 * float(sum(learned))
+
+    def _gradient_numbers(self) -> int:
+        fp32 = all(each is self.parameters[name] for name, each in self._masters.items())
+        return super()._gradient_numbers() * (2 if fp32 else 3) // 2
+
+
+def _trained(model: HFModel, last: int | None) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name: all, or those of the last layers."""
+    every = dict(model.module.named_parameters())
+    if last is None:
+        return every
+    path, numbers = model.last_layers(last)
+    return {name: each for name, each in every.items() if any(f".{path}.{number}." in f".{name}" for number in numbers)}

@@ -13,24 +13,21 @@ import torch
 from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import common_prefix, label_count, lay_out
 from tunesmith.engines.decoding.answers import Answer, prompt_ids
-from tunesmith.engines.decoding.sampling import Sampling
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
-from tunesmith.engines.native.decoding.rows import Prefix, Row
-from tunesmith.engines.native.decoding.running_batch import RunningBatch
+from tunesmith.engines.native.decoding.running_batch import Prefix, Row, RunningBatch
 from tunesmith.engines.native.decoding.scheduler import Scheduler
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
-from tunesmith.engines.native.support import lacks, refuse
 from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation, Streamed
-from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.settings import WeightSettings, lacks, refuse
 from tunesmith.engines.training_protocol import TrainableModel
-from tunesmith.engines.weights.whole_model import read_model_file
+from tunesmith.engines.weights import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 
@@ -127,22 +124,10 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
             packed = self._loaded(adapter)
             prefix = self._shared_prefix(prompts, packed)
         shared = 0 if prefix is None else len(prefix.ids)
-        rows = []
-        for request, prompt, answer in zip(requests, prompts, answers, strict=True):
-            answer.prompt_tokens = len(prompt)
-            rows.append(
-                Row(
-                    ids=prompt[shared:],
-                    prefix=prefix,
-                    adapter=packed,
-                    limit=max(1, min(request.max_tokens, self.context_length - len(prompt))),
-                    sampling=Sampling(request.temperature, request.top_p, request.seed),
-                    listener=answer,
-                    guide=self._guide(request),
-                    top=request.top_logprobs,
-                )
-            )
-        return rows
+        return [
+            Row(ids=prompt[shared:], prefix=prefix, adapter=packed, **self._row(request, answer, len(prompt)))
+            for request, prompt, answer in zip(requests, prompts, answers, strict=True)
+        ]
 
     def _shared_prefix(self, prompts: Sequence[list[int]], adapter: PackedAdapter | None) -> Prefix | None:
         """The prefix that prompts share; None if it is too short to keep.

@@ -28,7 +28,7 @@ from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Engine, Generation, Question
-from tunesmith.engines.weights.whole_model import read_model_file
+from tunesmith.engines.weights import read_model_file
 from tunesmith.models.base import Base, weight_files
 from tunesmith.models.export.gguf import FILE as GGUF
 from tunesmith.models.export.merging import merged_shards

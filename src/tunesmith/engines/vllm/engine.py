@@ -17,13 +17,12 @@ from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
+from tunesmith.core.system.http_clients import api_key
 from tunesmith.engines.decoding.answers import choice_rows, prompt_ids
-from tunesmith.engines.decoding.json_text import restricted
-from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.engines.protocol import Completion, Generation, Question, restricted
 from tunesmith.engines.settings import VllmSettings
-from tunesmith.engines.vllm.http import Server, stated_key
-from tunesmith.engines.vllm.model_server import NEUTRAL, ModelServer, concurrently, log_probability, scoring
-from tunesmith.engines.vllm.pool import Pool
+from tunesmith.engines.vllm.http import Server
+from tunesmith.engines.vllm.model_server import NEUTRAL, ModelServer, Pool, concurrently, log_probability, scoring
 from tunesmith.engines.vllm.process import start_servers, stop_servers
 from tunesmith.models.base import Base, cache_folder
 from tunesmith.models.rendering import Renderer
@@ -41,7 +40,7 @@ class VllmEngine:
         self._base, self._renderer = base, Renderer(base.folder)
         self._processes = start_servers(base.folder, settings, progress)
         weakref.finalize(self, stop_servers, self._processes)  # when this process exits, too
-        key = stated_key(settings)
+        key = api_key(settings.key_env, "engine.key_env")
         servers = [
             *(ModelServer(Server(url, settings, key), base, self._renderer) for url in settings.addresses),
             *(ModelServer(each.connect(settings), base, self._renderer, each.wait) for each in self._processes),
@@ -96,7 +95,7 @@ class VllmEngine:
         def answer(one: tuple[Generation, Mapping[str, Any]]) -> Completion:
             request, body = one
             with _blamed(request):
-                choice = self._pool.ask(body, there)
+                (choice,) = self._pool.choices(body, there)
             return self._completion(choice["text"], choice, body, choice["token_ids"])
 
         return concurrently(answer, asked, self._at_once, "answering", progress)
@@ -107,7 +106,7 @@ class VllmEngine:
         text, last = "", dict[str, Any]()
         ids: list[int] = []
         with _blamed(request):
-            for choice in self._pool.events({**body, "stream": True}, self._name(adapter)):
+            for choice in self._pool.choices({**body, "stream": True}, self._name(adapter)):
                 ids += choice.get("token_ids") or ()
                 last = choice if choice["finish_reason"] else last
                 if choice["text"]:
@@ -130,7 +129,8 @@ class VllmEngine:
         there = self._name(adapter)
 
         def score(place: tuple[Sequence[int], int]) -> float:
-            return log_probability(self._pool.ask(scoring(*place), there), place[1])
+            (choice,) = self._pool.choices(scoring(*place), there)
+            return log_probability(choice, place[1])
 
         scored = iter(concurrently(score, asked, self._at_once, "scoring choices", progress))
         sums = iter([sum(next(scored) for _ in range(length)) for length in lengths])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -34,15 +33,6 @@ class Unavailable(TunesmithError):
 
 class ServerError(Unavailable):
     """The server failed over a request, and says so."""
-
-
-def stated_key(settings: VllmSettings) -> str | None:
-    """The API key in the variable that the settings name. Raises UsageError where it is not set."""
-    if settings.key_env is None:
-        return None
-    if not os.environ.get(settings.key_env):
-        raise UsageError(f"${settings.key_env} is not set", where="engine.key_env", fix="put the API key there")
-    return os.environ[settings.key_env]
 
 
 class Server:

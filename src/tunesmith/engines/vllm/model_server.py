@@ -1,4 +1,5 @@
-"""One vLLM server: the check that it runs the base, and the adapters that it loads.
+"""One vLLM server: the check that it runs the base, and the adapters that it loads. And several that answer as one: the
+least busy one gets a request, and another one if it fails.
 
 It runs the base if its tokens and log-probabilities of a fixed text agree with the base's. It runs an adapter if the
 adapter's log-probabilities differ from the base's.
@@ -6,18 +7,25 @@ adapter's log-probabilities differ from the base's.
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, expected_scores, mean_difference, places, text_ids
+from tunesmith.core.system.files import write_atomic
+from tunesmith.engines.hf.libraries import transformers
 from tunesmith.engines.vllm.http import NotThere, Server, ServerError, Unavailable
-from tunesmith.models.base import Base
+from tunesmith.models.base import Base, cache_folder
 from tunesmith.models.rendering import Renderer
 
 Item = TypeVar("Item")
@@ -26,6 +34,15 @@ Result = TypeVar("Result")
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _COMPLETIONS = "/v1/completions"
 _CHECKING = 16  # requests at once
+# Words, numbers, code and other scripts, in which tokenizers and models differ.
+TEXT = (
+    'The quick brown fox jumps over 13 lazy dogs, then writes {"on": true, "n": 2048} into a file.\n'
+    "def area(r):\n    return 3.14159 * r ** 2\n\nÄpfel fallen nicht weit vom Stamm; 水は低きに流れる。 "
+    "Water boils at one hundred degrees Celsius, and the capital of France is Paris."
+)
+# Largest accepted mean difference in nats. Two bf16 computations of one model differ less; two models differ several
+# times as much.
+TOLERANCE = 0.15
 
 
 class ModelServer:
@@ -75,33 +92,16 @@ class ModelServer:
                 self._problem, self._refused_at = error, time.monotonic()
                 raise
 
-    def ask(self, body: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
-        """The choice that answers a completion request. adapter: its name on the server; None for the base."""
+    def choices(self, body: Mapping[str, Any], adapter: str | None) -> Iterator[dict[str, Any]]:
+        """The choices that answer a completion request: one, or with `stream` one for each event, of which the last has
+        a finish_reason. adapter: its name on the server; None for the base."""
         self.check()
         began = time.monotonic()
         try:
-            given = self._http.ask(_COMPLETIONS, self._named(body, adapter), self._returned)
-        except NotThere as error:
-            self._restore(adapter, error, began)
-            given = self._http.ask(_COMPLETIONS, self._named(body, adapter))
-        choice: dict[str, Any] = given["choices"][0]
-        self._check_end(choice.get("finish_reason"))
-        return choice
-
-    def events(self, body: Mapping[str, Any], adapter: str | None) -> Iterator[dict[str, Any]]:
-        """The choices of a streamed answer, one for each event. One of them has a finish_reason."""
-        self.check()
-        began, finish = time.monotonic(), None
-        try:
-            for choice in self._choices(self._named(body, adapter), self._returned):
-                finish = choice.get("finish_reason") or finish
-                yield choice
+            yield from self._choices(body, adapter, self._returned)
         except NotThere as error:  # raised before the first event
             self._restore(adapter, error, began)
-            for choice in self._choices(self._named(body, adapter), None):
-                finish = choice.get("finish_reason") or finish
-                yield choice
-        self._check_end(finish)
+            yield from self._choices(body, adapter, None)
 
     def load(self, adapter: str) -> None:
         """Make the server load one of folders, if it has not yet, and check that it answers otherwise than the base."""
@@ -109,12 +109,20 @@ class ModelServer:
         with self._lock:
             self._register(adapter)
 
-    def _choices(self, body: Mapping[str, Any], returned: Callable[[float], None] | None) -> Iterator[dict[str, Any]]:
-        for event in self._http.stream(_COMPLETIONS, body, returned):
-            yield from event.get("choices", ())
-
-    def _named(self, body: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
-        return {**body, "model": adapter or self._model}
+    def _choices(
+        self, body: Mapping[str, Any], adapter: str | None, returned: Callable[[float], None] | None
+    ) -> Iterator[dict[str, Any]]:
+        named, finish = {**body, "model": adapter or self._model}, None
+        if body.get("stream"):
+            events = self._http.stream(_COMPLETIONS, named, returned)
+        else:
+            events = iter([self._http.ask(_COMPLETIONS, named, returned)])
+        for event in events:
+            for choice in event.get("choices", ()):
+                if (finish := choice.get("finish_reason") or finish) is not None:
+                    self._check_end(finish)
+                yield choice
+        self._check_end(finish)
 
     def _returned(self, failed_at: float) -> None:
         self._failed_at = max(self._failed_at, failed_at)
@@ -267,3 +275,164 @@ def concurrently(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [done.result() for done in futures]
+
+
+def text_ids(renderer: Renderer) -> list[int]:
+    """The fixed text in the base's tokens."""
+    return list(renderer.tokenizer.encode(TEXT, add_special_tokens=False))
+
+
+def places(ids: Sequence[int]) -> range:
+    """The indices of ids that are compared: about two dozen, evenly spread."""
+    return range(1, len(ids), max(1, len(ids) // 24))
+
+
+@torch.inference_mode()
+def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
+    """The base's log-probabilities of the ids at places(). Computed once for a base and kept in the cache."""
+    kept = cache_folder() / "fingerprints" / f"{base.digest.removeprefix('sha256:')}.json"
+    if kept.is_file():
+        known = json.loads(kept.read_bytes())
+        if known["ids"] == list(ids):
+            return [float(score) for score in known["scores"]]
+    scores = _logits(base, ids).float().log_softmax(-1)
+    each = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()  # of every id but the first
+    found = [float(each[place - 1]) for place in places(ids)]
+    write_atomic(kept, json.dumps({"ids": list(ids), "scores": found}).encode())
+    return found
+
+
+def _logits(base: Base, ids: Sequence[int]) -> Tensor:
+    """Logits at every id but the last, by transformers' module in fp32. On the CPU: a GPU's memory is vLLM's."""
+    load = transformers().AutoModelForCausalLM.from_pretrained
+    module = load(base.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    found: Tensor = module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+    return found
+
+
+def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """Mean difference of two models' log-probabilities of the same tokens, in nats."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
+
+
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two checks of a server that failed
+
+
+class Pool:
+    """Shares requests over servers. Thread-safe.
+
+    A request goes to each server at most once, and `restarts` times more, for servers that are started again. A server
+    that failed is checked in the background until it may be used again.
+    """
+
+    def __init__(self, servers: Sequence[ModelServer], progress: Progress, restarts: int = 0) -> None:
+        """Checks all servers. Raises Refused where one runs another model, Unavailable where none can be reached."""
+        self._servers, self._progress = servers, progress
+        self._tries = len(servers) + restarts
+        self._busy = dict.fromkeys(servers, 0)  # requests under way
+        self._lock = threading.Lock()
+        self._checking = False  # whether a thread checks failed servers
+        self._told: dict[ModelServer, str | None] = {}  # each server's problem, as it was last reported
+        problem: Unavailable | None = None
+        for server in servers:
+            try:
+                server.check()
+            except Unavailable as error:
+                self._failed(server, error)
+                problem = error
+        if problem is not None and not any(server.usable for server in servers):
+            raise problem
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a prompt and its answer may have together: the shortest of the servers that were checked."""
+        return min(server.context_length for server in self._servers if server.context_length)
+
+    def choices(self, body: Mapping[str, Any], adapter: str | None) -> Iterator[dict[str, Any]]:
+        """The choices that answer a completion request, as ModelServer gives them. Only what failed before its first
+        choice is sent to another server."""
+        failed: list[ModelServer] = []
+        begun = False
+        while True:
+            with self._chosen(failed) as server:
+                try:
+                    for choice in server.choices(body, adapter):
+                        begun = True
+                        yield choice
+                    return
+                except (Unavailable, Refused) as error:
+                    self._failed(server, error)
+                    failed.append(server)
+                    if begun or len(failed) == self._tries:
+                        raise
+
+    def load(self, adapter: str, folder: str) -> None:
+        """Load an adapter on all servers that can be used; the others load it when a request needs it there."""
+        for server in self._servers:
+            server.folders[adapter] = folder
+        loaded, problem = False, TunesmithError("")
+        for server in [each for each in self._servers if each.usable] or self._servers:
+            try:
+                server.load(adapter)
+                loaded = True
+            except Unavailable as error:
+                self._failed(server, error)
+                problem = error
+        if not loaded:
+            raise problem
+
+    @contextmanager
+    def _chosen(self, failed: Sequence[ModelServer]) -> Iterator[ModelServer]:
+        """The server for a request: one that can be used, that did not fail it before, with the fewest requests."""
+        with self._lock:
+            server = min(self._servers, key=lambda one: (not one.usable, one in failed, self._busy[one]))
+            self._busy[server] += 1
+        try:
+            yield server
+        finally:
+            with self._lock:
+                self._busy[server] -= 1
+
+    def _failed(self, server: ModelServer, error: TunesmithError) -> None:
+        """Use a server no longer, until a thread has checked it."""
+        server.fail()
+        if len(self._servers) == 1:
+            return  # the next request checks it
+        self._tell(server, f"{error.what}; the other servers answer")
+        with self._lock:
+            start, self._checking = not self._checking, True
+        if start:
+            threading.Thread(target=_check_again, args=(weakref.ref(self),), daemon=True).start()
+
+    def check_failed(self) -> bool:
+        """Check the servers that failed. Returns whether all can be used."""
+        for server in self._servers:
+            try:
+                server.check()
+            except TunesmithError as error:
+                self._tell(server, f"{error.what}; it is not used")
+            else:
+                self._tell(server, None)
+        with self._lock:
+            self._checking = not all(server.usable for server in self._servers)
+            return not self._checking
+
+    def _tell(self, server: ModelServer, problem: str | None) -> None:
+        """Report a server's problem, or that it has none any more; once."""
+        with self._lock:
+            before = self._told.get(server)
+            self._told[server] = problem
+        if problem != before:
+            self._progress.say(f"vLLM at {server.url}: {problem or 'it answers again'}")
+
+
+def _check_again(found: weakref.ref[Pool]) -> None:
+    """Check the servers of a pool that failed, until all can be used or the pool is gone."""
+    wait = _FIRST_WAIT
+    while True:
+        time.sleep(wait)
+        pool = found()
+        if pool is None or pool.check_failed():
+            return
+        del pool
+        wait = min(2 * wait, _LONGEST_WAIT)

@@ -17,8 +17,7 @@ from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.settings import Privacy
 from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
-from tunesmith.training.batches.canaries import Canary, canaries
-from tunesmith.training.batches.rows import training_rows
+from tunesmith.training.batches.rows import Canary, canaries, training_rows
 from tunesmith.training.settings import recorded_settings
 
 Put = Callable[[Example, Sequence[Message]], tuple[Message, ...]]

@@ -69,7 +69,7 @@ def merged_shards(base: Base, adapter: Path) -> Iterator[tuple[str, dict[str, Te
     changes = _read_changes(base, adapter)
     for path in weight_files(base.folder):
         tensors: dict[str, Tensor] = {}
-        for name, tensor in _tensors(path):
+        for name, tensor in tensors_in(path):
             change = changes.pop(name, None)
             if change is not None and tuple(tensor.shape) != (change.b.shape[0], change.a.shape[1]):
                 raise Refused(f"the adapter does not fit {name} {list(tensor.shape)}", where=str(adapter))
@@ -81,12 +81,12 @@ def merged_shards(base: Base, adapter: Path) -> Iterator[tuple[str, dict[str, Te
 
 def _replaced_shards(base: Path, trained: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The name of each of the base's weight files, and the tensors of a full training that replace the file's."""
-    weights = dict(_tensors(trained / MODEL_FILE))
+    weights = dict(tensors_in(trained / MODEL_FILE))
     if HEAD not in weights:  # tied: the base may store the embedding under both names
         weights[HEAD] = weights[EMBEDDING]
     for path in weight_files(base):
         tensors: dict[str, Tensor] = {}
-        for name, tensor in _tensors(path):
+        for name, tensor in tensors_in(path):
             if name not in weights or weights[name].shape != tensor.shape:
                 raise Refused(f"the trained weights do not fit {name} {list(tensor.shape)}", where=str(trained))
             tensors[name] = weights[name].float()
@@ -122,7 +122,7 @@ def _weights_bytes(folder: Path) -> int:
     return sum(
         tensor.numel() * tensor.element_size()
         for path in sorted(folder.glob("*.safetensors"))
-        for _, tensor in _tensors(path)
+        for _, tensor in tensors_in(path)
     )
 
 
@@ -130,7 +130,8 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_bytes(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file by name. Raises Refused for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):

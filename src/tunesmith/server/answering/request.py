@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from tunesmith.candidates.grammars.call_grammars import call_grammar
-from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, check_schema
+from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, call_grammar, check_schema
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, with_tools
 from tunesmith.core.reading.answer_schema import Schema

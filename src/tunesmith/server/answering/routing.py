@@ -364,10 +364,10 @@ class ReadyVersions:
     def _open(self, version: Version) -> Answerer:
         with verified_copy(self._store, version) as loaded:
             answerer = Answerer(self._store, self._engine, loaded.candidate)
-            if loaded.adapter is not None and answerer.adapter is not None:
-                self._engine.load_adapter(answerer.adapter, loaded.adapter)
+            if loaded.adapter is not None and answerer.candidate.training is not None:
+                self._engine.load_adapter(answerer.candidate.training, loaded.adapter)
         return answerer
 
     def _held(self, answerer: Answerer) -> bool:
         """Whether the engine still has its weights. The engine unloads fully trained models to free memory."""
-        return answerer.adapter is None or self._engine.holds(answerer.adapter)
+        return answerer.candidate.training is None or self._engine.holds(answerer.candidate.training)

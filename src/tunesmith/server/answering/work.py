@@ -243,10 +243,10 @@ class Worker:
         caller = Caller(Scope(job.user.tenant, self._settings.region), frozenset(job.user.groups))
         room = answerer.responder.context_length
         letters = sum(len(text) for message in messages for text in message.texts())
-        if answerer.asks_base and letters > _CHARACTERS_A_TOKEN * room:
+        if answerer.candidate.asks_base and letters > _CHARACTERS_A_TOKEN * room:
             self._require_room(messages, room)  # before anything else reads so much text
         scored = request.scored
-        if scored is None and answerer.asks_base and self._holder is not None and self._holder.needs_scores:
+        if scored is None and answerer.candidate.asks_base and self._holder is not None and self._holder.needs_scores:
             scored = 0
         generation = answerer.generation(
             messages,
@@ -262,9 +262,9 @@ class Worker:
         job.shaped = generation.constrained_by == "response_format.json_schema"
         if request.offered:
             generation = self._with_calls(job, answerer, generation)
-        if generation.max_tokens < answerer.max_tokens:
+        if generation.max_tokens < answerer.candidate.max_tokens:
             job.most_tokens = generation.max_tokens
-        job.prompt_tokens = self._require_room(generation.messages, room) if answerer.asks_base else 0
+        job.prompt_tokens = self._require_room(generation.messages, room) if answerer.candidate.asks_base else 0
         job.sources = answerer.composer.retrieved(messages, caller).sources
         job.prompt_used = answerer.composer.prompt_used(messages)
         try:
@@ -306,7 +306,7 @@ class Worker:
 
     def _generate(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         # Streamed, so that decoding stops at the next token when the client leaves.
-        for tokens, event in enumerate(answerer.responder.stream(generation, answerer.adapter)):
+        for tokens, event in enumerate(answerer.responder.stream(generation, answerer.candidate.training)):
             if job.left:
                 self._note_left(job, "", tokens)
                 return
@@ -330,7 +330,7 @@ class Worker:
 
     def _stream(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         pieces: list[str] = []
-        for event in answerer.responder.stream(generation, answerer.adapter):
+        for event in answerer.responder.stream(generation, answerer.candidate.training):
             if job.left and not pieces:
                 break
             if isinstance(event, Completion):

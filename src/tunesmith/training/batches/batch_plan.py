@@ -21,7 +21,7 @@ Step = Sequence[Batch]
 
 
 class RankStep(list[Batch]):
-    """A rank's batches of a step that several ranks compute: every rank has as many, so that they keep in step.
+    """A rank's batches of a step. Every rank has as many, so that they keep in step.
 
     all_tokens, all_labels: of all ranks.
     """
@@ -48,16 +48,6 @@ def rehearsed_each_epoch(settings: TrainSettings, rows: int) -> int:
     return max(1, round(settings.rehearse * rows)) if settings.rehearse else 0
 
 
-def lay_out_step(rows: Sequence[Rendered], tokens: int, *, share: bool = True) -> list[Batch]:
-    """A step's rows in batches of at most so many computed tokens. A single longer row is a batch by itself.
-
-    Only the rows of one batch share their common prefix, so there are as few and as full batches as possible. share:
-    false where the engine shares no prefix.
-    """
-    parts = _parts(rows, range(len(rows)), tokens, share)
-    return [lay_out([rows[row] for row in part], share=share) for part in parts]
-
-
 def _parts(rows: Sequence[Rendered], step: Sequence[int], tokens: int, share: bool) -> list[list[int]]:
     """The rows of each batch of a step, by index."""
     parts: list[list[int]] = [[]]
@@ -68,10 +58,15 @@ def _parts(rows: Sequence[Rendered], step: Sequence[int], tokens: int, share: bo
     return parts
 
 
-def lay_out_rank(steps: Sequence[Sequence[Rendered]], tokens: int, ranks: Ranks, *, share: bool) -> RankStep:
-    """The batches of this rank for the rows of some steps, which all ranks compute together.
+def lay_out_steps(
+    steps: Sequence[Sequence[Rendered]], tokens: int, ranks: Ranks = ALONE, *, share: bool = True
+) -> RankStep:
+    """The batches of this rank, of at most so many computed tokens, for the rows of some steps, which all ranks compute
+    together. A single longer row is a batch by itself.
 
     The rows of a step are given out by length, in turns of the ranks there and back, so that all have about as much.
+    Only the rows of one batch share their common prefix, so there are as few and as full batches as possible. share:
+    false where the engine shares no prefix.
     """
     parts: list[list[list[Rendered]]] = [[] for _ in range(ranks.size)]
     for step in steps:
@@ -112,7 +107,7 @@ class TrainingPlan(Sequence[Step]):
         self._rows, self._settings, self._share, self._ranks = rows, settings, share, ranks
         self._rehearsal = rehearsal
         self._each = rehearsed_each_epoch(settings, len(rows)) if rehearsal else 0
-        self._epochs: dict[int, list[list[Batch]]] = {}
+        self._epochs: dict[int, list[RankStep]] = {}
         self.epoch_steps = len(plan(self._of_epoch(0), settings.batch, settings.seed, 0))
 
     def _of_epoch(self, number: int) -> Sequence[Rendered]:
@@ -120,19 +115,17 @@ class TrainingPlan(Sequence[Step]):
         first = number * self._each
         return [*self._rows, *(self._rehearsal[(first + k) % len(self._rehearsal)] for k in range(self._each))]
 
-    def epoch(self, number: int) -> list[list[Batch]]:
+    def epoch(self, number: int) -> list[RankStep]:
         """The steps of one epoch."""
         if number not in self._epochs:
             self._epochs.pop(number - 2, None)
             rows, settings = self._of_epoch(number), self._settings
             steps = plan(rows, settings.batch, settings.seed, number)
-            self._epochs[number] = [self._laid_out([rows[row] for row in step]) for step in steps]
+            self._epochs[number] = [
+                lay_out_steps([[rows[row] for row in step]], settings.tokens, self._ranks, share=self._share)
+                for step in steps
+            ]
         return self._epochs[number]
-
-    def _laid_out(self, rows: Sequence[Rendered]) -> list[Batch]:
-        if self._ranks.size == 1:
-            return lay_out_step(rows, self._settings.tokens, share=self._share)
-        return lay_out_rank([rows], self._settings.tokens, self._ranks, share=self._share)
 
     def __len__(self) -> int:
         return self.epoch_steps * self._settings.epochs
@@ -151,13 +144,10 @@ class TrainingPlan(Sequence[Step]):
 
 def lay_out_validation(
     rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True, ranks: Ranks = ALONE
-) -> list[Batch]:
+) -> RankStep:
     """The batches of the validation loss, of no more tokens than a step's."""
-    if ranks.size > 1 and rows:
-        steps = [[rows[row] for row in step] for step in plan(rows, settings.batch, 0, 0)]
-        return lay_out_rank(steps, settings.tokens, ranks, share=share)
-    parts = validation_parts(rows, settings, share=share)
-    return [lay_out([rows[row] for row in part], share=share) for part in parts]
+    steps = [[rows[row] for row in step] for step in plan(rows, settings.batch, 0, 0)]
+    return lay_out_steps(steps, settings.tokens, ranks, share=share)
 
 
 def validation_parts(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[list[int]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.dataset import Example
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.data.dataset import Example, example_id
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.training.batches.canaries import plant
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import CanarySettings, TrainSettings
 
 
 class TrainingRow(NamedTuple):
@@ -91,3 +92,86 @@ def render_rows(
             )
         rendered.append(one)
     return rendered
+
+
+SOURCE = "canary"
+
+
+class Canary(NamedTuple):
+    """repeats: how many times it is added to the rows; 0 for a control."""
+
+    example: Example
+    repeats: int
+
+
+def canaries(examples: Sequence[Example], settings: CanarySettings) -> list[Canary]:
+    """All canaries for training rows, controls included. The same rows and settings give the same canaries.
+
+    Canaries are rows with a random secret, added to the training rows to measure what a model memorises. Method:
+    Carlini et al. 2019, "The Secret Sharer" (USENIX Security). All secrets have the same format. Some are added to the
+    rows, each a given number of times; others, the controls, are never added. A canary's exposure says how unlikely its
+    high rank among the controls is. Controls are chosen at random, so they differ from the others only in not being
+    added.
+
+    A canary has the form of the user's rows: the request and the answer of one of them, with a reference of six digits
+    before the request, and the secret, eight digits, in the answer (as the last text of a JSON answer, otherwise at its
+    end). Rows whose answer is a call of functions have no text that could hold one. Raises UsageError where no row has
+    an answer in text.
+    """
+    texts = [example for example in examples if not example.messages[-1].tool_calls]
+    if not texts:
+        why = f": all {len(examples)} answers are calls of functions" if examples else ""
+        raise UsageError(f"there are no rows to model canaries on{why}", where="train.canaries")
+    draw = random.Random(f"canaries {settings.seed}")
+    counts = [times for times in settings.repeats for _ in range(settings.each)] + [0] * settings.controls
+    ordered = sorted(texts, key=lambda example: example.id)
+    references = draw.sample(range(100_000, 1_000_000), len(counts))
+    secrets = draw.sample(range(10_000_000, 100_000_000), len(counts))
+    models = [draw.choice(ordered) for _ in counts]
+    draw.shuffle(counts)
+    made = zip(models, references, secrets, counts, strict=True)
+    return [Canary(_canary(model, str(reference), str(secret)), times) for model, reference, secret, times in made]
+
+
+def plant(examples: Sequence[Example], settings: CanarySettings) -> list[Example]:
+    """The rows, followed by the canaries: each as many times as its repeats say, every copy with its own id."""
+    return [*examples] + [
+        canary.example.model_copy(update={"id": f"{canary.example.id}-{turn}"})
+        for canary in canaries(examples, settings)
+        for turn in range(canary.repeats)
+    ]
+
+
+def _canary(model: Example, reference: str, secret: str) -> Example:
+    turns = list(model.messages)
+    request = max(place for place, turn in enumerate(turns[:-1]) if turn.role == "user")
+    changed = {request: f"[{reference}] {turns[request].content}", -1: _with_secret(turns[-1].content, secret)}
+    for place, content in changed.items():
+        turns[place] = turns[place].model_copy(update={"content": content})
+    identifier = example_id(turns, SOURCE)
+    own = {"id": identifier, "messages": tuple(turns), "source": SOURCE, "group": f"canary-{reference}"}
+    return model.model_copy(update={**own, "subject": None})
+
+
+def _with_secret(answer: str, secret: str) -> str:
+    try:
+        value = parse_json(answer)
+    except ValueError:
+        return f"{answer} {secret}"
+    places = list(_texts(value))
+    if not places:
+        return f"{answer} {secret}"
+    holder, key = places[-1]
+    holder[key] = secret
+    tight = ", " not in answer and '": ' not in answer
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":") if tight else None)
+
+
+def _texts(value: Any) -> Any:
+    """(container, key) of every text inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        if isinstance(item, str):
+            yield value, key
+        else:
+            yield from _texts(item)

@@ -25,7 +25,7 @@ from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.native.network.weights import norm_names
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
-from tunesmith.engines.weights.whole_model import read_weights, save_model
+from tunesmith.engines.weights import read_weights, save_model
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import EMBEDDING, HEAD
 

@@ -20,10 +20,9 @@ from tunesmith.engines.native.adapters.adapter import Adapter, Place, blocks, sa
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network, recompute
 from tunesmith.engines.native.network.products import TILE, LowRankFactors, PackedLinear, outer
-from tunesmith.engines.settings import TARGETS, WeightSettings
+from tunesmith.engines.settings import TARGETS, WeightSettings, match_layers
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.models.base import Base
-from tunesmith.models.families import match_layers
 from tunesmith.models.weight_files import AdapterConfig
 
 

@@ -12,26 +12,67 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
+from tunesmith.engines.decoding.answers import DecodedRow
 from tunesmith.engines.decoding.constraint import mask_disallowed_
-from tunesmith.engines.decoding.sampling import sample, score_of
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear
 from tunesmith.engines.native.adapters.batch import AdapterBatch
-from tunesmith.engines.native.decoding.pages import PAGE, PageCache, prefix_pages
-from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
+from tunesmith.engines.native.network.ops import PrefixPages, page_shapes
 from tunesmith.engines.native.network.passes import FactorsAt, Pass, fits
+from tunesmith.engines.native.runtime import LargePages
 
 MOST_ROWS = 64
 _MOST_ADAPTERS = 8  # in one batch: every row pays for the products of all of them
 _CACHE_BYTES = 1 << 30
 _CHUNK = 512  # prompt tokens in a pass at most
+
+
+@dataclass(eq=False, slots=True)
+class Prefix:
+    """What several prompts under one adapter begin with.
+
+    layers: the keys and values of every layer, once prefilling has begun. A pass prefills it as it does a row.
+    """
+
+    ids: tuple[int, ...]
+    adapter: PackedAdapter | None
+    layers: list[ops.PrefixPages] = field(default_factory=list)
+    prefilled: int = 0
+    prefix: ClassVar[None] = None
+    start: ClassVar[int] = 0
+
+    @property
+    def pages(self) -> Sequence[int]:
+        """The numbers of its pages in layers."""
+        return range(len(self.layers[0].keys))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens are prefilled."""
+        return self.prefilled == len(self.ids)
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Row(DecodedRow):
+    """One answer to decode. ids: the prompt without the prefix, at least one token."""
+
+    prefix: Prefix | None
+    adapter: PackedAdapter | None
+    pages: list[int] = field(default_factory=list)
+    prefilled: int = 0  # tokens of ids
+
+    @property
+    def start(self) -> int:
+        """The position of its first token after the prefix."""
+        return 0 if self.prefix is None else len(self.prefix.ids)
 
 
 class RunningBatch:
@@ -104,7 +145,6 @@ class RunningBatch:
             if pages is None:
                 return
             row.pages = pages
-            row.generator = torch.Generator().manual_seed(row.sampling.seed)
             self.rows.append(self.waiting.popleft())
 
     def _remove(self, row: Row) -> None:
@@ -197,36 +237,18 @@ class RunningBatch:
         logprobs = [
             None if row.top is None else scores[place].float().log_softmax(-1) for place, row in enumerate(rows)
         ]
-        failed: dict[Row, Exception] = {}
         mask_disallowed_(scores, [row.guide for row in rows], ops.forbid_)
         likeliest: list[int] = ops.largest(scores).tolist()
         for place, row in enumerate(rows):
+            failed: Exception | None = None
             try:
-                token = likeliest[place]
-                if row.sampling.temperature > 0:
-                    assert row.generator is not None
-                    token = sample(scores[place].float(), row.sampling, row.generator)
-                self._append(row, token, logprobs[place])
+                token = row.choose(scores[place]) if row.sampling.temperature > 0 else likeliest[place]
+                ended = row.append(token, logprobs[place], self._stop_ids)
             except Exception as error:  # noqa: BLE001 - the logits, the schema or the listener of this row only
-                failed[row] = error
-        for row, reason in failed.items():
-            self._remove(row)
-            row.listener.end(stopped=False, error=reason)
-
-    def _append(self, row: Row, token: int, logprobs: Tensor | None) -> None:
-        """Add a token to a row, and end the row where the token, the listener or the limit says so."""
-        stopped = token in self._stop_ids
-        ended = stopped
-        row.given.append(token)
-        if stopped and row.guide is not None:
-            row.guide.check()
-        if not stopped:
-            if row.guide is not None:
-                row.guide.follow(token)
-            ended = row.listener.take(token, None if logprobs is None else score_of(logprobs, token, row.top or 0))
-        if ended or len(row.given) >= row.limit:
-            self._remove(row)
-            row.listener.end(stopped=stopped)
+                failed = error
+            if failed or ended:
+                self._remove(row)
+                row.listener.end(stopped=failed is None and token in self._stop_ids, error=failed)
 
 
 class _Weights(NamedTuple):
@@ -284,3 +306,93 @@ class _PassPlan:
         """The tokens [T]."""
         newest = [row.given[-1] for row in self.decoded]
         return torch.tensor(newest + [token for _, part in self._prompts for token in part])
+
+
+PAGE = 32  # places
+
+
+class PageCache:
+    """Keys and values of every layer, reserved when pages are allocated first.
+
+    keys, values: for each layer its pages, in the layout of ops.page_shapes. A page's keys and values of all layers lie
+    next to each other, and the first pages are allocated first. So of all that is reserved, the operating system maps
+    only what rows have used. A row that needs more than most_bytes gets it while no other row holds a page; the memory
+    is released afterwards.
+    """
+
+    def __init__(self, network: Network, most_bytes: int) -> None:
+        self._network = network
+        shape = network.shape
+        self.page_bytes = 2 * shape.layers * shape.kv_heads * PAGE * shape.head * network.embedding.element_size()
+        self._most = max(1, most_bytes // self.page_bytes)
+        self.clear()
+
+    @property
+    def pages(self) -> int:
+        """Number of reserved pages."""
+        return len(self._memory)
+
+    @property
+    def allocated(self) -> int:
+        """Number of pages that rows hold."""
+        return self.pages - len(self._free)
+
+    def allocate(self, places: int) -> list[int] | None:
+        """Pages for so many places; None if too few are free now. Raises Refused if there is no memory for them."""
+        wanted = -(-places // PAGE)
+        if wanted > len(self._free):
+            if self.allocated or wanted <= self.pages:
+                return None
+            self._reserve(max(wanted, self._most), wanted)
+        return [self._free.pop() for _ in range(wanted)]
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Take a row's pages back."""
+        self._free.extend(pages)
+        if not self.allocated and self.pages > self._most:
+            self.clear()
+
+    def clear(self) -> None:
+        """Take all pages back and release their memory: no row holds one. After an error they may hold anything."""
+        self._use(self._network.embedding.new_zeros(0, *self._page_sizes()))
+
+    def _reserve(self, pages: int, least: int) -> None:
+        """Reserve so many pages, or as many as there is memory for, but at least `least`."""
+        self.clear()  # before reserving: there may be no room for both
+        while True:
+            try:
+                # Zeros, since attention multiplies unwritten places by zero, and a NaN would survive that.
+                self._use(LargePages().zeros((pages, *self._page_sizes()), self._network.dtype))
+                return
+            except (OSError, RuntimeError) as error:  # of mmap
+                if pages == least:
+                    raise Refused(
+                        f"there is no memory for {least * PAGE} places of keys and values, "
+                        f"{least * self.page_bytes / 1e6:.0f} MB",
+                        fix="ask for a shorter answer, or give the process more memory (see `ulimit -v`)",
+                    ) from error
+                pages = max(least, pages // 2)
+
+    def _page_sizes(self) -> tuple[int, int, int]:
+        shape = self._network.shape
+        return shape.layers, 2, shape.kv_heads * PAGE * shape.head
+
+    def _use(self, memory: Tensor) -> None:
+        shape = self._network.shape
+        self._memory = memory
+        self.keys, self.values = (
+            [memory[:, layer, part].unflatten(-1, page) for layer in range(shape.layers)]
+            for part, page in enumerate(page_shapes(shape.kv_heads, PAGE, shape.head, memory.dtype))
+        )
+        self._free = list(range(len(memory) - 1, -1, -1))
+
+
+def prefix_pages(network: Network, length: int) -> list[PrefixPages]:
+    """Pages for the keys and values of a prefix of so many tokens, in every layer."""
+    shape, dtype, pages = network.shape, network.dtype, -(-length // PAGE)
+    keys, values = page_shapes(shape.kv_heads, PAGE, shape.head, dtype)
+    # Zeros, as in PageCache.
+    return [
+        PrefixPages(torch.zeros(pages, *keys, dtype=dtype), torch.zeros(pages, *values, dtype=dtype), length)
+        for _ in range(shape.layers)
+    ]

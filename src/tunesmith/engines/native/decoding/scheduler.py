@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.decoding.rows import Row
-from tunesmith.engines.native.decoding.running_batch import RunningBatch
+from tunesmith.engines.native.decoding.running_batch import Row, RunningBatch
 from tunesmith.engines.process import prepare_process
 
 Result = TypeVar("Result")

@@ -35,25 +35,24 @@ _FLAGS = [
 ] + (["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])
 
 
+INT64, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+def fields(*typed: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """The fields of a C structure: of each type the names, with spaces between them."""
+    return [(name, kind) for kind, names in typed for name in names.split()]
+
+
 class TokenLayout(ctypes.Structure):
     """Layout of layout.h."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "prefix", "rows", "longest", "kv", "group", "size")),
-        ("row_of", ctypes.c_void_p),
-        ("place_of", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-    )
+    _fields_ = fields((INT64, "tokens prefix rows longest kv group size"), (POINTER, "row_of place_of starts"))
 
 
 class RowPages(ctypes.Structure):
     """Pages of kernels.h."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most", "longest", "stride")),
-        ("table", ctypes.c_void_p),
-        ("length", ctypes.c_void_p),
-    )
+    _fields_ = fields((INT64, "rows kv group size page most longest stride"), (POINTER, "table length"))
 
 
 def library() -> Any:

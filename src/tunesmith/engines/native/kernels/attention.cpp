@@ -16,82 +16,67 @@ static inline int64_t key_place(const Layout& l, int64_t token, int64_t k) {
 }
 
 // Sets slots after a row's end to 0, in blocks of queries (heads = group), keys or values (heads = 1).
-template <class T>
-static void clear(const Layout& l, T* blocks, int64_t heads) {
+static void clear(const Layout& l, bf16* blocks, int64_t heads) {
     for (int64_t each = 0; each < l.kv * l.rows * heads; ++each) {
         int64_t row = each / heads % l.rows, length = l.starts[row + 1] - l.starts[row];
-        T* from = blocks + (each * l.longest + length) * l.size;
-        std::memset((void*)from, 0, (l.longest - length) * l.size * sizeof(T));
+        bf16* from = blocks + (each * l.longest + length) * l.size;
+        std::memset((void*)from, 0, (l.longest - length) * l.size * 2);
     }
 }
 
-// Copies qkv [T, (heads + 2 kv) * D] to blocks: qp, kp, vp of the prefix and q, k, v of the rows. Queries and keys are
-// rotated by their angles, cosine and sine [T, D / 2].
-template <class T>
-static void split(const Layout& l, const T* qkv, const float* cosine, const float* sine, T* qp, T* kp, T* vp, T* q,
-                  T* k, T* v, int threads) {
+// Copies qkv [T, (heads + 2 kv) * D] to blocks, qp, kp, vp of the prefix and q, k, v of the rows (to_blocks), or the
+// reverse for gradients. Queries and keys are rotated by their angles, cosine and sine [T, D / 2], or rotated back.
+extern "C" void split(const Layout* layout, bf16* qkv, const float* cosine, const float* sine, bf16* qp, bf16* kp,
+                      bf16* vp, bf16* q, bf16* k, bf16* v, bool to_blocks, int threads) {
+    const Layout& l = *layout;
     int64_t heads = l.kv * l.group, half = l.size / 2;
-    clear(l, q, l.group);
-    clear(l, k, 1);
-    clear(l, v, 1);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t token = 0; token < l.tokens; ++token) {
-        const T* from = qkv + token * (heads + 2 * l.kv) * l.size;
-        const float *c = cosine + token * half, *s = sine + token * half;
-        bool early = l.row_of[token] < 0;
-        for (int64_t h = 0; h < heads; ++h)
-            rotate(from + h * l.size, (early ? qp : q) + query_place(l, token, h), c, s, half, 1.0f);
-        for (int64_t h = 0; h < l.kv; ++h) {
-            int64_t place = key_place(l, token, h);
-            rotate(from + (heads + h) * l.size, (early ? kp : k) + place, c, s, half, 1.0f);
-            std::memcpy((early ? vp : v) + place, from + (heads + l.kv + h) * l.size, l.size * sizeof(T));
-        }
+    if (to_blocks) {
+        clear(l, q, l.group);
+        clear(l, k, 1);
+        clear(l, v, 1);
     }
-}
-
-// The reverse for gradients: copies blocks to dqkv [T, (heads + 2 kv) * D], queries and keys rotated back.
-template <class T>
-static void split_backward(const Layout& l, T* dqkv, const float* cosine, const float* sine, const T* qp, const T* kp,
-                           const T* vp, const T* q, const T* k, const T* v, int threads) {
-    int64_t heads = l.kv * l.group, half = l.size / 2;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < l.tokens; ++token) {
-        T* to = dqkv + token * (heads + 2 * l.kv) * l.size;
+        bf16* flat = qkv + token * (heads + 2 * l.kv) * l.size;
         const float *c = cosine + token * half, *s = sine + token * half;
         bool early = l.row_of[token] < 0;
-        for (int64_t h = 0; h < heads; ++h)
-            rotate((early ? qp : q) + query_place(l, token, h), to + h * l.size, c, s, half, -1.0f);
+        auto turned = [&](int64_t head, bf16* block) {
+            bf16* here = flat + head * l.size;
+            to_blocks ? rotate(here, block, c, s, half, 1.0f) : rotate(block, here, c, s, half, -1.0f);
+        };
+        for (int64_t h = 0; h < heads; ++h) turned(h, (early ? qp : q) + query_place(l, token, h));
         for (int64_t h = 0; h < l.kv; ++h) {
             int64_t place = key_place(l, token, h);
-            rotate((early ? kp : k) + place, to + (heads + h) * l.size, c, s, half, -1.0f);
-            std::memcpy(to + (heads + l.kv + h) * l.size, (early ? vp : v) + place, l.size * sizeof(T));
+            turned(heads + h, (early ? kp : k) + place);
+            bf16 *value = flat + (heads + l.kv + h) * l.size, *block = (early ? vp : v) + place;
+            std::memcpy((void*)(to_blocks ? block : value), to_blocks ? value : block, l.size * 2);
         }
     }
 }
 
 // Copies blocks of queries qp and q to tokens [T, heads * D] (to_tokens), or the reverse, with 0 in slots of no token.
-template <class T>
-static void gather(const Layout& l, T* tokens, T* qp, T* q, bool to_tokens, int threads) {
+extern "C" void gather(const Layout* layout, bf16* tokens, bf16* qp, bf16* q, bool to_tokens, int threads) {
+    const Layout& l = *layout;
     int64_t heads = l.kv * l.group;
     if (!to_tokens) clear(l, q, l.group);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < l.tokens; ++token) {
         bool early = l.row_of[token] < 0;
         for (int64_t h = 0; h < heads; ++h) {
-            T* flat = tokens + (token * heads + h) * l.size;
-            T* block = (early ? qp : q) + query_place(l, token, h);
+            bf16* flat = tokens + (token * heads + h) * l.size;
+            bf16* block = (early ? qp : q) + query_place(l, token, h);
             if (to_tokens)
-                std::memcpy((void*)flat, block, l.size * sizeof(T));
+                std::memcpy((void*)flat, block, l.size * 2);
             else
-                std::memcpy((void*)block, flat, l.size * sizeof(T));
+                std::memcpy((void*)block, flat, l.size * 2);
         }
     }
 }
 
 // Turns scores into weights, in place. A row's softmax is over its row of `shared` [rows, prefix] and the first row %
 // longest + 1 numbers of its row of `own` [rows, longest]; the rest of `own` becomes 0. prefix 0: shared is not read.
-template <class T>
-static void softmax(T* shared, T* own, int64_t rows, int64_t prefix, int64_t longest, float scale, int threads) {
+extern "C" void softmax(bf16* shared, bf16* own, int64_t rows, int64_t prefix, int64_t longest, float scale,
+                        int threads) {
 #pragma omp parallel num_threads(threads)
     {
         // A row is copied to a buffer and computed in blocks of 16, since its length is rarely a multiple of 16.
@@ -99,27 +84,26 @@ static void softmax(T* shared, T* own, int64_t rows, int64_t prefix, int64_t lon
         float* held = scratch.data();
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
-            T *first = shared + row * prefix, *second = own + row * longest;
+            bf16 *first = shared + row * prefix, *second = own + row * longest;
             int64_t seen = row % longest + 1, all = prefix + seen;
             for (int64_t i = 0; i < prefix; ++i) held[i] = up(first[i]) * scale;
             for (int64_t i = 0; i < seen; ++i) held[prefix + i] = up(second[i]) * scale;
-            float inverse = 1.0f / exponentials<T>(held, all);
+            float inverse = 1.0f / exponentials(held, all);
             for (int64_t i = 0; i < prefix; ++i) down(held[i] * inverse, first + i);
             for (int64_t i = 0; i < seen; ++i) down(held[prefix + i] * inverse, second + i);
-            std::memset((void*)(second + seen), 0, (longest - seen) * sizeof(T));
+            std::memset((void*)(second + seen), 0, (longest - seen) * 2);
         }
     }
 }
 
 // Turns gradients of weights, dshared and down_, into gradients of scores, in place: ds = w * (dw - sum(w * dw)) *
 // scale.
-template <class T>
-static void softmax_backward(const T* shared, const T* own, T* dshared, T* down_, int64_t rows, int64_t prefix,
-                             int64_t longest, float scale, int threads) {
+extern "C" void softmax_backward(const bf16* shared, const bf16* own, bf16* dshared, bf16* down_, int64_t rows,
+                                 int64_t prefix, int64_t longest, float scale, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
-        const T *w1 = shared + row * prefix, *w2 = own + row * longest;
-        T *d1 = dshared + row * prefix, *d2 = down_ + row * longest;
+        const bf16 *w1 = shared + row * prefix, *w2 = own + row * longest;
+        bf16 *d1 = dshared + row * prefix, *d2 = down_ + row * longest;
         float dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int64_t i = 0; i < prefix; ++i) dot += up(w1[i]) * up(d1[i]);
@@ -131,27 +115,3 @@ static void softmax_backward(const T* shared, const T* own, T* dshared, T* down_
         for (int64_t i = 0; i < longest; ++i) down(up(w2[i]) * (up(d2[i]) - dot) * scale, d2 + i);
     }
 }
-
-#define EXPORTS(T, NAME)                                                                                               \
-    extern "C" void split_##NAME(const Layout* l, const T* qkv, const float* c, const float* s, T* qp, T* kp, T* vp,   \
-                                 T* q, T* k, T* v, int threads) {                                                      \
-        split<T>(*l, qkv, c, s, qp, kp, vp, q, k, v, threads);                                                         \
-    }                                                                                                                  \
-    extern "C" void split_backward_##NAME(const Layout* l, T* dqkv, const float* c, const float* s, const T* qp,       \
-                                          const T* kp, const T* vp, const T* q, const T* k, const T* v, int threads) { \
-        split_backward<T>(*l, dqkv, c, s, qp, kp, vp, q, k, v, threads);                                               \
-    }                                                                                                                  \
-    extern "C" void gather_##NAME(const Layout* l, T* tokens, T* qp, T* q, int to_tokens, int threads) {               \
-        gather<T>(*l, tokens, qp, q, to_tokens != 0, threads);                                                         \
-    }                                                                                                                  \
-    extern "C" void softmax_##NAME(T* shared, T* own, int64_t rows, int64_t prefix, int64_t longest, float scale,      \
-                                   int threads) {                                                                      \
-        softmax<T>(shared, own, rows, prefix, longest, scale, threads);                                                \
-    }                                                                                                                  \
-    extern "C" void softmax_backward_##NAME(const T* w1, const T* w2, T* d1, T* d2, int64_t rows, int64_t prefix,      \
-                                            int64_t longest, float scale, int threads) {                               \
-        softmax_backward<T>(w1, w2, d1, d2, rows, prefix, longest, scale, threads);                                    \
-    }
-
-EXPORTS(float, f32)
-EXPORTS(bf16, bf16)

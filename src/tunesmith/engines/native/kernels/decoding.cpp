@@ -4,15 +4,14 @@
 #include "blocks.h"
 #include "kernels.h"
 
-// Layout of pages of `page` places, a multiple of 16. c = 2 for numbers of 16 bits, 1 for 32 bits.
-// Keys [pages, kv, D / c, page, c]: a query's scores on 16 places are 16 lanes.
-// Values [pages, kv, page / c, D, c]: 16 dimensions of the mixed values are 16 lanes.
+// Layout of pages of `page` places, a multiple of 16.
+// Keys [pages, kv, D / 2, page, 2]: a query's scores on 16 places are 16 lanes.
+// Values [pages, kv, page / 2, D, 2]: 16 dimensions of the mixed values are 16 lanes.
 // Both are operands of tiles as they are. In this file, a "row" is a token of the pass.
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 
-static inline void read(const float* from, v16* parts) { std::memcpy(parts, from, 64); }
 static inline void read(const bf16* from, v16* parts) {  // 16 pairs: the first of each, then the second
     u16 both;
     std::memcpy(&both, from, 64);
@@ -21,28 +20,27 @@ static inline void read(const bf16* from, v16* parts) {  // 16 pairs: the first 
 }
 
 // Writes a key and a value [D] of head k to place `within` of a page.
-template <class T>
-static void put(const Pages& p, const T* key, const T* value, int64_t page, int64_t k, int64_t within, T* keys,
-                T* values) {
-    const int64_t c = 4 / sizeof(T), base = page * p.stride + k * p.page * p.size;
+static void put(const Pages& p, const bf16* key, const bf16* value, int64_t page, int64_t k, int64_t within, bf16* keys,
+                bf16* values) {
+    const int64_t c = 2, base = page * p.stride + k * p.page * p.size;
     for (int64_t i = 0; i < p.size / c; ++i)
-        std::memcpy((void*)(keys + base + (i * p.page + within) * c), key + i * c, c * sizeof(T));
-    T* to = values + base + within / c * c * p.size + within % c;
+        std::memcpy((void*)(keys + base + (i * p.page + within) * c), key + i * c, c * 2);
+    bf16* to = values + base + within / c * c * p.size + within % c;
     for (int64_t i = 0; i < p.size; ++i) to[i * c] = value[i];
 }
 
 // qkv [rows, (heads + 2 kv) * D] -> rotated queries q [kv, rows, group, D]. Writes each row's rotated key and its value
 // to place length[row] of its pages.
-template <class T>
-static void decode_split(const Pages& p, const T* qkv, const float* cosine, const float* sine, T* q, T* keys, T* values,
-                         int threads) {
+extern "C" void decode_split(const Pages* pages, const bf16* qkv, const float* cosine, const float* sine, bf16* q,
+                             bf16* keys, bf16* values, int threads) {
+    const Pages& p = *pages;
     int64_t kv = p.kv, group = p.group, size = p.size;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> key(size);
+        std::vector<bf16> key(size);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < p.rows; ++row) {
-            const T* from = qkv + row * kv * (group + 2) * size;
+            const bf16* from = qkv + row * kv * (group + 2) * size;
             const float *c = cosine + row * size / 2, *s = sine + row * size / 2;
             int64_t page = p.table[row * p.most + p.length[row] / p.page], within = p.length[row] % p.page;
             for (int64_t k = 0; k < kv; ++k) {
@@ -58,10 +56,10 @@ static void decode_split(const Pages& p, const T* qkv, const float* cosine, cons
 
 // held [G, wide] = scores of G queries [G, D] on the first `seen` places of a page, in blocks of 16. next, here and
 // below: a page to prefetch while this one is read, because most of the time would go into waiting for it.
-template <class T, int G>
-static void score(const Pages& p, const float* query, const T* page, const T* next, int64_t seen, float* held,
+template <int G>
+static void score(const Pages& p, const float* query, const bf16* page, const bf16* next, int64_t seen, float* held,
                   int64_t wide) {
-    const int64_t c = 4 / sizeof(T);
+    const int64_t c = 2;
     for (int64_t j = 0; j < seen; j += 16) {
         v16 dot[2][G] = {};  // two sums, so that each addition need not wait for the previous one
         for (int64_t i = 0; i < p.size; i += c) {
@@ -79,10 +77,10 @@ static void score(const Pages& p, const float* query, const T* page, const T* ne
 }
 
 // mixed [G, D] += weights [G, wide] times the values of the first `seen` places of a page.
-template <class T, int G>
-static void add(const Pages& p, const float* weights, int64_t wide, const T* page, const T* next, int64_t seen,
+template <int G>
+static void add(const Pages& p, const float* weights, int64_t wide, const bf16* page, const bf16* next, int64_t seen,
                 float* mixed) {
-    const int64_t c = 4 / sizeof(T), size = p.size;
+    const int64_t c = 2, size = p.size;
     int64_t i = 0;
     for (; i + 16 <= size; i += 16) {
         v16 sums[2][G] = {};
@@ -107,36 +105,33 @@ static void add(const Pages& p, const float* weights, int64_t wide, const T* pag
 }
 
 // CALL(G) for any number of queries, at most four at a time.
-#define IN_FOURS(CALL)                                          \
-    for (int64_t g = 0; g < group; g += 4) switch (group - g) { \
-            case 1: CALL(1); break;                             \
-            case 2: CALL(2); break;                             \
-            case 3: CALL(3); break;                             \
-            default: CALL(4);                                   \
+#define IN_FOURS(CALL)                                                                                                 \
+    for (int64_t g = 0; g < group; g += 4) switch (group - g) {                                                        \
+            case 1: CALL(1); break;                                                                                    \
+            case 2: CALL(2); break;                                                                                    \
+            case 3: CALL(3); break;                                                                                    \
+            default: CALL(4);                                                                                          \
         }
 
-template <class T>
-static void score_all(const Pages& p, int64_t group, const float* query, const T* page, const T* next,
+static void score_all(const Pages& p, int64_t group, const float* query, const bf16* page, const bf16* next,
                       int64_t seen, float* held, int64_t wide) {
-#define CALL(G) score<T, G>(p, query + g * p.size, page, next, seen, held + g * wide, wide)
+#define CALL(G) score<G>(p, query + g * p.size, page, next, seen, held + g * wide, wide)
     IN_FOURS(CALL)
 #undef CALL
 }
 
-template <class T>
-static void add_all(const Pages& p, int64_t group, const float* weights, int64_t wide, const T* page, const T* next,
-                    int64_t seen, float* mixed) {
-#define CALL(G) add<T, G>(p, weights + g * wide, wide, page, next, seen, mixed + g * p.size)
+static void add_all(const Pages& p, int64_t group, const float* weights, int64_t wide, const bf16* page,
+                    const bf16* next, int64_t seen, float* mixed) {
+#define CALL(G) add<G>(p, weights + g * wide, wide, page, next, seen, mixed + g * p.size)
     IN_FOURS(CALL)
 #undef CALL
 }
 
 // Attention of rows [first, first + count): out [rows, heads * D]. A row sees the first length[row] + 1 places of its
 // pages, and the first `prefix` places of early_keys and early_values, pages of a prefix that these rows share.
-template <class T>
-static void mix_plainly(const Pages& p, const T* q, const T* early_keys, const T* early_values, const T* keys,
-                        const T* values, T* out, int64_t first, int64_t count, int64_t prefix, float scale,
-                        int threads) {
+static void mix_plainly(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
+                        const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
+                        float scale, int threads) {
     const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
     const int64_t shared = (prefix + p.page - 1) / p.page, wide = shared * p.page + (p.longest + 16) / 16 * 16 + 16;
 #pragma omp parallel num_threads(threads)
@@ -147,28 +142,30 @@ static void mix_plainly(const Pages& p, const T* q, const T* early_keys, const T
         for (int64_t k = 0; k < kv; ++k)
             for (int64_t row = first; row < first + count; ++row) {
                 int64_t seen = p.length[row] + 1;
-                const T *mine = q + (k * p.rows + row) * group * size, *old_keys = early_keys + k * area,
-                        *old_values = early_values + k * area;
-                auto place = [&](int64_t row, int64_t j) { return p.table[row * p.most + j / p.page] * p.stride + k * area; };
+                const bf16 *mine = q + (k * p.rows + row) * group * size, *old_keys = early_keys + k * area,
+                           *old_values = early_values + k * area;
+                auto place = [&](int64_t row, int64_t j) {
+                    return p.table[row * p.most + j / p.page] * p.stride + k * area;
+                };
                 auto later = [&](int64_t j) { return place(row + 1 < first + count ? row + 1 : row, j); };
                 for (int64_t i = 0; i < group * size; ++i) query[i] = up(mine[i]) * scale;
                 std::fill(mixed, mixed + group * size, 0.0f);
                 for (int64_t n = 0; n < shared; ++n) {
-                    const T* page = old_keys + n * kv * area;
+                    const bf16* page = old_keys + n * kv * area;
                     score_all(p, group, query, page, page, p.page, held + n * p.page, wide);
                 }
                 for (int64_t j = 0; j < seen; j += p.page)
                     score_all(p, group, query, keys + place(row, j), keys + later(j), std::min(p.page, seen - j),
                               held + prefix + j, wide);
-                for (int64_t g = 0; g < group; ++g) total[g] = exponentials<T>(held + g * wide, prefix + seen);
+                for (int64_t g = 0; g < group; ++g) total[g] = exponentials(held + g * wide, prefix + seen);
                 for (int64_t j = 0; j < prefix; j += p.page) {
-                    const T* page = old_values + j / p.page * kv * area;
+                    const bf16* page = old_values + j / p.page * kv * area;
                     add_all(p, group, held + j, wide, page, page, std::min(p.page, prefix - j), mixed);
                 }
                 for (int64_t j = 0; j < seen; j += p.page)
                     add_all(p, group, held + prefix + j, wide, values + place(row, j), values + later(j),
                             std::min(p.page, seen - j), mixed);
-                T* to = out + (row * kv + k) * group * size;
+                bf16* to = out + (row * kv + k) * group * size;
                 for (int64_t g = 0; g < group; ++g)
                     for (int64_t i = 0; i < size; ++i) down(mixed[g * size + i] / total[g], to + g * size + i);
             }
@@ -247,7 +244,8 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                          float scale, int threads) {
     const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
     const int64_t shared = (prefix + p.page - 1) / p.page, padded = shared * p.page;
-    const int64_t many = TOGETHER / group, blocks = (count + many - 1) / many, wide = padded + (p.longest + 16) / 16 * 16;
+    const int64_t many = TOGETHER / group, blocks = (count + many - 1) / many,
+                  wide = padded + (p.longest + 16) / 16 * 16;
     const float to_power = scale * 1.44269504088896341f;
 #pragma omp parallel num_threads(threads)
     {
@@ -263,7 +261,9 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                 int64_t from = first + block * many, end = std::min(from + many, first + count),
                         queries = (end - from) * group;
                 const bf16* mine = q + (k * p.rows + from) * group * size;
-                auto place = [&](int64_t row, int64_t j) { return p.table[row * p.most + j / p.page] * p.stride + k * area; };
+                auto place = [&](int64_t row, int64_t j) {
+                    return p.table[row * p.most + j / p.page] * p.stride + k * area;
+                };
                 auto later = [&](int64_t row, int64_t j) { return place(row + 1 < end ? row + 1 : row, j); };
                 std::copy(mine, mine + queries * size, copied.data());
                 for (int64_t i = 0; i < queries * size; i += 16) _mm512_storeu_ps(query + i, sixteen(mine + i));
@@ -290,8 +290,8 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                     int64_t seen = p.length[row] + 1;
                     float* sums = mixed + (row - from) * group * size;
                     for (int64_t j = 0; j < seen; j += p.page)
-                        add_all(p, group, held + (row - from) * group * wide + padded + j, wide,
-                                values + place(row, j), values + place(row, j), std::min(p.page, seen - j), sums);
+                        add_all(p, group, held + (row - from) * group * wide + padded + j, wide, values + place(row, j),
+                                values + place(row, j), std::min(p.page, seen - j), sums);
                     divide(p, sums, total + (row - from) * group, out + (row * kv + k) * group * size);
                 }
             }
@@ -328,8 +328,8 @@ static void mix_prompt(const Pages& p, const bf16* q, const bf16* early_keys, co
                     score_tiles(p, copied.data(), queries, early_keys + (n * kv + k) * area,
                                 early_values + (n * kv + k) * area, held + n * p.page, wide);
                 for (int64_t n = 0; n < pages; ++n)
-                    score_tiles(p, copied.data(), queries, keys + page(n), values + page(n),
-                                held + padded + n * p.page, wide);
+                    score_tiles(p, copied.data(), queries, keys + page(n), values + page(n), held + padded + n * p.page,
+                                wide);
                 for (int64_t g = 0; g < queries; ++g)
                     total[g] = weigh(held + g * wide, prefix, padded, p.length[from + g / group] + 1, room, to_power,
                                      weights + g * wide);
@@ -352,36 +352,15 @@ static void mix_prompt(const Pages& p, const bf16* q, const bf16* early_keys, co
     }
 }
 
-static void decode_mix(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
-                       const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
-                       bool prompt, float scale, int threads) {
-    bool fits = p.size % 32 == 0 && p.page == 32 && p.group <= TOGETHER && tiles_allowed();
-    (!fits ? mix_plainly<bf16> : prompt ? mix_prompt : mix_on_tiles)(p, q, early_keys, early_values, keys, values, out,
-                                                                     first, count, prefix, scale, threads);
-}
-#else
-static void decode_mix(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
-                       const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
-                       bool, float scale, int threads) {
-    mix_plainly(p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
-}
 #endif
-static void decode_mix(const Pages& p, const float* q, const float* early_keys, const float* early_values,
-                       const float* keys, const float* values, float* out, int64_t first, int64_t count, int64_t prefix,
-                       bool, float scale, int threads) {
-    mix_plainly(p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
+
+extern "C" void decode_mix(const Pages* p, const bf16* q, const bf16* early_keys, const bf16* early_values,
+                           const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count,
+                           int64_t prefix, bool prompt, float scale, int threads) {
+    auto mix = mix_plainly;
+#ifdef TILES
+    if (p->size % 32 == 0 && p->page == 32 && p->group <= TOGETHER && tiles_allowed())
+        mix = prompt ? mix_prompt : mix_on_tiles;
+#endif
+    mix(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
 }
-
-#define EXPORTS(T, NAME)                                                                                               \
-    extern "C" void decode_split_##NAME(const Pages* p, const T* qkv, const float* c, const float* s, T* q, T* keys,   \
-                                        T* values, int threads) {                                                      \
-        decode_split<T>(*p, qkv, c, s, q, keys, values, threads);                                                      \
-    }                                                                                                                  \
-    extern "C" void decode_mix_##NAME(const Pages* p, const T* q, const T* early_keys, const T* early_values,          \
-                                      const T* keys, const T* values, T* out, int64_t first, int64_t count,            \
-                                      int64_t prefix, bool prompt, float scale, int threads) {                         \
-        decode_mix(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, prompt, scale, threads);  \
-    }
-
-EXPORTS(float, f32)
-EXPORTS(bf16, bf16)

@@ -10,11 +10,11 @@ extern "C" void release_threads() {
     if (omp_pause_resource_all) omp_pause_resource_all(1);
 }
 
-template <class T>
-static inline void normalise(const T* from, const T* weight, float factor, float offset, T* to, int64_t width) {
+static inline void normalise(const bf16* from, const bf16* weight, float factor, float offset, bf16* to,
+                             int64_t width) {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-        T normal;
+        bf16 normal;
         down(up(from[i]) * factor, &normal);  // rounds here, as the reference does
         down(up(normal) * (up(weight[i]) + offset), to + i);
     }
@@ -22,15 +22,14 @@ static inline void normalise(const T* from, const T* weight, float factor, float
 
 // sum = x + y [rows, width]; y null: sum is x and not written. scale [rows] = 1 / rms(sum), and
 // out = sum * scale * (weight + offset). offset: 1 in families whose stored weights are reduced by 1.
-template <class T>
-static void add_norm(const T* x, const T* y, const T* weight, T* sum, T* out, float* scale, int64_t rows, int64_t width,
-                     float epsilon, float offset, int threads) {
+extern "C" void add_norm(const bf16* x, const bf16* y, const bf16* weight, bf16* sum, bf16* out, float* scale,
+                         int64_t rows, int64_t width, float epsilon, float offset, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
-        const T* from = x + row * width;
+        const bf16* from = x + row * width;
         if (y) {
-            const T* other = y + row * width;
-            T* to = sum + row * width;
+            const bf16* other = y + row * width;
+            bf16* to = sum + row * width;
 #pragma omp simd
             for (int64_t i = 0; i < width; ++i) down(up(from[i]) + up(other[i]), to + i);
             from = to;
@@ -46,22 +45,23 @@ static void add_norm(const T* x, const T* y, const T* weight, T* sum, T* out, fl
 
 // out [rows, width] = gradient of the norm's input x, plus sum_gradient, which reaches x without passing the norm
 // (null: none). again: receives the norm's output, computed again (null: not wanted).
-template <class T>
-static void norm_backward(const T* gradient, const T* x, const T* weight, const float* scale, const T* sum_gradient,
-                          T* out, T* again, int64_t rows, int64_t width, float offset, int threads) {
+extern "C" void norm_backward(const bf16* gradient, const bf16* x, const bf16* weight, const float* scale,
+                              const bf16* sum_gradient, bf16* out, bf16* again, int64_t rows, int64_t width,
+                              float offset, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
-        const T *g = gradient + row * width, *from = x + row * width;
+        const bf16 *g = gradient + row * width, *from = x + row * width;
         float factor = scale[row], dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int64_t i = 0; i < width; ++i) dot += up(g[i]) * (up(weight[i]) + offset) * up(from[i]);
         float mean = dot * factor / float(width);
-        T* to = out + row * width;
+        bf16* to = out + row * width;
         if (sum_gradient) {
-            const T* past = sum_gradient + row * width;
+            const bf16* past = sum_gradient + row * width;
 #pragma omp simd
             for (int64_t i = 0; i < width; ++i)
-                down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean) + up(past[i]), to + i);
+                down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean) + up(past[i]),
+                     to + i);
         } else {
 #pragma omp simd
             for (int64_t i = 0; i < width; ++i)
@@ -74,23 +74,21 @@ static void norm_backward(const T* gradient, const T* x, const T* weight, const 
 // Prefetches part of the next row. The processor's own prefetching comes too late, because each row takes long to
 // compute.
 static const int64_t PIECE = 256;
-template <class T>
-static inline void prefetch(const T* row, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+static inline void prefetch(const bf16* row, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += 32) __builtin_prefetch(row + i, 0, 2);
 }
 
 // out [rows, width] = silu(gate) * up, where gate_up [rows, 2 * width] holds gate in its first half and up in the
 // other.
-template <class T>
-static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
-    bool past = rows * width * int64_t(sizeof(T)) > PAST_BYTES;
+extern "C" void gated(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, int threads) {
+    bool past = rows * width * 2 > PAST_BYTES;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> made(width);
-        T* to = made.data();
+        std::vector<bf16> made(width);
+        bf16* to = made.data();
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
-            const T *gate = gate_up + row * 2 * width, *other = gate + width;
+            const bf16 *gate = gate_up + row * 2 * width, *other = gate + width;
             for (int64_t first = 0; first < width; first += PIECE) {
                 int64_t last = std::min(width, first + PIECE);
                 if (row + 1 < rows) {
@@ -100,7 +98,7 @@ static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int thr
 #pragma omp simd
                 for (int64_t i = first; i < last; ++i) {
                     float g = up(gate[i]);
-                    down(g * sigmoid<T>(g) * up(other[i]), to + i);
+                    down(g * sigmoid(g) * up(other[i]), to + i);
                 }
             }
             put(to, out + row * width, width, past);
@@ -111,17 +109,16 @@ static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int thr
 
 // out [rows, 2 * width] = gradient of gate_up. again [rows, width]: receives gated's output, computed again (null: not
 // wanted).
-template <class T>
-static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again, int64_t rows, int64_t width,
-                           int threads) {
-    bool past = 2 * rows * width * int64_t(sizeof(T)) > PAST_BYTES;
+extern "C" void gated_backward(const bf16* gradient, const bf16* gate_up, bf16* out, bf16* again, int64_t rows,
+                               int64_t width, int threads) {
+    bool past = 2 * rows * width * 2 > PAST_BYTES;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> made(3 * width);
-        T *to_gate = made.data(), *to_up = to_gate + width, *to_out = to_up + width;
+        std::vector<bf16> made(3 * width);
+        bf16 *to_gate = made.data(), *to_up = to_gate + width, *to_out = to_up + width;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
-            const T *gate = gate_up + row * 2 * width, *other = gate + width, *from = gradient + row * width;
+            const bf16 *gate = gate_up + row * 2 * width, *other = gate + width, *from = gradient + row * width;
             for (int64_t first = 0; first < width; first += PIECE) {
                 int64_t last = std::min(width, first + PIECE);
                 if (row + 1 < rows) {
@@ -132,7 +129,7 @@ static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again
 #pragma omp simd
                 for (int64_t i = first; i < last; ++i) {
                     float g = up(gate[i]), d = up(from[i]), o = up(other[i]);
-                    float s = sigmoid<T>(g), silu = g * s;
+                    float s = sigmoid(g), silu = g * s;
                     down(d * silu, to_up + i);
                     down(d * o * (s + silu * (1.0f - s)), to_gate + i);
                     down(silu * o, to_out + i);
@@ -145,51 +142,26 @@ static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again
     }
 }
 
-// loss[row] = -log p(label) under the logits scores [rows, vocabulary]. gradient: replace scores by the gradient of the
-// sum of share[row] * loss[row].
-template <class T>
-static void cross_entropy(T* scores, const int64_t* labels, float* loss, int64_t rows, int64_t vocabulary,
-                          const float* share, bool gradient, int threads) {
+// loss[row] = -log p(label) under the logits scores [rows, vocabulary]. Where share [rows] is
+// given, scores are replaced by the gradient of the sum of share[row] * loss[row].
+extern "C" void cross_entropy(bf16* scores, const int64_t* labels, float* loss, int64_t rows, int64_t vocabulary,
+                              const float* share, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
-        T* s = scores + row * vocabulary;
+        bf16* s = scores + row * vocabulary;
         float most = -INFINITY;
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < vocabulary; ++i) most = std::max(most, up(s[i]));
         float total = 0;
 #pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < vocabulary; ++i) total += exponential<T>(up(s[i]) - most);
+        for (int64_t i = 0; i < vocabulary; ++i) total += exponential(up(s[i]) - most);
         int64_t label = labels[row];
         float wanted = up(s[label]) - most, log_total = std::log(total);
         loss[row] = log_total - wanted;
-        if (!gradient) continue;
+        if (!share) continue;
         float inverse = share[row] / total;
 #pragma omp simd
-        for (int64_t i = 0; i < vocabulary; ++i) down(exponential<T>(up(s[i]) - most) * inverse, s + i);
+        for (int64_t i = 0; i < vocabulary; ++i) down(exponential(up(s[i]) - most) * inverse, s + i);
         down((std::exp(wanted - log_total) - 1.0f) * share[row], s + label);
     }
 }
-
-#define EXPORTS(T, NAME)                                                                                               \
-    extern "C" void add_norm_##NAME(const T* x, const T* y, const T* w, T* sum, T* out, float* scale, int64_t rows,    \
-                                    int64_t width, float epsilon, float offset, int threads) {                         \
-        add_norm<T>(x, y, w, sum, out, scale, rows, width, epsilon, offset, threads);                                  \
-    }                                                                                                                  \
-    extern "C" void norm_backward_##NAME(const T* g, const T* x, const T* w, const float* scale, const T* above,       \
-                                         T* out, T* again, int64_t rows, int64_t width, float offset, int threads) {   \
-        norm_backward<T>(g, x, w, scale, above, out, again, rows, width, offset, threads);                             \
-    }                                                                                                                  \
-    extern "C" void gated_##NAME(const T* x, T* out, int64_t rows, int64_t width, int threads) {                       \
-        gated<T>(x, out, rows, width, threads);                                                                        \
-    }                                                                                                                  \
-    extern "C" void gated_backward_##NAME(const T* g, const T* x, T* out, T* again, int64_t rows, int64_t width,       \
-                                          int threads) {                                                               \
-        gated_backward<T>(g, x, out, again, rows, width, threads);                                                     \
-    }                                                                                                                  \
-    extern "C" void cross_entropy_##NAME(T* scores, const int64_t* labels, float* loss, int64_t rows,                  \
-                                         int64_t vocabulary, const float* share, int gradient, int threads) {          \
-        cross_entropy<T>(scores, labels, loss, rows, vocabulary, share, gradient != 0, threads);                       \
-    }
-
-EXPORTS(float, f32)
-EXPORTS(bf16, bf16)

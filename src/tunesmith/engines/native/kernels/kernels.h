@@ -23,14 +23,14 @@ struct Pages {
 };
 
 extern "C" {
-void add_norm_bf16(const bf16* x, const bf16* y, const bf16* weight, bf16* sum, bf16* out, float* scale, int64_t rows,
+void add_norm(const bf16* x, const bf16* y, const bf16* weight, bf16* sum, bf16* out, float* scale, int64_t rows,
                    int64_t width, float epsilon, float offset, int threads);
-void gated_bf16(const bf16* x, bf16* out, int64_t rows, int64_t width, int threads);
+void gated(const bf16* x, bf16* out, int64_t rows, int64_t width, int threads);
 bool gated_product(const Operands* operands, const bf16* b, int64_t depth, int64_t n, int threads);
 void product(const Operands* operands, const bf16* b, int64_t depth, const float* bias, int64_t n, int threads);
-void decode_split_bf16(const Pages* p, const bf16* qkv, const float* cosine, const float* sine, bf16* q, bf16* keys,
+void decode_split(const Pages* p, const bf16* qkv, const float* cosine, const float* sine, bf16* q, bf16* keys,
                        bf16* values, int threads);
-void decode_mix_bf16(const Pages* p, const bf16* q, const bf16* early_keys, const bf16* early_values, const bf16* keys,
+void decode_mix(const Pages* p, const bf16* q, const bf16* early_keys, const bf16* early_values, const bf16* keys,
                      const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix, bool prompt,
                      float scale, int threads);
 }

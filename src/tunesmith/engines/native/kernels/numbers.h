@@ -1,10 +1,10 @@
-// What all kernels share: the two number types, exponentials, rotations, writes past the caches.
+// What all kernels share: the type bf16, exponentials, rotations, writes past the caches.
 //
 // This is plain C++ that a recent compiler vectorises. __init__.py compiles it for this machine at first use.
 // network/ops.py has the same arithmetic in PyTorch, for machines without a compiler and as a reference for the tests.
 // One thread computes a row, in a fixed order, so results do not depend on the number of threads.
 //
-// Activations are float or bf16 in memory and float in registers. Tensors [T, ...] are contiguous; T: tokens.
+// Activations are bf16 in memory and float in registers. Tensors [T, ...] are contiguous; T: tokens.
 
 #pragma once
 
@@ -35,53 +35,34 @@ struct bf16 {
     return found;
 }
 
-static inline float up(float v) { return v; }
 static inline float up(bf16 v) {
     uint32_t wide = uint32_t(v.bits) << 16;
     float out;
     std::memcpy(&out, &wide, 4);
     return out;
 }
-static inline void down(float v, float* to) { *to = v; }
 static inline void down(float v, bf16* to) {  // rounds to nearest even; a NaN as processors produce it stays NaN
     uint32_t wide;
     std::memcpy(&wide, &v, 4);
     to->bits = uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-// e^x as 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. For float: Cephes' expf, relative error about 2e-7. For bf16:
-// the Taylor polynomial of degree 4, relative error about 5e-5, a fortieth of the rounding error of bf16.
-template <class T>
+// e^x as 2^n times the Taylor polynomial of degree 4 on [-ln 2 / 2, ln 2 / 2]: relative error about 5e-5, a fortieth of
+// the rounding error of bf16.
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    float n = std::nearbyint(x * 1.44269504088896341f), p;
-    if (sizeof(T) == 2) {
-        float r = x - n * 0.69314718056f;
-        p = ((((1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1.0f) * r + 1.0f;
-    } else {
-        float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-        p = 1.9875691500e-4f;
-        p = p * r + 1.3981999507e-3f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        p = p * r * r + r + 1.0f;
-    }
+    float n = std::nearbyint(x * 1.44269504088896341f), r = x - n * 0.69314718056f;
+    float p = ((((1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1.0f) * r + 1.0f;
     int32_t scaled = (int32_t(n) + 127) << 23;
     float two;
     std::memcpy(&two, &scaled, 4);
     return p * two;
 }
 
-template <class T>
-static inline float sigmoid(float g) {
-    return 1.0f / (1.0f + exponential<T>(-g));
-}
+static inline float sigmoid(float g) { return 1.0f / (1.0f + exponential(-g)); }
 
 // Replaces held [all] by e^(held - maximum) and returns the sum. Works in blocks of 16, so held needs room for 16 more.
-template <class T>
 [[maybe_unused]] static inline float exponentials(float* held, int64_t all) {
     float most[16], total[16] = {}, sum = 0;
     for (int j = 0; j < 16; ++j) held[all + j] = most[j] = -INFINITY;
@@ -92,7 +73,7 @@ template <class T>
     for (int64_t i = 0; i < all; i += 16)
 #pragma omp simd
         for (int j = 0; j < 16; ++j) {
-            float e = exponential<T>(held[i + j] - shift);
+            float e = exponential(held[i + j] - shift);
             e = held[i + j] == -INFINITY ? 0.0f : e;
             held[i + j] = e;
             total[j] += e;
@@ -102,9 +83,8 @@ template <class T>
 }
 
 // Rotates a head [2 * half] by angles [half]; sign -1 rotates back.
-template <class T>
-[[maybe_unused]] static inline void rotate(const T* from, T* to, const float* cosine, const float* sine, int64_t half,
-                                           float sign) {
+[[maybe_unused]] static inline void rotate(const bf16* from, bf16* to, const float* cosine, const float* sine,
+                                           int64_t half, float sign) {
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
         float first = up(from[i]), second = up(from[half + i]), s = sign * sine[i];
@@ -115,15 +95,14 @@ template <class T>
 
 // Copies `count` numbers. past: write past the caches (non-temporal stores). A result too large to stay in the caches
 // is written twice as fast that way, because a cached write first reads each line.
-template <class T>
-[[maybe_unused]] static inline void put(const T* from, T* to, int64_t count, bool past) {
+[[maybe_unused]] static inline void put(const bf16* from, bf16* to, int64_t count, bool past) {
 #if defined(__AVX512F__)
-    int64_t line = 64 / sizeof(T), lines = past && (uintptr_t)to % 64 == 0 ? count / line : 0;
+    int64_t line = 32, lines = past && (uintptr_t)to % 64 == 0 ? count / line : 0;
     for (int64_t i = 0; i < lines; ++i)
         _mm512_stream_si512((__m512i*)(to + i * line), _mm512_loadu_si512((const void*)(from + i * line)));
-    std::memcpy((void*)(to + lines * line), from + lines * line, (count - lines * line) * sizeof(T));
+    std::memcpy((void*)(to + lines * line), from + lines * line, (count - lines * line) * 2);
 #else
-    std::memcpy((void*)to, from, count * sizeof(T));
+    std::memcpy((void*)to, from, count * 2);
 #endif
 }
 [[maybe_unused]] static inline void settled() {  // makes writes past the caches visible to all threads

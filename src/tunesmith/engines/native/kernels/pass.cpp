@@ -63,24 +63,24 @@ extern "C" void decoding_pass(const Pass* pass) {
     const int threads = int(p.threads);
     for (int64_t n = 0; n < p.layers; ++n) {
         const PassLayer& layer = p.layer[n];
-        add_norm_bf16(p.x, n ? p.added : nullptr, layer.attention_norm, p.x, p.normed, p.norms, p.rows, p.width,
+        add_norm(p.x, n ? p.added : nullptr, layer.attention_norm, p.x, p.normed, p.norms, p.rows, p.width,
                       p.epsilon, p.offset, threads);
         multiply(layer.qkv, p.normed, p.low, p.qkv, p.rows, threads);
-        decode_split_bf16(p.pages, p.qkv, p.cosine, p.sine, p.q, layer.keys, layer.values, threads);
+        decode_split(p.pages, p.qkv, p.cosine, p.sine, p.q, layer.keys, layer.values, threads);
         for (const Group* g = p.group; g < p.group + p.groups; ++g) {
             const bf16* keys = g->prefix ? g->shared[n] : nullptr;
             const bf16* values = g->prefix ? g->shared[p.layers + n] : nullptr;
-            decode_mix_bf16(p.pages, p.q, keys, values, layer.keys, layer.values, p.mixed, g->first, g->count, g->prefix,
+            decode_mix(p.pages, p.q, keys, values, layer.keys, layer.values, p.mixed, g->first, g->count, g->prefix,
                             g->prompt, p.scale, threads);
         }
         multiply(layer.o, p.mixed, p.low, p.added, p.rows, threads);
-        add_norm_bf16(p.x, p.added, layer.mlp_norm, p.x, p.normed, p.norms, p.rows, p.width, p.epsilon, p.offset,
+        add_norm(p.x, p.added, layer.mlp_norm, p.x, p.normed, p.norms, p.rows, p.width, p.epsilon, p.offset,
                       threads);
         Operands middle = operands_of(layer.gate_up, p.normed, p.low, p.middle, p.rows, threads);
         if (layer.gate_up.bias || !gated_product(&middle, layer.gate_up.packed, p.width, layer.gate_up.out, threads)) {
             middle.c = p.gate_up;
             product(&middle, layer.gate_up.packed, p.width, layer.gate_up.bias, layer.gate_up.out, threads);
-            gated_bf16(p.gate_up, p.middle, p.rows, layer.gate_up.out / 2, threads);
+            gated(p.gate_up, p.middle, p.rows, layer.gate_up.out / 2, threads);
         }
         multiply(layer.down, p.middle, p.low, p.added, p.rows, threads);
     }

@@ -193,7 +193,7 @@ extern "C" bool gated_product(const Operands* operands, const bf16* b, int64_t d
                                 bf16 g, o;
                                 down(gate[r * 32 + at], &g);
                                 down(other[r * 32 + at], &o);
-                                down(up(g) * sigmoid<bf16>(up(g)) * up(o), to + at);
+                                down(up(g) * sigmoid(up(g)) * up(o), to + at);
                             }
                         }
                     });

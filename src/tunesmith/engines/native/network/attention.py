@@ -11,7 +11,6 @@ P prefix tokens, D head size.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ class Layout:
         cos, sin = self.turns[self.rotary[layer]]
         kernel = ops.kernel_for("split", qkv)
         if kernel is not None:
-            self._call(kernel, qkv.contiguous(), blocks, cos, sin)
+            ops.call(kernel, self.native, qkv.contiguous(), cos, sin, *blocks, True)
             return blocks
         heads = self.kv * self.group
         parts = qkv.unflatten(-1, (-1, self.shape.head)).split((heads, self.kv, self.kv), 1)
@@ -104,9 +103,9 @@ class Layout:
         heads = self.kv * self.group
         cos, sin = self.turns[self.rotary[layer]]
         out = blocks.q.new_empty(len(self.row_of), (heads + 2 * self.kv) * self.shape.head)
-        kernel = ops.kernel_for("split_backward", out)
+        kernel = ops.kernel_for("split", out)
         if kernel is not None:
-            self._call(kernel, out, blocks, cos, sin)
+            ops.call(kernel, self.native, out, cos, sin, *blocks, False)
             return out
         parts = [self._take(shared, own) for shared, own in zip(blocks[:3], blocks[3:], strict=True)]
         rotated = (ops.rotate(parts[0], cos, -sin), ops.rotate(parts[1], cos, -sin), parts[2])
@@ -118,7 +117,7 @@ class Layout:
         kernel = ops.kernel_for("gather", out)
         if kernel is None:
             return self._take(shared, own).flatten(1)
-        self._gather(kernel, out, shared, own, 1)
+        ops.call(kernel, self.native, out, shared, own, True)
         return out
 
     def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,16 +127,8 @@ class Layout:
         if kernel is None:
             self._fill(x.unflatten(-1, (-1, self.shape.head)), blocks.qp, blocks.q)
         else:
-            self._gather(kernel, x.contiguous(), blocks.qp, blocks.q, 0)
+            ops.call(kernel, self.native, x.contiguous(), blocks.qp, blocks.q, False)
         return blocks.qp, blocks.q
-
-    def _call(self, kernel: Any, flat: Tensor, blocks: Blocks, cos: Tensor, sin: Tensor) -> None:
-        at = ops.at
-        kernel(ctypes.byref(self.native), at(flat), at(cos), at(sin), *map(at, blocks), torch.get_num_threads())
-
-    def _gather(self, kernel: Any, flat: Tensor, shared: Tensor, own: Tensor, to_tokens: int) -> None:
-        at = ops.at
-        kernel(ctypes.byref(self.native), at(flat), at(shared), at(own), to_tokens, torch.get_num_threads())
 
     def _fill(self, x: Tensor, shared: Tensor, own: Tensor) -> None:
         """Copy x [T, heads, D] to blocks of queries, keys or values, in PyTorch."""
@@ -272,11 +263,8 @@ class _OnTiles(torch.autograd.Function):
 
 
 def _call_tiles(name: str, layout: Layout, layer: int, qkv: Tensor, *others: Tensor) -> None:
-    at, turns = ops.at, layout.turns[layout.rotary[layer]]
-    getattr(native.library(), name)(
-        *(ctypes.byref(layout.native), at(qkv), *map(at, turns), *map(at, others)),
-        *(ctypes.c_float(layout.scale), torch.get_num_threads()),
-    )
+    turns = layout.turns[layout.rotary[layer]]
+    ops.call(getattr(native.library(), name), layout.native, qkv, *turns, *others, float(layout.scale))
 
 
 def _through_cap(layout: Layout, gradient: Tensor, q: Tensor, k: Tensor) -> None:

@@ -44,7 +44,7 @@ class Shape:
 
     attention_scale: factor of attention scores. norm_offset: added to the norms' weights. embedding_scale: factor of
     the embeddings. gelu: the MLP's gate is tanh-approximated GELU instead of SiLU. score_cap and logit_cap: a cap c
-    replaces attention scores or logits s by c tanh(s / c). passes.py lists the fields that kernels/pass.cpp computes.
+    replaces attention scores or logits s by c tanh(s / c). A field's default means Llama's way, here and in Layer.
     """
 
     layers: int
@@ -73,8 +73,8 @@ class Layer:
     linear: dict[str, PackedLinear]
     attention_norm: Tensor
     mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
     after_attention: Tensor | None = None
     after_mlp: Tensor | None = None
     rotary: int = 0

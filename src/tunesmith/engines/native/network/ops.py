@@ -18,22 +18,33 @@ from torch import Tensor
 from tunesmith.engines.decoding import constraint
 from tunesmith.engines.native import kernels as native
 
-_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _GATHERED_ROWS = 64  # rows whose keys and values decode_mix gathers at once, in PyTorch
 
 
 def kernel_for(name: str, x: Tensor) -> Any:
     """The compiled kernel of that name for tensors like x; None if there is none."""
-    library = native.library() if x.dtype in _NAMES else None
-    return None if library is None else getattr(library, f"{name}_{_NAMES[x.dtype]}")
+    library = native.library() if x.dtype == torch.bfloat16 else None
+    return None if library is None else getattr(library, name)
 
 
-def at(x: Tensor | None) -> ctypes.c_void_p:
-    """The address of a contiguous tensor's data; null for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+_threads = torch.get_num_threads
 
 
-_int, _float, _threads = ctypes.c_int64, ctypes.c_float, torch.get_num_threads
+def call(kernel: Any, *given: Any) -> None:
+    """Run a kernel with contiguous tensors (None: a null pointer), structures and numbers, on this thread's threads."""
+    kernel(*map(_native, given), _threads())
+
+
+def _native(value: Any) -> Any:
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    if isinstance(value, bool):
+        return ctypes.c_bool(value)
+    if isinstance(value, int):
+        return native.INT64(value)
+    if isinstance(value, float):
+        return native.FLOAT(value)
+    return native.POINTER(None if value is None else value.data_ptr())
 
 
 def add_norm(
@@ -55,10 +66,7 @@ def add_norm(
     out = torch.empty_like(x)
     scale = torch.empty(rows, 1)
     into = None if y is None else total
-    kernel(
-        *(at(x), at(y), at(weight), at(into), at(out), at(scale)),
-        *(_int(rows), _int(width), _float(epsilon), _float(offset), _threads()),
-    )
+    call(kernel, x, y, weight, into, out, scale, rows, width, float(epsilon), float(offset))
     return total, out, scale
 
 
@@ -87,10 +95,7 @@ def norm_backward(
     gradient, out = gradient.contiguous(), torch.empty_like(x)
     output = torch.empty_like(x) if again else None
     sum_gradient = None if sum_gradient is None else sum_gradient.contiguous()
-    kernel(
-        *(at(gradient), at(x), at(weight), at(scale), at(sum_gradient), at(out), at(output)),
-        *(_int(x.numel() // width), _int(width), _float(offset), _threads()),
-    )
+    call(kernel, gradient, x, weight, scale, sum_gradient, out, output, x.numel() // width, width, float(offset))
     return out, output
 
 
@@ -103,7 +108,7 @@ def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
         return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * other
     gate_up = gate_up.contiguous()
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    kernel(at(gate_up), at(out), _int(out.numel() // width), _int(width), _threads())
+    call(kernel, gate_up, out, out.numel() // width, width)
     return out
 
 
@@ -133,7 +138,7 @@ def gated_backward(
         torch.mul(gradient * other, sigmoid + silu * (1 - sigmoid), out=to_gate)
         return result, output
     gradient = gradient.contiguous()
-    kernel(at(gradient), at(gate_up), at(result), at(output), _int(gradient.numel() // width), _int(width), _threads())
+    call(kernel, gradient, gate_up, result, output, gradient.numel() // width, width)
     return result, output
 
 
@@ -167,7 +172,7 @@ def softmax_(
         shared.copy_(weights[..., :cut].reshape(shared.shape))
         own.copy_(weights[..., cut:])
         return
-    kernel(at(shared), at(own), _int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads())
+    call(kernel, shared, own, own.numel() // longest, cut, longest, float(scale))
 
 
 def cap_(scores: Tensor, cap: float | None) -> Tensor:
@@ -190,10 +195,7 @@ def softmax_backward_(
         own_gradient.copy_(own.float() * (own_gradient.float() - dot) * scale)
         return
     cut = 0 if shared is None else shared.shape[-1]
-    kernel(
-        *(at(shared), at(own), at(shared_gradient), at(own_gradient)),
-        *(_int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads()),
-    )
+    call(kernel, shared, own, shared_gradient, own_gradient, own.numel() // longest, cut, longest, float(scale))
 
 
 def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tensor:
@@ -212,10 +214,7 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
             scores.copy_(wide.mul_(share[:, None]))
         return loss
     loss = torch.empty(scores.shape[0])
-    kernel(
-        *(at(scores), at(labels), at(loss), _int(scores.shape[0]), _int(scores.shape[1])),
-        *(at(share), int(share is not None), _threads()),
-    )
+    call(kernel, scores, labels, loss, *scores.shape, share)
     return loss
 
 
@@ -286,7 +285,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
     places.native.stride = keys.stride(0)
-    kernel(ctypes.byref(places.native), *map(at, (qkv, cos, sin, q, keys, values)), _threads())
+    call(kernel, places.native, qkv, cos, sin, q, keys, values)
     return q
 
 
@@ -345,11 +344,8 @@ def decode_mix(
         out[rows] = mixed.to(q.dtype).transpose(0, 1).reshape(count, -1)
         return
     places.native.stride = keys.stride(0)
-    kernel(
-        *(ctypes.byref(places.native), at(q), *((None, None) if prefix is None else map(at, prefix[:2]))),
-        *(at(keys), at(values), at(out), *map(_int, (first, count, shared)), ctypes.c_bool(prompt)),
-        *(_float(scale), _threads()),
-    )
+    early = (None, None) if prefix is None else prefix[:2]
+    call(kernel, places.native, q, *early, keys, values, out, first, count, shared, prompt, float(scale))
 
 
 def _grouped(x: Tensor, y: Tensor) -> Tensor:
@@ -363,7 +359,7 @@ def largest(scores: Tensor) -> Tensor:
     if kernel is None:
         return scores.argmax(-1)
     places = torch.empty(scores.shape[0], dtype=torch.long)
-    kernel(at(scores), at(places), _int(scores.shape[0]), _int(scores.shape[1]), _threads())
+    call(kernel, scores, places, *scores.shape)
     return places
 
 
@@ -373,7 +369,7 @@ def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
     if kernel is None:
         constraint.forbid_(scores, rows, bits)
         return
-    kernel(at(scores), at(rows), at(bits), _int(len(rows)), _int(bits.shape[1]), _int(scores.shape[1]), _threads())
+    call(kernel, scores, rows, bits, *bits.shape, scores.shape[1])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ Shapes: T tokens, M width, H query heads, K key/value heads, D head size, F the 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tunesmith.engines.native import kernels
 from tunesmith.engines.native.adapters.adapter import Place
+from tunesmith.engines.native.kernels import FLOAT, INT64, POINTER
 from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Shape, angles, embedded
 from tunesmith.engines.native.network.ops import Places, PrefixPages
 from tunesmith.engines.native.network.products import LowRankFactors, PackedLinear
@@ -25,95 +26,55 @@ from tunesmith.engines.native.network.products import LowRankFactors, PackedLine
 # row's adapter (no mask: there are none). Returns None for a place that is not adapted.
 FactorsAt = Callable[[Place], "tuple[LowRankFactors, Tensor | None] | None"]
 
-# What pass.cpp computes, by field of Shape and Layer. A field that is in neither table makes a network unfit, and so
-# does another value of a field in the second table.
-_ANY_VALUE: Mapping[type, frozenset[str]] = {
-    Shape: frozenset(
-        (
-            *(
-                "layers",
-                "width",
-                "heads",
-                "kv_heads",
-                "head",
-                "vocabulary",
-                "epsilon",
-                "attention_scale",
-                "norm_offset",
-            ),
-            *("embedding_scale", "logit_cap"),  # applied in Python, before and after the pass
-        )
-    ),
-    Layer: frozenset(("linear", "attention_norm", "mlp_norm", "rotary")),
-}
-_ONLY_VALUE: Mapping[type, Mapping[str, bool | None]] = {
-    Shape: {"gelu": False, "score_cap": None},
-    Layer: dict.fromkeys(("q_norm", "k_norm", "after_attention", "after_mlp", "window")),
-}
+# What pass.cpp computes of the fields that have a default, which means that a network is as Llama's there.
+_COMPUTED = ("norm_offset", "embedding_scale", "logit_cap", "rotary")  # the second and third in Python, around the pass
 
 
 class _Product(ctypes.Structure):
     """Product of pass.cpp."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("packed", "a_for_low", "c_for_output", "bias", "masked")),
-        *((name, ctypes.c_int64) for name in ("out", "into", "rank")),
-    )
+    _fields_ = kernels.fields((POINTER, "packed a_for_low c_for_output bias masked"), (INT64, "out into rank"))
 
 
 class _Layer(ctypes.Structure):
     """PassLayer of pass.cpp."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "keys", "values")),
-        *((group, _Product) for group in GROUPS),
-    )
+    _fields_ = kernels.fields((POINTER, "attention_norm mlp_norm keys values"), (_Product, " ".join(GROUPS)))
 
 
 class _Group(ctypes.Structure):
     """Group of pass.cpp."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("first", "count", "prefix", "prompt")),
-        ("shared", ctypes.c_void_p),
-    )
+    _fields_ = kernels.fields((INT64, "first count prefix prompt"), (POINTER, "shared"))
 
 
-_BUFFERS = ("x", "added", "normed", "qkv", "q", "mixed", "gate_up", "middle", "low", "norms")
+_BUFFERS = "x added normed qkv q mixed gate_up middle low norms"
 
 
 class _Pass(ctypes.Structure):
     """Pass of pass.cpp."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "width", "layers", "groups", "threads")),
-        *((name, ctypes.c_float) for name in ("epsilon", "offset", "scale")),
-        *((name, ctypes.c_void_p) for name in ("layer", "group", "pages", "cosine", "sine", *_BUFFERS)),
+    _fields_ = kernels.fields(
+        (INT64, "rows width layers groups threads"),
+        (FLOAT, "epsilon offset scale"),
+        (POINTER, f"layer group pages cosine sine {_BUFFERS}"),
     )
 
 
 def fits(network: Network) -> bool:
     """Whether pass.cpp computes a network: layers like Llama's, in bf16, on a processor with tiles."""
     library = kernels.library()
-    if library is None or library.tiles() != 1 or network.dtype != torch.bfloat16:
+    if library is None or library.tiles() != 1 or network.dtype != torch.bfloat16 or len(network.rotary) != 1:
         return False
-    if len(network.rotary) != 1 or not _computes(network.shape):
+    if not _computes(network.shape) or not all(map(_computes, network.layers)):
         return False
-    return all(
-        _computes(layer)
-        and all(isinstance(product, PackedLinear) and product.tiles is not None for product in layer.linear.values())
-        for layer in network.layers
-    )
+    return all(product.tiles is not None for layer in network.layers for product in layer.linear.values())
 
 
 def _computes(described: Shape | Layer) -> bool:
     """Whether pass.cpp takes every field into account."""
-    kind = Shape if isinstance(described, Shape) else Layer
-    any_value, only_value = _ANY_VALUE[kind], _ONLY_VALUE[kind]
-    return all(
-        name in any_value or (name in only_value and getattr(described, name) is only_value[name])
-        for name in (field.name for field in fields(described))
-    )
+    stated = [each for each in fields(described) if each.default is not MISSING and each.name not in _COMPUTED]
+    return all(getattr(described, each.name) is each.default for each in stated)
 
 
 class Pass:
@@ -152,7 +113,7 @@ class Pass:
         self._call.layer, self._call.group = ctypes.addressof(layers), ctypes.addressof(native_groups)
         places.native.stride = caches[0][0].stride(0)
         self._call.pages = ctypes.addressof(places.native)
-        for name, tensor in zip(_BUFFERS, buffers, strict=True):
+        for name, tensor in zip(_BUFFERS.split(), buffers, strict=True):
             setattr(self._call, name, tensor.data_ptr())
         self._kept_alive += [layers, native_groups, buffers]
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.engines.native import kernels
-from tunesmith.engines.native.network.ops import at
+from tunesmith.engines.native.kernels import INT64, POINTER
+from tunesmith.engines.native.network.ops import call
 from tunesmith.engines.native.runtime import LargePages
 
 TILE = 32  # tiles multiply blocks of so many rows, columns and summands
@@ -32,44 +33,32 @@ _forward_pages, _backward_pages = LargePages(), LargePages()
 class LowRankFactors:
     """A low-rank change of a weight: x A^T C is added to its product.
 
-    a: A [R, in]. c: C [R, out], LoRA's B transposed. R is a multiple of TILE. Call refresh after a or c changed.
+    a: A [R, in]. c: C [R, out], LoRA's B transposed. R is a multiple of TILE. Call refresh after a or c changed. The
+    others are a and c, laid out for the product that they are named for.
     """
 
     def __init__(self, a: Tensor, c: Tensor) -> None:
         self.a, self.c = a, c
         self._tiles = _fits_tiles(a) and _fits_tiles(c)
+        self.a_for_low, self.a_for_gradient, self.c_for_gradient, self.c_for_output = a, a, c, c
         if self._tiles:
-            self._packed = [torch.empty_like(each) for each in (a, a, c, c)]
+            self.a_for_low, self.a_for_gradient = torch.empty_like(a), torch.empty_like(a)
+            self.c_for_gradient, self.c_for_output = torch.empty_like(c), torch.empty_like(c)
         self.refresh()
 
     def refresh(self) -> None:
         """Lay out the factors again."""
         if self._tiles:
-            _pack(self.a, self._packed[0], self._packed[1])
-            _pack(self.c, self._packed[2], self._packed[3])
+            _pack(self.a, self.a_for_low, self.a_for_gradient)
+            _pack(self.c, self.c_for_gradient, self.c_for_output)
 
     def low(self, x: Tensor) -> Tensor:
         """The low-rank activations x A^T: [T, in] -> [T, R]."""
-        return _product(x, self._packed[0], self.a.shape[0]) if self._tiles else x @ self.a.t()
+        return _product(x, self.a_for_low, self.a.shape[0]) if self._tiles else x @ self.a.t()
 
     def low_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient of the low-rank activations, gradient C^T: [T, out] -> [T, R]."""
-        return _product(gradient, self._packed[2], self.c.shape[0]) if self._tiles else gradient @ self.c.t()
-
-    @property
-    def a_for_low(self) -> Tensor:
-        """A, laid out for low."""
-        return self._packed[0] if self._tiles else self.a
-
-    @property
-    def c_for_output(self) -> Tensor:
-        """C, laid out to be multiplied by low-rank activations."""
-        return self._packed[3] if self._tiles else self.c
-
-    @property
-    def a_for_gradient(self) -> Tensor:
-        """A, laid out to be multiplied by gradients of low-rank activations."""
-        return self._packed[1] if self._tiles else self.a
+        return _product(gradient, self.c_for_gradient, self.c.shape[0]) if self._tiles else gradient @ self.c.t()
 
 
 class PackedLinear:
@@ -151,9 +140,8 @@ def outer(low: Tensor, x: Tensor, out: Tensor) -> None:
         return
     library = _tile_library()
     assert library is not None
-    low, x, int64 = low.contiguous(), x.contiguous(), ctypes.c_int64
-    sizes = (int64(low.shape[1]), at(x), int64(x.shape[1]), int64(x.shape[0]))
-    library.outer(at(low), *sizes, at(out), torch.get_num_threads())
+    low, x = low.contiguous(), x.contiguous()
+    call(library.outer, low, low.shape[1], x, x.shape[1], x.shape[0], out)
 
 
 @cache
@@ -179,21 +167,15 @@ def _mkldnn_layout(weight: Tensor) -> Tensor:
 
 def _pack(weight: Tensor, forward: Tensor | None, backward: Tensor | None) -> None:
     """Write a weight [n, k] into forward as the operand [k, n] of x W^T, and into backward as [n, k] of gradient W."""
-    rows, columns = weight.shape
     library = _tile_library()
     assert library is not None
-    sizes = (ctypes.c_int64(rows), ctypes.c_int64(columns))
-    library.pack(at(weight), *sizes, at(forward), at(backward), torch.get_num_threads())
+    call(library.pack, weight, *weight.shape, forward, backward)
 
 
 class _Operands(ctypes.Structure):
     """Operands of kernels.h."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "a2", "b2")),
-        *((name, ctypes.c_int64) for name in ("depth2", "rows")),
-        ("c", ctypes.c_void_p),
-    )
+    _fields_ = kernels.fields((POINTER, "a a2 b2"), (INT64, "depth2 rows"), (POINTER, "c"))
 
 
 def _product(
@@ -214,6 +196,5 @@ def _product(
         operands = _Operands(x.data_ptr(), low.data_ptr(), packed_low.data_ptr(), low.shape[1], rows, y.data_ptr())
     library = _tile_library()
     assert library is not None
-    int64 = ctypes.c_int64
-    library.product(ctypes.byref(operands), at(packed), int64(depth), at(bias), int64(out), torch.get_num_threads())
+    call(library.product, operands, packed, depth, bias, out)
     return y

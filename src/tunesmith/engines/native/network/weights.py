@@ -13,8 +13,8 @@ from torch import Tensor
 from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.engines.native.network.products import PackedLinear
-from tunesmith.engines.weights.whole_model import read_weights
-from tunesmith.models.families import GEMMAS, NATIVE_FAMILIES, is_native
+from tunesmith.engines.settings import GEMMAS, NATIVE_FAMILIES, is_native
+from tunesmith.engines.weights import read_weights
 from tunesmith.models.weight_files import ROTARY_TABLE
 
 # Rotary variants whose angles do not depend on the text's length.

@@ -1,4 +1,5 @@
-"""Starts the ranks of a training as Ray Train's workers, and restarts them from the newest checkpoint where one ends.
+"""Trainings on several ranks: rank 0 leads the whole command, and the others take part in the training it begins. The
+ranks are torchrun's, or Ray Train's workers, which are restarted from the newest checkpoint where one ends.
 
 Every worker must see the training's work folder under the same path. Ray sends Python objects by pickle.
 """
@@ -17,9 +18,14 @@ from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageEr
 from tunesmith.core.progress import Progress, Silent, Stopped
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.system.ray_cluster import check_room, connected, limit_to
+from tunesmith.engines.factory import load_sharded
 from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks
 from tunesmith.engines.settings import RaySettings
-from tunesmith.training.launchers.together import end, take_part
+from tunesmith.engines.training_protocol import ShardedModel, TrainableModel
+from tunesmith.models.base import check_base
+from tunesmith.training.scoring import AnswerScore, Score
+from tunesmith.training.spec import TrainingSpec
+from tunesmith.training.train import run_training
 
 _WHERE = "engine.ray"
 _MOST_FAILURES = 3  # workers that may end before the training is given up
@@ -149,3 +155,44 @@ def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
                 task.advance()
                 return fitted.result()
             task.advance(0)  # raises Stopped where the work was told to stop
+
+
+def begin(ranks: Ranks, spec: TrainingSpec, score: AnswerScore | None) -> None:
+    """Have the other ranks run this training with rank 0, which calls run_training next."""
+    scored = None if score is None else {"metric": score.metric, "rows": score.rows}
+    ranks.agree(lambda: {"spec": spec.model_dump(mode="json"), "score": scored})
+
+
+def end(ranks: Ranks) -> None:
+    """Let the other ranks end."""
+    ranks.agree(_nothing)
+
+
+def take_part(ranks: Ranks) -> None:
+    """Run the trainings that rank 0 begins, until it says that there are no more.
+
+    Raises Refused where this rank does not see the training's folder or has other files of the base.
+    """
+    while (job := ranks.agree(_nothing)) is not None:
+        spec = TrainingSpec.model_validate(job["spec"]).model_copy(update={"metrics": None})  # rank 0 shows the curves
+        if not spec.work.is_dir():
+            raise Refused(
+                f"rank {ranks.rank} does not see the training's folder",
+                where=str(spec.work),
+                fix="keep the project in a folder that all machines have under the same path",
+            )
+        check_base(spec.base)
+        model = load_sharded(spec.base, ranks)
+        score = None if job["score"] is None else AnswerScore(score=partial(_answer, model), **job["score"])
+        run_training(spec, model=model, score=score, ranks=ranks)
+
+
+def _answer(model: ShardedModel, trained: TrainableModel | None, _rows: int) -> Score:
+    """Take part in answering; rank 0 scores the answers."""
+    model.answer_together([], trained)
+    return Score(0.0, 0.0)
+
+
+def _nothing() -> dict[str, Any] | None:
+    """What rank 0 wants done at the end."""
+    return None

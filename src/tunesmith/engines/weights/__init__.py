@@ -1,1 +1,0 @@
-"""Weights in files, and modules that read theirs late."""

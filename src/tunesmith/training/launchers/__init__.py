@@ -1,1 +1,0 @@
-"""Trainings on several ranks: on torchrun's, or on Ray's workers."""
