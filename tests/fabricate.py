@@ -31,12 +31,13 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.records.candidate import Retrieve
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MeasuredCandidate, MetricInterval
 from tunesmith.records.training import TrainingBody
-from tunesmith.records.version import Decision
+from tunesmith.records.version import Decision, VersionBody
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
+from tunesmith.store.audit import Head
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -149,6 +150,25 @@ def training_body(**changes: Any) -> TrainingBody:
         "kept": 1, "ended": None, "checkpoint_bytes": 1,
     }  # fmt: skip
     return TrainingBody.model_validate({**usual, **changes})
+
+
+def version_body(name: str, number: int) -> VersionBody:
+    """What a version's record states."""
+    return VersionBody(
+        name=name,
+        number=number,
+        tenant="",
+        region="",
+        base=FINGERPRINT,
+        fingerprint=FINGERPRINT,
+        signer="olga",
+        override=None,
+        created_at="2026-02-03T10:11:12Z",
+        expires_at=None,
+        records=(),
+        blobs=(),
+        audit=Head(seq=0, digest=FINGERPRINT),
+    )
 
 
 # Datasets: commands to a smart home

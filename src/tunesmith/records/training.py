@@ -27,6 +27,8 @@ class RecordedSettings(Part):
     batch: int
     budget: float | None = None
     schedule: str | None = None
+    rank: int | None = None
+    rehearse: float = 0.0
     canaries: Mapping[str, JsonValue] | None = None
     permute_answers: bool = False
 

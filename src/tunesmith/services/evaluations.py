@@ -24,6 +24,7 @@ from tunesmith.pipeline.answers import plan as plan_gates
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
+from tunesmith.records.version import VersionBody
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.services.actions import audit_words
 from tunesmith.store import audit, database
@@ -73,7 +74,7 @@ def report(project: Project, version: str | None = None) -> EvidenceReport:
     from tunesmith.evaluation.report.data import report_data
 
     measured, judged, digest = _reported(project, version)
-    name = project.store.record(digest).body["name"] if digest else project.settings.name
+    name = VersionBody.read(project.store, digest).name if digest else project.settings.name
     return report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
 
 
@@ -164,7 +165,7 @@ def _reported(project: Project, version: str | None) -> tuple[str, str | None, s
     verdicts = [each for each in store.records_of("verdict") if each in children]
     judged = leading_verdict(store, measured, [*verdicts, last]) or last
     versions = [child for _, kind, child in store.children(judged) if kind == "version"]
-    newest = max(versions, key=lambda digest: store.record(digest).body["number"], default=None)
+    newest = max(versions, key=lambda digest: VersionBody.read(store, digest).number, default=None)
     return measured, judged, newest
 
 

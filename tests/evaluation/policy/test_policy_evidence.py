@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.evaluation.conftest import evaluated, outcome, verdict_of
-from tests.fabricate import Fabricated
+from tests.fabricate import Fabricated, version_body
 from tunesmith.candidates.asking import keep_answers
 from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
 from tunesmith.core.digests import canonical
@@ -31,7 +31,6 @@ from tunesmith.records.answers import AnswersBody
 from tunesmith.services.evaluations import report_sections, version_report
 from tunesmith.services.evidence import show_findings
 from tunesmith.store.people.identities import acting, add_user
-from tunesmith.store.records import Record
 
 Answering = Callable[[str], str]
 
@@ -200,7 +199,7 @@ def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated)
     assert [check.cells["tuned"].broke for check in found.policy.checks] == [0, 2]
     verdict = verdict_of(made, digest, {})
     parents = {"candidate": made.candidates["tuned"], "evaluation": digest, "verdict": verdict}
-    kept = made.store.put_record(Record(kind="version", parents=parents, body={"name": "home", "number": 1}))
+    kept = made.store.put_record(version_body("home", 1).record(parents))
     version: Any = SimpleNamespace(name="home", label="home@v1", digest=kept, evaluation=digest, verdict=verdict)
     reader = add_user(made.store, "rea", ["engineer"], actor=acting(made.store))
     whole = version_report(made.store, reader, version)

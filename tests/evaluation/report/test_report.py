@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
-from tests.fabricate import Fabricated, add, answer_lines, fabricate, put_answers
+from tests.fabricate import Fabricated, add, answer_lines, fabricate, put_answers, version_body
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.text.wording import detail_text, expected, percent, points, visible
 from tunesmith.evaluation.report import plots
@@ -16,8 +16,9 @@ from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.evidence import EvidenceReport, TrailEntry
 from tunesmith.evaluation.report.html import render
+from tunesmith.records.training import TrainedStep
+from tunesmith.records.version import ApprovalBody
 from tunesmith.services.evaluations import release_trail
-from tunesmith.store.records import Record
 
 HOSTILE = (
     '</pre><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }} javascript:alert(3) '
@@ -74,10 +75,11 @@ def check_whole(html: str) -> Page:
 def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> None:
     verdict = verdict_of(made, evaluation)
     parents = {"candidate": made.candidates["tuned"], "evaluation": evaluation, "verdict": verdict}
-    body = {"name": "home", "number": 3, "tenant": "", "region": "", "override": None, "signer": "olga"}
-    version = made.store.put_record(Record(kind="version", parents=parents, body=body))
-    said = {"approver": "amir", "decision": "approve", "reason": "sound"}
-    made.store.put_record(Record(kind="approval", parents={"version": version}, body=said))
+    body = version_body("home", 3)
+    version = made.store.put_record(body.record(parents))
+    said = {"role": "approver", "override": None, "audit": body.audit, "at": "x", "until": "x", "nonce": "x"}
+    approval = ApprovalBody(approver="amir", decision="approve", reason="sound", **said)
+    made.store.put_record(approval.record({"version": version}))
     entry = {"at": "2026-02-03T10:11:12.5Z", "actor": "amir", "action": "version.approve", "subject": version}
     trail = [TrailEntry(**entry, does="approved a version", detail={"reason": "sound", "empty": None})]
     data = report_data(made.store, evaluation, verdict, version, trail)
@@ -126,7 +128,6 @@ def test_headlines_of_every_verdict(made: Fabricated, evaluation: str) -> None:
 
 def test_what_is_forgotten_names_rehearsal(made: Fabricated, evaluation: str) -> None:
     data = report_data(made.store, evaluation, verdict_of(made, evaluation))
-    settings = data.training["settings"]
     assert "rehearse" not in " ".join(advise(data).reasons), "the gate passed"
     for found, stated, share in (
         ("fail", {}, "0.02"),
@@ -136,7 +137,8 @@ def test_what_is_forgotten_names_rehearsal(made: Fabricated, evaluation: str) ->
     ):
         gates = tuple(gate.model_copy(update={"outcome": found}) for gate in data.verdict.gates)
         verdict = data.verdict.model_copy(update={"gates": gates})
-        training = {**data.training, "settings": {**settings, **stated}}
+        settings = data.training.settings.model_copy(update=stated)
+        training = data.training.model_copy(update={"settings": settings})
         reasons = " ".join(advise(data.model_copy(update={"verdict": verdict, "training": training})).reasons)
         assert f"`train: {{rehearse: {share}}}`" in reasons if share else "rehearse" not in reasons
 
@@ -193,14 +195,14 @@ def test_words() -> None:
 
 def test_loss_charts_of_odd_curves() -> None:
     for losses in ([2.0, 1.0, 0.01], [1.0, 1.0], [7000.0, 6999.0], [1e-9, 1.0], [0.2] * 5000, [3, 2, float("nan")]):
-        curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+        curve = [TrainedStep.model_construct(step=step, loss=loss) for step, loss in enumerate(losses, start=1)]
         drawn = str(plots.loss_chart(curve, curve[:1]))
         Page(drawn)
         heights = [float(y) for _, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", drawn)]
         assert heights
         assert all(-0.1 <= height <= 220.1 for height in heights)
         assert len(drawn) < 40_000
-    assert plots.loss_chart([{"step": 1, "loss": 1.0}], []) == ""
+    assert plots.loss_chart(curve[:1], []) == ""
     scale = plots.Scale(-0.1, 0.3)
     found = [scale.at(value) for value in (-1.0, -0.1, 0.1, 0.3, 5.0)]
     assert found == ["0.00%", "0.00%", "50.00%", "100.00%", "100.00%"], "scales stay within the picture"

@@ -213,10 +213,10 @@ def _forgotten(data: Evidence) -> list[str]:
     change = MetricInterval(mean=-found.drop.mean, low=-found.drop.high, high=-found.drop.low)
     said = f"On {found.n} general questions, tuning changed the score by {_gap(change, data)}."
     gates = data.verdict.gates if data.verdict else ()
-    trained = (data.training or {}).get("settings")
-    if trained and any(gate.settings.suite and gate.outcome != "pass" for gate in gates):
-        share = min(1.0, 2 * trained.get("rehearse", 0.0) or 0.02)
-        if share == trained.get("rehearse"):
+    if data.training is not None and any(gate.settings.suite and gate.outcome != "pass" for gate in gates):
+        rehearsed = data.training.settings.rehearse
+        share = min(1.0, 2 * rehearsed or 0.02)
+        if share == rehearsed:
             return [said]
         said += f" With `train: {{rehearse: {share:g}}}` it keeps more of what the base can do."
     return [said]
@@ -284,9 +284,9 @@ def _cautions(data: Evidence) -> list[str]:
                 f"The judge of {metric} often changed its verdict with the order of the answers. "
                 f"It gave the same verdict in both orders for: {shares}."
             )
-    more = (data.training or {}).get("more_time")
-    if more is not None and more["gain"] is not None and more["gain"]["low"] > 0:
-        found.append(f"{data.focus} was not trained to the end. {more['text']}")
+    more = data.training.more_time if data.training else None
+    if more is not None and more.gain is not None and more.gain.low > 0:
+        found.append(f"{data.focus} was not trained to the end. {more.text}")
     found += policy_cautions(data)
     found += data.verdict.cautions if data.verdict else ()
     if conflicts := data.dataset.conflicts.requests:

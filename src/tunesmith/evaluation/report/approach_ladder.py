@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.evaluation.report.evidence import GroupLift, Ladder, LadderStep, LiftByGroup, Rung
 from tunesmith.evaluation.scores import Column, difference, metric_interval
-from tunesmith.store.records import Record
+from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
 
 # From the least effort to the most. A more elaborate approach must show that it adds something.
@@ -24,8 +25,7 @@ def approach_of(store: Store, candidate: Candidate) -> str:
     if candidate.endpoint is not None:
         return ENDPOINT
     if candidate.training is not None:
-        settings = store.record(candidate.training, kind="training").body.get("settings", {})
-        if settings.get("permute_answers"):
+        if TrainingBody.read(store, candidate.training).settings.permute_answers:
             return CONTROL
         return "tuning with retrieval" if candidate.retrieve is not None else "tuning"
     if candidate.retrieve is not None:
@@ -34,7 +34,7 @@ def approach_of(store: Store, candidate: Candidate) -> str:
 
 
 def approach_ladder(
-    store: Store, record: Record, columns: Mapping[tuple[str, str], Column], confidence: float
+    store: Store, body: EvaluationBody, columns: Mapping[tuple[str, str], Column], confidence: float
 ) -> Ladder:
     """The approaches from simple to elaborate, and what each adds on the same rows.
 
@@ -42,17 +42,13 @@ def approach_ladder(
     chosen so far. Chosen is the highest rung whose whole interval over the rung chosen before is above zero. An
     endpoint is compared with the chosen rung, but never chosen.
     """
-    primary = record.body["primary"]
-    stated = record.body["candidates"]
+    primary = body.primary
     by_approach: defaultdict[str, list[str]] = defaultdict(list)
-    for name, each in stated.items():
-        by_approach[approach_of(store, load_candidate(store, each["candidate"]))].append(name)
-    best = {
-        approach: max(sorted(names), key=lambda name: stated[name]["metrics"][primary]["mean"])
-        for approach, names in by_approach.items()
-    }
+    for name, each in body.candidates.items():
+        by_approach[approach_of(store, load_candidate(store, each.candidate))].append(name)
+    best = {approach: max(sorted(names), key=body.mean) for approach, names in by_approach.items()}
     rungs = [
-        Rung(approach=approach, candidate=best[approach], mean=stated[best[approach]]["metrics"][primary]["mean"])
+        Rung(approach=approach, candidate=best[approach], mean=body.mean(best[approach]))
         for approach in (*LADDER, ENDPOINT)
         if approach in best
     ]
@@ -63,7 +59,7 @@ def approach_ladder(
             chosen = rung
             continue
         own, other = columns[rung.candidate, primary], columns[chosen.candidate, primary]
-        found = difference(own, other, confidence=confidence, seed=record.body["seed"])
+        found = difference(own, other, confidence=confidence, seed=body.seed)
         gap = metric_interval(found.interval)
         steps.append(LadderStep.of(rung, over=chosen.candidate, over_approach=chosen.approach, difference=gap))
         if gap.low > 0.0 and rung.approach != ENDPOINT:

@@ -71,9 +71,8 @@ def _rule(rules: CheckRules) -> str:
     return "; ".join(said)
 
 
-def style_report(record: Record) -> NoStyle | StyleReport | None:
+def style_report(stated: StyleAccount | NoStyle | None) -> NoStyle | StyleReport | None:
     """The record's account of style, with its sentence; None where style was not measured."""
-    stated = EvaluationBody.of(record).style
     if not isinstance(stated, StyleAccount):
         return stated
     taken, auc, silent = stated.taken, stated.auc, stated.silent

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import describe_prompts
@@ -28,15 +27,20 @@ from tunesmith.evaluation.report.evidence import (
     Forgetting,
     LineageNode,
     ReportedCandidate,
+    ReportedTraining,
     ReportedVersion,
     ScoredAnswer,
     TrailEntry,
 )
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
-from tunesmith.evaluation.summary import EvaluationSummary, evaluation_summary, rival_of, verdict_summary
+from tunesmith.evaluation.summary import evaluation_summary, rival_of, verdict_summary
+from tunesmith.records.base import BaseBody
 from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.search import SearchBody
 from tunesmith.records.training import TrainingBody
+from tunesmith.records.verdict import VerdictBody
+from tunesmith.records.version import ApprovalBody, Requirement, VersionBody
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.estimates.more_time import more_time
@@ -58,102 +62,77 @@ def report_data(
     first. Raises Inconclusive for inconsistent scores.
     """
     record = store.record(evaluation, kind="evaluation")
-    columns = read_scores(store, record)
-    measured = evaluation_summary(store, evaluation)
+    columns, body = read_scores(store, record), EvaluationBody.of(record)
     judged = verdict_summary(store, verdict) if verdict is not None else None
-    focus = judged.candidate if judged else _leader(measured)
-    rival, rival_gate = rival_of(measured, judged, focus)
-    stated = EvaluationBody.of(record).candidates
-    trained = stated[focus].training
-    lift, by_group, repaid, primary = None, None, None, measured.primary
+    focus = judged.candidate if judged else _leader(body)
+    rival, rival_gate = rival_of(evaluation_summary(store, evaluation), judged, focus)
+    own = body.candidates[focus]
+    lift, by_group, repaid, primary = None, None, None, body.primary
     if rival is not None:
         lift = compare(store, *(side_of_candidate(store, evaluation, name) for name in (rival, focus)))
         by_group = lift_by_group(columns[focus, primary], columns[rival, primary])
-        repaid = break_even(stated[focus].price, trained.money if trained else 0.0, stated[rival].price)
+        repaid = break_even(own.price, own.training.money if own.training else 0.0, body.candidates[rival].price)
     found = Evidence(
         evaluation=evaluation,
         verdict=judged,
         version=_version(store, version),
-        n=measured.n,
-        groups=measured.groups,
-        confidence=measured.confidence,
-        seed=record.body["seed"],
+        n=body.n,
+        groups=body.groups,
+        confidence=body.confidence,
+        seed=body.seed,
         primary=primary,
-        metrics=tuple(record.body["metrics"]),
+        metrics=body.metrics,
         focus=focus,
         rival=rival,
         rival_gate=rival_gate,
-        candidates=tuple(_candidates(store, record, measured, focus, rival)),
+        candidates=_candidates(store, body, focus, rival),
         lift=lift,
-        training=_training(store, load_candidate(store, stated[focus].candidate)),
-        currency=measured.currency,
+        training=_training(store, load_candidate(store, own.candidate)),
+        currency=body.prices.currency if body.prices else None,
         break_even=repaid,
-        ladder=approach_ladder(store, record, columns, measured.confidence),
+        ladder=approach_ladder(store, body, columns, body.confidence),
         by_group=by_group,
-        classes=measured.classes,
-        calibration=measured.calibration,
-        judges=measured.judges,
-        forgetting=_forgetting(columns, measured, focus),
-        risks=risks(store, record, focus, measured.confidence),
+        classes={name: one.classes for name, one in body.candidates.items() if one.classes},
+        calibration={name: one.calibration for name, one in body.candidates.items() if one.calibration},
+        judges=body.judges,
+        forgetting=_forgetting(columns, body, focus),
+        risks=risks(store, record, focus, body.confidence),
         policy=policy_report(store, record, focus),
-        style=style_report(record),
+        style=style_report(body.style),
         dataset=dataset_summary(store, record.parents["dataset"]),
-        examples=_examples(store, record, columns, focus, rival),
-        lineage=tuple(_lineage(store, record, evaluation, focus, verdict, version)),
+        examples=_examples(store, record, primary, columns, focus, rival),
+        lineage=_lineage(store, record, body, evaluation, focus, verdict, version),
         trail=tuple(trail),
     )
     return EvidenceReport.of(found, advice=advise(found))
 
 
-def _leader(measured: EvaluationSummary) -> str:
-    names = sorted(measured.candidates)
-    return max(names, key=lambda name: (measured.tuned[name], measured.mean(name)))
+def _leader(body: EvaluationBody) -> str:
+    return max(sorted(body.candidates), key=lambda name: (body.candidates[name].tuned, body.mean(name)))
 
 
 def _version(store: Store, version: str | None) -> ReportedVersion | None:
     if version is None:
         return None
-    body = store.record(version, kind="version").body
-    risk, kept = body.get("risk"), ("tenant", "region", "override", "created_at", "signer")
-    return ReportedVersion(
-        digest=version,
-        label=f"{body['name']}@v{body['number']}",
-        name=body["name"],
-        number=body["number"],
-        takes=None if risk is None else _takes(risk),
-        **{key: body.get(key) for key in kept},
-    )
+    body = VersionBody.read(store, version)
+    return ReportedVersion.of(body, digest=version, label=body.line, takes=_takes(body.risk) if body.risk else None)
 
 
-def _takes(risk: Mapping[str, Any]) -> str:
+def _takes(risk: Requirement) -> str:
     """What a version's risk class takes, in one sentence."""
-    people = f"{risk['approvers']} approver{'s' if risk['approvers'] > 1 else ''}"
-    also = f", among them one for each of these roles: {', '.join(risk['roles'])}" if risk["roles"] else ""
-    return f"Risk class {risk['risk_class']}: it serves once {people} approved it{also}."
+    people = f"{risk.approvers} approver{'s' if risk.approvers > 1 else ''}"
+    also = f", among them one for each of these roles: {', '.join(risk.roles)}" if risk.roles else ""
+    return f"Risk class {risk.risk_class}: it serves once {people} approved it{also}."
 
 
-def _candidates(
-    store: Store, record: Record, measured: EvaluationSummary, focus: str, rival: str | None
-) -> list[ReportedCandidate]:
+def _candidates(store: Store, body: EvaluationBody, focus: str, rival: str | None) -> tuple[ReportedCandidate, ...]:
     """One row for each candidate, the best by the primary metric first."""
     rows = []
-    for name, stated in record.body["candidates"].items():
-        candidate = load_candidate(store, stated["candidate"])
-        rows.append(
-            ReportedCandidate(
-                name=name,
-                kind=candidate.kind,
-                how=_how(store, candidate, stated["system_prompts"]),
-                system_prompts=stated["system_prompts"],
-                role="focus" if name == focus else "rival" if name == rival else "",
-                tuned=stated["tuned"],
-                candidate=stated["candidate"],
-                metrics=measured.candidates[name],
-                price=measured.prices[name],
-                cut=stated["cut"],
-            )
-        )
-    return sorted(rows, key=lambda row: (-row.metrics[measured.primary].mean, row.name))
+    for name, stated in sorted(body.candidates.items(), key=lambda one: (-body.mean(one[0]), one[0])):
+        candidate = load_candidate(store, stated.candidate)
+        how, role = _how(store, candidate, stated.system_prompts), {focus: "focus", rival: "rival"}.get(name, "")
+        rows.append(ReportedCandidate.of(stated, name=name, kind=candidate.kind, how=how, role=role))
+    return tuple(rows)
 
 
 def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) -> str:
@@ -164,13 +143,12 @@ def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) 
     if candidate.endpoint is not None:
         parts.append(f"endpoint, {candidate.endpoint.model} (cannot be released)")
     if candidate.search is not None:
-        found = store.record(candidate.search, kind="search").body
-        parts.append(f"best of {len(found['tries'])} combinations on {found['rows']} validation rows")
+        found = SearchBody.read(store, candidate.search)
+        parts.append(f"best of {len(found.tries)} combinations on {found.rows} validation rows")
     if candidate.training is not None:
-        settings = store.record(candidate.training, kind="training").body.get("settings", {})
-        rank = settings.get("rank")
-        parts.append("tuned weights" + (f" (LoRA, rank {rank})" if rank else ""))
-        if settings.get("permute_answers"):
+        settings = TrainingBody.read(store, candidate.training).settings
+        parts.append("tuned weights" + (f" (LoRA, rank {settings.rank})" if settings.rank else ""))
+        if settings.permute_answers:
             parts.append("control that was trained on shuffled answers")
     if candidate.shots:
         parts.append(f"{len(candidate.shots)} fixed examples in the prompt")
@@ -186,24 +164,16 @@ def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) 
     return ", ".join(parts)
 
 
-def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
+def _training(store: Store, candidate: Candidate) -> ReportedTraining | None:
     if candidate.training is None:
         return None
-    body = store.record(candidate.training, kind="training").body
-    shown = ("settings", "rows", "rehearsed", "tokens", "labels", "steps", "seconds", "examples_per_second",
-             "tokens_per_second", "peak_memory_bytes", "estimate", "final_loss", "curve",
-             "validation", "overfitting", "kept", "threads", "epochs", "score", "decisions",
-             "notices")  # fmt: skip
-    told = {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
-    found = more_time(TrainingBody.read(store, candidate.training))
-    return told | {"more_time": None if found is None else found.document()}
+    body = TrainingBody.read(store, candidate.training)
+    return ReportedTraining.of(body, training=candidate.training, more_time=more_time(body))
 
 
-def _forgetting(
-    columns: Mapping[tuple[str, str], Column], measured: EvaluationSummary, focus: str
-) -> Forgetting | None:
+def _forgetting(columns: Mapping[tuple[str, str], Column], body: EvaluationBody, focus: str) -> Forgetting | None:
     """General ability before and after tuning, overall and by area; None where it was not measured."""
-    stated = measured.probes.get(GENERAL)
+    stated = body.probes.get(GENERAL)
     if stated is None or focus not in stated.drops:
         return None
     before, after = columns[BASE, GENERAL], columns[focus, GENERAL]
@@ -222,12 +192,16 @@ def _forgetting(
 
 
 def _examples(
-    store: Store, record: Record, columns: Mapping[tuple[str, str], Column], focus: str, rival: str | None
+    store: Store,
+    record: Record,
+    primary: str,
+    columns: Mapping[tuple[str, str], Column],
+    focus: str,
+    rival: str | None,
 ) -> Examples | None:
     """Test rows where the candidate and its rival differ most; among equals chosen by hash, not by hand."""
     if rival is None:
         return None
-    primary = record.body["primary"]
     own, other = columns[focus, primary], columns[rival, primary]
     lines = {
         name: read_answer_lines(store, store.record(record.parents[f"answers:{name}"]), own.ids, f"answers of {name!r}")
@@ -272,34 +246,37 @@ def _mixed(identifier: str) -> str:
 
 
 def _lineage(
-    store: Store, record: Record, evaluation: str, focus: str, verdict: str | None, version: str | None
-) -> list[LineageNode]:
-    """The records behind the result, oldest first: {digest, kind, label, parents: positions in this list}."""
-    candidate = record.body["candidates"][focus]["candidate"]
+    store: Store,
+    record: Record,
+    body: EvaluationBody,
+    evaluation: str,
+    focus: str,
+    verdict: str | None,
+    version: str | None,
+) -> tuple[LineageNode, ...]:
+    """The records behind the result, oldest first."""
+    candidate = body.candidates[focus].candidate
     made = store.record(candidate, kind="candidate")
     training = made.parents.get("training")
-    base_body = store.record(made.parents["base"], kind="base").body
-    others = len(record.body["candidates"]) - 1
+    others = len(body.candidates) - 1
     nodes: list[tuple[str, str, str]] = [
-        ("base", made.parents["base"], str(base_body.get("spec", ""))),
-        ("dataset", record.parents["dataset"], f"{record.body['n']} test rows held out"),
+        ("base", made.parents["base"], BaseBody.read(store, made.parents["base"]).line),
+        ("dataset", record.parents["dataset"], f"{body.n} test rows held out"),
     ]
     if training is not None:
-        nodes.append(("training", training, f"{store.record(training).body.get('steps', '?')} steps"))
+        nodes.append(("training", training, f"{TrainingBody.read(store, training).steps} steps"))
     nodes.append(("candidate", candidate, focus))
     nodes.append(("answers", record.parents[f"answers:{focus}"], f"of {focus} to the test rows"))
     nodes.append(("evaluation", evaluation, f"{focus} and {others} other{'s' if others != 1 else ''} on the same rows"))
     if verdict is not None:
-        nodes.append(("verdict", verdict, store.record(verdict).body["verdict"]))
+        nodes.append(("verdict", verdict, VerdictBody.read(store, verdict).verdict))
     if version is not None:
-        body = store.record(version).body
-        nodes.append(("version", version, f"{body['name']}@v{body['number']}"))
+        nodes.append(("version", version, VersionBody.read(store, version).line))
         for _, kind, child in store.children(version):
             if kind == "approval":
-                said = store.record(child).body
-                nodes.append(("approval", child, f"{said.get('decision', 'decided')} by {said.get('approver', '?')}"))
+                nodes.append(("approval", child, ApprovalBody.read(store, child).line))
     position = {digest: index for index, (_, digest, _) in enumerate(nodes)}
-    return [
+    return tuple(
         LineageNode(
             kind=kind,
             digest=digest,
@@ -307,4 +284,4 @@ def _lineage(
             parents=tuple(sorted({position[p] for p in store.record(digest).parents.values() if p in position})),
         )
         for kind, digest, label in nodes
-    ]
+    )

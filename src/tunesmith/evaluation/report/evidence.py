@@ -21,6 +21,8 @@ from tunesmith.records.evaluation import (
     StyleAccount,
 )
 from tunesmith.records.forecast import BreakEven
+from tunesmith.records.training import RecordedSettings, TrainedStep, TrainingFigures
+from tunesmith.training.estimates.more_time import MoreTime
 
 
 class ReportedVersion(View):
@@ -57,6 +59,16 @@ class ReportedCandidate(View):
     metrics: Mapping[str, MetricInterval]
     price: AnswerPrice
     cut: int
+
+
+class ReportedTraining(TrainingFigures, View):
+    """The training of the focus. training: its record's digest."""
+
+    training: str
+    settings: RecordedSettings
+    threads: int
+    curve: tuple[TrainedStep, ...]
+    more_time: MoreTime | None
 
 
 class Rung(View):
@@ -285,7 +297,7 @@ class Evidence(View):
     rival_gate: str | None
     candidates: tuple[ReportedCandidate, ...]
     lift: Comparison | None
-    training: dict[str, Any] | None
+    training: ReportedTraining | None
     currency: str | None
     break_even: BreakEven | None
     ladder: Ladder

@@ -26,6 +26,7 @@ from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import VALID
 from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.store.store import Store
 
 Show = Literal["all", "flips", "wins", "losses", "invalid", "long"]
@@ -120,10 +121,10 @@ class Matrix:
         self.rows: list[Example] = load_dataset(store, self.dataset).examples("test")
         self.place = {row.id: place for place, row in enumerate(self.rows)}
         columns = read_scores(store, record)
-        self.metrics: tuple[str, ...] = tuple(record.body["metrics"])
-        self.primary = str(record.body["primary"])
+        body = EvaluationBody.of(record)
+        self.metrics, self.primary = body.metrics, body.primary
         self.candidates: dict[str, Candidate] = {
-            name: load_candidate(store, stated["candidate"]) for name, stated in record.body["candidates"].items()
+            name: load_candidate(store, stated.candidate) for name, stated in body.candidates.items()
         }
         self.scores: dict[tuple[str, str], Floats] = {
             (name, metric): columns[name, metric].values for name in self.candidates for metric in self.metrics

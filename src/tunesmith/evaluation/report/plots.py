@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from markupsafe import Markup
 
 from tunesmith.core.text.wording import visible
 from tunesmith.evaluation.summary import GateResult
+from tunesmith.records.training import TrainedStep, ValidationPoint
 
 _TRACK_HEIGHT = 28
 _CHART_HEIGHT = 220
@@ -62,15 +62,13 @@ def gate_track(gate: GateResult) -> Markup:
     return drawn(_TRACK_HEIGHT, "track", label, parts)
 
 
-def loss_chart(
-    curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], kept: int | None = None
-) -> Markup:
+def loss_chart(curve: Sequence[TrainedStep], validation: Sequence[ValidationPoint], kept: int | None = None) -> Markup:
     """Training and validation loss by step; a logarithmic axis where the loss falls more than tenfold.
 
     kept: the step whose weights were kept, marked where it is known.
     """
-    training = [(float(p["step"]), float(p["loss"])) for p in curve if p["loss"] > 0 and math.isfinite(p["loss"])]
-    held_out = [(float(p["step"]), float(p["loss"])) for p in validation if p["loss"] > 0 and math.isfinite(p["loss"])]
+    training = [(float(p.step), p.loss) for p in curve if p.loss > 0 and math.isfinite(p.loss)]
+    held_out = [(float(p.step), p.loss) for p in validation if p.loss > 0 and math.isfinite(p.loss)]
     if len(training) < 2:
         return Markup("")
     losses = [loss for _, loss in training + held_out]
@@ -95,14 +93,11 @@ def loss_chart(
     return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, *parts])
 
 
-def score_chart(
-    curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], kept: int | None = None
-) -> Markup:
+def score_chart(curve: Sequence[TrainedStep], validation: Sequence[ValidationPoint], kept: int | None = None) -> Markup:
     """The score of generated answers to validation rows, from 0 to 100%, by seconds of training; empty where answers
     were not scored. kept: the step whose weights were kept, marked where it is known."""
-    seconds = [0.0, *accumulate(float(point["seconds"]) for point in curve)]
-    scored = [each for each in validation if "score" in each and each["step"] < len(seconds)]
-    places = [(seconds[int(each["step"])], float(each["score"])) for each in scored]
+    seconds = [0.0, *accumulate(point.seconds for point in curve)]
+    places = [(seconds[p.step], p.score) for p in validation if p.score is not None and p.step < len(seconds)]
     if len(places) < 2:
         return Markup("")
     last = seconds[-1]

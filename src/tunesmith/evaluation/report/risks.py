@@ -18,7 +18,7 @@ from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
 from tunesmith.evaluation.report.evidence import Bias, Exposure, ExposureLevel, Risks
 from tunesmith.evaluation.scores import metric_interval
 from tunesmith.evaluation.stats.statistics import Floats, interval
-from tunesmith.records.evaluation import MetricInterval
+from tunesmith.records.evaluation import EvaluationBody, MetricInterval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -34,7 +34,7 @@ _ARMS = {"gender": "genders", "names": "names of two places"}
 
 def risks(store: Store, record: Record, focus: str, confidence: float) -> Risks:
     """The risk probes of the candidate in focus. Raises Inconclusive for inconsistent measurements."""
-    seed = int(record.body["seed"])
+    seed = EvaluationBody.of(record).seed
     found = {
         suite: measured for (suite, name), measured in sorted(read_measurements(store, record).items()) if name == focus
     }
