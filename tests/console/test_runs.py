@@ -15,8 +15,9 @@ from tests.server.conftest import Served
 from tests.tiny_project import write_project
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
-from tunesmith.jobs.curves import Curves
+from tunesmith.jobs.curves import Curve, Curves
 from tunesmith.jobs.leases import Lease
+from tunesmith.jobs.queue import JobError
 from tunesmith.project import Project
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.records import Record
@@ -35,7 +36,7 @@ def claimed(store: Store) -> Lease:
     return lease
 
 
-def curve(steps: int, slope: float = 28.0) -> dict[str, Any]:
+def curve(steps: int, slope: float = 28.0) -> dict[str, Curve]:
     """A training of so many steps, validated and scored at every tenth."""
     curves = Curves()
     curves.add("tuned", {"expected_seconds": 95.0, "expected_memory_bytes": 1.6e9})
@@ -211,7 +212,7 @@ def test_hostile_texts(served: Served, login: Login) -> None:
     found["evaluate"]["candidates"][HOSTILE] = {"exact_match": interval(0.5)}
     found["evaluate"]["primary"] = "exact_match"
     found["register"]["version"] = HOSTILE
-    leases.finish(store, lease, found, {"code": "x", "what": HOSTILE, "where": HOSTILE, "fix": HOSTILE})
+    leases.finish(store, lease, found, JobError(code="x", what=HOSTILE, where=HOSTILE, fix=HOSTILE))
     expect(page.get_by_role("heading", level=1)).to_contain_text("failed")
     assert page.locator("main script, main img").count() == 0
     assert "\u202e" not in page.content()
@@ -239,7 +240,7 @@ def test_curves_are_bounded_and_keep_what_was_validated() -> None:
     for step in range(1, 50_001):
         values = {"step": step, "loss": 1 / step} | ({"validation_loss": 0.5} if step % 999 == 0 else {})
         curves.add("tuned", values)
-    points = curves.changed()["tuned"]["points"]
+    points = curves.changed()["tuned"].points
     assert len(points) <= 400 + 50
     assert points[-1]["step"] == 50_000
     assert [point["step"] for point in points] == sorted({point["step"] for point in points})

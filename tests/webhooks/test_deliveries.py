@@ -26,6 +26,7 @@ from tests.webhooks.conftest import SECRET, Receiver, deliverer, project_of
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.queue import JobError
 from tunesmith.project import parse_settings
 from tunesmith.services import webhooks
 from tunesmith.services.webhooks import Deliverer, check_secrets
@@ -41,7 +42,7 @@ def ended(store: Store, kind: str = "run", error: str = "", what: str = "private
     number = queue.add(store, kind, {"a": 1}, project="tiny", actor=actor).id
     lease = leases.claim(store, "w", [kind], project="tiny")
     assert lease is not None
-    leases.finish(store, lease, {}, {"code": error, "what": what} if error else None)
+    leases.finish(store, lease, {}, JobError(code=error, what=what) if error else None)
     return number
 
 
