@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text.display import json_text, printable
-from tunesmith.core.text.wording import count, money
+from tunesmith.core.text.wording import count
 from tunesmith.services.actions import audit_words
 from tunesmith.services.evaluations import style_sheets
 
@@ -133,7 +133,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    filters = (audit_words, count, duration, json_text, many, moment, money, percent, scope, short, size, when)
+    filters = (audit_words, count, duration, json_text, many, moment, percent, scope, short, size, when)
     found.filters.update({each.__name__: each for each in filters})
     found.globals.update(asset=asset, pages=PAGES)
     return found
