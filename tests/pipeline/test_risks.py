@@ -198,7 +198,7 @@ def test_everybody_is_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
     assert again["gate"] == judged[1]["gate"]
     found = report(project)
     assert found.policy is not None
-    assert {check["name"] for check in found.policy["checks"]} == {"doors", "form"}
+    assert {check.name for check in found.policy.checks} == {"doors", "form"}
     answers = [project.store.record(digest) for digest in project.store.records_of("answers")]
     (bare,) = (each for each in answers if each.body["suite"] == "style")
     assert load_candidate(project.store, bare.parents["candidate"]).max_tokens == 40, "as much room as `held` has"
@@ -259,8 +259,8 @@ def test_endpoints_are_asked_and_judges_judge(tmp_path: Path) -> None:
         assert evaluate(Project.load(tmp_path / "p")).policy == found
         assert len(server.asked) == asked, "the same questions are not asked twice"
     assert found is not None
-    told = found["candidates"]["far"]["checks"]["kind"]
-    assert (told["held"], told["broke"], told["undecided"]) == (1, 1, 0)
+    told = found.candidates["far"].checks["kind"]
+    assert (told.held, told.broke, told.undecided) == (1, 1, 0)
     judgements = [body for body in server.asked if body["messages"][0]["content"].startswith("You check whether")]
     assert [body["messages"][0]["content"].rpartition(": ")[2] for body in judgements].count("BREAKS or KEEPS.") == 2
 
