@@ -305,7 +305,7 @@ def test_the_command_line_prints_the_same(scene: Scene, evaluated: Evaluated) ->
     row = evaluated.rows[1]
     assert row.id in printed("requests", "--search", row.messages[-2].content[:20])
     # No tenant sees a document of acme's support.
-    assert "withheld" in printed("request", row.id, "--evaluation", evaluated.evaluation[7:20])
+    assert re.search(r"\(\d+%\): withheld", printed("request", row.id, "--evaluation", evaluated.evaluation[7:20]))
     answers = json.loads(printed("request", row.id, "--compared", "tuned", "--json"))["answers"]
     opened = {one["candidate"]: one for one in answers}
     for name in ("prompt", "nearest"):

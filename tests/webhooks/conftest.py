@@ -21,7 +21,7 @@ SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 class Receiver(ThreadingHTTPServer):
-    """Keeps what it gets: (headers with lower-case names, body). answers: the next statuses; then it answers 200.
+    """Keeps what it gets: (headers with lower-case names, body). answers: the next statuses; then it answers 204.
 
     drips: sends its answer a byte at a time, never to its end.
     """
@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([byte]))
                 time.sleep(0.1)
             return
-        self.send_response(server.answers.pop(0) if server.answers else 200)
+        self.send_response(server.answers.pop(0) if server.answers else 204)
         self.send_header("location", server.url)
         self.send_header("content-length", "0")
         self.end_headers()

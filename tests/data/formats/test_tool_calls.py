@@ -23,7 +23,7 @@ from tunesmith.store.store import Store
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "at": {"type": "string"}}, "required": ["city"]}
 FUNCTION = {"name": "weather", "description": "the weather in a city", "parameters": CITY}
 TOOLS = [{"type": "function", "function": FUNCTION}]
-ARGUMENTS = '{"city": "Oslo", "at": "noon"}'
+ARGUMENTS = '{"city": "Tromsø", "at": "noon"}'
 
 
 def call(identity: str = "call_1", arguments: Any = ARGUMENTS, name: str = "weather") -> dict[str, Any]:
@@ -32,7 +32,7 @@ def call(identity: str = "call_1", arguments: Any = ARGUMENTS, name: str = "weat
 
 def asked(*calls: dict[str, Any], content: str | None = None) -> list[dict[str, Any]]:
     said = {"role": "assistant", "content": content, "tool_calls": list(calls)}
-    return [{"role": "user", "content": "weather in Oslo?"}, said]
+    return [{"role": "user", "content": "weather in Tromsø?"}, said]
 
 
 def told(identity: str = "call_1", content: str = "4 degrees") -> dict[str, Any]:
@@ -43,8 +43,8 @@ WHOLE = [*asked(call()), told(), {"role": "assistant", "content": "Cold."}]
 
 
 SHAREGPT = [
-    {"from": "human", "value": "weather in Oslo?"},
-    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo", "at": "noon"}}'},
+    {"from": "human", "value": "weather in Tromsø?"},
+    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Tromsø", "at": "noon"}}'},
     {"from": "observation", "value": "4 degrees"},
     {"from": "gpt", "value": "Cold."},
 ]

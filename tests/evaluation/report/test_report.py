@@ -95,6 +95,7 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
         "2026-02-03 10:11:12 UTC", "reason: sound", "general questions",
     ):  # fmt: skip
         assert part in text, part
+    assert "constrained to the grammar" not in text
     assert [node.kind for node in data.lineage] == [
         "base", "dataset", "training", "candidate", "answers", "evaluation", "verdict", "version", "approval",
     ]  # fmt: skip
