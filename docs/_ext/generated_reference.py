@@ -7,6 +7,7 @@ a command, an option or a route has no description.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def write_all() -> None:
         ("records.md", records_page()),
     ):
         path = FOLDER / name
+        text = re.sub(r"\((#?)settings-", rf"(\1{path.stem}-", text)  # an object of two pages has an anchor in each
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
 
