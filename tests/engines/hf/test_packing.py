@@ -108,7 +108,7 @@ def test_flash_attention_gets_the_rows_boundaries(tmp_path: Path, monkeypatch: p
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
     lengths = sorted((max(n for n, marked in enumerate(one.trained) if marked) for one in rows), reverse=True)
-    assert flash.bounds == [[sum(lengths[:n]) for n in range(len(rows) + 1)]] * model.config.num_hidden_layers
+    assert flash.bounds == [[sum(lengths[:n]) for n in range(len(rows) + 1)]] * model.module.config.num_hidden_layers
 
 
 def test_a_batch_has_no_filler_and_its_prefix_once(tmp_path: Path) -> None:
