@@ -23,11 +23,11 @@ from tests.waiting import SECONDS, until
 from tunesmith.core.clock import now
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.registry.aliases import set_alias
 from tunesmith.registry.registration import register
+from tunesmith.registry.serving import set_alias
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version, resolve
-from tunesmith.rollout.standing import ChampionWatch
+from tunesmith.rollout.champions import ChampionWatch
 from tunesmith.store.people.identities import add_user, deactivate, get_user, set_roles
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import retire_key, revoke_key

@@ -30,10 +30,10 @@ from tunesmith.monitoring import cases
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
+from tunesmith.rollout.champions import list_champions, note_champions
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.rollout.standing import list_champions, note_champions
 from tunesmith.services import held, jobs, monitoring, retraining, training, worker
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.webhooks import Deliverer

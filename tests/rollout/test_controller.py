@@ -15,7 +15,8 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import Versions, begin, champion, put_recall, serve
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.aliases import get_alias, set_alias
+from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.serving import set_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import commands
 from tunesmith.rollout.analysis import Arm

@@ -26,8 +26,8 @@ from tunesmith.core.reading.strict_json import JsonObject, NotJson, as_decoded, 
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.holding.settings import HoldSettings
+from tunesmith.registry.serving import standing_of
 from tunesmith.registry.versions import load_version
-from tunesmith.rollout.standing import standing_of
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store

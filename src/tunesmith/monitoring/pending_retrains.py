@@ -17,7 +17,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import check_not_recalled
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import Version
@@ -153,7 +153,7 @@ def _next(store: Store, session: Session, place: _Place, by: list[str], replacem
         return ["tunesmith rollout status"]
     steps = [f"tunesmith rollout start {replacement.label}{scope.options()}"]
     try:
-        require_approved(store, replacement, session)
+        check_may_serve(session, store, replacement, scope)
     except Refused:
         steps.insert(0, f"tunesmith approve {replacement.label} --as NAME --reason WHY")
     return steps

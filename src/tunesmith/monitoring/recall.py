@@ -29,11 +29,10 @@ from tunesmith.records.base import BaseBody
 from tunesmith.records.candidate import CandidateBody
 from tunesmith.records.dataset import DocumentsBody
 from tunesmith.records.version import VersionBody
-from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
+from tunesmith.store.tables import LIVE, AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)

@@ -28,10 +28,11 @@ from tunesmith.core import clock
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.scope import Scope
 from tunesmith.records.version import ApprovalBody, Decision
 from tunesmith.registry.opening import Verified, open_release, still_usable
 from tunesmith.registry.risk import Approvals, missing
-from tunesmith.registry.serving import DECIDED, unmet
+from tunesmith.registry.serving import DECIDED, may_serve, unmet
 from tunesmith.registry.signing.attestations import (
     ENVELOPE,
     check_not_signer,
@@ -150,6 +151,24 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
         detail |= signature_entry(key.fingerprint, record.digest)
         seq = audit.newest(session).seq + 1
     return RecordedApproval(record.digest, approval, seq)
+
+
+def check_may_serve(
+    session: Session,
+    store: Store,
+    version: Version,
+    scope: Scope,
+    override_by: str | None = None,
+    verified: Verified | None = None,
+) -> None:
+    """Raise Refused unless a version may begin to serve a scope: what each change of that asks.
+
+    First what the database knows (serving.may_serve), then the version's files and those of its approvals, unless an
+    override replaces them. verified: as of require_approved.
+    """
+    may_serve(session, version, scope=scope, override_by=override_by).require(version.label)
+    if override_by is None:
+        require_approved(store, version, session, verified)
 
 
 def require_approved(

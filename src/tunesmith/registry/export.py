@@ -30,10 +30,11 @@ from tunesmith.models.base import Base
 from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.records.base import StoredFile
 from tunesmith.records.version import Dtype, Equality, ExportBody, Form, Outcome, Tolerance
-from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing.signatures import sync_files
+from tunesmith.store import database
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -77,7 +78,8 @@ def export_version(
     """
     identities.require(store, actor, "version.export", scope=version.scope)
     verified: Verified = {}
-    require_approved(store, version, verified=verified)
+    with database.reading(store.engine) as session:
+        check_may_serve(session, store, version, version.scope, verified=verified)
     if not is_native(base.family):
         raise Refused(
             f"{version.label} has a base of family {base.family!r}, which the native engine does not compute: its "
@@ -131,7 +133,7 @@ def export_version(
         detail = {"version": version.label, "form": form, "record": record.digest, "files": record.body["files"]}
         with store.change(actor, "version.export", version.digest, detail) as session:  # what changed since the start
             identities.require(session, actor, "version.export", scope=version.scope)
-            require_approved(store, version, session, verified)
+            check_may_serve(session, store, version, version.scope, verified=verified)
             store.put_record(record, session)
         os.rename(folder, target)
         sync_folder(target.parent)

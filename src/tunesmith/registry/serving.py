@@ -1,28 +1,33 @@
 """Whether a version may serve, decided from the database only: cheap enough for every request.
 
-Files are checked when a version is opened: `opening.open_release` checks its signature, weights and evidence, and
-`approvals.require_approved` the signatures of its approvals. Both call this module first.
+`standing` decides for a version that serves: may its answers leave now? `may_serve` decides whether it may begin to.
+Both take what `may_load` takes. A change to what serves asks `approvals.check_may_serve`, which also reads files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import NextStep, Refused
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name
+from tunesmith.registry.aliases import ALIASES, Alias, get_alias
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
 from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
+from tunesmith.registry.versions import load_version
+from tunesmith.store import audit
 from tunesmith.store.people.identities import require, trusted_keys
 from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.records import recalled
-from tunesmith.store.tables import AuditRow, RecallRow, VersionRow
+from tunesmith.store.store import Store
+from tunesmith.store.tables import LIVE, AliasRow, AuditRow, RecallRow, RolloutRow, VersionRow
 
 Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "refused", "override"]
 # The audit log's actions for an approver's decision: an approval, a refusal.
@@ -95,6 +100,39 @@ def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Perm
     return _usable(version, recalled(session, version.digest), trusted_keys(session), row.key)
 
 
+def standing(session: Session, version: Version, scope: Scope) -> Permission:
+    """Whether a version may answer requests of a scope now: by an approval, or by an override that is in force."""
+    return may_serve(session, version, scope=scope, override_by=override_in_force(session, version, scope))
+
+
+def standing_of(
+    session: Session, store: Store, digest: str, scope: Scope, *, override_by: str | None = None
+) -> Permission:
+    """The standing of a version given by its digest. override_by: a user whose override counts, if none is in force.
+
+    Raises TunesmithError where its record cannot be read now, as while a bucket cannot be reached.
+    """
+    try:
+        version = load_version(store, digest, session)
+    except (Refused, UsageError):
+        return Permission("unknown", "is not in the registry", NextStep("check the audit log", "audit verify"))
+    by = override_in_force(session, version, scope) or override_by
+    return may_serve(session, version, scope=scope, override_by=by)
+
+
+def override_in_force(session: Session, version: Version, scope: Scope) -> str | None:
+    """The user by whose override a version serves a scope as champion or live canary. None where nobody's does."""
+    for covering in scope.covering():
+        alias = get_alias(session, version.name, "champion", covering)
+        if alias is not None and alias.version == version.digest and alias.override_by:
+            return alias.override_by
+        live = select(RolloutRow.state).where(RolloutRow.status.in_(LIVE), RolloutRow.canary == version.digest)
+        for state in session.scalars(live.filter_by(name=version.name, **covering.fields())):
+            if state["override"] is not None:
+                return str(state["started_by"])
+    return None
+
+
 def permissions(session: Session, versions: Sequence[Version]) -> dict[str, Permission]:
     """Whether each version may begin to serve the tenant and region that it is for: digest -> what may_serve says.
 
@@ -141,6 +179,49 @@ def still_valid(version: Version) -> Permission:
     except Refused as error:
         return Permission("expired", error.what, error.fix)
     return GRANTED
+
+
+def set_alias(
+    session: Session,
+    *,
+    name: str,
+    alias: str,
+    version: Version | None,
+    expected: int,
+    actor: str,
+    scope: Scope = Scope(),
+    override_by: str | None = None,
+) -> Alias:
+    """Point an alias at a version, or nowhere (None), if its revision is still the expected one.
+
+    session: a write transaction (Store.change). expected: revision_of when the caller decided. override_by: the user
+    who lets the version serve without an approval. Raises Refused where another change came first, where the version
+    is another name's, or where it may not serve this scope.
+    """
+    if alias not in ALIASES:
+        raise UsageError(f"{alias[:80]!r} is not an alias", fix=f"the alias is {ALIASES[0]}")
+    check_name(name, "version name")
+    if version is not None:
+        if version.name != name:
+            raise Refused(f"{version.label} is not a version of {name}", fix="register it under that name")
+        may_serve(session, version, scope=scope, override_by=override_by).require(version.label)
+    points: dict[str, Any] = {"version": version.digest if version else "", "override_by": override_by or ""}
+    place: dict[str, Any] = {"name": name, "alias": alias, **scope.fields()}
+    if expected == 0 and session.get(AliasRow, tuple(place.values())) is None:
+        session.add(AliasRow(**place, **points, revision=1))
+        session.flush()
+    else:
+        query = update(AliasRow).filter_by(**place).where(AliasRow.revision == expected)
+        changed = session.execute(query.values(**points, revision=expected + 1))
+        if changed.rowcount != 1:  # type: ignore[attr-defined]
+            raise Refused(
+                f"{name}@{alias} was changed by somebody else",
+                where=f"revision {expected}",
+                fix="read the alias again, then decide again",
+            )
+    after = Alias(**place, **points, revision=expected + 1)
+    audit.append(session, actor=actor, action="alias.set", subject=f"{name}@{alias}", detail=after.model_dump())
+    return after
 
 
 def approvals_of(session: Session, version: Version) -> Approvals:

@@ -12,12 +12,13 @@ from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias, get_alias
+from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified
+from tunesmith.registry.serving import standing_of
 from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout import traffic
-from tunesmith.rollout.preconditions import check_may_serve, point_champion, promotions_to_undo, verify_files
+from tunesmith.rollout.preconditions import point_champion, promotions_to_undo, verify_files
 from tunesmith.rollout.settings import Step
-from tunesmith.rollout.standing import standing_of
 from tunesmith.rollout.state import NOT_SAID, Rollout, Seen, from_row, get_rollout, live_rollout
 from tunesmith.rollout.transitions import (
     Clock,

@@ -9,12 +9,12 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.aliases import get_alias, revision_of, set_alias
-from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.aliases import get_alias, revision_of
+from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified
-from tunesmith.registry.serving import may_serve
-from tunesmith.registry.versions import Version, load_version
-from tunesmith.rollout.standing import advice, could_serve, standing_of
+from tunesmith.registry.serving import set_alias, standing_of
+from tunesmith.registry.versions import load_version
+from tunesmith.rollout.champions import advice, could_serve
 from tunesmith.rollout.state import Rollout, promoted_rollouts
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
@@ -56,24 +56,6 @@ def promotion_problem(
     return None
 
 
-def check_may_serve(
-    session: Session,
-    store: Store,
-    version: Version,
-    scope: Scope,
-    override_by: str | None,
-    verified: Verified,
-) -> None:
-    """Raise Refused unless a version may serve a scope.
-
-    First what the database knows (serving.may_serve), then the version's files and those of its approval, unless an
-    override replaces it. verified: versions whose files were read before (require_approved).
-    """
-    may_serve(session, version, scope=scope, override_by=override_by).require(version.label)
-    if override_by is None:
-        require_approved(store, version, session, verified)
-
-
 def verify_files(store: Store, version: str, scope: Scope) -> Verified:
     """Verify the files of a version (its digest) that may serve a scope, before a transaction that needs it.
 
@@ -83,7 +65,7 @@ def verify_files(store: Store, version: str, scope: Scope) -> Verified:
     verified: Verified = {}
     with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
         found = load_version(store, version, session)
-        check_may_serve(session, store, found, scope, override_by=None, verified=verified)
+        check_may_serve(session, store, found, scope, verified=verified)
     return verified
 
 

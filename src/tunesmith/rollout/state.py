@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import ColumnElement, select
@@ -16,12 +16,10 @@ from tunesmith.registry.aliases import get_alias
 from tunesmith.rollout.settings import Step
 from tunesmith.store import database
 from tunesmith.store.store import Store
-from tunesmith.store.tables import RolloutRow
+from tunesmith.store.tables import LIVE, Live, RolloutRow
 
-Live = Literal["running", "paused"]
 Final = Literal["promoted", "aborted", "rolled_back"]  # a rollback may still undo a promotion
 Status = Live | Final
-LIVE: tuple[Live, ...] = get_args(Live)  # these divide traffic
 
 _IN_STATE = frozenset(
     ("steps", "started_by", "main_callers", "override", "stable_override_by", "reason", "began_at", "history")

@@ -35,9 +35,9 @@ from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.versions import Version
+from tunesmith.rollout.champions import advice, champion_of, could_serve
 from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem, verify_files
 from tunesmith.rollout.settings import Step
-from tunesmith.rollout.standing import advice, champion_of, could_serve
 from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow

@@ -22,8 +22,8 @@ from tunesmith.holding.rules import Holder
 from tunesmith.monitoring.cases import delete_expired
 from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
+from tunesmith.rollout.champions import ChampionWatch
 from tunesmith.rollout.controller import Watched, advance, give_up
-from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import Rollout, list_rollouts
 from tunesmith.server import control, openapi
 from tunesmith.server.answering.recording import LOG, Recorder

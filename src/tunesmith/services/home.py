@@ -19,19 +19,18 @@ from tunesmith.core.view import View
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.project import Project
 from tunesmith.registry.serving import approvals_of, permissions
-from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import Version, readable_versions
-from tunesmith.rollout.standing import standing_of
+from tunesmith.rollout.champions import Champion, list_champions
 from tunesmith.services import monitoring, retraining
 from tunesmith.services.held import waiting_for
 from tunesmith.services.monitoring import PartHealth, queue_health
-from tunesmith.services.rollout_course import LISTED, RolloutLine, labels_of, live_lines
+from tunesmith.services.rollout_course import LISTED, RolloutLine, live_lines
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import User, get_user
 from tunesmith.store.people.proposed_keys import ProposedKey, waiting_keys
 from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, JobEventRow, JobRow, RecordRow, RequestRow, VersionRow
+from tunesmith.store.tables import AuditRow, JobEventRow, JobRow, RecordRow, RequestRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
 from tunesmith.webhooks import deliveries
 
@@ -84,16 +83,6 @@ class Home(View):
     rollouts: int | None
 
 
-class _Champion(NamedTuple):
-    name: str
-    scope: Scope
-    digest: str
-    label: str
-    since: str
-    expires_at: str | None
-    refused: str
-
-
 class _Unapproved(NamedTuple):
     version: Version
     missing: tuple[str, ...]
@@ -101,10 +90,13 @@ class _Unapproved(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What only changes with the audit log, for every tenant and region. more_versions, more_champions: whether there
-    are some that were not looked at."""
+    """What only changes with the audit log, for every tenant and region. since: champion -> when it was set.
 
-    champions: list[_Champion]
+    more_versions, more_champions: whether there are some that were not looked at.
+    """
+
+    champions: list[Champion]
+    since: dict[tuple[str, Scope], str]
     unapproved: list[_Unapproved]
     pending: list[PendingRetrain]
     proposed: list[ProposedKey]
@@ -136,7 +128,9 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
         *(_for_webhooks(user, project) if project else ()),
     ]
     return Home(
-        serving=tuple(_serving(one, user.scope, requests) for one in kept.champions if _serves(one.scope, user.scope)),
+        serving=tuple(
+            _serving(one, user.scope, kept, requests) for one in kept.champions if _serves(one.scope, user.scope)
+        ),
         moving=tuple(moving),
         waiting=tuple(sorted(waiting, key=lambda one: not one.mine)),
         health=(PartHealth(part="database", ok=True, says="answers"), queue_health(store, user.scope)),
@@ -179,51 +173,33 @@ def last_changes(store: Store) -> tuple[object, ...]:
 
 
 def _read(session: Session, store: Store) -> _Kept:
-    aliases = select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != "")
-    rows = session.scalars(
-        aliases.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region).limit(_CHAMPIONS + 1)
-    ).all()
+    champions = list_champions(session, store, most=_CHAMPIONS + 1)
     newest = _newest(session)
-    more_champions, more_versions = len(rows) > _CHAMPIONS, len(newest) > _VERSIONS
-    rows, newest = rows[:_CHAMPIONS], newest[:_VERSIONS]
-    serving = {row.version for row in rows}
-    versions = readable_versions(store, serving | set(newest), session)
+    serving = {one.digest for one in champions}
+    versions = readable_versions(store, set(newest[:_VERSIONS]) - serving, session)
     allowed = permissions(session, list(versions.values()))
-    labels = labels_of(session, serving)
-    subjects = {f"{row.name}@champion" for row in rows}
-    place = (AuditRow.subject, AuditRow.detail["tenant"].as_string(), AuditRow.detail["region"].as_string())
-    set_at = select(*place, func.max(AuditRow.at)).where(AuditRow.action == "alias.set", AuditRow.subject.in_(subjects))
-    since = {tuple(key): at for *key, at in session.execute(set_at.group_by(*place))}
-    champions = []
-    for row in rows:
-        scope, version = Scope(row.tenant, row.region), versions.get(row.version)
-        permission = allowed.get(row.version)
-        if version is None or permission is None or not (permission.granted and version.scope.covers(scope)):
-            permission = standing_of(session, store, row.version, scope)  # by an override, or why not
-        champions.append(
-            _Champion(
-                name=row.name,
-                scope=scope,
-                digest=row.version,
-                label=labels.get(row.version, ""),
-                since=since.get((f"{row.name}@champion", row.tenant, row.region), ""),
-                expires_at=version.expires_at if version else None,
-                refused="" if permission.granted else permission.message,
-            )
-        )
-    unapproved = [versions[each] for each in newest if each in versions and each not in serving]
+    waiting = [digest for digest in newest if digest in allowed and allowed[digest].reason == "not_approved"]
     return _Kept(
-        champions,
-        _unapproved(session, [one for one in unapproved if allowed[one.digest].reason == "not_approved"]),
+        champions[:_CHAMPIONS],
+        _since(session, champions),
+        _unapproved(session, [versions[digest] for digest in waiting]),
         list_pending_retrains(store),
         waiting_keys(store),
-        more_versions,
-        more_champions,
+        len(newest) > _VERSIONS,
+        len(champions) > _CHAMPIONS,
     )
 
 
+def _since(session: Session, champions: list[Champion]) -> dict[tuple[str, Scope], str]:
+    subjects = {f"{one.name}@champion" for one in champions}
+    place = (AuditRow.subject, AuditRow.detail["tenant"].as_string(), AuditRow.detail["region"].as_string())
+    query = select(*place, func.max(AuditRow.at)).where(AuditRow.action == "alias.set", AuditRow.subject.in_(subjects))
+    rows = session.execute(query.group_by(*place))
+    return {(subject.removesuffix("@champion"), Scope(tenant, region)): at for subject, tenant, region, at in rows}
+
+
 def _holds(kept: _Kept) -> bool:
-    return not any(one.refused == "" and is_over(one.expires_at) for one in kept.champions)
+    return not any(one.refused is None and one.expired for one in kept.champions)
 
 
 def _newest(session: Session) -> list[str]:
@@ -238,7 +214,7 @@ def _unapproved(session: Session, versions: list[Version]) -> list[_Unapproved]:
     return [_Unapproved(version, found.missing, found.approvers) for version, found in decided]
 
 
-def _requests(store: Store, champions: list[_Champion]) -> _Requests:
+def _requests(store: Store, champions: list[Champion]) -> _Requests:
     """(requests, failed) of the last hour by version and the caller's scope, counted again every few seconds."""
     at, found = _REQUESTS.get(store, (-_COUNTED_SECONDS, {}))
     if time.monotonic() - at < _COUNTED_SECONDS:
@@ -260,7 +236,7 @@ def _serves(champion: Scope, viewer: Scope) -> bool:
     return champion.covers(viewer) or viewer.covers(champion)
 
 
-def _serving(one: _Champion, viewer: Scope, requests: _Requests) -> ServingNow:
+def _serving(one: Champion, viewer: Scope, kept: _Kept, requests: _Requests) -> ServingNow:
     counted = [
         each
         for (digest, scope), each in requests.items()
@@ -268,8 +244,8 @@ def _serving(one: _Champion, viewer: Scope, requests: _Requests) -> ServingNow:
     ]
     return ServingNow.of(
         one,
-        **one.scope.fields(),
-        version=one.label,
+        since=kept.since.get((one.name, one.scope), ""),
+        refused=one.refused or "",
         requests=sum(n for n, _ in counted),
         failed=sum(failed for _, failed in counted),
     )
@@ -330,11 +306,11 @@ def _for_rollouts(user: User, moving: list[RolloutLine]) -> list[Waiting]:
     ]
 
 
-def _for_champions(user: User, champions: list[_Champion]) -> list[Waiting]:
+def _for_champions(user: User, champions: list[Champion]) -> list[Waiting]:
     return [
         _waiting(
             user,
-            f"nothing serves {one.name}{one.scope.said}: {one.label or 'its version'} {one.refused}",
+            f"nothing serves {one.name}{one.scope.said}: {one.version or 'its version'} {one.refused}",
             "rollout.start",
             _ROLLOUTS,
             f"tunesmith rollout rollback {one.name}{one.scope.options()}",

@@ -25,8 +25,8 @@ from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
 from tunesmith.records.base import BaseBody
 from tunesmith.registry.versions import Version, list_versions, load_version, resolve
+from tunesmith.rollout.champions import Champion
 from tunesmith.rollout.controller import give_up
-from tunesmith.rollout.standing import Champion
 from tunesmith.services.actions import Acting, Because, Request, action
 from tunesmith.services.rollouts import refused_champions
 from tunesmith.store import database

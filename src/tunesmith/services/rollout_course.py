@@ -16,17 +16,17 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
 from tunesmith.project import Project
+from tunesmith.registry.serving import standing
 from tunesmith.registry.versions import load_version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Judgement, judge
 from tunesmith.rollout.settings import Analysis, Step
-from tunesmith.rollout.standing import standing
-from tunesmith.rollout.state import LIVE, Rollout, Status, from_row, get_rollout
+from tunesmith.rollout.state import Rollout, Status, from_row, get_rollout
 from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, RequestRow, RolloutRow, VersionRow
+from tunesmith.store.tables import LIVE, AliasRow, AuditRow, RequestRow, RolloutRow, VersionRow
 
 LISTED = 20  # rollouts on a page
 _BUCKETS = 300

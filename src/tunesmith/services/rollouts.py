@@ -29,14 +29,14 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout import commands, controller
 from tunesmith.rollout.analysis import Outcome
+from tunesmith.rollout.champions import Champion, list_champions
 from tunesmith.rollout.settings import Step
-from tunesmith.rollout.standing import Champion, list_champions
-from tunesmith.rollout.state import LIVE, Rollout, Seen, Status, get_rollout, list_rollouts
+from tunesmith.rollout.state import Rollout, Seen, Status, get_rollout, list_rollouts
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import VersionRow
+from tunesmith.store.tables import LIVE, VersionRow
 
 
 class Arm(View):

@@ -35,7 +35,6 @@ from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import resolve
-from tunesmith.rollout.state import LIVE
 from tunesmith.services import evaluations, evidence
 from tunesmith.services.actions import Acting, Because, Named, Request, Short, action
 from tunesmith.services.datasets import datasheet
@@ -44,7 +43,7 @@ from tunesmith.store import database
 from tunesmith.store.database import visible
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
+from tunesmith.store.tables import LIVE, AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
 
 LISTED = 100  # versions in a list, unless told otherwise
 PAGE = 50

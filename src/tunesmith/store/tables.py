@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -204,6 +204,10 @@ class AliasRow(Table):
     version: Mapped[str] = mapped_column(String(71))
     override_by: Mapped[str] = mapped_column(String(128), default="")
     revision: Mapped[int] = mapped_column(Integer)
+
+
+Live = Literal["running", "paused"]
+LIVE: tuple[Live, ...] = get_args(Live)  # rollouts with these statuses divide traffic
 
 
 class RolloutRow(Table):

@@ -24,9 +24,8 @@ from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.opening import Verified, verified_copy
-from tunesmith.registry.serving import Permission, still_valid
+from tunesmith.registry.serving import Permission, override_in_force, standing, still_valid
 from tunesmith.registry.versions import Version, load_version, resolve
-from tunesmith.rollout.standing import override_in_force, standing
 from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
 from tunesmith.server.errors import (
@@ -99,7 +98,7 @@ class Router:
     """Maps model names to versions, and refuses those that may not serve now.
 
     Asks the database before each request whether anything changed. If so, or if a version expired, it decides anew
-    (rollout/standing.py). So a change by any process counts from the next request on. clock: seconds since 1970.
+    (registry/serving.py). So a change by any process counts from the next request on. clock: seconds since 1970.
     """
 
     def __init__(

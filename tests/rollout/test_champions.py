@@ -18,9 +18,9 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import controller, preconditions
+from tunesmith.rollout.champions import list_champions
 from tunesmith.rollout.commands import abort, promote, rollback
 from tunesmith.rollout.controller import advance
-from tunesmith.rollout.standing import list_champions
 from tunesmith.rollout.state import Rollout
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, deactivate, set_roles

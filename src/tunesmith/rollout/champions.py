@@ -1,4 +1,4 @@
-"""Whether champions and canaries may serve now, and which versions could serve in their place."""
+"""Which champions may not serve now, and which versions could serve in their place."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.core.view import View
-from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.serving import Permission, may_serve, permissions
+from tunesmith.registry.serving import permissions, standing, standing_of
 from tunesmith.registry.signing.release import is_over
-from tunesmith.registry.versions import Version, load_version, readable_versions
-from tunesmith.rollout.state import live_rollout
+from tunesmith.registry.versions import load_version, readable_versions
 from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, VersionRow
@@ -63,38 +61,6 @@ class Champion(View):
         return f"{said}; {advice(self.could_serve, self.scope)}"
 
 
-def standing(session: Session, version: Version, scope: Scope) -> Permission:
-    """Whether a version may answer requests of a scope now: by an approval, or by an override that is in force."""
-    return may_serve(session, version, scope=scope, override_by=override_in_force(session, version, scope))
-
-
-def standing_of(
-    session: Session, store: Store, digest: str, scope: Scope, *, override_by: str | None = None
-) -> Permission:
-    """The standing of a version given by its digest. override_by: a user whose override counts, if none is in force.
-
-    Raises TunesmithError where its record cannot be read now, as while a bucket cannot be reached.
-    """
-    try:
-        version = load_version(store, digest, session)
-    except (Refused, UsageError):
-        return Permission("unknown", "is not in the registry", NextStep("check the audit log", "audit verify"))
-    by = override_in_force(session, version, scope) or override_by
-    return may_serve(session, version, scope=scope, override_by=by)
-
-
-def override_in_force(session: Session, version: Version, scope: Scope) -> str | None:
-    """The user by whose override a version serves a scope as champion or live canary. None where nobody's does."""
-    for covering in scope.covering():
-        alias = get_alias(session, version.name, "champion", covering)
-        if alias is not None and alias.version == version.digest and alias.override_by:
-            return alias.override_by
-        rollout = live_rollout(session, version.name, covering)
-        if rollout is not None and rollout.canary == version.digest and rollout.override is not None:
-            return rollout.started_by
-    return None
-
-
 def could_serve(session: Session, store: Store, name: str, scope: Scope) -> tuple[str, ...]:
     """Labels of the versions of a name that may serve a scope now, newest first."""
     query = select(VersionRow.digest).where(VersionRow.name == name).order_by(VersionRow.number.desc())
@@ -116,56 +82,42 @@ def advice(versions: tuple[str, ...], scope: Scope) -> str:
 
 
 def champion_of(session: Session, store: Store, name: str, scope: Scope) -> Champion | None:
-    """The champion of exactly this scope; None if there is none. Raises as standing_of does."""
-    alias = get_alias(session, name, "champion", scope)
-    if alias is None:
-        return None
-    label, expires_at = "", None
-    with contextlib.suppress(Refused, UsageError):
-        version = load_version(store, alias.version, session)
-        label, expires_at = version.label, version.expires_at
-    permission = standing_of(session, store, alias.version, scope)
-    return Champion(
-        name=name,
-        tenant=scope.tenant,
-        region=scope.region,
-        version=label,
-        digest=alias.version,
-        expires_at=expires_at,
-        refused=None if permission.granted else permission.message,
-        could_serve=() if permission.granted else could_serve(session, store, name, scope),
-    )
+    """The champion of exactly this scope; None if there is none. Raises as list_champions does."""
+    return next(iter(list_champions(session, store, name, scope)), None)
 
 
-def list_champions(session: Session, store: Store, name: str | None = None) -> list[Champion]:
-    """Every champion, of one name or of all, by name, tenant and region."""
+def list_champions(
+    session: Session, store: Store, name: str | None = None, scope: Scope | None = None, *, most: int | None = None
+) -> list[Champion]:
+    """Every champion by name, tenant and region. name, scope: only of this one. most: only the first so many.
+
+    Raises TunesmithError where the record of one cannot be read now.
+    """
     query = select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != "")
-    rows = session.scalars(query.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region)).all()
-    wanted = [row for row in rows if name in (None, row.name)]
-    versions = readable_versions(store, {row.version for row in wanted}, session)
+    query = query if name is None else query.where(AliasRow.name == name)
+    query = query if scope is None else query.filter_by(**scope.fields())
+    query = query.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region).limit(most)
+    rows = session.scalars(query.execution_options(populate_existing=True)).all()
+    versions = readable_versions(store, {row.version for row in rows}, session)
     allowed = permissions(session, list(versions.values()))
-    found: list[Champion | None] = []
-    for row in wanted:
-        version, scope = versions.get(row.version), Scope(row.tenant, row.region)
-        if version is not None and allowed[version.digest].granted and version.scope.covers(scope):
-            found.append(_serving(row, version))
-        else:  # by an override, or why not
-            found.append(champion_of(session, store, row.name, scope))
-    return [champion for champion in found if champion is not None]
-
-
-def _serving(row: AliasRow, version: Version) -> Champion:
-    """A champion that may serve."""
-    return Champion(
-        name=row.name,
-        tenant=row.tenant,
-        region=row.region,
-        version=version.label,
-        digest=row.version,
-        expires_at=version.expires_at,
-        refused=None,
-        could_serve=(),
-    )
+    found = []
+    for row in rows:
+        version, place = versions.get(row.version), Scope(row.tenant, row.region)
+        permission = allowed.get(row.version)
+        if version is None or permission is None or not (permission.granted and version.scope.covers(place)):
+            permission = standing_of(session, store, row.version, place)  # by an override, or why not
+        found.append(
+            Champion(
+                name=row.name,
+                **place.fields(),
+                version=version.label if version else "",
+                digest=row.version,
+                expires_at=version.expires_at if version else None,
+                refused=None if permission.granted else permission.message,
+                could_serve=() if permission.granted else could_serve(session, store, row.name, place),
+            )
+        )
+    return found
 
 
 # What the controller writes down
