@@ -16,12 +16,14 @@ from tests.fabricate import Chain, put_chain
 from tunesmith.cli import users, versions
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.pipeline.verdicts import changed_since
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.people import tokens
+from tunesmith.store.people.identities import add_user
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
@@ -81,6 +83,9 @@ def test_from_a_verdict_to_an_approved_version(store: Store, chain: Chain, tmp_p
     said = run(store, "approve", "drill@v1", "--as", "ann", "--reason", "x").stdout
     assert "gates were overridden: a drill" in said
     assert "gates overridden" in run(store, "show").stdout
+    add_user(store, "tess", ["engineer"], actor="olive", scope=Scope("acme"))
+    with pytest.raises(UsageError, match="nothing was judged yet"):  # not the newest one of others
+        run(store, "register", "--name", "intents", "--as", "tess")
     # A gate whose inputs did not change gives the record of before, even if another one is newer.
     store.keep_memo(digest_of({"latest": "verdict", "project": "intents"}), chain.verdict)
     assert document(store, "register", "--name", "intents")["verdict"] == chain.verdict

@@ -99,10 +99,14 @@ def verdict(context: PipelineContext, name: str | None = None) -> str:
     return _keep_latest(context, "verdict", context.stages.run(f"gate {of}", "gate", inputs, decide))
 
 
-def latest(project: Project, kind: Literal["evaluation", "verdict"]) -> str | None:
-    """Digest of the record that the project's last `evaluate` or `gate` gave, made then or before; None for none."""
-    found = project.store.recall_memo(_latest_key(project, kind, Scope()))
-    return found or next(reversed(project.store.records_of(kind)), None)
+def latest(project: Project, kind: Literal["evaluation", "verdict"], scope: Scope = Scope()) -> str | None:
+    """Digest of the record that the project's last `evaluate` or `gate` for a scope gave, made then or before; None
+    for none. For all tenants and regions that may also be the store's newest record, of a project by another name.
+    """
+    found = project.store.recall_memo(_latest_key(project, kind, scope))
+    if found is None and scope == Scope():
+        found = next(reversed(project.store.records_of(kind)), None)
+    return found
 
 
 def changed_since(project: Project, verdict: str) -> list[str]:

@@ -166,7 +166,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
     It states the project's risk class from now on.
     """
     project, risk = acting.project, acting.project.settings.risk
-    verdict = asked.verdict or latest(project, "verdict")
+    verdict = asked.verdict or latest(project, "verdict", acting.user.scope)
     if verdict is None:
         raise UsageError("nothing was judged yet", where=str(acting.store.root), fix=NextStep("judge one", "gate"))
     digest = evidence.find_verdict(acting.store, acting.user, verdict)
