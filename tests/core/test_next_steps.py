@@ -19,7 +19,8 @@ from tunesmith.cli.terminal import command_line
 from tunesmith.core.errors import NextStep, Refused
 
 SOURCE = Path(tunesmith.__file__).parent
-BELOW = [path for path in SOURCE.rglob("*.py") if path.parent.name != "cli"]
+FILES = [path for path in SOURCE.rglob("*.py") if path.parent.name != "cli"]
+BELOW = {path: list(ast.walk(ast.parse(path.read_text()))) for path in FILES}
 
 
 def commands(group: typer.main.TyperGroup, path: str = "") -> Iterator[tuple[str, typer.core.TyperCommand]]:
@@ -32,10 +33,6 @@ def commands(group: typer.main.TyperGroup, path: str = "") -> Iterator[tuple[str
 
 COMMANDS = dict(commands(typer.main.get_command(main.app)))
 OPTIONS = {word for command in COMMANDS.values() for one in command.params for word in one.opts if word[:2] == "--"}
-
-
-def nodes(path: Path) -> Iterator[ast.AST]:
-    yield from ast.walk(ast.parse(path.read_text()))
 
 
 def is_of_an_error(node: ast.AST) -> bool:
@@ -60,10 +57,10 @@ def test_no_error_below_the_command_line_names_a_command_or_an_option() -> None:
     verbs = "|".join(COMMANDS)
     other = "`[^`]*`"  # such as `ray start --head`
     named = re.compile(rf"tunesmith (?:{verbs})\b|`(?:{verbs})(?: [^`]*)?`|{other}|--[a-z][a-z-]*")
-    for path in BELOW:
-        steps = [node for node in nodes(path) if isinstance(node, ast.Call) and ast.unparse(node.func) == "NextStep"]
+    for path, nodes in BELOW.items():
+        steps = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "NextStep"]
         allowed = {id(step.args[1]) for step in steps}
-        for error in filter(is_of_an_error, nodes(path)):
+        for error in filter(is_of_an_error, nodes):
             for text in ast.walk(error):
                 if isinstance(text, ast.Constant) and isinstance(text.value, str) and id(text) not in allowed:
                     found = [one for one in named.findall(text.value) if is_ours(one)]
@@ -72,8 +69,8 @@ def test_no_error_below_the_command_line_names_a_command_or_an_option() -> None:
 
 def test_every_next_step_names_a_command_and_its_parameters() -> None:
     count = 0
-    for path in BELOW:
-        for node in nodes(path):
+    for path, nodes in BELOW.items():
+        for node in nodes:
             match node:
                 case ast.Call(func=ast.Name(id="NextStep"), args=[_, ast.Constant(value=verb)], keywords=keywords):
                     names = {one.arg for one in keywords if one.arg}

@@ -53,7 +53,8 @@ def start(
     rollout.override and has its own audit entry. Raises Refused if the version may not serve, serves already, or if a
     rollout of that name is live; UsageError for a version of another name or an unknown caller.
     """
-    _check_scope(version, name, scope)
+    if version.name != name:
+        raise UsageError(f"{version.label} is a version of {version.name}, not of {name}")
     _check_reason(override)
     override_by = None if override is None else actor
     verified: Verified = {}
@@ -273,17 +274,6 @@ def _command(
         return decide(session, found)
 
     return make_transition(store, current, actor, action, permitted, clock(), promotes=promotes)
-
-
-def _check_scope(version: Version, name: str, scope: Scope) -> None:
-    if version.name != name:
-        raise UsageError(f"{version.label} is a version of {version.name}, not of {name}")
-    if not version.scope.covers(scope):
-        raise Refused(
-            f"{version.label} is for {version.scope}",
-            where=str(scope),
-            fix="register it for that tenant and region",
-        )
 
 
 def _no_rival(session: Session, store: Store, champion: Alias | None, scope: Scope) -> str | None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
-from sqlalchemy import select
 
 from tunesmith.core.errors import NextStep, NotThere, UsageError
-from tunesmith.core.text.names import VersionRef, is_number
+from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
 from tunesmith.evaluation.metrics.declared import (
     CONTEXT_SCORERS,
@@ -33,10 +32,11 @@ from tunesmith.rollout.champions import Champion, list_champions
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.state import Rollout, Seen, Status, get_rollout, list_rollouts
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
+from tunesmith.services.rollout_course import labels_of
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, VersionRow
+from tunesmith.store.tables import LIVE
 
 
 class Arm(View):
@@ -204,11 +204,8 @@ def visible_to(store: Store, user: User) -> RolloutList:
 
 def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True) -> RolloutView | None:
     """A rollout of the user's tenant and region; None for any other number. judged: as for `view_of`."""
-    try:
-        found = get_rollout(store, number)
-    except UsageError:
-        return None
-    return view_of(store, found, judged=judged) if user.scope.covers(found.scope) else None
+    found = _seen_by(user, store, number)
+    return None if found is None else view_of(store, found, judged=judged)
 
 
 @action(
@@ -278,7 +275,7 @@ def view_of(
     """
     if champions is None:
         with database.reading(store.engine) as session:
-            champions = list_champions(session, store, rollout.name)
+            champions = list_champions(session, store, rollout.name, rollout.scope)
     champion = next((one for one in champions if (one.name, one.scope) == (rollout.name, rollout.scope)), None)
     judgement = controller.look(store, rollout) if judged else None
     return RolloutView.of(
@@ -303,17 +300,23 @@ def _arm(store: Store, digest: str) -> Arm | None:
     if not digest:
         return None
     with database.reading(store.engine) as session:
-        row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
-        return Arm(version=str(VersionRef(row.name, row.number)) if row else "", digest=digest)
+        return Arm(version=labels_of(session, {digest}).get(digest, ""), digest=digest)
+
+
+def _seen_by(user: User, store: Store, number: int) -> Rollout | None:
+    with contextlib.suppress(UsageError):
+        found = get_rollout(store, number)
+        if user.scope.covers(found.scope):
+            return found
+    return None
 
 
 def _find(acting: Acting, which: str) -> Rollout:
     """A rollout of the user's scope by its number, or the live one of a name. Raises NotThere, UsageError."""
     if is_number(which):
-        with contextlib.suppress(UsageError):
-            found = get_rollout(acting.store, int(which))
-            if acting.user.scope.covers(found.scope):
-                return found
+        found = _seen_by(acting.user, acting.store, int(which))
+        if found is not None:
+            return found
         raise NotThere(f"there is no rollout {which[:20]}", fix=NextStep("list the rollouts", "rollout status"))
     live = [one for one in list_rollouts(acting.store, name=which, live=True) if acting.user.scope.covers(one.scope)]
     if len(live) != 1:
