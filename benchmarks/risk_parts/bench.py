@@ -20,7 +20,7 @@ from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.native.engine import NativeEngine, NativeModel
-from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate
+from tunesmith.evaluation.gates.judging import Evidence, GateFinding, judge_gate
 from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.metrics.scorers import score
@@ -119,7 +119,7 @@ class Bench:
             )
         )
 
-    def finding(self, candidate: Candidate, dataset: str, **gate: Any) -> Finding:
+    def finding(self, candidate: Candidate, dataset: str, **gate: Any) -> GateFinding:
         """What a probe's gate finds about a candidate."""
         asked = Probe(**gate)
         suite = asked.suite

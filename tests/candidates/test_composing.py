@@ -26,8 +26,8 @@ from tunesmith.candidates.asking import _confidence, ask_rows
 from tunesmith.candidates.baselines import Confident, make_baseline
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, compose, count_prompts, describe_prompts, prompt_used
+from tunesmith.candidates.prompt_search import plan_tries
 from tunesmith.candidates.retrieval import Embed, Index, PassageIndex, Vectors, choose_shots, draw_shots
-from tunesmith.candidates.search import plan_tries
 from tunesmith.candidates.settings import CandidateSettings, Search, Shots
 from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import UsageError

@@ -12,7 +12,7 @@ import pytest
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
-from tunesmith.data.formats.row_readers import Row
+from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.store.store import Store
@@ -58,9 +58,9 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def read(root: Path, path: str) -> list[Row]:
+def read(root: Path, path: str) -> list[SourceRow]:
     """The rows of the files that a source names."""
-    rows: list[Row] = []
+    rows: list[SourceRow] = []
     for file in find_files([Source(path=path, licence="MIT")], root):
         with open_source(file) as opened:
             rows.extend(opened.rows())

@@ -18,7 +18,7 @@ from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.metrics import classification
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.stats import statistics
-from tunesmith.evaluation.style import evidence
+from tunesmith.evaluation.style import shares
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.store import Store
 
@@ -39,7 +39,7 @@ def remembered_draws() -> Iterator[None]:
         return draw((statistics.CHUNK, statistics._DRAWS, statistics._TAIL_DRAWS), *stated)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (statistics, classification, evidence):
+        for module in (statistics, classification, shares):
             patch.setattr(module, "group_weights", weights)
         yield
 

@@ -29,7 +29,7 @@ from tunesmith.registry.versions import Version, list_versions
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
-from tunesmith.server.answering.work import Worker
+from tunesmith.server.answering.work import AnsweringThreads
 from tunesmith.server.app import create_app
 from tunesmith.server.listening import DrainingServer
 from tunesmith.server.serving import Serving
@@ -56,7 +56,7 @@ class Served:
     token: str
     scene: Scene
     engine: FakeEngine
-    worker: Worker
+    worker: AnsweringThreads
     serving: Serving
     app: FastAPI
     stop: Callable[[], None]

@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, Here, Region, Tenant, add_commands, d
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.evidence import EvaluationList, EvaluationPage
+    from tunesmith.services.evaluation_lookups import EvaluationList, EvaluationPage
     from tunesmith.services.monitoring import RecallList
 
 
@@ -28,14 +28,14 @@ def evaluations(
     page: Annotated[int, typer.Option(min=1, help="25 evaluations each.")] = 1,
 ) -> None:
     """List evaluations, newest first, or show one with the verdict on its best judged candidate."""
-    from tunesmith.services import evidence
+    from tunesmith.services import evaluation_lookups
 
     acting = here.acting
     store, user = acting.store, acting.user
     if evaluation is None:
-        here.emit(evidence.list_evaluations(store, user, page), _draw_list)
+        here.emit(evaluation_lookups.list_evaluations(store, user, page), _draw_list)
     else:
-        here.emit(evidence.show_evaluation(store, user, store.find_record(evaluation)), _draw_one)
+        here.emit(evaluation_lookups.show_evaluation(store, user, store.find_record(evaluation)), _draw_one)
 
 
 def recalls(here: Here) -> None:

@@ -65,11 +65,15 @@ def request(
 
 def _which(here: Acting, evaluation: str) -> tuple[Store, User, str]:
     """The store, the acting user, and the digest of the evaluation that is meant."""
-    from tunesmith.services import evidence
+    from tunesmith.services import evaluation_lookups
 
     acting = here.acting
     store, user = acting.store, acting.user
-    return store, user, store.find_record(evaluation) if evaluation else evidence.newest_evaluation(store, user)
+    return (
+        store,
+        user,
+        store.find_record(evaluation) if evaluation else evaluation_lookups.newest_evaluation(store, user),
+    )
 
 
 def _draw_requests(console: Console, found: RequestMatrix) -> None:

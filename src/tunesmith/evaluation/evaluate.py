@@ -16,6 +16,7 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe, seen_answers
 from tunesmith.evaluation.lines import encode_lines
+from tunesmith.evaluation.metrics.answer_judge import read_judged
 from tunesmith.evaluation.metrics.classification import calibration, classes
 from tunesmith.evaluation.metrics.declared import (
     CONTEXT_SCORERS,
@@ -28,9 +29,8 @@ from tunesmith.evaluation.metrics.declared import (
     metric_of,
     scorer_digests,
 )
-from tunesmith.evaluation.metrics.judging import read_judged
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
-from tunesmith.evaluation.policy.evidence import POLICY, PolicyAnswers, measure_policy
+from tunesmith.evaluation.policy.outcomes import POLICY, PolicyAnswers, measure_policy
 from tunesmith.evaluation.prices import price_of
 from tunesmith.evaluation.probes.items import MEASUREMENTS
 from tunesmith.evaluation.probes.measuring import Risk, measure
@@ -38,7 +38,7 @@ from tunesmith.evaluation.probes.numbers import general_digest, general_question
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, column, drop, encode_scores, metric_interval, rounded
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals
-from tunesmith.evaluation.style.evidence import STYLE, measure_style
+from tunesmith.evaluation.style.shares import STYLE, measure_style
 from tunesmith.records.evaluation import (
     EvaluationBody,
     GeneralSuite,

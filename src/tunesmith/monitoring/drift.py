@@ -64,7 +64,7 @@ class ServedRequest:
     json_valid: Any = None
 
 
-class Finding(View):
+class DriftFinding(View):
     """One comparison. effect: the distance of a feature, or the drop of json_valid; low, high: its interval."""
 
     name: str
@@ -94,7 +94,7 @@ class Report(View):
     until: str
     requests: int
     capped: dict[str, int]
-    findings: tuple[Finding, ...]
+    findings: tuple[DriftFinding, ...]
     recommendation: str | None
 
 
@@ -116,7 +116,7 @@ def watch(
     since = until - timedelta(hours=settings.window_hours)
     rows = _served(store, name, version, iso(since), iso(until), tenant)
     kept, capped = cap_tenants(rows, settings.tenant_share_at_most)
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[DriftFinding, ...] = ()
     if len(kept) >= settings.min_requests:
         findings = compare(kept, measure(), settings)
         verdict, reason = _overall(findings)
@@ -158,7 +158,9 @@ def cap_tenants(rows: Sequence[ServedRequest], share: float) -> tuple[list[Serve
     return kept, capped
 
 
-def compare(rows: Sequence[ServedRequest], baseline: Baseline, settings: MonitoringSettings) -> tuple[Finding, ...]:
+def compare(
+    rows: Sequence[ServedRequest], baseline: Baseline, settings: MonitoringSettings
+) -> tuple[DriftFinding, ...]:
     """A finding for every feature of the baseline, one for requests unlike the training rows if their similarity was
     measured, and one for json_valid if it was measured."""
     findings = [
@@ -174,12 +176,14 @@ def compare(rows: Sequence[ServedRequest], baseline: Baseline, settings: Monitor
     return tuple(findings)
 
 
-def compare_feature(name: str, served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings) -> Finding:
+def compare_feature(
+    name: str, served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings
+) -> DriftFinding:
     """The finding for one feature. Values that are not finite numbers are dropped; the reason counts them."""
     from scipy.stats import ks_2samp
 
     ours, theirs = _numbers(served), _numbers(measured)
-    finding = partial(Finding, name=name, served=len(ours), measured=len(theirs), bound=settings.shift_at_most)
+    finding = partial(DriftFinding, name=name, served=len(ours), measured=len(theirs), bound=settings.shift_at_most)
     unusable = len(served) - len(ours)
     if len(ours) < settings.min_requests or len(theirs) < 10:
         reason = f"{len(ours)} served requests ({unusable} unusable) and {len(theirs)} test rows are too few"
@@ -197,7 +201,7 @@ def compare_feature(name: str, served: Sequence[Any], measured: Sequence[Any], s
     return finding(outcome=outcome, reason=reason, effect=distance, low=low, high=high, p_value=p_value)
 
 
-def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings) -> Finding:
+def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings) -> DriftFinding:
     """Whether more requests than test rows have little in common with every training row.
 
     Stable where the rise itself is within the bound, since its interval is wider than the bound for some thousand
@@ -205,7 +209,7 @@ def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: Mo
     """
     ours, theirs = _numbers(served), _numbers(measured)
     bound = settings.unlike_rise_at_most
-    finding = partial(Finding, name="unlike", served=len(ours), measured=len(theirs), bound=bound)
+    finding = partial(DriftFinding, name="unlike", served=len(ours), measured=len(theirs), bound=bound)
     if len(ours) < settings.min_requests or len(theirs) < 10:
         reason = f"{len(ours)} served requests and {len(theirs)} test rows are too few"
         return finding(outcome="inconclusive", reason=reason)
@@ -235,9 +239,9 @@ def _share(those: NDArray[Any], settings: MonitoringSettings) -> tuple[float, fl
 
 def _compare_valid(
     served: Sequence[Any], measured: tuple[float, float, float], settings: MonitoringSettings
-) -> Finding:
+) -> DriftFinding:
     scores = _numbers(served)
-    finding = partial(Finding, name="json_valid", served=len(scores), bound=settings.valid_drop_at_most)
+    finding = partial(DriftFinding, name="json_valid", served=len(scores), bound=settings.valid_drop_at_most)
     if len(scores) < settings.min_requests:
         return finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored")
     mean, low, high = measured
@@ -254,7 +258,7 @@ def _outcome(low: float, high: float, bound: float) -> Verdict:
     return "drift" if low > bound else "stable" if high <= bound else "inconclusive"
 
 
-def _overall(findings: Sequence[Finding]) -> tuple[Verdict, str]:
+def _overall(findings: Sequence[DriftFinding]) -> tuple[Verdict, str]:
     """Drift if any finding is drift; stable if every finding is, apart from constant features."""
     telling = [finding for finding in findings if finding.outcome != "constant"]
     for verdict in ("drift", "inconclusive"):
@@ -266,7 +270,7 @@ def _overall(findings: Sequence[Finding]) -> tuple[Verdict, str]:
     return "stable", f"{', '.join(finding.name for finding in telling)} within bounds"
 
 
-def _recommendation(findings: Sequence[Finding]) -> str:
+def _recommendation(findings: Sequence[DriftFinding]) -> str:
     names = [finding.name for finding in findings if finding.outcome == "drift"]
     if names == ["json_valid"]:
         return "fewer answers are valid although requests look alike: `tunesmith rollout rollback`, then find the cause"

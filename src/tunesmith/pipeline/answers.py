@@ -13,8 +13,8 @@ from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.gates.settings import Lift, Retain
 from tunesmith.evaluation.gates.test_set_uses import nameless, used_candidates
+from tunesmith.evaluation.metrics.answer_judge import judge_answers
 from tunesmith.evaluation.metrics.declared import JudgeScorer, make_scoring, metric_of
-from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext

@@ -11,8 +11,8 @@ from typing import Any
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
 from tunesmith.candidates.grammars.copying import check_constraint, copied_fields
+from tunesmith.candidates.prompt_search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.retrieval import choose_shots
-from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.text_files import read_text_file

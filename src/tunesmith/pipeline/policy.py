@@ -10,13 +10,13 @@ from tunesmith.candidates.candidate import Candidate, load_candidate, put_candid
 from tunesmith.core.digests import digest_bytes
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Style
-from tunesmith.evaluation.policy.evidence import SUITE, PolicyAnswers
-from tunesmith.evaluation.policy.judging import judge_policy
+from tunesmith.evaluation.policy.outcomes import SUITE, PolicyAnswers
 from tunesmith.evaluation.policy.requests import PolicyItem, encode_policy_items, policy_items
+from tunesmith.evaluation.policy.rubric_judge import judge_policy
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.probes.context import drawn
 from tunesmith.evaluation.probes.items import ITEMS
-from tunesmith.evaluation.style import evidence
+from tunesmith.evaluation.style import shares
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import decoding_inputs
@@ -105,7 +105,7 @@ def style(context: PipelineContext) -> str | None:
         rows = drawn(dataset.examples("test"), most)
         title = f"the bare base model answers {len(rows)} rows"
         found = ask_rows(answerer(context, bare), rows, work, title, context.progress)
-        body = found.body(evidence.SUITE, engine=context.engine_kind, rows=most)
+        body = found.body(shares.SUITE, engine=context.engine_kind, rows=most)
         return keep_answers(store, parents, found.lines, body)
 
     return context.stages.run("style", "style", inputs, ask)

@@ -17,7 +17,7 @@ from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.metrics.declared import function_digests
 from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
 from tunesmith.evaluation.settings import TaskSettings
-from tunesmith.evaluation.style.evidence import REVISION as STYLE_REVISION
+from tunesmith.evaluation.style.shares import REVISION as STYLE_REVISION
 from tunesmith.pipeline.answers import answers, judged
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.policy import policy, read_requests, style

@@ -28,7 +28,7 @@ from tunesmith.rollout.state import Rollout, list_rollouts
 from tunesmith.server import control, openapi
 from tunesmith.server.answering.recording import LOG, Recorder
 from tunesmith.server.answering.routing import ReadyVersions, Router
-from tunesmith.server.answering.work import Prompts, Worker
+from tunesmith.server.answering.work import AnsweringThreads, Prompts
 from tunesmith.server.api import (
     actions,
     datasets,
@@ -95,7 +95,7 @@ def create_app(
     )
     versions = ReadyVersions(store, engine)
     router = Router(store, settings.region, versions)
-    worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), prompts, holder)
+    worker = AnsweringThreads(versions, router, recorder, settings, functools.partial(give_up, store), prompts, holder)
     metrics.watch_queue(worker.waiting)
     serving = Serving(
         store, settings, metrics, versions, router, recorder, worker, Arriving(settings), Rates(settings), project

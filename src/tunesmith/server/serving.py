@@ -17,7 +17,7 @@ from tunesmith.server import limits
 from tunesmith.server.answering.job import AwaitedDecisions
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import ReadyVersions, Router
-from tunesmith.server.answering.work import Worker
+from tunesmith.server.answering.work import AnsweringThreads
 from tunesmith.server.draining import Drain
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.rates import Rates
@@ -54,7 +54,7 @@ class Serving:
     versions: ReadyVersions
     router: Router
     recorder: Recorder
-    worker: Worker
+    worker: AnsweringThreads
     arriving: Arriving
     rates: Rates
     project: Project | None = None

@@ -10,7 +10,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.core.telemetry import Telemetry, names
-from tunesmith.server.answering.job import Job
+from tunesmith.server.answering.job import ChatJob
 from tunesmith.server.chat.routes import ID_PREFIX
 from tunesmith.server.serving import CHAT_JOB
 
@@ -57,7 +57,7 @@ class TraceMiddleware:
             span.set_attribute(names.STATUS, status)
         failed = str(status) if status >= 500 else "" if status else "no_answer"
         job = scope.get(CHAT_JOB)
-        if isinstance(job, Job):
+        if isinstance(job, ChatJob):
             span.update_name(f"{names.CHAT} {job.request.model[:100]}")
             span.set_attributes(_of_job(job))
             self._add_parts(span, job)
@@ -67,7 +67,7 @@ class TraceMiddleware:
             span.set_attribute(names.ERROR, failed)
             span.set_status(StatusCode.ERROR)
 
-    def _add_parts(self, span: Span, job: Job) -> None:
+    def _add_parts(self, span: Span, job: ChatJob) -> None:
         """Add a span for the wait in the queue and one for the answer."""
         behind = time.time() - time.monotonic()
         moments = [int((each + behind) * 1e9) for each in (job.accepted, job.began, job.ended) if each is not None]
@@ -76,7 +76,7 @@ class TraceMiddleware:
             self._tracer.start_span(name, context, start_time=start).end(end)
 
 
-def _of_job(job: Job) -> dict[str, Any]:
+def _of_job(job: ChatJob) -> dict[str, Any]:
     request, route, completion = job.request, job.route, job.completion
     found: dict[str, Any] = {
         names.OPERATION: names.CHAT,

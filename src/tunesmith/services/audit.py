@@ -24,7 +24,7 @@ from tunesmith.registry.history import verify_log
 from tunesmith.services.actions import Acting, Request, action
 from tunesmith.store import audit, database
 from tunesmith.store.anchoring import time_stamps
-from tunesmith.store.anchoring.anchors import Anchor, Found, open_place
+from tunesmith.store.anchoring.anchors import Anchor, AnchorsFound, open_place
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import (
@@ -237,11 +237,11 @@ def _first(session: Session) -> str:
     return session.scalar(select(AuditRow.digest).order_by(AuditRow.seq).limit(1)) or audit.GENESIS
 
 
-def _pins(place: str, found: Found) -> list[Pin]:
+def _pins(place: str, found: AnchorsFound) -> list[Pin]:
     return [Pin(witness=f"the anchor of {anchor.at} in {place}", head=anchor.head) for anchor in found.anchors]
 
 
-def _place_problems(session: Session, place: str, found: Found) -> list[str]:
+def _place_problems(session: Session, place: str, found: AnchorsFound) -> list[str]:
     """What is wrong with a place: broken or foreign anchors, and missing ones that the log says were written there."""
     first, problems = _first(session), list(found.problems)
     for anchor in found.anchors:

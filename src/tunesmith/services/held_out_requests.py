@@ -1,7 +1,7 @@
 """The held-out requests of an evaluation, as people look them up: a matrix by candidates, and one request opened.
 
 Requests and answers are texts of rows: they take the permission `evidence.read` and an evaluation that the user may see
-(services/evidence.py).
+(services/evaluation_lookups.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight
 from tunesmith.evaluation.report.matrix import Change as RowChange
 from tunesmith.evaluation.summary import EvaluationSummary, rival_of, verdict_summary
+from tunesmith.services.evaluation_lookups import show_evaluation, when_made
 from tunesmith.services.evaluations import READ_PERMISSION
-from tunesmith.services.evidence import show_evaluation, when_made
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import recalled

@@ -35,7 +35,7 @@ from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import resolve
-from tunesmith.services import evaluations, evidence
+from tunesmith.services import evaluation_lookups, evaluations
 from tunesmith.services.actions import Acting, Because, Named, Request, Short, action
 from tunesmith.services.datasets import datasheet
 from tunesmith.services.decisions import approvals_for
@@ -169,7 +169,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
     verdict = asked.verdict or latest(project, "verdict", acting.user.scope)
     if verdict is None:
         raise UsageError("nothing was judged yet", where=str(acting.store.root), fix=NextStep("judge one", "gate"))
-    digest = evidence.find_verdict(acting.store, acting.user, verdict)
+    digest = evaluation_lookups.find_verdict(acting.store, acting.user, verdict)
     version = registration.register(
         acting.store,
         name=asked.name or project.settings.name,

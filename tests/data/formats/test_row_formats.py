@@ -19,14 +19,14 @@ from tunesmith.data.formats import row_formats
 from tunesmith.data.formats import turns as turn_checks
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.openai_file import InvalidExamples, check_examples
-from tunesmith.data.formats.row_readers import Row
+from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.settings import Rows
 
 
 def conversation(
     fields: dict[str, Any], name: str = "auto", ignored: Counter[str] | None = None
 ) -> tuple[Message, ...]:
-    row = Row("a.jsonl", 3, fields)
+    row = SourceRow("a.jsonl", 3, fields)
     found = row_formats.read_turns(row, row_formats.format_of(name, row), Counter() if ignored is None else ignored)
     reason = turn_checks.objection(found)
     assert reason is None, reason
@@ -34,7 +34,7 @@ def conversation(
 
 
 def reason(messages: list[dict[str, Any]], **more: Any) -> str | None:
-    row = Row("a.jsonl", 3, {"messages": messages, **more})
+    row = SourceRow("a.jsonl", 3, {"messages": messages, **more})
     return turn_checks.objection(row_formats.read_turns(row, row_formats.FORMATS["messages"], Counter()))
 
 

@@ -17,7 +17,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy import credentials
 from tunesmith.data.privacy.detection_recall import Measured, measure, probably_remaining, recall_at_least
-from tunesmith.data.privacy.entities import Finder, Finding
+from tunesmith.data.privacy.entities import Finder, FoundEntity
 from tunesmith.data.privacy.originals import KEY, new_key, read_originals
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
@@ -49,7 +49,7 @@ def test_what_cannot_be_found_is_measured_as_lost() -> None:
 class _WithoutKeys(Scanner):
     """Does not look at the keys of JSON."""
 
-    def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
+    def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[FoundEntity]]:
         return super().findings(texts)
 
 

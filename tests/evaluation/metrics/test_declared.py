@@ -22,8 +22,8 @@ from tunesmith.core.progress import SILENT, Progress, Silent
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.verdict import replay
 from tunesmith.evaluation.metrics import classification
+from tunesmith.evaluation.metrics.answer_judge import judge_answers, last_word, read_judged
 from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
-from tunesmith.evaluation.metrics.judging import judge_answers, last_word, read_judged
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, read_labels
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.report.data import report_data

@@ -19,7 +19,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.verdict import replay
-from tunesmith.evaluation.policy.evidence import POLICY, PolicyAnswers, read_policy
+from tunesmith.evaluation.policy.outcomes import POLICY, PolicyAnswers, read_policy
 from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.probes.items import ITEMS
@@ -28,8 +28,8 @@ from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.records.answers import AnswersBody
+from tunesmith.services.evaluation_lookups import show_findings
 from tunesmith.services.evaluations import report_sections, version_report
-from tunesmith.services.evidence import show_findings
 from tunesmith.store.people.identities import acting, add_user
 
 Answering = Callable[[str], str]

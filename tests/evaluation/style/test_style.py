@@ -17,8 +17,8 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.style.classifier import cross_fitted
-from tunesmith.evaluation.style.evidence import STYLE, read_style
 from tunesmith.evaluation.style.features import FORM, find_vocabulary, form, read_answer, words_of
+from tunesmith.evaluation.style.shares import STYLE, read_style
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -30,9 +30,9 @@ from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS, Example
 from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import duties
 from tunesmith.data.governance.withdrawn import Withdrawn
-from tunesmith.data.privacy.evidence import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
 from tunesmith.data.privacy.scan import Scanner
+from tunesmith.data.privacy.scan_result import privacy_evidence
 from tunesmith.data.review.decisions import Reviewed, applied_settings, read_reviewed
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified

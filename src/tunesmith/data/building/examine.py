@@ -31,7 +31,7 @@ from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import answer_key, learned_parts, request_text
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats.key_order import in_request_order
-from tunesmith.data.formats.row_readers import Row
+from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.formats.turns import AFTER_THE_LAST, Turn, conversation, ends_unlearned, objection
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key
@@ -100,7 +100,7 @@ class _Removed:
 class _Fitting:
     """A row that waits for the privacy scan. original: as it was read; fitting: cut to the allowed length."""
 
-    row: Row
+    row: SourceRow
     source: Source
     fields: Fields
     licence: str
@@ -132,7 +132,7 @@ class Examiner:
             return OFF_SCHEMA
         return None if self.rules.unscorable is None else self.rules.unscorable(text)
 
-    def examine(self, rows: Sequence[Row], source: Source) -> tuple[list[Kept], list[RemovedLine]]:
+    def examine(self, rows: Sequence[SourceRow], source: Source) -> tuple[list[Kept], list[RemovedLine]]:
         """(examples, removed rows), counted in a new account. Many rows at once make the scan faster."""
         self.account = Account(read=len(rows))
         row_format = self.rules.formats[source.path]
@@ -148,9 +148,9 @@ class Examiner:
                 removed.append(removed_line(found.example, row.source, row.number, found.reason))
         return kept, removed
 
-    def _before_scan(self, row: Row, source: Source, row_format: row_formats.RowFormat) -> _Fitting | _Removed:
+    def _before_scan(self, row: SourceRow, source: Source, row_format: row_formats.RowFormat) -> _Fitting | _Removed:
         fields = renamed(row, source.rename)
-        turns = row_formats.read_turns(Row(row.source, row.number, fields), row_format, self.account.ignored)
+        turns = row_formats.read_turns(SourceRow(row.source, row.number, fields), row_format, self.account.ignored)
         self.account.ignored.update(unread_keys(fields, source, row_format) - self._read_labels)
         if (reason := objection(turns)) is not None:
             return _Removed(reason)
@@ -250,7 +250,7 @@ class Examiner:
             for turn in messages
         )
 
-    def _fit(self, messages: tuple[Message, ...], row: Row) -> tuple[Message, ...] | None:
+    def _fit(self, messages: tuple[Message, ...], row: SourceRow) -> tuple[Message, ...] | None:
         """The messages, without the oldest exchanges where truncation is allowed; None where they do not fit.
 
         A turn is never cut in two: half an answer would teach the model to stop early. What is left begins with a
@@ -304,7 +304,7 @@ class Examiner:
         names = [*self.settings.split.values, *scan.originals, *scan.originals.values()]
         return wording_group(request, answer, names), *((wording_group(request, answer),) if names else ())
 
-    def _labels(self, fields: Fields, row: Row, messages: Sequence[Message], template: str) -> dict[str, str]:
+    def _labels(self, fields: Fields, row: SourceRow, messages: Sequence[Message], template: str) -> dict[str, str]:
         """The row's labels for groups, time, stratum and attributes. Raises UsageError where one is missing."""
         split = self.settings.split
         stated = ((key, _attribute(fields, key, row)) for key in self.settings.attributes)
@@ -325,7 +325,7 @@ class Examiner:
         return labels | {WORDING: template}
 
 
-def renamed(row: Row, names: Mapping[str, str]) -> Fields:
+def renamed(row: SourceRow, names: Mapping[str, str]) -> Fields:
     """The row's fields after the source's renames. Raises UsageError where a new name exists already."""
     if not names:
         return row.fields
@@ -352,7 +352,7 @@ def _licence_keys(source: Source) -> tuple[str, ...]:
     return ("licence", "license") if source.licence_key == "licence" else (source.licence_key,)
 
 
-def _licence(row: Row, fields: Fields, source: Source) -> str | None:
+def _licence(row: SourceRow, fields: Fields, source: Source) -> str | None:
     """The row's own licence, else its source's. An empty one is none: CSV gives each row all columns."""
     stated = (_label(fields, key, row) for key in _licence_keys(source))
     own = {licence for licence in stated if licence is not None and licence.strip()}
@@ -361,7 +361,7 @@ def _licence(row: Row, fields: Fields, source: Source) -> str | None:
     return own.pop() if own else source.licence
 
 
-def _label(fields: Fields, key: str, row: Row) -> str | None:
+def _label(fields: Fields, key: str, row: SourceRow) -> str | None:
     value = fields.get(key)
     if value is None:
         return None
@@ -370,7 +370,7 @@ def _label(fields: Fields, key: str, row: Row) -> str | None:
     return row_formats.text_of({key: str(value)}, key, row.where)
 
 
-def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
+def _required(value: Any, key: str, for_what: str, row: SourceRow) -> Any:
     if value is None or value == "":
         raise UsageError(
             f"the row has no {key}, by which data.split {for_what}", where=row.where, fix="add it to every row"
@@ -378,7 +378,7 @@ def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
     return value
 
 
-def _attribute(fields: Fields, key: str, row: Row) -> str | None:
+def _attribute(fields: Fields, key: str, row: SourceRow) -> str | None:
     """The value of a kept key as text; lists and objects as JSON."""
     value = fields.get(key)
     if isinstance(value, str):
@@ -386,7 +386,7 @@ def _attribute(fields: Fields, key: str, row: Row) -> str | None:
     return None if value is None else json.dumps(value, sort_keys=True, default=str)
 
 
-def _kind(fields: Fields, answer: str, key: str, row: Row) -> str | None:
+def _kind(fields: Fields, answer: str, key: str, row: SourceRow) -> str | None:
     """The row's stratum: the value of its key, else of its JSON answer's key; for "answer" the whole answer."""
     if fields.get(key) is not None:
         return _attribute(fields, key, row)

@@ -16,7 +16,7 @@ from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
 from tunesmith.data.duplicates import near_text, request_text
 from tunesmith.data.formats import row_formats
-from tunesmith.data.formats.row_readers import Row
+from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.formats.turns import Turn, conversation
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Rows, Source
@@ -85,7 +85,7 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | Non
 def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
     row_format: row_formats.RowFormat | None = None
     for row in opened.rows():
-        fields = Row(row.source, row.number, renamed(row, opened.file.source.rename))
+        fields = SourceRow(row.source, row.number, renamed(row, opened.file.source.rename))
         row_format = row_format or row_formats.format_of(opened.file.source.format, fields)
         yield conversation(_answered(row_formats.read_turns(fields, row_format, Counter()), row.where))
 

@@ -25,7 +25,7 @@ from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import Examiner, RowRules, renamed
 from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row
 from tunesmith.data.formats.row_formats import RowFormat, format_of
-from tunesmith.data.formats.row_readers import WHOLE, Part, Row
+from tunesmith.data.formats.row_readers import WHOLE, Part, SourceRow
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import SourceFile, fetched, find_files, open_source
 
@@ -80,7 +80,7 @@ class ShardWorker:
     def pieces(self, shard: Shard) -> Iterator[ExaminedRows]:
         """The shard's examined rows, a few thousand at a time. Raises the error of the first invalid row."""
         with open_source(shard.file, digested=False) as opened:
-            rows: list[Row] = []
+            rows: list[SourceRow] = []
             begun = opened.position()
             for row in opened.read(shard.part):
                 rows.append(row)
@@ -94,7 +94,7 @@ class ShardWorker:
         """All examined rows of a shard of limited size."""
         return list(self.pieces(shard))
 
-    def _examined(self, shard: Shard, rows: Sequence[Row]) -> ExaminedRows:
+    def _examined(self, shard: Shard, rows: Sequence[SourceRow]) -> ExaminedRows:
         kept, removed = self._examiner.examine(rows, shard.file.source)
         staged = [staged_row(one, self._examiner.settings.split) for one in kept]
         return ExaminedRows(shard.file.name, staged, removed, self._examiner.account)
@@ -197,7 +197,9 @@ def formats_of(planned: Sequence[PlannedFile]) -> dict[str, RowFormat]:
                 row = next(opened.read(WHOLE), None)
             if row is None:
                 raise UsageError("the file holds no rows", where=one.file.name)
-            formats[source.path] = format_of(source.format, Row(row.source, row.number, renamed(row, source.rename)))
+            formats[source.path] = format_of(
+                source.format, SourceRow(row.source, row.number, renamed(row, source.rename))
+            )
     return formats
 
 

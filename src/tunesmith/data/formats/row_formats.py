@@ -17,7 +17,7 @@ from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import ToolCall
 from tunesmith.core.reading.strict_json import Fields, parse_json
 from tunesmith.data.formats.openai_rules import require_openai
-from tunesmith.data.formats.row_readers import Row
+from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools
 from tunesmith.data.formats.turns import Turn
 
@@ -40,7 +40,7 @@ class RowFormat:
     detected: bool = True
 
 
-def format_of(name: str, row: Row) -> RowFormat:
+def format_of(name: str, row: SourceRow) -> RowFormat:
     """The format of that name; for "auto" the one that the row's keys fit.
 
     Raises UsageError where no format or several fit, and for preference rows, which supervised training cannot use.
@@ -164,7 +164,7 @@ def format_evidence(name: str, *, told: bool) -> str:
     return f"every row has {' and '.join(sorted(needs))}, and the first row fits no other format ({others})"
 
 
-def read_turns(row: Row, row_format: RowFormat, ignored: Counter[str]) -> list[Turn]:
+def read_turns(row: SourceRow, row_format: RowFormat, ignored: Counter[str]) -> list[Turn]:
     """The row's turns. Raises UsageError, with the row and the key, where the row does not fit the format.
 
     ignored: counts the keys inside turns that are not read.

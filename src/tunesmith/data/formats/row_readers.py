@@ -31,7 +31,7 @@ _QUOTED = re.compile(r'(?:^|(?<=[,\t;]))"(?:[^"]|"")*+"?')  # a name in quotes, 
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One row as it was read. number counts from 1: the line in JSONL, the record in other types."""
 
     source: str

@@ -99,7 +99,7 @@ _OTHER_RANK = 3
 _JOINED = (STREET_ADDRESS, "PERSON", "LOCATION")  # overlapping findings of one of these are merged
 
 
-class Finding(NamedTuple):
+class FoundEntity(NamedTuple):
     """text[start:end] is an entity."""
 
     start: int
@@ -133,7 +133,7 @@ class Finder:
         ours = {f"{name} ": one for name, one in _OWN.items() if name in self.entities}
         self._own = tuple((name.strip(), _compiled(name, one), one) for name, one in (ours | dict(own)).items())
 
-    def find(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
+    def find(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[FoundEntity]]:
         """For each text its findings, in order and without overlaps.
 
         Texts are searched in plain spelling (core/text/folding.py). keys: the JSON key of each text, or "", which
@@ -148,10 +148,10 @@ class Finder:
         named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in pieces]
         if self.names is not None:
             named = self.names.find([piece for *_, piece in pieces])
-        found: list[set[Finding]] = [set() for _ in texts]
+        found: list[set[FoundEntity]] = [set() for _ in texts]
         for (number, offset, piece), names in zip(pieces, named, strict=True):
             key = keys[number][-_NEAR:] if keys and not offset else ""
-            spans = [Finding(*span) for span in names if span[2] in self.entities]
+            spans = [FoundEntity(*span) for span in names if span[2] in self.entities]
             spans += [span for span in self._forms(piece, key) if span.score >= self._minimum]
             found[number].update(one._replace(start=one.start + offset, end=one.end + offset) for one in spans)
         return [
@@ -162,9 +162,9 @@ class Finder:
             for (seen, offsets), spans in zip(spelled, found, strict=True)
         ]
 
-    def _forms(self, text: str, key: str) -> Iterator[Finding]:
+    def _forms(self, text: str, key: str) -> Iterator[FoundEntity]:
         if SECRET in self.entities:
-            yield from (Finding(start, end, SECRET, 1.0) for start, end in find_secrets(text, key))
+            yield from (FoundEntity(start, end, SECRET, 1.0) for start, end in find_secrets(text, key))
         for name, pattern, recogniser in self._own:
             for start, end in _matches(pattern, text, name):
                 if recogniser is _OWN["PHONE_NUMBER"] and not (
@@ -172,14 +172,14 @@ class Finder:
                 ):
                     continue
                 score = _in_context(text, start, recogniser.score, recogniser.context, key)
-                yield Finding(start, end, name, score)
+                yield FoundEntity(start, end, name, score)
         if STREET_ADDRESS in self.entities:
-            yield from (Finding(start, end, STREET_ADDRESS, score) for start, end, score in find_addresses(text))
+            yield from (FoundEntity(start, end, STREET_ADDRESS, score) for start, end, score in find_addresses(text))
         if not _MAY_IDENTIFY.search(text):
             return
         for name, find in _CHECKED.items():
             if name in self.entities:
-                yield from (Finding(start, end, name, 1.0) for start, end in find(text))
+                yield from (FoundEntity(start, end, name, 1.0) for start, end in find(text))
         for name, recogniser in self._presidio:
             if name in _MAY_BE and not _MAY_BE[name].search(text):
                 continue
@@ -187,7 +187,7 @@ class Finder:
                 if name in _CHECKS and not _CHECKS[name](text, result.start, result.end):
                     continue
                 score = _in_context(text, result.start, result.score, recogniser.context or (), key)
-                yield Finding(result.start, result.end, name, score)
+                yield FoundEntity(result.start, result.end, name, score)
 
 
 _INDEX = re.compile(r"[\w)\]]\[[^\[\]\n]{0,40}\Z")
@@ -231,7 +231,7 @@ def _telephone_not_figure(text: str, start: int, end: int) -> bool:
 _CHECKS: Final = {"IP_ADDRESS": _address_not_code, "PHONE_NUMBER": _telephone_not_figure}
 
 
-def _rank(one: Finding) -> int:
+def _rank(one: FoundEntity) -> int:
     return _RANKS.get(one.entity, _OTHER_RANK)
 
 
@@ -257,9 +257,9 @@ def _starts(text: str) -> range:
     return range(0, max(1, len(text) - _OVERLAP), _WINDOW - _OVERLAP)
 
 
-def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
+def _reconciled(spans: Iterable[FoundEntity], length: int) -> list[FoundEntity]:
     """Findings without overlaps: merged where they are of one entity, otherwise the one that ranks first."""
-    joined: list[Finding] = []
+    joined: list[FoundEntity] = []
     last: dict[str, int] = {}  # entity -> index of its latest finding in joined
     for span in sorted(spans):
         before = joined[last[span.entity]] if span.entity in last else None
@@ -270,7 +270,7 @@ def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
             last[span.entity] = len(joined)
             joined.append(span)
     joined.sort(key=lambda one: (_rank(one), one.start - one.end, -one.score, one))
-    taken: list[Finding] = []
+    taken: list[FoundEntity] = []
     mask = bytearray(length)  # 1 where a character belongs to a finding
     for span in joined:
         # The rest of a long finding still counts: a name inside an address must not hide the address.

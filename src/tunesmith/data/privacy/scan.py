@@ -17,13 +17,13 @@ from typing import Any
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.core.reading.strict_json import parse_json, unique_keys
 from tunesmith.core.text.folding import plain
-from tunesmith.data.privacy.entities import Finder, Finding
+from tunesmith.data.privacy.entities import Finder, FoundEntity
 from tunesmith.data.privacy.names import NAME_ENTITIES
 from tunesmith.data.privacy.pseudonyms import Pseudonyms
 from tunesmith.data.settings import Privacy
 
 CALL, TOOLS = "call", "tools"  # roles of texts outside a turn's content
-_Findings = Mapping[tuple[str, str], Sequence[Finding]]  # (JSON key, text) -> findings
+_Findings = Mapping[tuple[str, str], Sequence[FoundEntity]]  # (JSON key, text) -> findings
 # Replaced only where they were found: elsewhere the same number may mean something else.
 _IN_PLACE = frozenset(("AGE", "DATE_TIME", "TITLE", "ZIP_CODE"))
 # Replaced as whole words only; identifiers are replaced within longer words too.
@@ -70,7 +70,7 @@ class Scanner:
         found = self.findings([text for _, text in places], [key for key, _ in places])
         return dict(zip(places, found, strict=True))
 
-    def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
+    def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[FoundEntity]]:
         """The findings of each text, without the values to keep. keys: the JSON key of each text, or ""."""
         return [
             [one for one in found if plain(text[one.start : one.end]).casefold() not in self._keep]

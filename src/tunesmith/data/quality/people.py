@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy.entities import Finder, scan_model
-from tunesmith.data.privacy.evidence import reference
 from tunesmith.data.privacy.names import RECOMMENDED
 from tunesmith.data.privacy.scan import texts_of
+from tunesmith.data.privacy.scan_result import reference
 from tunesmith.data.settings import Privacy
 from tunesmith.records.dataset import NamedPeople
 

@@ -15,7 +15,7 @@ from tunesmith.core.digests import digest_pieces, pieces_of
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.system.files import room_for
 from tunesmith.core.system.scratch import scratch_folder
-from tunesmith.data.formats.row_readers import WHOLE, Part, Row
+from tunesmith.data.formats.row_readers import WHOLE, Part, SourceRow
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.compression import require_content, suffixes_of, unpacked
@@ -119,7 +119,7 @@ class OpenSource:
         """Bytes read so far, for progress."""
         return self._stream.tell()
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         """The rows in order. Raises UsageError for a file without rows, TunesmithError if it changes meanwhile.
 
         Raises UsageError at the first row that cannot be read.
@@ -132,13 +132,13 @@ class OpenSource:
             raise UsageError("the file holds no rows", where=self.file.name)
         self.require_unchanged()
 
-    def read(self, part: Part) -> Iterator[Row]:
+    def read(self, part: Part) -> Iterator[SourceRow]:
         """The rows of a part of the file; there may be none."""
         kind, name = self._row_file(), self.file.name
         self._stream.seek(0)
         stream = self._stream if self._packed is None else unpacked(self._stream, name, self._packed)
         for number, fields in kind.read(stream, name, part):
-            yield Row(name, number, fields)
+            yield SourceRow(name, number, fields)
 
     def parts(self, size: int) -> list[Part]:
         """Parts of the file that can be read separately, of about `size` bytes; one part where its type allows none."""

@@ -39,13 +39,13 @@ from tunesmith.evaluation.gates.settings import (
 )
 from tunesmith.evaluation.metrics.classification import brier_interval, calibration_error_interval, macro_f1_interval
 from tunesmith.evaluation.metrics.labels import Labelled
-from tunesmith.evaluation.policy.evidence import Tally
+from tunesmith.evaluation.policy.outcomes import Tally
 from tunesmith.evaluation.probes.items import Measured
 from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use, interval
-from tunesmith.evaluation.style.evidence import Classified
+from tunesmith.evaluation.style.shares import Classified
 from tunesmith.records.evaluation import RiskResults
 from tunesmith.records.verdict import Outcome
 
@@ -89,7 +89,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class GateFinding:
     """A gate's outcome. value, low, high: None where nothing could be measured. extra: further keys of the record."""
 
     outcome: Outcome
@@ -101,7 +101,7 @@ class Finding:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def judge_gate(gate: Gate, evidence: Evidence) -> Finding:
+def judge_gate(gate: Gate, evidence: Evidence) -> GateFinding:
     """The finding of one gate. Unusable evidence never raises: it makes the gate inconclusive."""
     try:
         return JUDGES[type(gate)](gate, evidence)
@@ -109,9 +109,9 @@ def judge_gate(gate: Gate, evidence: Evidence) -> Finding:
         return not_judged(gate, error.what)
 
 
-def not_judged(gate: Gate, reason: str) -> Finding:
+def not_judged(gate: Gate, reason: str) -> GateFinding:
     """The finding of a gate without usable evidence."""
-    return Finding("inconclusive", None, None, None, gate.bound, reason)
+    return GateFinding("inconclusive", None, None, None, gate.bound, reason)
 
 
 def best_untuned(evidence: Evidence, metric: str) -> str:
@@ -137,7 +137,7 @@ def _rivals(metric: str, over: str, evidence: Evidence) -> tuple[str, Column, Co
     return rival, own, other
 
 
-def _lift(gate: Lift, evidence: Evidence) -> Finding:
+def _lift(gate: Lift, evidence: Evidence) -> GateFinding:
     rival, own, other = _rivals(gate.metric, gate.over, evidence)
     confidence = evidence.confidence(gate.confidence)
     measured = _rounded(
@@ -151,7 +151,7 @@ def _lift(gate: Lift, evidence: Evidence) -> Finding:
     return _finding(gate, _above(measured, gate.bound), measured, reason, extra)
 
 
-def _retain(gate: Retain, evidence: Evidence) -> Finding:
+def _retain(gate: Retain, evidence: Evidence) -> GateFinding:
     rival, own, other = _rivals(gate.metric, gate.not_below, evidence)
     confidence = evidence.confidence(gate.confidence)
     fall = interval(other.values - own.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
@@ -159,7 +159,7 @@ def _retain(gate: Retain, evidence: Evidence) -> Finding:
     return _limited(gate, fall, f"{gate.metric} differs from {rival}", confidence, extra)
 
 
-def _probe(gate: Probe, evidence: Evidence) -> Finding:
+def _probe(gate: Probe, evidence: Evidence) -> GateFinding:
     extra: dict[str, Any] = {"probe": gate.probe}
     _check_weights(evidence)
     if not evidence.tuned[evidence.candidate] and not suite_of(gate.suite).untuned:
@@ -179,7 +179,7 @@ def _probe(gate: Probe, evidence: Evidence) -> Finding:
     return _finding(gate, _below(measured, gate.bound), measured, reason, extra, rows_needed=False)
 
 
-def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
+def _threshold(gate: Threshold, evidence: Evidence) -> GateFinding:
     own = evidence.columns[evidence.candidate, gate.metric]
     check_groups("test rows", own.groups)
     # Without confidence the bound is on the measured rows themselves, which further uses of them do not weaken.
@@ -195,7 +195,7 @@ def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
     return _finding(gate, _side(gate, judged), measured, reason, extra)
 
 
-def _whole(gate: Whole, evidence: Evidence) -> Finding:
+def _whole(gate: Whole, evidence: Evidence) -> GateFinding:
     rows = evidence.labelled.get((evidence.candidate, gate.metric))
     if rows is None:
         raise Inconclusive(f"the evaluation keeps no labels by {gate.metric!r}: name a scorer with `label`")
@@ -210,7 +210,7 @@ def _whole(gate: Whole, evidence: Evidence) -> Finding:
     return _finding(gate, _side(gate, measured), measured, reason, extra)
 
 
-def _policy(gate: PolicyGate, evidence: Evidence) -> Finding:
+def _policy(gate: PolicyGate, evidence: Evidence) -> GateFinding:
     name = evidence.candidate
     if name in evidence.no_policy:
         raise Inconclusive(evidence.no_policy[name])
@@ -231,7 +231,7 @@ def _policy(gate: PolicyGate, evidence: Evidence) -> Finding:
     return replace(found, reason=reason, extra={"check": worst, "checks": counts, **found.extra})
 
 
-def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> Finding:
+def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> GateFinding:
     """The finding about one check. among: how many checks share the gate's error probability."""
     tally = evidence.policy[evidence.candidate, check]
     confidence = 0.95
@@ -260,7 +260,7 @@ def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> Find
     return _finding(gate, _below(judged, gate.bound), shown, reason, extra, rows_needed=False)
 
 
-def _style(gate: Style, evidence: Evidence) -> Finding:
+def _style(gate: Style, evidence: Evidence) -> GateFinding:
     if evidence.style is None:
         raise Inconclusive(evidence.no_style or "style was not measured: evaluate again with this gate")
     confidence = evidence.confidence(gate.confidence)
@@ -280,7 +280,7 @@ def _style(gate: Style, evidence: Evidence) -> Finding:
     return _finding(gate, _side(gate, measured), measured, reason, {"confidence": rounded(confidence)})
 
 
-def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
+def _forgetting(gate: Forgetting, evidence: Evidence) -> GateFinding:
     extra: dict[str, Any] = {"metric": GENERAL, "over": BASE}
     _check_weights(evidence)
     if not evidence.tuned[evidence.candidate]:
@@ -293,9 +293,9 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
     return _limited(gate, fall, "tuning changed general ability", confidence, extra, rows_needed=False)
 
 
-def _gone(gate: Gone, evidence: Evidence) -> Finding:
+def _gone(gate: Gone, evidence: Evidence) -> GateFinding:
     """The finding of then, as the verdict's record states it."""
-    return Finding(gate.outcome, gate.stated.value, gate.stated.low, gate.stated.high, gate.bound, "")
+    return GateFinding(gate.outcome, gate.stated.value, gate.stated.low, gate.stated.high, gate.bound, "")
 
 
 def _limited(
@@ -306,7 +306,7 @@ def _limited(
     extra: Mapping[str, Any],
     *,
     rows_needed: bool = True,
-) -> Finding:
+) -> GateFinding:
     """The finding of a gate that limits a drop. fall: the drop, positive for a loss. what: the change, in words."""
     measured = _rounded(fall)
     rise = Interval(-measured.mean, -measured.high, -measured.low)
@@ -319,7 +319,7 @@ def _limited(
 
 
 # Kind of gate -> its judge, which takes a gate of this kind.
-JUDGES: Mapping[type[GateSettings], Callable[[Any, Evidence], Finding]] = {
+JUDGES: Mapping[type[GateSettings], Callable[[Any, Evidence], GateFinding]] = {
     Lift: _lift,
     Retain: _retain,
     Forgetting: _forgetting,
@@ -340,11 +340,11 @@ def _finding(
     extra: Mapping[str, Any],
     *,
     rows_needed: bool = True,
-) -> Finding:
+) -> GateFinding:
     """rows_needed: whether an inconclusive gate's reason says how many more test rows would decide."""
     if outcome == "inconclusive" and rows_needed:
         reason += _rows_needed(measured, gate.bound)
-    return Finding(outcome, measured.mean, measured.low, measured.high, gate.bound, reason, extra)
+    return GateFinding(outcome, measured.mean, measured.low, measured.high, gate.bound, reason, extra)
 
 
 def _check_weights(evidence: Evidence) -> None:
@@ -353,12 +353,12 @@ def _check_weights(evidence: Evidence) -> None:
         raise Inconclusive("an endpoint answers, of whose weights nothing is known and to which no probe is sent")
 
 
-def _untouched(gate: Gate, evidence: Evidence, extra: Mapping[str, Any]) -> Finding:
+def _untouched(gate: Gate, evidence: Evidence, extra: Mapping[str, Any]) -> GateFinding:
     """The finding where nothing was trained that a probe could measure."""
     reason = "the candidate answers with the base model's own weights, which no tuning changed"
     if evidence.kind == "baseline":
         reason = "the candidate is a baseline, which answers without a language model"
-    return Finding("pass", 0.0, 0.0, 0.0, gate.bound, reason, extra)
+    return GateFinding("pass", 0.0, 0.0, 0.0, gate.bound, reason, extra)
 
 
 def _side(gate: Threshold | Whole | Style, measured: Interval) -> Outcome:

@@ -13,16 +13,16 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.gates.edited_references import edited_references
-from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate, not_judged
+from tunesmith.evaluation.gates.judging import Evidence, GateFinding, judge_gate, not_judged
 from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, check_gates, recorded_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
-from tunesmith.evaluation.policy.evidence import read_policy
+from tunesmith.evaluation.policy.outcomes import read_policy
 from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.stats.statistics import step_down
-from tunesmith.evaluation.style.evidence import read_style
+from tunesmith.evaluation.style.shares import read_style
 from tunesmith.records.evaluation import EvaluationBody, NoStyle
 from tunesmith.records.verdict import EditedReferences, JudgedGate, Outcome, VerdictBody
 from tunesmith.store.people.identities import acting
@@ -91,7 +91,7 @@ def _without_reasons(record: Record) -> dict[str, Any]:
 
 def _findings(
     store: Store, record: Record, measured: EvaluationBody, candidate: str, gates: Gates, use: int
-) -> dict[str, Finding]:
+) -> dict[str, GateFinding]:
     try:
         columns = read_scores(store, record)
         measurements = read_measurements(store, record)
@@ -120,7 +120,7 @@ def _findings(
     return _corrected(gates, {name: judge_gate(gate, evidence) for name, gate in gates.items()}, evidence)
 
 
-def _corrected(gates: Gates, findings: dict[str, Finding], evidence: Evidence) -> dict[str, Finding]:
+def _corrected(gates: Gates, findings: dict[str, GateFinding], evidence: Evidence) -> dict[str, GateFinding]:
     """The findings with failures that chance explains made inconclusive (Holm 1979), never a pass.
 
     A pass needs every gate, so each gate keeps its own error rate. A failure needs only one gate, and among many gates
@@ -141,7 +141,7 @@ def _fails(gate: Gate, among: int, evidence: Evidence) -> bool:
     return judge_gate(stricter, evidence).outcome == "fail"
 
 
-def _judged(name: str, finding: Finding, gate: Gate) -> JudgedGate:
+def _judged(name: str, finding: GateFinding, gate: Gate) -> JudgedGate:
     if isinstance(gate, Gone):
         return gate.stated
     return JudgedGate(

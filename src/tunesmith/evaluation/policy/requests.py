@@ -18,7 +18,7 @@ from tunesmith.data.formats.turns import Turn, objection
 from tunesmith.evaluation.lines import encode_lines
 from tunesmith.evaluation.policy.settings import MOST_REQUESTS, Policy, PolicyCheck
 from tunesmith.evaluation.probes.context import with_last_request
-from tunesmith.evaluation.probes.drift import PERTURBATIONS
+from tunesmith.evaluation.probes.drift_items import PERTURBATIONS
 
 _ANSWER: Final = Message(role="assistant", content="-")  # request_text leaves a conversation's last turn out
 _VARIANTS: Final = ("typos", "capitals", "reworded")

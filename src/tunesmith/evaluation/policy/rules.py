@@ -37,14 +37,14 @@ _ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")  # what Markdown takes a backslash
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class RuleOutcome:
     """What came of one answer. why: the reason, in a few words; empty where the rules were kept."""
 
     outcome: Outcome
     why: str = ""
 
 
-def hold(check: PolicyCheck, text: str, *, cut: bool, said: tuple[str | None, str | None] | None = None) -> Held:
+def hold(check: PolicyCheck, text: str, *, cut: bool, said: tuple[str | None, str | None] | None = None) -> RuleOutcome:
     """Whether an answer keeps the check's rules.
 
     cut: whether it was cut off at max_tokens. said: the judge's two verdicts (KEEPS, BREAKS or None), where the check
@@ -53,17 +53,17 @@ def hold(check: PolicyCheck, text: str, *, cut: bool, said: tuple[str | None, st
     """
     empty = not visible(text)
     for wrong in _broken(check, text, empty):
-        return Held("broke", wrong)
+        return RuleOutcome("broke", wrong)
     if empty:
-        return Held("undecided", EMPTY)
+        return RuleOutcome("undecided", EMPTY)
     if check.rubric is not None:
         if said == (BREAKS, BREAKS):
-            return Held("broke", "the judge says that it breaks the rubric")
+            return RuleOutcome("broke", "the judge says that it breaks the rubric")
         if said != (KEEPS, KEEPS):
-            return Held("undecided", "the judge was not sure")
+            return RuleOutcome("undecided", "the judge was not sure")
     if cut and _may_break(check, text):
-        return Held("undecided", CUT)
-    return Held("held")
+        return RuleOutcome("undecided", CUT)
+    return RuleOutcome("held")
 
 
 def _may_break(check: PolicyCheck, text: str) -> bool:

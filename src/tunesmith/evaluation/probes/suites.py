@@ -17,7 +17,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Engine, Generation, Question, Responder
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
-from tunesmith.evaluation.probes import bias, drift, harness, memory, numbers
+from tunesmith.evaluation.probes import bias, drift_items, harness, memory, numbers
 from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.models.rendering import Renderer
@@ -178,11 +178,11 @@ SUITES: dict[str, Suite] = {
     ),
     "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
     "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
-    "general_text": Suite(drift.general_text_items, _loss, before=True, own=False, revision=2),
-    "formats": Suite(drift.formats_items, _share_by_word, before=True, own=False, revision=2),
-    "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
+    "general_text": Suite(drift_items.general_text_items, _loss, before=True, own=False, revision=2),
+    "formats": Suite(drift_items.formats_items, _share_by_word, before=True, own=False, revision=2),
+    "refusal": Suite(drift_items.refusal_items, _share_by_word, before=True, own=False),
     "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
-    "robustness": Suite(drift.robustness_items, _scored, untuned=True, revision=3),
+    "robustness": Suite(drift_items.robustness_items, _scored, untuned=True, revision=3),
 }
 
 

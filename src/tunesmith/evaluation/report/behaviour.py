@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from tunesmith.core.text.wording import percent
 from tunesmith.evaluation.lines import read_answer_lines
-from tunesmith.evaluation.policy.evidence import read_lines
+from tunesmith.evaluation.policy.outcomes import read_lines
 from tunesmith.evaluation.policy.requests import decode_policy_items
 from tunesmith.evaluation.policy.rules import CUT
 from tunesmith.evaluation.probes.items import ITEMS

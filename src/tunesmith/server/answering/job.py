@@ -22,7 +22,7 @@ from tunesmith.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldCompletion:
     """An answer that must wait for a reviewer. schemas, grammar: what an edited one must fit."""
 
     completion: Completion
@@ -31,11 +31,11 @@ class Held:
     grammar: str | None
 
 
-Event = Streamed | Held | ApiError
+Event = Streamed | HeldCompletion | ApiError
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class ChatJob:
     """One request while it waits or is answered. route may change from canary to stable, but only before an event.
 
     token: the caller's, with which user is read again when the request's turn comes.

@@ -25,7 +25,7 @@ from tunesmith.engines.protocol import Completion, Generation, Scored
 from tunesmith.holding.rules import Holder
 from tunesmith.models.call_format import CallFormat
 from tunesmith.monitoring.features import request_features
-from tunesmith.server.answering.job import Event, Held, Job
+from tunesmith.server.answering.job import ChatJob, Event, HeldCompletion
 from tunesmith.server.answering.recording import LOG, Recorder, Served
 from tunesmith.server.answering.request import own_fault
 from tunesmith.server.answering.routing import ReadyVersions, Router, TriedLately, load_may_pass
@@ -66,7 +66,7 @@ class Prompts(Protocol):
         ...
 
 
-class Worker:
+class AnsweringThreads:
     """Answers up to settings.together jobs at once.
 
     router: checks a job's caller and chooses its version once more when its turn comes, since both may have changed.
@@ -87,10 +87,10 @@ class Worker:
         self._prompts, self._holder = prompts, holder
         self._versions, self._router, self._recorder = versions, router, recorder
         self._settings, self._give_up = settings, give_up
-        self._turns: Turns[Job] = Turns(settings.together)
+        self._turns: Turns[ChatJob] = Turns(settings.together)
         self._change = threading.Condition()
         self._stopping = False
-        self._busy_since: dict[Job, float] = {}
+        self._busy_since: dict[ChatJob, float] = {}
         self._threads = [
             threading.Thread(target=self._run, name=f"tunesmith-asking-{number}", daemon=True)
             for number in range(settings.together)
@@ -124,7 +124,7 @@ class Worker:
         """The number of jobs that have begun."""
         return len(self._busy_since)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: ChatJob) -> None:
         """Add a job to the queue. Raises ApiError 429 if the queue or the user's share of it is full, 503 if the server
         stops."""
         with self._change:
@@ -173,7 +173,7 @@ class Worker:
                 with self._change:  # the place that is free now is this thread's, which takes the next job
                     self._turns.end(job.user.name)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> ChatJob | None:
         """The job whose turn it is, or None when the server stops. Waits for one."""
         with self._change:
             while (job := self._turns.begin()) is None:
@@ -182,7 +182,7 @@ class Worker:
                 self._change.wait()
             return job
 
-    def _answer(self, job: Job) -> None:
+    def _answer(self, job: ChatJob) -> None:
         if job.left:
             return
         job.began = time.monotonic()
@@ -203,7 +203,7 @@ class Worker:
             LOG.exception("the engine failed on request %s", job.id)
             self._fail(job, failed())
 
-    def _look_again(self, job: Job) -> None:
+    def _look_again(self, job: ChatJob) -> None:
         """Read the caller and choose the version once more. Raises ApiError, 503 where the database is away."""
         try:
             job.user = self._router.caller(job.token).user
@@ -214,7 +214,7 @@ class Worker:
             LOG.exception("request %s: its caller and version could not be read", job.id)
             raise unavailable() from error  # no arm's failure
 
-    def _ready(self, job: Job) -> Answerer:
+    def _ready(self, job: ChatJob) -> Answerer:
         """The answerer of the job's version; stable's if a canary cannot be loaded.
 
         That ends the rollout, unless the error may pass by itself, so that a later request tries the canary again, or
@@ -236,7 +236,7 @@ class Worker:
             job.route = replace(route, version=route.stable, arm="stable", stable=None, unloaded=True)
             return self._ready(job)
 
-    def _generation(self, job: Job, answerer: Answerer) -> Generation:
+    def _generation(self, job: ChatJob, answerer: Answerer) -> Generation:
         """The engine's input. Raises ApiError 400 for a prompt that leaves no room for an answer."""
         request = job.request
         messages = request.conversation
@@ -275,7 +275,7 @@ class Worker:
             job.features = {**job.features, "tools": float(len(request.offered))}
         return generation
 
-    def _with_calls(self, job: Job, answerer: Answerer, generation: Generation) -> Generation:
+    def _with_calls(self, job: ChatJob, answerer: Answerer, generation: Generation) -> Generation:
         """The engine's input for a request that offers tools. Raises ApiError 400 where the base does not know them."""
         answerer.require_calls()
         try:
@@ -304,7 +304,7 @@ class Worker:
             code="context_length_exceeded",
         )
 
-    def _generate(self, job: Job, answerer: Answerer, generation: Generation) -> None:
+    def _generate(self, job: ChatJob, answerer: Answerer, generation: Generation) -> None:
         # Streamed, so that decoding stops at the next token when the client leaves.
         for tokens, event in enumerate(answerer.responder.stream(generation, answerer.candidate.training)):
             if job.left:
@@ -318,17 +318,17 @@ class Worker:
                         job.send(Scored(event.text, event.scores) if scored else event.text)
                     self._end(job, job.served(event), last)
 
-    def _held(self, job: Job, generation: Generation, answer: Completion) -> Held | None:
+    def _held(self, job: ChatJob, generation: Generation, answer: Completion) -> HeldCompletion | None:
         """The answer as one that waits for a reviewer; None if it may leave."""
         if self._holder is None or not (reasons := self._holder.reasons(answer)):
             return None
         if job.request.offered:  # the grammar is of calls, and an edited answer is text
-            return Held(answer, reasons, (), None)
+            return HeldCompletion(answer, reasons, (), None)
         own = None if job.shaped else self._holder.schema
         schemas = dict.fromkeys(schema for schema in (generation.schema, own) if schema is not None)
-        return Held(answer, reasons, tuple(schemas), generation.grammar)
+        return HeldCompletion(answer, reasons, tuple(schemas), generation.grammar)
 
-    def _stream(self, job: Job, answerer: Answerer, generation: Generation) -> None:
+    def _stream(self, job: ChatJob, answerer: Answerer, generation: Generation) -> None:
         pieces: list[str] = []
         for event in answerer.responder.stream(generation, answerer.candidate.training):
             if job.left and not pieces:
@@ -347,16 +347,16 @@ class Worker:
             LOG.error("the engine ended the stream of request %s without a completion", job.id)
             self._fail(job, failed())
 
-    def _note_left(self, job: Job, text: str, tokens: int) -> None:
+    def _note_left(self, job: ChatJob, text: str, tokens: int) -> None:
         """Record a request whose client left. text: what it may have seen; tokens: at least so many were decoded."""
         if job.claim():  # only the engine knows the number of tokens in a piece
             self._recorder.write(job.served(Completion(text, "stop", job.prompt_tokens, tokens), whole=False))
 
-    def _fail(self, job: Job, error: ApiError) -> None:
+    def _fail(self, job: ChatJob, error: ApiError) -> None:
         if job.claim():
             self._end(job, job.served(None), error)
 
-    def _end(self, job: Job, served: Served, event: Event) -> None:
+    def _end(self, job: ChatJob, served: Served, event: Event) -> None:
         """Record a claimed request, then send its last event, which an error of the record must not withhold."""
         try:
             self._recorder.write(served, partial(job.send, event))
@@ -364,7 +364,7 @@ class Worker:
             job.send(event)
             raise
 
-    def _refuse(self, job: Job, error: ApiError) -> None:
+    def _refuse(self, job: ChatJob, error: ApiError) -> None:
         """Send an error that is not the arm's failure, so the request is not recorded."""
         if job.claim():
             job.send(error)

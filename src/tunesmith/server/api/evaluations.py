@@ -10,25 +10,25 @@ from fastapi import Query, Request, Response
 from tunesmith.evaluation.report.evidence import EvidenceReport
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Digest, Name, Page, Text, call_of, router, shows
-from tunesmith.services import evidence, held_out_requests
+from tunesmith.services import evaluation_lookups, held_out_requests
 
 routes = router()
 Verdict = Annotated[str, Query(pattern="^(sha256:[0-9a-f]{64})?$")]
 _FILTER = ("focus", "rival", "metric", "show", "group", "label", "search")
 
 
-@routes.get("/evaluations", dependencies=[needs("read")], **shows(evidence.EvaluationList))
+@routes.get("/evaluations", dependencies=[needs("read")], **shows(evaluation_lookups.EvaluationList))
 async def evaluations(request: Request, page: Page = 1) -> Response:
     """The evaluations that the caller may see, newest first, 25 a page."""
     call = call_of(request)
-    return await call.answer(partial(evidence.list_evaluations, call.store, call.user, page))
+    return await call.answer(partial(evaluation_lookups.list_evaluations, call.store, call.user, page))
 
 
-@routes.get("/evaluations/{digest}", dependencies=[needs("read")], **shows(evidence.EvaluationPage))
+@routes.get("/evaluations/{digest}", dependencies=[needs("read")], **shows(evaluation_lookups.EvaluationPage))
 async def evaluation(request: Request, digest: Digest, verdict: Verdict = "") -> Response:
     """One evaluation: its candidates with intervals, and the gates of the leading verdict or of the one named."""
     call = call_of(request)
-    show = partial(evidence.show_evaluation, call.store, call.user, digest, verdict or None)
+    show = partial(evaluation_lookups.show_evaluation, call.store, call.user, digest, verdict or None)
     return await call.answer(show)
 
 
@@ -36,7 +36,7 @@ async def evaluation(request: Request, digest: Digest, verdict: Verdict = "") ->
 async def findings(request: Request, digest: Digest, verdict: Verdict = "") -> Response:
     """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
     call = call_of(request)
-    show = partial(evidence.show_findings, call.store, call.user, digest, verdict or None)
+    show = partial(evaluation_lookups.show_findings, call.store, call.user, digest, verdict or None)
     return await call.answer(show)
 
 

@@ -24,7 +24,7 @@ from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.holding.queue import HeldAnswer
 from tunesmith.registry.versions import Version
 from tunesmith.server.access import PlainRoute, bearer, caller, needs
-from tunesmith.server.answering.job import Event, Held, Job
+from tunesmith.server.answering.job import ChatJob, Event, HeldCompletion
 from tunesmith.server.answering.request import ChatRequest
 from tunesmith.server.chat.answer import (
     Alternative,
@@ -94,7 +94,7 @@ async def chat_completions(request: Request) -> Response:
         route = serving.router.known_route(*asked)
         if route is None:
             route = await asyncio.to_thread(serving.router.route, *asked)
-        job = Job(id=identifier, token=bearer(request), user=user, request=given, route=route)
+        job = ChatJob(id=identifier, token=bearer(request), user=user, request=given, route=route)
         request.scope[CHAT_JOB] = job
         serving.worker.submit(job)
     try:
@@ -108,7 +108,7 @@ async def chat_completions(request: Request) -> Response:
     headers = build.headers()
     if given.store and not serving.recorder.keeps:  # OpenAI's clients may send it always
         headers["x-tunesmith-store"] = "no"
-    if isinstance(first, Held):
+    if isinstance(first, HeldCompletion):
         first, state = await _reviewed(job, build, first, request, serving)
         headers["x-tunesmith-review"] = state
     if isinstance(first, Completion) and not given.stream:
@@ -117,7 +117,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _reviewed(
-    job: Job, build: _ResponseBuilder, held: Held, request: Request, serving: Serving
+    job: ChatJob, build: _ResponseBuilder, held: HeldCompletion, request: Request, serving: Serving
 ) -> tuple[Event, str]:
     """The first event of an answer that a reviewer let leave, and the decision. Raises ApiError for other answers."""
     entry = HeldAnswer(
@@ -151,7 +151,7 @@ async def _reviewed(
     return (Scored(completion.text, scores) if scores else completion.text), state
 
 
-async def _first_event(job: Job, request: Request, serving: Serving) -> Event:
+async def _first_event(job: ChatJob, request: Request, serving: Serving) -> Event:
     """The job's first event, or an ApiError if the client left or the time is over."""
     leaving = asyncio.ensure_future(_leaving(job, request))
     try:
@@ -163,7 +163,7 @@ async def _first_event(job: Job, request: Request, serving: Serving) -> Event:
         leaving.cancel()
 
 
-async def _leaving(job: Job, request: Request) -> None:
+async def _leaving(job: ChatJob, request: Request) -> None:
     await _gone(request)
     job.leave()
     job.events.put_nowait(ApiError(499, "The client left.", code="client_left"))
@@ -174,7 +174,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _give_up_waiting(job: Job, serving: Serving) -> ApiError:
+async def _give_up_waiting(job: ChatJob, serving: Serving) -> ApiError:
     """The error for a request without an answer in time. If it had begun, it is recorded as failed."""
     first = job.claim()  # before the engine hears of it, whose thread would record that the client left
     job.leave()
@@ -183,7 +183,7 @@ async def _give_up_waiting(job: Job, serving: Serving) -> ApiError:
     return timed_out()
 
 
-async def _chunks(job: Job, build: _ResponseBuilder, first: Event, serving: Serving) -> AsyncIterator[str]:
+async def _chunks(job: ChatJob, build: _ResponseBuilder, first: Event, serving: Serving) -> AsyncIterator[str]:
     event = first
     try:
         yield build.chunk(Delta(role="assistant", content="", refusal=None))
@@ -217,7 +217,7 @@ async def _chunks(job: Job, build: _ResponseBuilder, first: Event, serving: Serv
 class _ResponseBuilder:
     """Builds the response objects of one job. scored: with the log-probabilities of the answer's tokens."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ChatJob) -> None:
         self._job, self._version = job, job.route.version
         self.scored = bool(job.request.logprobs)
         self._common: dict[str, Any] = {

@@ -12,9 +12,9 @@ from tunesmith.server.api.routing import Page
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.rendering import private
 from tunesmith.server.console.routing import router
-from tunesmith.services import evidence, held_out_requests
+from tunesmith.services import evaluation_lookups, held_out_requests
+from tunesmith.services.evaluation_lookups import EvaluationPage
 from tunesmith.services.evaluations import READ_PERMISSION, report_sections
-from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
 _AT: Final = "/console/evidence"
@@ -36,8 +36,8 @@ Digest = str
 @routes.get(_AT)
 async def listed(viewer: Looking, page: Page = 1) -> Response:
     """The evaluations that this person may see, newest first."""
-    found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, page))
-    pages = max(1, -(-found.total // evidence.LISTED))
+    found = await viewer.run(partial(evaluation_lookups.list_evaluations, viewer.store, viewer.user, page))
+    pages = max(1, -(-found.total // evaluation_lookups.LISTED))
     return viewer.page("evidence.html.jinja", found=found, page=page, last=pages)
 
 
@@ -51,7 +51,9 @@ async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
 @routes.get(_AT + "/{digest}/findings")
 async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
     """The sections of the report, without requests and answers. Computing them takes seconds."""
-    show = partial(evidence.show_findings, viewer.store, viewer.user, _full(digest), verdict and _full(verdict))
+    show = partial(
+        evaluation_lookups.show_findings, viewer.store, viewer.user, _full(digest), verdict and _full(verdict)
+    )
     found = await viewer.run(show)
     chosen = urlencode({"focus": found.focus, "rival": found.rival or ""})
     return private(await viewer.run(partial(report_sections, found, f"{_AT}/{digest}/requests?{chosen}")))
@@ -109,7 +111,7 @@ async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str]
     """
     if not viewer.user.may(READ_PERMISSION):
         return None
-    found = await viewer.run(partial(evidence.compare_versions, viewer.store, viewer.user, version, before))
+    found = await viewer.run(partial(evaluation_lookups.compare_versions, viewer.store, viewer.user, version, before))
     if found is None or not found.rival:
         return None
     chosen = urlencode({"focus": found.focus, "rival": found.rival, "show": "losses"})
@@ -123,7 +125,9 @@ async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str]
 
 async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
     """The evaluation of an address. Raises NotThere where this person sees none."""
-    show = partial(evidence.show_evaluation, viewer.store, viewer.user, _full(digest), verdict and _full(verdict))
+    show = partial(
+        evaluation_lookups.show_evaluation, viewer.store, viewer.user, _full(digest), verdict and _full(verdict)
+    )
     return await viewer.run(show)
 
 

@@ -60,7 +60,7 @@ class Anchor(BaseModel):
 
 
 @dataclass
-class Found:
+class AnchorsFound:
     """What a place holds. problems: what is in it but is no anchor, and what was done to it."""
 
     anchors: list[Anchor] = field(default_factory=list)
@@ -76,19 +76,19 @@ class Found:
             self.problems.append(f"{where} is not an anchor: it was cut off or edited")
 
 
-class Place(Protocol):
+class AnchorPlace(Protocol):
     """Where anchors are kept. name: what the log and messages call it."""
 
     name: str
 
-    def read(self) -> Found:
+    def read(self) -> AnchorsFound:
         """All anchors, oldest first. Raises TunesmithError where the place cannot be read."""
 
     def write(self, anchor: Anchor, keep_until: datetime) -> datetime | None:
         """Add an anchor; returns until when nobody can remove it, None if somebody can."""
 
 
-def open_place(text: str, root: Path) -> Place:
+def open_place(text: str, root: Path) -> AnchorPlace:
     """The place that a person named. root: of the store. Raises UsageError for a place inside it, or no place."""
     if text.startswith("s3://"):
         bucket, _, prefix = text.removeprefix("s3://").partition("/")
@@ -113,9 +113,9 @@ class FilePlace:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
 
-    def read(self) -> Found:
+    def read(self) -> AnchorsFound:
         """All anchors. A missing file holds none."""
-        found = Found()
+        found = AnchorsFound()
         try:
             with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
                 self._check_regular(stream.fileno())
@@ -174,9 +174,9 @@ class BucketPlace:
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self.name = f"s3://{bucket}/{self._prefix}".rstrip("/")
 
-    def read(self) -> Found:
+    def read(self) -> AnchorsFound:
         """The anchors of all versions of all objects in the folder."""
-        found = Found()
+        found = AnchorsFound()
         versions, deleted = list[JsonObject](), set[str]()
         for page in self._pages():
             versions += page.get("Versions") or []

@@ -13,10 +13,10 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.lines import LineFile, read_answer_lines
-from tunesmith.evaluation.policy.judging import Said, read_said
 from tunesmith.evaluation.policy.leaks import leaked
 from tunesmith.evaluation.policy.requests import PolicyItem, decode_policy_items
-from tunesmith.evaluation.policy.rules import Held, Outcome, hold
+from tunesmith.evaluation.policy.rubric_judge import Said, read_said
+from tunesmith.evaluation.policy.rules import Outcome, RuleOutcome, hold
 from tunesmith.evaluation.policy.settings import Policy
 from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.evaluation.scores import metric_interval
@@ -174,7 +174,7 @@ def _answered(store: Store, digest: str, candidate: str, policy: Policy) -> tupl
 
 def _outcomes(
     store: Store, given: PolicyAnswers, name: str, record: Record, items: Sequence[PolicyItem], candidate: Candidate
-) -> dict[str, Held]:
+) -> dict[str, RuleOutcome]:
     """Item id -> what came of the answer."""
     lines = read_answer_lines(store, record, [item.id for item in items], f"policy answers of {name!r}", "requests")
     seen = leaked(store, candidate, items)
@@ -190,7 +190,7 @@ def _outcomes(
             raise Inconclusive("an answer has no text or no finish reason", where=item.id)
         cut = line["finish"] == "length"
         held = hold(given.policy[item.check], line["text"], cut=cut, said=said.get(item.id))
-        found[item.id] = Held("leaked") if held.outcome == "held" and item.id in seen else held
+        found[item.id] = RuleOutcome("leaked") if held.outcome == "held" and item.id in seen else held
     return found
 
 

@@ -13,7 +13,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Generation
 from tunesmith.evaluation.lines import read_answer_lines
-from tunesmith.evaluation.metrics.judging import ask_twice, verdicts_of
+from tunesmith.evaluation.metrics.answer_judge import ask_twice, verdicts_of
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS
 from tunesmith.evaluation.policy.settings import PolicyCheck

@@ -101,7 +101,7 @@ class EvaluationPage(View):
     recalled: str | None
 
 
-class Comparison(View):
+class CandidatePair(View):
     """Two candidates that one evaluation measured. focus, rival: their names; against: the rival's version, or "".
 
     evaluation, verdict: digests.
@@ -202,7 +202,7 @@ def find_verdict(store: Store, user: User, start: str) -> str:
     return found[0]
 
 
-def compare_versions(store: Store, user: User, version: str, before: str = "") -> Comparison | None:
+def compare_versions(store: Store, user: User, version: str, before: str = "") -> CandidatePair | None:
     """A version's candidate, and the one to compare it with in its evaluation; None where the user sees no such.
 
     version, before: digests of versions. The candidate of before where the same evaluation measured it, else the one
@@ -221,7 +221,7 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
     names = [name for name in stated if name != focus]
     same = [name for name in names if other is not None and stated[name].candidate == other.candidate]
     rival = same[0] if same else rival_of(page.summary, page.verdict, focus)[0]
-    return Comparison(
+    return CandidatePair(
         evaluation=found.evaluation,
         verdict=found.verdict,
         focus=focus,
