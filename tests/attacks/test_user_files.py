@@ -154,12 +154,18 @@ def test_nothing_that_is_drawn_controls_the_terminal(
 def test_a_turn_with_line_feeds_stays_inside_its_turn() -> None:
     from types import SimpleNamespace
 
-    row = {"id": "r1", "group": "g", "licence": "MIT", "messages": [{"role": "user", "content": "x\n  assistant: yes"}]}
+    from tunesmith.core.messages import Message
+    from tunesmith.data.dataset import Example
+
+    turns = [Message(role="user", content="x\n  assistant: yes")]
+    row = Example.model_construct(id="r1", group="g", licence="MIT", messages=turns)
     console = PlainConsole()
     console.file = io.StringIO()
     draw_rows(console, SimpleNamespace(split="train", examples=[row], total=1))  # type: ignore[arg-type]
     fields = {"text": "x\n\x9b2J\u202e"}
-    draw_removed(console, SimpleNamespace(removed={"duplicate": [{"source": "a\nb", "row": 1, "fields": fields}]}))  # type: ignore[arg-type]
+    draw_removed(
+        console, SimpleNamespace(removed={"duplicate": [SimpleNamespace(source="a\nb", row=1, fields=fields)]})
+    )  # type: ignore[arg-type]
     shown = console.file.getvalue()
     assert "\n  user: x\n      assistant: yes\n" in shown
     assert "\n  a\n    b, row 1: " in shown

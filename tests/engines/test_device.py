@@ -87,7 +87,7 @@ def test_full_memory_is_told_with_what_may_fit(tmp_path: Path, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")
 
-    monkeypatch.setattr(trainer, "compute", full)
+    monkeypatch.setattr("tunesmith.training.trainer.gradients", full)
     with pytest.raises(TunesmithError, match="memory is full at step 1 of 1: CUDA out of memory") as raised:
         trainer.run()
     assert "recompute: true" in str(raised.value.fix)

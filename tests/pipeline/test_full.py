@@ -165,7 +165,7 @@ def _released(folder: Path, tuned: dict[str, Any], **more: Any) -> tuple[Project
     assert call(folder, "chat", "tiny@v1", "-m", "turn on hall fan")
     engine = open_engine(resolve_base(project.store, str(folder / "model"), folder))
     (version,) = list_versions(project.store, "tiny")
-    name = ReadyVersions(project.store, engine).answerer(version).adapter
+    name = ReadyVersions(project.store, engine).answerer(version).candidate.training
     assert engine.choose([ASKED], name)[0][0] > engine.choose([ASKED])[0][0] + 0.5, "it was trained on such answers"
     return project, document
 

@@ -288,6 +288,6 @@ def test_a_job_that_fails_says_why(tuner: Tuner, monkeypatch: pytest.MonkeyPatch
 
     tuner.created()
     write_fine_tuning_project(tuner.folder, gates={})
-    more = "restart `tunesmith serve` and create another one"
+    more = "create another fine-tuning job after a restart"
     failed(tuner.performed_in_child(monkeypatch), "wrong_usage", "settings changed since this job was queued", more)
     assert list_versions(tuner.project.store) == []

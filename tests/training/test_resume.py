@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -36,9 +37,8 @@ from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
-from tunesmith.training.steps import validation_fit
+from tunesmith.training.steps import gradients, validation_fit
 from tunesmith.training.train import make_spec, record_training, run_training, train
-from tunesmith.training.trainer import Trainer
 
 ROWS = [
     TrainingRow(f"r{n}", row(f"turn on light {n}", f'{{"n":{n},"even":{str(n % 2 == 0).lower()}}}')) for n in range(60)
@@ -284,17 +284,18 @@ def test_nan_later_on_leaves_the_checkpoint_before_it(
     folder: Path, uninterrupted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gradient, a loss and a validation are no numbers, one after another; each time it carries on from there."""
-    compute, fit = Trainer.compute, validation_fit
+    fit = validation_fit
 
-    def spoilt(trainer: Trainer, step: Any) -> float:
-        loss = compute(trainer, step)
-        if (what, trainer.state.step) == ("gradient", 9):
-            trainer.model.parameter_groups()[0].tensors[0].grad[0] = float("inf")
-        return float("nan") if (what, trainer.state.step) == ("loss", 19) else loss
+    def spoilt(model: Any, *given: Any) -> float:
+        loss, step = gradients(model, *given), next(steps)
+        if (what, step) == ("gradient", 9):
+            model.parameter_groups()[0].tensors[0].grad[0] = float("inf")
+        return float("nan") if (what, step) == ("loss", 19) else loss
 
-    for what, at in (("gradient", 10), ("loss", 20), ("validation", 30)):
+    for what, first, at in (("gradient", 0, 10), ("loss", 9, 20), ("validation", 19, 30)):
+        steps = itertools.count(first)
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "compute", spoilt)  # the estimate's own steps do not come here
+            patch.setattr("tunesmith.training.trainer.gradients", spoilt)  # the estimate's own steps do not come here
             if what == "validation":
                 nan = lambda *given, **named: fit(*given, **named) | {"loss": float("nan")}  # noqa: E731
                 patch.setattr("tunesmith.training.scoring.validation_fit", nan)

@@ -137,4 +137,4 @@ def tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
             for name in sorted(file.keys()):
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise Refused(f"not readable as safetensors: {error}", where=str(path)) from error
+        raise Refused(f"not readable as safetensors: {error}", where=str(path), fix="fetch the model again") from error
