@@ -155,20 +155,10 @@ def training_body(**changes: Any) -> TrainingBody:
 def version_body(name: str, number: int) -> VersionBody:
     """What a version's record states."""
     return VersionBody(
-        name=name,
-        number=number,
-        tenant="",
-        region="",
-        base=FINGERPRINT,
-        fingerprint=FINGERPRINT,
-        signer="olga",
-        override=None,
-        created_at="2026-02-03T10:11:12Z",
-        expires_at=None,
-        records=(),
-        blobs=(),
+        name=name, number=number, tenant="", region="", base=FINGERPRINT, fingerprint=FINGERPRINT, signer="olga",
+        override=None, created_at="2026-02-03T10:11:12Z", expires_at=None, records=(), blobs=(),
         audit=Head(seq=0, digest=FINGERPRINT),
-    )
+    )  # fmt: skip
 
 
 # Datasets: commands to a smart home
@@ -468,30 +458,15 @@ def put_verdict(
     scores = [
         canonical({"candidate": name, "id": i, "group": i, "metric": "json_valid", "value": value}) + b"\n" for i in ids
     ]
+    price = AnswerPrice(prompt_tokens_per_1000=0.0, completion_tokens_per_1000=0.0, seconds_per_1000=0.0)
     stated = MeasuredCandidate(
-        candidate=candidate,
-        tuned=tuned,
-        system_prompts={},
-        metrics={"json_valid": MetricInterval(mean=value, low=value, high=value)},
-        seconds=60.0,
-        prompt_tokens=0,
-        completion_tokens=0,
-        cut=0,
-        price=AnswerPrice(prompt_tokens_per_1000=0.0, completion_tokens_per_1000=0.0, seconds_per_1000=0.0),
-    )
+        candidate=candidate, tuned=tuned, system_prompts={}, seconds=60.0, prompt_tokens=0, completion_tokens=0, cut=0,
+        metrics={"json_valid": MetricInterval(mean=value, low=value, high=value)}, price=price,
+    )  # fmt: skip
     body = EvaluationBody(
-        n=rows,
-        groups=rows,
-        primary="json_valid",
-        metrics=("json_valid",),
-        confidence=0.95,
-        seed=0,
-        candidates={name: stated},
-        probes={},
-        judges={},
-        prices=None,
-        risks={},
-    )
+        n=rows, groups=rows, primary="json_valid", metrics=("json_valid",), confidence=0.95, seed=0,
+        candidates={name: stated}, probes={}, judges={}, prices=None, risks={},
+    )  # fmt: skip
     parents = {"dataset": dataset, **({f"answers:{name}": answers} if answers else {})}
     evaluation = store.put_record(body.record(parents, {"scores.jsonl": store.put_bytes(b"".join(scores))}))
     # No untuned rival was measured, so a lift over one is inconclusive.

@@ -14,7 +14,6 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from tests.attack_table import Happened
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.grammars.copying import (
@@ -353,12 +352,11 @@ def test_a_request_that_cannot_be_followed_is_at_fault_itself(
         monkeypatch.setattr(Guide, "follow", lambda guide, _token: guide.matcher.consume_token(5))
 
 
-@pytest.mark.attack("serving", "a user turn with one very long word, copied fields")
+@pytest.mark.attack("serving", "a user turn with one very long word, copied fields", "an answer")
 @pytest.mark.parametrize("word", ["a" * 1500, KEY, "\u043f" * 3000, "7" * 1500], ids=["a", "key", "cyrillic", "digits"])
-def test_a_pasted_key_gets_an_answer(engine: NativeEngine, word: str, happened: Happened) -> None:
+def test_a_pasted_key_gets_an_answer(engine: NativeEngine, word: str) -> None:
     grammar = asked([f"my key is {word}"]).grammar
     question = (Message(role="user", content="x"),)  # the tiny model's context has no room for the whole request
     engine.generate([Generation(question, max_tokens=100, grammar=grammar, temperature=3.0, seed=5)])
     assert is_copied(word, pieces([word]))
     assert held(f"my key is {word}", {"who": word}), "it can be copied as a whole"
-    happened("an answer")

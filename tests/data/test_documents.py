@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests.attack_table import Happened
 from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
@@ -66,8 +65,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.attack("privacy", "personal data in the headings of documents")
-def test_every_type_gives_its_text_and_its_source(folder: Path, happened: Happened) -> None:
+@pytest.mark.attack("privacy", "personal data in the headings of documents", "replaced")
+def test_every_type_gives_its_text_and_its_source(folder: Path) -> None:
     (folder / "docs" / "mail.md").write_text("# Write to jane\u200b@acme.org\n\nThe desk answers within a day.\n")
     (folder / "docs" / "e.html").write_text(
         "<h1>Returns</h1><div>Within <b>30</b> days.</div><p>Contact us.</p><ul><li>Europe: 5 EUR"
@@ -92,7 +91,6 @@ def test_every_type_gives_its_text_and_its_source(folder: Path, happened: Happen
     titles = {passage.title for passage in built.passages}
     assert titles >= {"Boiler", "Boiler / Errors", "Pump", "page 1", "Returns", "Write to person1@example.com"}
     assert built.record.body["passages"] == len(built.passages)
-    happened("replaced")
 
 
 @pytest.mark.parametrize(("action", "overlap"), [("report", 0), ("pseudonymise", 0), ("remove", 3), ("refuse", 0)])
@@ -190,11 +188,10 @@ ACME = {"path": "docs/b*", "tenant": "acme"}
         ({"paths": [ACME], "asked_as": {"tenant": "acm\u0435"}}, "is not a name"),
     ],
 )
-@pytest.mark.attack("people", "labels of documents that are missing, empty, mistyped or in doubt")
-def test_labels_in_doubt_are_refused(folder: Path, settings: dict[str, Any], says: str, happened: Happened) -> None:
+@pytest.mark.attack("people", "labels of documents that are missing, empty, mistyped or in doubt", "refused")
+def test_labels_in_doubt_are_refused(folder: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises((UsageError, ValidationError), match=says):
         _built(folder, **settings)
-    happened("refused")
 
 
 @pytest.mark.parametrize(

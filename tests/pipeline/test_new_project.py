@@ -527,7 +527,7 @@ def test_rows_may_be_a_url_and_are_named_once(tmp_path: Path) -> None:
     assert Project.load(tmp_path / "p").settings.data.sources[0].path == url
 
 
-@pytest.mark.attack("input", "init: rows of which a strange project would follow")
+@pytest.mark.attack("input", "init: rows of which a strange project would follow", "a project that loads")
 @pytest.mark.parametrize(
     ("answers", "more"),
     [
@@ -543,9 +543,7 @@ def test_rows_may_be_a_url_and_are_named_once(tmp_path: Path) -> None:
     ],
     ids=["deep", "control", "large", "long", "long-labels", "null-group", "odd-groups", "one-group", "broken"],
 )
-def test_strange_rows_make_a_project_that_loads(
-    tmp_path: Path, answers: list[Any], more: dict[str, object], happened: Happened
-) -> None:
+def test_strange_rows_make_a_project_that_loads(tmp_path: Path, answers: list[Any], more: dict[str, object]) -> None:
     texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
     _write(tmp_path / "rows.jsonl", _answered(lambda n: texts[n], len(texts), **more))
     folder = tmp_path / ("p" * 100)
@@ -557,4 +555,3 @@ def test_strange_rows_make_a_project_that_loads(
     assert len(json.dumps(project.schema)) < 20_000
     assert project.settings.candidates["tuned"].max_tokens <= (32 if isinstance(answers[0], str) else 32_768)
     assert all(line.isprintable() for line in (folder / "prompts" / "long.txt").read_text().split("\n"))
-    happened("a project that loads")

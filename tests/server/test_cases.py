@@ -201,8 +201,8 @@ def test_what_is_not_kept_says_why(keep: StartServer, at_most: int, action: Any,
     assert action == "report" or _holding(served.scene.store.root, "zebra") == []
 
 
-@pytest.mark.attack("privacy", "a request is kept for longer than was promised")
-def test_what_has_expired_is_gone(keep: StartServer, monkeypatch: pytest.MonkeyPatch, happened: Happened) -> None:
+@pytest.mark.attack("privacy", "a request is kept for longer than was promised", "deleted")
+def test_what_has_expired_is_gone(keep: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.server.app._CLEAN_SECONDS", 0.1)
     seconds = 3.0
     served = keep(days=seconds / 86_400)
@@ -218,4 +218,3 @@ def test_what_has_expired_is_gone(keep: StartServer, monkeypatch: pytest.MonkeyP
     assert _holding(root, "zebra") == []
     (entry,) = _audited(served, "cases.expire")
     assert entry.detail == {"requests": [row.id]}
-    happened("deleted")

@@ -283,8 +283,8 @@ def test_at_the_deadline_the_server_releases_what_may_leave(
     assert [entry.action for entry in audited(served, other)] == ["answer.expire"]
 
 
-@pytest.mark.attack("privacy", "the texts of held answers after their time")
-def test_texts_are_deleted_and_never_logged(hold: Hold, caplog: pytest.LogCaptureFixture, happened: Happened) -> None:
+@pytest.mark.attack("privacy", "the texts of held answers after their time", "nothing left, nothing logged")
+def test_texts_are_deleted_and_never_logged(hold: Hold, caplog: pytest.LogCaptureFixture) -> None:
     served = hold()
     notice = held(served, messages=[{"role": "user", "content": "quagga zebra"}])
     with reviewer(served) as steward:
@@ -304,7 +304,6 @@ def test_texts_are_deleted_and_never_logged(hold: Hold, caplog: pytest.LogCaptur
     assert left == []
     assert "quagga" not in caplog.text
     assert "transfer_money" not in caplog.text
-    happened("nothing left, nothing logged")
 
 
 def test_openai_clients_do_not_send_a_held_request_again_until_the_queue_is_full(
@@ -327,8 +326,8 @@ def test_openai_clients_do_not_send_a_held_request_again_until_the_queue_is_full
     held(served)
 
 
-@pytest.mark.attack("serving", "one caller fills the queue of held answers")
-def test_one_caller_does_not_fill_the_queue(start_server: StartServer, engine: FakeEngine, happened: Happened) -> None:
+@pytest.mark.attack("serving", "one caller fills the queue of held answers", "429, and others go on")
+def test_one_caller_does_not_fill_the_queue(start_server: StartServer, engine: FakeEngine) -> None:
     engine.answer = lambda _request, _adapter: MONEY
     served = start_server(holder=holder(), per_user=2)
     held(served), held(served)
@@ -336,7 +335,6 @@ def test_one_caller_does_not_fill_the_queue(start_server: StartServer, engine: F
     assert (full.status_code, full.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     other = issue_token(served.scene.store, APPROVER, actor=OWNER)
     assert served.post(other).json()["error"]["code"] == "answer_held"
-    happened("429, and others go on")
 
 
 @pytest.mark.parametrize(

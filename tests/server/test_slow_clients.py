@@ -157,8 +157,8 @@ def test_the_oldest_idle_connections_make_room(start_server: StartServer, happen
 
 
 @pytest.mark.slow
-@pytest.mark.attack("serving", "streams that nobody reads")
-def test_a_stream_that_nobody_reads_is_closed(quick: Served, happened: Happened) -> None:
+@pytest.mark.attack("serving", "streams that nobody reads", "closed in time")
+def test_a_stream_that_nobody_reads_is_closed(quick: Served) -> None:
     decoded = 0
 
     def long(_request: Any, _adapter: Any) -> Any:
@@ -176,14 +176,11 @@ def test_a_stream_that_nobody_reads_is_closed(quick: Served, happened: Happened)
         assert quick.ask().choices
         until(lambda: not quick.serving.drain.under_way)
     assert quick.ask().choices
-    happened("closed in time")
 
 
-@pytest.mark.attack("serving", "a large answer that is read slowly but steadily")
+@pytest.mark.attack("serving", "a large answer that is read slowly but steadily", "read to its end")
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
-def test_a_steady_reader_gets_the_whole_answer(
-    start_server: StartServer, engine: FakeEngine, happened: Happened, connection: str
-) -> None:
+def test_a_steady_reader_gets_the_whole_answer(start_server: StartServer, engine: FakeEngine, connection: str) -> None:
     engine.answer = lambda _request, _adapter: "x" * (24 * LIMIT)
     served = start_server(unread_seconds=2)
     body = json.dumps({"model": NAME, "messages": HELLO}).encode()
@@ -195,4 +192,3 @@ def test_a_steady_reader_gets_the_whole_answer(
             assert piece, f"cut after {got} bytes"
             got += len(piece)
             time.sleep(0.1)  # five seconds in all, more than twice what may pass unread
-    happened("read to its end")

@@ -8,7 +8,6 @@ from typing import Any
 import openai
 import pytest
 
-from tests.attack_table import Happened
 from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import running
 from tests.server.fake_engine import FakeEngine
@@ -177,8 +176,8 @@ def test_all_tokens_of_a_tenant_share_its_limit_and_a_refused_request_counts_for
     assert taken(limits, "b", "acme")["x-ratelimit-limit-requests"] == "3"
 
 
-@pytest.mark.attack("overload", "a flood of different tokens")
-def test_buckets_take_bounded_memory(monkeypatch: pytest.MonkeyPatch, happened: Happened) -> None:
+@pytest.mark.attack("overload", "a flood of different tokens", "bounded")
+def test_buckets_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "_KEPT", 100)
     clock = Clock()
     limits = limited(clock, token=2)
@@ -193,7 +192,6 @@ def test_buckets_take_bounded_memory(monkeypatch: pytest.MonkeyPatch, happened: 
         taken(limits, f"u{number}")
     assert limits._tokens is not None
     assert len(limits._tokens._full_at) <= 100
-    happened("bounded")
 
 
 def test_openais_client_is_told_of_the_limit(scene: Scene, engine: FakeEngine) -> None:

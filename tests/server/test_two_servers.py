@@ -200,11 +200,7 @@ def test_an_answer_outlives_its_server_and_any_server_decides(serving: Scene) ->
         with contextlib.suppress(httpx.HTTPError):
             answers.append(ask(caller, servers.urls[0]))
 
-    with (
-        two_servers(serving, holds=True) as servers,
-        servers.http(1) as caller,
-        servers.http(1, STEWARD) as steward,
-    ):
+    with two_servers(serving, holds=True) as servers, servers.http(1) as caller, servers.http(1, STEWARD) as steward:
         # A request that is open on the first server is answered by a decision on the second one.
         asking = threading.Thread(target=send)
         asking.start()

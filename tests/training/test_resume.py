@@ -58,10 +58,7 @@ def written(
 
 
 def run(
-    folder: Path,
-    settings: TrainSettings = SETTINGS,
-    rows: list[TrainingRow] = ROWS,
-    progress: Progress = SILENT,
+    folder: Path, settings: TrainSettings = SETTINGS, rows: list[TrainingRow] = ROWS, progress: Progress = SILENT
 ) -> str:
     """Train in folder; returns the digest of the trained weights."""
     store = Store(folder / "store")

@@ -69,10 +69,7 @@ def test_killed_training_shows_each_point_once(tmp_path: Path, kind: str, monkey
         if step != 9:  # the sink is then ahead of the newest checkpoint
             save(checkpoints, step, *rest)
 
-    for owner, name, dies in (
-        (Follower, "follow", die_before_following),
-        (Checkpoints, "save", lose_a_checkpoint),
-    ):
+    for owner, name, dies in ((Follower, "follow", die_before_following), (Checkpoints, "save", lose_a_checkpoint)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, dies)
             with pytest.raises(_Killed):

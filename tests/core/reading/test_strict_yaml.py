@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.attack_table import Happened
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_yaml import read_yaml
 
@@ -20,7 +19,7 @@ LAUGHS = "\n".join(
 )
 
 
-@pytest.mark.attack("settings", "YAML that explodes, deceives or crashes a reader")
+@pytest.mark.attack("settings", "YAML that explodes, deceives or crashes a reader", "refused with its line, exit 2")
 @pytest.mark.parametrize(
     ("text", "said", "line"),
     [
@@ -46,13 +45,12 @@ LAUGHS = "\n".join(
         ("&a" * 10_000, "expected", 1),
     ],
 )
-def test_refused(text: str, said: str, line: int, happened: Happened) -> None:
+def test_refused(text: str, said: str, line: int) -> None:
     with pytest.raises(UsageError) as caught:
         read_yaml(text, "tunesmith.yaml")
     assert said in caught.value.what
     assert len(caught.value.what) < 400
     assert caught.value.where == f"tunesmith.yaml, line {line}"
-    happened("refused with its line, exit 2")
 
 
 @pytest.mark.parametrize(
