@@ -24,7 +24,6 @@ from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, eval
 from tunesmith.models.base import config_folder
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.forecast import forecast as run_forecast
 from tunesmith.pipeline.stages import Stage
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.pipeline.training_search import PRESENT
@@ -428,6 +427,8 @@ def forecast(
     rows: of the largest subset, by default a sixteenth of the rows and 100 at least. goal: the lift from which tuning
     pays, by default the lift gate's bound.
     """
+    from tunesmith.pipeline.forecast import forecast as run_forecast  # loads torch
+
     context, name = PipelineContext(project, progress, actor), name or only_tuned(project)
     return forecast_view(project.store, run_forecast(context, name, rows=rows, goal=goal))
 
