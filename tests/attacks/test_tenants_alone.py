@@ -17,7 +17,8 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
 from tunesmith.project import Project
 from tunesmith.services.evaluation_lookups import list_evaluations
-from tunesmith.services.fine_tuning import KIND, PURPOSE, Arguments, create, perform_fine_tuning
+from tunesmith.services.fine_tuning import KIND, PURPOSE, Arguments, create
+from tunesmith.services.fine_tuning_jobs import perform_fine_tuning
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import add_user, ensure_owner
 

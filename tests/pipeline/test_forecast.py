@@ -19,7 +19,7 @@ from tunesmith.core.progress import Silent, Stopped, Task
 from tunesmith.pipeline import training as training_module
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import lift_gate
-from tunesmith.services.training import ForecastView, forecast, newest_forecast
+from tunesmith.services.forecast import ForecastView, forecast, newest_forecast
 from tunesmith.training.estimates.estimate import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings
 

@@ -32,19 +32,8 @@ from tunesmith.registry.versions import Version, resolve
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.server.fine_tuning import event_stream
-from tunesmith.services.fine_tuning import (
-    KIND,
-    VALIDATING,
-    Arguments,
-    Hyperparameters,
-    Uploaded,
-    _WithLosses,
-    create,
-    derived,
-    find,
-    perform_fine_tuning,
-    series,
-)
+from tunesmith.services.fine_tuning import KIND, Arguments, Hyperparameters, Uploaded, create, derived, find, series
+from tunesmith.services.fine_tuning_jobs import VALIDATING, _WithLosses, perform_fine_tuning
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import get_user
 from tunesmith.store.people.tokens import issue_token, revoke_token

@@ -46,7 +46,8 @@ from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.fine_tuning import KIND, VALIDATING, perform_fine_tuning
+from tunesmith.services.fine_tuning import KIND
+from tunesmith.services.fine_tuning_jobs import VALIDATING, perform_fine_tuning
 from tunesmith.services.worker import perform_in_child
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.people.tokens import issue_token

@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, Terminal, add_commands, draw_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.training import ForecastView
+    from tunesmith.services.forecast import ForecastView
 
 EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
 _COLOURS = {"train": "green", "don't": "red", "undecided": "yellow", None: "yellow"}
@@ -49,9 +49,9 @@ def forecast(
             raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
         here.emit(here.do(jobs.add, kind="forecast", candidate=candidate), draw_job)
         return
-    from tunesmith.services import training as services
+    from tunesmith.services import forecast
 
-    found = services.forecast(here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor)
+    found = forecast.forecast(here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor)
     here.emit(found, _draw)
     raise typer.Exit(EXITS[found.decision])
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.services.doctor import Checks
+    from tunesmith.services.forecast import MemoryPlan
     from tunesmith.services.home import Home
     from tunesmith.services.new_project import NewProject
-    from tunesmith.services.training import MemoryPlan
 
 
 _GIB = 1 << 30
@@ -144,7 +144,7 @@ def memory(
 ) -> None:
     """Say which ways of training a base fit the memory of a device, with an estimate of their time. Loads no weights.
     Exits with 3 if none fits."""
-    from tunesmith.services.training import memory_plan
+    from tunesmith.services.forecast import memory_plan
 
     found = memory_plan(
         base if base is not None else here.project.settings.base,

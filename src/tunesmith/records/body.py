@@ -43,7 +43,7 @@ class Body(Part):
         raise Refused(
             f"record {short(record.digest)} does not state what {cls.kind} records state: {said}",
             where=f"record {record.digest}",
-            fix="restore it from a backup",
+            fix="restore it from a backup, or make it again where an earlier version wrote it",
         )
 
     @classmethod

@@ -213,7 +213,7 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
             found = load_version(store, version, session)
             other = load_version(store, before, session) if before else None
         page = show_evaluation(store, user, found.evaluation, found.verdict)
-    except (TunesmithError, KeyError):  # not this user's, or a record that cannot be read
+    except TunesmithError:  # not this user's, or a record that cannot be read
         return None
     if page.verdict is None:
         return None
@@ -242,8 +242,6 @@ def show_findings(store: Store, user: User, digest: str, verdict: str | None = N
         found = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
     except Inconclusive as error:
         raise Refused(error.what, where=error.where, fix=error.fix) from error
-    except KeyError as error:
-        raise Refused(f"the evaluation states no {error}") from error
     groups = user.may(READ_PERMISSION) and user.scope == Scope()
     return found if groups else found.model_copy(update={"by_group": None})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunesmith.core.errors import NextStep, Refused, UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
@@ -89,10 +89,7 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
     everything = user.scope == Scope()
     texts = texts and everything and user.may(READ_PERMISSION)
     trail = release_trail(store, version.name if everything else version.label, version.digest)
-    try:
-        found = report_data(store, version.evaluation, version.verdict, version.digest, trail)
-    except KeyError as error:
-        raise Refused(f"the evaluation of {version.label} states no {error}", where=version.label) from error
+    found = report_data(store, version.evaluation, version.verdict, version.digest, trail)
     with database.reading(store.engine) as session:
         texts = texts and recalled(session, version.evaluation, as_evidence=True) is None
     found = found if texts else without_texts(found)

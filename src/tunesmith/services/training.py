@@ -1,27 +1,22 @@
-"""Run the pipeline with the settings of one run, train candidates, search for settings, and forecast a training."""
+"""Run the pipeline with the settings of one run, train candidates, and search for better training settings."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from tunesmith.core.errors import NextStep, Refused, UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Duration
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
-from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
-from tunesmith.models.base import config_folder
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
@@ -29,7 +24,6 @@ from tunesmith.pipeline.training import tuned_names
 from tunesmith.pipeline.training_search import PRESENT
 from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
-from tunesmith.records.forecast import ForecastBody
 from tunesmith.records.search import TrainingSearchBody
 from tunesmith.records.training import TrainingBody, TrainingFigures
 from tunesmith.registry.registration import register
@@ -39,7 +33,7 @@ from tunesmith.training.estimates.more_time import MoreTime, more_time
 from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings, changed_training
 
 if TYPE_CHECKING:
-    from tunesmith.engines.hf.costs import Shapes
+    pass
 
 
 class TrainingSummary(TrainingFigures, View):
@@ -404,194 +398,4 @@ def only_tuned(project: Project) -> str:
     return tuned[0]
 
 
-_LOOKED_AT = 50  # newest forecasts that are looked through for a project's
-
-
-class ForecastView(Forecast):
-    """A recorded forecast. forecast: its record's digest."""
-
-    forecast: str
-
-
-def forecast(
-    project: Project,
-    name: str | None = None,
-    *,
-    rows: int | None = None,
-    goal: float | None = None,
-    progress: Progress = SILENT,
-    actor: str | None = None,
-) -> ForecastView:
-    """Forecast a candidate's training, by default that of the only one that is trained.
-
-    rows: of the largest subset, by default a sixteenth of the rows and 100 at least. goal: the lift from which tuning
-    pays, by default the lift gate's bound.
-    """
-    from tunesmith.pipeline.forecast import forecast as run_forecast  # loads torch
-
-    context, name = PipelineContext(project, progress, actor), name or only_tuned(project)
-    return forecast_view(project.store, run_forecast(context, name, rows=rows, goal=goal))
-
-
-def forecast_view(store: Store, digest: str) -> ForecastView:
-    """A recorded forecast. Of one that an earlier version made, what is still computed."""
-    body = ForecastBody.read(store, digest)
-    return ForecastView(**{name: getattr(body, name) for name in ForecastBody.model_fields}, forecast=digest)
-
-
-class KeptForecast(View):
-    """A forecast that was made before. at: when, ISO 8601."""
-
-    at: str
-    forecast: ForecastView
-
-
-def newest_forecast(project: Project) -> KeptForecast | None:
-    """The newest forecast of a candidate that this project trains; None where there is none.
-
-    A store may be shared with other projects: a forecast with rivals that this one does not have is another's.
-    """
-    known, trained = set(project.settings.candidates), set(tuned_names(project))
-    for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
-        try:
-            found = forecast_view(project.store, digest)
-        except (Refused, UsageError):
-            continue
-        if found.name in trained and known >= set(found.rivals):
-            return KeptForecast(at=at, forecast=found)
-    return None
-
-
 # Memory
-
-
-class Way(View):
-    """A way of training, and its bytes on each device. quantize: the base's, as the setting. base: weights that are
-    computed with. trained: the adapter, or the base's fp32 weights, with gradients and the optimiser. activations: of
-    one batch, with its logits. fits: whether the device has as much. seconds: of a pass over 1,000 rows; None without a
-    rate."""
-
-    quantize: Literal["4bit"] | None
-    recompute: bool
-    base: int
-    trained: int
-    activations: int
-    total: int
-    fits: bool
-    seconds: float | None
-
-
-class MemoryPlan(View):
-    """What trainings on a base take. device: its bytes. numbers: of the base. tokens: of a batch. cache_per_token:
-    bytes of a token's keys and values while answers are generated; cache_tokens: how many of them one device holds
-    beside the whole base; cache_rows: bytes of the cache of the rows that are answered together, of `tokens`
-    tokens each. row_tokens: of each of the 1,000 rows. rate: floating-point operations a second that are assumed for
-    each device, None where there is nothing to go by; basis: where the rate comes from."""
-
-    base: str
-    numbers: int
-    device: int
-    ranks: int
-    method: Literal["lora", "full"]
-    precision: Literal["fp32", "bf16"]
-    rank: int
-    tokens: int
-    cache_per_token: int
-    cache_tokens: int
-    cache_rows: int
-    row_tokens: int
-    rate: float | None
-    basis: str
-    ways: list[Way]
-
-
-def memory_plan(
-    spec: str,
-    root: Path,
-    *,
-    method: Literal["lora", "full"] = "lora",
-    rank: int = 16,
-    tokens: int = 2048,
-    ranks: int = 1,
-    precision: Literal["fp32", "bf16"] = "bf16",
-    device: int | None = None,
-    row_tokens: int = 512,
-    tflops: float | None = None,
-    utilisation: float = 0.4,
-) -> MemoryPlan:
-    """What each way of training takes, from the base's configuration. A base in 4 bits is neither sharded nor trained.
-
-    The time is an estimate: the operations of the matrix products over a rate. Attention, what 4 bits take to be
-    restored, and what ranks send each other are left out.
-
-    spec: the base, as in a project file; root: the folder that a relative path starts from. method: an adapter of all
-    linear layers, or the base itself. rank: of the adapter. tokens: of one batch. ranks: devices that the weights are
-    sharded over. device: bytes of one device; by default what is free on this machine's GPU, or in its memory.
-    row_tokens: of a row that time is estimated for. tflops: a device's peak; by default the maker's figure for this
-    machine's GPU, or what this machine reaches on the widest product. utilisation: the share of it that a training
-    reaches. Raises UsageError, Refused or TunesmithError for a base whose configuration cannot be read.
-    """
-    from tunesmith.engines.device import DeviceMemory, computing_device
-    from tunesmith.engines.hf.costs import DTYPES, cache_bytes, training_flops
-    from tunesmith.engines.hf.engine import MOST_ROWS
-    from tunesmith.training.estimates.prediction import read_shapes, training_memory
-
-    shapes = read_shapes(config_folder(spec, root))
-    room = device if device is not None else DeviceMemory(computing_device()).available()
-    peak, basis = _peak(shapes, precision, tflops, elsewhere=device is not None)
-    rate = None if peak is None else peak * utilisation
-    full = method == "full"
-    adapter = None if full else rank
-    trains = partial(training_memory, shapes, precision=precision, rank=adapter, tokens=tokens, shards=ranks)
-    rows, ways = 1000 * row_tokens, []
-    for quantized, recompute in itertools.product((False,) if ranks > 1 or full else (False, True), (False, True)):
-        needs, trained = trains(quantized=quantized, recompute=recompute), 0 if full else rank * shapes.adapted
-        operations = training_flops(shapes, tokens=rows, scored=rows, trained=trained, recompute=recompute)
-        operations += 2.0 * rows * (shapes.computed + shapes.head) if full else 0.0
-        way = Way(
-            quantize="4bit" if quantized else None,
-            recompute=recompute,
-            base=needs.base,
-            trained=needs.trained,
-            activations=needs.activations,
-            total=needs.total,
-            fits=needs.total <= room,
-            seconds=None if rate is None else operations / rate / ranks,
-        )
-        ways.append(way)
-    numbers, each = shapes.linear + shapes.rest, cache_bytes(shapes, DTYPES[precision], 1)
-    beside = room - numbers * (2 if precision == "bf16" else 4)
-    return MemoryPlan(
-        base=spec,
-        numbers=numbers,
-        device=room,
-        ranks=ranks,
-        method=method,
-        precision=precision,
-        rank=rank,
-        tokens=tokens,
-        cache_per_token=each,
-        cache_tokens=max(0, beside // each) if each else 0,
-        cache_rows=MOST_ROWS * cache_bytes(shapes, DTYPES[precision], tokens),
-        row_tokens=row_tokens,
-        rate=rate,
-        basis=basis if rate is None else f"{utilisation:.0%} of {basis}",
-        ways=ways,
-    )
-
-
-def _peak(shapes: Shapes, precision: str, tflops: float | None, *, elsewhere: bool) -> tuple[float | None, str]:
-    """Operations a second that a device can reach, and where that comes from. elsewhere: it is not this machine's."""
-    from tunesmith.engines.device import computing_device, device_name, gpu_present, stated_peak
-    from tunesmith.training.estimates.prediction import measured_peak
-
-    if tflops is not None:
-        return tflops * 1e12, f"a peak of {tflops:g} TFLOPS, as stated with --tflops"
-    if elsewhere:
-        return None, "no time: state the peak of the device, --tflops"
-    name = device_name(computing_device())
-    card = name.split(", CUDA")[0]
-    if gpu_present() and precision == "bf16" and (stated := stated_peak(card)) is not None:
-        return stated, f"{stated / 1e12:g} TFLOPS, the bf16 peak that its maker states for {card}"
-    reached = measured_peak(shapes, precision)
-    return reached, f"{reached / 1e12:.2g} TFLOPS, which {name} reached just now on the widest product in {precision}"

@@ -19,16 +19,13 @@ from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, U
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
-from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
-from tunesmith.models.export.gguf import check_supported
 from tunesmith.pipeline.verdicts import changed_since, latest
 from tunesmith.records.version import Decision, Dtype, ExportBody, Form
 from tunesmith.registry import registration, serving, versions
 from tunesmith.registry.aliases import Alias, list_aliases
-from tunesmith.registry.export import export_version
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import DECIDED
@@ -416,6 +413,10 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
 
     Raises Refused where log-probabilities differ by more than the tolerance.
     """
+    from tunesmith.engines.factory import engine_kind, open_engine
+    from tunesmith.models.export.gguf import check_supported
+    from tunesmith.registry.export import export_version
+
     store, settings, progress = acting.store, acting.project.settings.engine, acting.progress
     found = resolve(store, asked.version, scope=acting.scope(asked.tenant, asked.region))
     candidate = load_candidate(store, found.candidate)

@@ -31,9 +31,11 @@ from tunesmith.jobs.worker import ALSO_SECONDS, Worker, worker_name
 from tunesmith.project import JobSettings, Project, open_store
 from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
-from tunesmith.services.fine_tuning import KIND, perform_fine_tuning
+from tunesmith.services.fine_tuning import KIND
+from tunesmith.services.fine_tuning_jobs import perform_fine_tuning
+from tunesmith.services.forecast import forecast
 from tunesmith.services.jobs import cause_of
-from tunesmith.services.training import Changes, RunSummary, forecast, project_of, run_arguments, with_changes
+from tunesmith.services.training import Changes, RunSummary, project_of, run_arguments, with_changes
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow

@@ -16,8 +16,9 @@ from tunesmith.server.console.parts.charts import Chart, Line, chart
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.routing import router
 from tunesmith.services import jobs, training, worker
+from tunesmith.services.forecast import newest_forecast
 from tunesmith.services.jobs import CurvePoint, JobCurves, TrainingCurve
-from tunesmith.services.training import Setting, newest_forecast
+from tunesmith.services.training import Setting
 
 routes = router()
 _PAGE = 50  # jobs on a page

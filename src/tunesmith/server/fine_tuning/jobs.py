@@ -26,7 +26,8 @@ from tunesmith.server.serving import Serving
 from tunesmith.services import fine_tuning as service
 from tunesmith.services import jobs as changing
 from tunesmith.services.actions import Action
-from tunesmith.services.fine_tuning import JOB, KIND, VALIDATING, Arguments, job_number, seed_of
+from tunesmith.services.fine_tuning import JOB, KIND, Arguments, job_number, seed_of
+from tunesmith.services.fine_tuning_jobs import VALIDATING
 from tunesmith.services.jobs import ChangeJob, JobView, LogLine, for_client
 from tunesmith.store.people.identities import User
 from tunesmith.store.tables import JobRow
