@@ -14,6 +14,7 @@ from tunesmith.core.text.names import check_name
 from tunesmith.records.base import StoredFile
 from tunesmith.records.body import Body, Part
 from tunesmith.records.dataset import Duties
+from tunesmith.records.verdict import Outcome
 from tunesmith.store.audit import Head
 from tunesmith.store.people.roles import Role
 
@@ -22,7 +23,6 @@ RiskClass = Literal["low", "limited", "high"]
 Decision = Literal["approve", "refuse"]
 Form = Literal["peft", "merged", "gguf"]
 Dtype = Literal["bf16", "fp32"]
-Outcome = Literal["pass", "fail", "inconclusive"]
 
 
 def _digest(text: str) -> str:

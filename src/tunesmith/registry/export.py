@@ -29,7 +29,8 @@ from tunesmith.engines.settings import is_native
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.records.base import StoredFile
-from tunesmith.records.version import Dtype, Equality, ExportBody, Form, Outcome, Tolerance
+from tunesmith.records.verdict import Outcome
+from tunesmith.records.version import Dtype, Equality, ExportBody, Form, Tolerance
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
