@@ -15,7 +15,7 @@ from tests.fabricate import OWNER
 
 from console_parts.many import Made
 from service_parts.processes import free_port, listening, script
-from tunesmith.server.console.people.session import COOKIE
+from tunesmith.server.console.routing import COOKIE
 from tunesmith.store.people.sessions import open_session
 from tunesmith.store.store import Store
 

@@ -17,6 +17,7 @@ from tests.server.fake_engine import FakeEngine
 from tunesmith.project import Project
 from tunesmith.server.app import create_app
 from tunesmith.server.listening import DrainingServer
+from tunesmith.server.serving import Serving
 from tunesmith.store.store import Store
 
 
@@ -26,7 +27,7 @@ def main(told: dict[str, Any]) -> None:
     project = Project.load(Path(told["project"]))
     project.store = Store(Path(told["root"]), url=told["url"])
     engine = FakeEngine(told["base"])
-    app = create_app(project.store, engine, engine, project=project)
+    app = create_app(Serving(project.store, engine, engine, project=project))
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", told["port"]))

@@ -15,8 +15,9 @@ from typing import Any
 from tests.server.fake_engine import FakeEngine
 
 from tunesmith.server.app import create_app
+from tunesmith.server.limits import ServerSettings
 from tunesmith.server.listening import DrainingServer
-from tunesmith.server.settings import ServerSettings
+from tunesmith.server.serving import Serving
 from tunesmith.services.rollouts import served_scorers
 from tunesmith.store.store import Store
 
@@ -44,7 +45,7 @@ def main(told: dict[str, Any]) -> None:
         engine.answer = _says_weights
     settings = ServerSettings.model_validate({"per_user": 1024, "waiting": 4096, **told.get("settings", {})})
     scorers = served_scorers(("json_valid",), {"type": "object", "required": ["intent"]}, Path())
-    app = create_app(store, engine, engine, settings, scorers=scorers)
+    app = create_app(Serving(store, engine, engine, settings, scorers=scorers))
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", told["port"]))

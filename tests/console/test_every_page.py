@@ -21,7 +21,7 @@ HOSTILE = "\u202eright to left\u202c \u200b\u200d\u2066 \u05d0\u05d1\u05d2 " + "
 FILL = """text => {
   const inside = "td, th, dd, li, p, h1, h2, h3, summary, a, code, .badge, option, label".split(", ");
   const fields = inside.map((each) => `main ${each}`);
-  for (const field of document.querySelectorAll([...fields, ".brand", ".account summary"].join(", ")))
+  for (const field of document.querySelectorAll([...fields, ".brand", ".account"].join(", ")))
     for (const node of field.childNodes)
       if (node.nodeType === 3 && node.textContent.trim()) node.textContent = text;
 }"""

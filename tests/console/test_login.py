@@ -37,8 +37,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.server.console.changes import Changes
-from tunesmith.server.console.people.session import COOKIE, SECURE_COOKIE, Viewer
-from tunesmith.server.console.routing import local_page
+from tunesmith.server.console.routing import COOKIE, SECURE_COOKIE, Viewer, local_page
 from tunesmith.server.errors import not_stored, passes
 from tunesmith.services import keys, users
 from tunesmith.store import audit, database

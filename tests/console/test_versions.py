@@ -6,6 +6,7 @@ import html
 import re
 from urllib.parse import quote
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.console.conftest import Login, check_page, follow, statements
@@ -18,7 +19,7 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
-from tunesmith.services import keys
+from tunesmith.services import keys, lineage
 from tunesmith.services import versions as service
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
@@ -119,7 +120,9 @@ def test_what_else_a_record_was_used_for_is_shown_to_its_tenant_only(served: Ser
                 assert http.get(f"/console/versions/{NAME}/1/records/{version.digest}").status_code == 404
 
 
-def test_lineage_leads_to_a_licence_and_is_verified(served: Served, login: Login, versions: Versions) -> None:
+def test_lineage_leads_to_a_licence_and_is_verified(
+    served: Served, login: Login, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = login(OPERATOR, f"/console/versions/{NAME}/1")
     rows = page.get_by_role("region", name="Table of the lineage").locator("tbody tr")
     kinds = [each.split()[0] for each in rows.locator("th").all_inner_texts()]
@@ -130,6 +133,10 @@ def test_lineage_leads_to_a_licence_and_is_verified(served: Served, login: Login
     expect(page.get_by_role("heading", level=1)).to_contain_text("Dataset")
     expect(page.locator("section", has=page.get_by_role("heading", name="Rows"))).to_contain_text("Apache-2.0")
     expect(page.locator("main")).not_to_contain_text("switch")  # no row's text
+    monkeypatch.setattr(lineage, "ROWS", 1)
+    page.reload()
+    follow(page.get_by_role("link", name="Next"))
+    expect(page.locator(".pager")).to_contain_text("Page 2 of")
     page.get_by_label("Split").select_option("test")
     page.get_by_label("Search").fill("no such row")
     page.get_by_role("button", name="Show").click()

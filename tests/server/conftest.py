@@ -31,9 +31,9 @@ from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.answering.work import AnsweringThreads
 from tunesmith.server.app import create_app
+from tunesmith.server.limits import ServerSettings
 from tunesmith.server.listening import DrainingServer
 from tunesmith.server.serving import Serving
-from tunesmith.server.settings import ServerSettings
 from tunesmith.services.rollouts import served_scorers
 from tunesmith.store import database
 from tunesmith.store.audit import revision
@@ -143,7 +143,7 @@ def running(scene: Scene, engine: Any, **settings: Any) -> Iterator[Served]:
     parts = {name: settings.pop(name, None) for name in ("project", "keeper", "holder")}
     scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
     bounds = ServerSettings.model_validate({"check_seconds": 0.05, "grace_seconds": 2, **settings})
-    app = create_app(scene.store, engine, engine, bounds, scorers=scorers, **parts)
+    app = create_app(Serving(scene.store, engine, engine, bounds, scorers=scorers, **parts))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = DrainingServer(app)

@@ -31,7 +31,6 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.server.fine_tuning import event_stream
 from tunesmith.services.fine_tuning import KIND, Arguments, Hyperparameters, Uploaded, create, derived, find, series
 from tunesmith.services.fine_tuning_jobs import VALIDATING, _WithLosses, perform_fine_tuning
 from tunesmith.store import uploads
@@ -131,8 +130,8 @@ def test_jobs_are_created_listed_and_changed_as_openais(client: openai.OpenAI, t
 def test_events_come_as_a_stream_that_openai_does_not_have(
     client: openai.OpenAI, tuner: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_stream, "SECONDS", 0.05)
-    monkeypatch.setattr(event_stream, "_STREAMS", 2)
+    monkeypatch.setattr("tunesmith.server.fine_tuning.jobs.SECONDS", 0.05)
+    monkeypatch.setattr("tunesmith.server.fine_tuning.jobs._STREAMS", 2)
     store, create = tuner.scene.store, client.fine_tuning.jobs.create
     job = create(model=MODEL, training_file=uploaded(client)).id
     lease = claimed(tuner)

@@ -21,7 +21,7 @@ from tunesmith.pipeline import PipelineContext
 from tunesmith.project import Project
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import DEFAULT_STEPS
-from tunesmith.server.settings import ServerSettings
+from tunesmith.server.limits import ServerSettings
 from tunesmith.store.people.tokens import issue_token
 
 pytestmark = pytest.mark.slow

@@ -11,11 +11,11 @@ import pytest
 from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import running
 from tests.server.fake_engine import FakeEngine
-from tunesmith.server.console.parts.shared import Shared
+from tunesmith.server.console.releases import Shared
 from tunesmith.server.errors import ApiError
 from tunesmith.server.intake import rates
 from tunesmith.server.intake.rates import Rates
-from tunesmith.server.settings import ServerSettings
+from tunesmith.server.limits import ServerSettings
 from tunesmith.server.turns import Turns
 from tunesmith.store.people.tokens import issue_token
 

@@ -10,7 +10,7 @@ import pytest
 
 import tunesmith.cli
 from tunesmith.core.errors import UsageError
-from tunesmith.server.console.forms import fields_of
+from tunesmith.server.console.routes import fields_of
 from tunesmith.services import jobs, rollouts
 from tunesmith.services.actions import Action, all_actions
 from tunesmith.store.people.roles import ACTIONS

@@ -80,9 +80,10 @@ def serve(
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
-    from tunesmith.server.console.people.oidc import client_secret
+    from tunesmith.server.console.login import client_secret
+    from tunesmith.server.limits import ServerSettings
     from tunesmith.server.listening import DrainingServer
-    from tunesmith.server.settings import ServerSettings
+    from tunesmith.server.serving import Serving
     from tunesmith.services.held import answer_holder
     from tunesmith.services.review import case_keeper
     from tunesmith.services.rollouts import refused_champions, served_scorers
@@ -99,7 +100,7 @@ def serve(
     telemetry.enter_context(sending())
     answering = project if base_of is None else project.on_base(base_of)
     context = PipelineContext(answering.in_this_process(), Terminal())
-    app = create_app(
+    serving = Serving(
         project.store,
         context.engine,
         context.renderer,
@@ -118,6 +119,7 @@ def serve(
         keeper=case_keeper(project),
         holder=answer_holder(project),
     )
+    app = create_app(serving)
     address, chosen = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     refused = {(one.name, one.scope): one.warning for one in refused_champions(project.store)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -17,45 +16,26 @@ from starlette.exceptions import HTTPException
 from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.engines.protocol import Engine
-from tunesmith.holding.rules import Holder
 from tunesmith.monitoring.cases import delete_expired
-from tunesmith.monitoring.keeping import CaseKeeper
-from tunesmith.project import Project
 from tunesmith.rollout.champions import ChampionWatch
-from tunesmith.rollout.controller import Watched, advance, give_up
+from tunesmith.rollout.controller import Watched, advance
 from tunesmith.rollout.state import Rollout, list_rollouts
 from tunesmith.server import control, openapi
-from tunesmith.server.answering.recording import LOG, Recorder
-from tunesmith.server.answering.routing import ReadyVersions, Router
-from tunesmith.server.answering.work import AnsweringThreads, Prompts
-from tunesmith.server.api import (
-    actions,
-    datasets,
-    evaluations,
-    feedback,
-    monitoring,
-    operations,
-    people,
-    versions,
-)
+from tunesmith.server.answering.recording import LOG
+from tunesmith.server.api import operations, records
+from tunesmith.server.api.routing import action_routes
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.console import routes as console
 from tunesmith.server.draining import DrainMiddleware
 from tunesmith.server.errors import ApiError, passes, unavailable
 from tunesmith.server.fine_tuning import files
 from tunesmith.server.fine_tuning import jobs as fine_tuning
-from tunesmith.server.intake.arriving import Arriving
-from tunesmith.server.intake.rates import RateHeaders, Rates
+from tunesmith.server.intake.rates import RateHeaders
 from tunesmith.server.listening import drain
-from tunesmith.server.metrics import Metrics
 from tunesmith.server.serving import Serving
-from tunesmith.server.settings import ServerSettings
 from tunesmith.services.held import tidy, waiting
-from tunesmith.services.rollouts import ServedScorers
 from tunesmith.store import database
 from tunesmith.store.people.tokens import note_use
-from tunesmith.store.store import Store
 from tunesmith.store.uploads import remove_leftovers
 
 _LAST_SECONDS = 5.0  # for failed requests that wait to be kept when the server stops
@@ -65,53 +45,18 @@ _FAILED_REST = 30.0  # seconds from a rollout's failed check to its next one, wh
 _CLEAN_SECONDS = 300.0  # between two looks for kept requests whose time is over
 
 
-def create_app(
-    store: Store,
-    engine: Engine,
-    prompts: Prompts,
-    settings: ServerSettings | None = None,
-    *,
-    scorers: ServedScorers = ServedScorers(),
-    project: Project | None = None,
-    keeper: CaseKeeper | None = None,
-    holder: Holder | None = None,
-) -> FastAPI:
-    """A server over a store and an engine.
-
-    prompts: the base's Renderer.
-    scorers: the task's, as `served_scorers` sorts them. project: takes fine-tuning jobs; None: the server takes none.
-    keeper: keeps requests for a review where callers ask for it; None: no text is kept. holder: says which answers wait
-    for a reviewer; None: none does.
-    """
-    settings = settings or ServerSettings()
-    metrics = Metrics()
-    recorder = Recorder(
-        store,
-        metrics,
-        scorers=scorers,
-        kept_answers=settings.kept_answers,
-        region=settings.region,
-        keeper=keeper,
-    )
-    versions = ReadyVersions(store, engine)
-    router = Router(store, settings.region, versions)
-    worker = AnsweringThreads(versions, router, recorder, settings, functools.partial(give_up, store), prompts, holder)
-    metrics.watch_queue(worker.waiting)
-    serving = Serving(
-        store, settings, metrics, versions, router, recorder, worker, Arriving(settings), Rates(settings), project
-    )
-    serving.holding = None if holder is None else holder.settings
-
+def create_app(serving: Serving) -> FastAPI:
+    """The application of a server."""
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.state.serving = serving
-    if settings.token_rate or settings.tenant_rate:
+    if serving.settings.token_rate or serving.settings.tenant_rate:
         app.add_middleware(RateHeaders)
     app.add_middleware(DrainMiddleware, drain=serving.drain)
     if (sender := telemetry.active()) is not None:
         from tunesmith.server.tracing import TraceMiddleware
 
-        metrics.send_to(sender)
+        serving.metrics.send_to(sender)
         app.add_middleware(TraceMiddleware, telemetry=sender)
     _add_routes(app)
     app.openapi = openapi_document  # type: ignore[method-assign]
@@ -130,15 +75,10 @@ def openapi_document() -> JsonObject:
 
 
 def _add_routes(app: FastAPI) -> None:
-    app.include_router(chat.answering)  # the first, since routes are tried in turn
-    app.include_router(chat.routes)
-    app.include_router(control.routes)
-    for resource in (feedback, evaluations, versions, datasets, operations, monitoring, people):
-        app.include_router(resource.routes)
-    app.include_router(actions.routes())
-    app.include_router(files.routes)
-    app.include_router(fine_tuning.routes)
-    app.include_router(console.routes)
+    parts = (chat, control, operations, records, files, fine_tuning, console)
+    # Routes are tried in turn.
+    for routes in (chat.answering, *(part.routes for part in parts), action_routes()):
+        app.include_router(routes)
 
 
 @contextlib.asynccontextmanager
@@ -157,9 +97,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await controller
         if not serving.drain.begun:
             await drain(serving)
-        listing = (serving.listing, serving.pages)
-        for threads in (serving.scoring, serving.noting, *listing, serving.trying, serving.files):
-            threads.stop()
+        serving.stop_threads()
         await asyncio.to_thread(serving.recorder.stop, _LAST_SECONDS)
         with contextlib.suppress(TunesmithError, OSError):  # a database that is away must not keep the process
             await _note_use(serving)
@@ -240,11 +178,11 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return await _api_error(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
+    return await _api_error(request, ApiError(error.status_code, str(error.detail), code, headers=error.headers))
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     LOG.error("%s %s raised", request.method, request.url.path, exc_info=error)
     if passes(error):
         return await _api_error(request, unavailable())
-    return await _api_error(request, ApiError(500, "Internal error.", code="internal_error"))
+    return await _api_error(request, ApiError(500, "Internal error.", "internal_error"))

@@ -11,14 +11,11 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.server.errors import stopping
-
-if TYPE_CHECKING:
-    pass
 
 # Answered while the server drains too, so that it can be watched.
 _WATCHED: Final = frozenset({"/healthz", "/readyz", "/metrics"})

@@ -8,7 +8,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
-from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import is_disk_full
 from tunesmith.core.view import Omitted
 from tunesmith.server import limits
@@ -44,32 +43,38 @@ class ErrorDocument(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer other than success. param: the request's invalid field. code: for programs to read."""
+    """An answer other than success. param: the request's invalid field. code: for programs to read.
+
+    retry: seconds after which the client may try again, 0 to say nothing. closes: the connection, after the answer.
+    """
 
     def __init__(
         self,
         status: int,
         message: str,
-        *,
-        code: str | None,
+        code: str | None = None,
         param: str | None = None,
+        *,
+        retry: int = 0,
+        closes: bool = False,
         headers: Mapping[str, str] | None = None,
         held: HeldNotice | None = None,
     ) -> None:
         super().__init__(message)
-        self.held = held
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code, self.param, self.held = status, message, code, param, held
         self.headers = dict(headers or {})
+        if retry:
+            self.headers["Retry-After"] = str(retry)
+        if closes:
+            self.headers["Connection"] = "close"
 
     def document(self) -> ErrorDocument:
         """The body."""
-        kind = "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
         if self.status >= 500:
             kind = "server_error"
-        elif self.status == 429:
-            kind = "rate_limit_error"
-        about: JsonObject = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return ErrorDocument(error=ErrorDetail(**about, held=self.held))
+        about = ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code, held=self.held)
+        return ErrorDocument(error=about)
 
     def response(self) -> JSONResponse:
         """The answer."""
@@ -79,71 +84,51 @@ class ApiError(Exception):
 def unauthorised(why: str = "") -> ApiError:
     """No valid token. The answer is the same for a missing and a wrong one. why: of a token that was valid once."""
     none = "No valid token was given. Send `Authorization: Bearer TOKEN`; an admin makes one."
-    return ApiError(
-        401,
-        f"{why[:1].upper()}{why[1:]}." if why else none,
-        code="invalid_api_key",
-        headers={"WWW-Authenticate": "Bearer"},
-    )
+    said = f"{capital(why)}." if why else none
+    return ApiError(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def forbidden(what: str, code: str = "permission_denied") -> ApiError:
     """A known user without the permission."""
-    return ApiError(403, what, code=code)
+    return ApiError(403, what, code)
 
 
 def missing(what: str) -> ApiError:
     """The same answer for what does not exist and what is another tenant's."""
-    return ApiError(404, f"There is no such {what}.", code="not_found")
+    return ApiError(404, f"There is no such {what}.", "not_found")
 
 
 def no_such_model(model: str) -> ApiError:
     """The same answer for a model that does not exist and one of another tenant or region."""
     message = f"The model {model[: limits.SHOWN]!r} does not exist or you do not have access to it."
-    return ApiError(404, message, code="model_not_found", param="model")
+    return ApiError(404, message, "model_not_found", "model")
 
 
 def not_available(model: str, why: str) -> ApiError:
     """A model that the caller may know about but that must not answer, and why."""
     message = f"The model {model[: limits.SHOWN]!r} is not available: {why}."
-    return ApiError(404, message, code="model_not_available", param="model")
+    return ApiError(404, message, "model_not_available", "model")
 
 
 def unknown_request(request: str) -> ApiError:
     """The same answer for a request that was never made and one of somebody else."""
-    return ApiError(404, f"There is no request {request[:80]!r}.", code="request_not_found", param="request_id")
-
-
-def keeps_nothing(param: str) -> ApiError:
-    """The project keeps no requests. param: the field that asked for it."""
-    return ApiError(
-        400,
-        "This server keeps no requests: its project file has no `cases:`. Nothing was done; leave the field out.",
-        code="storing_not_allowed",
-        param=param,
-    )
+    return ApiError(404, f"There is no request {request[:80]!r}.", "request_not_found", "request_id")
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """A request that is not valid."""
-    return ApiError(400, message, code=code, param=param)
+    return ApiError(400, message, code, param)
 
 
 def busy() -> ApiError:
     """The queue is full."""
-    return ApiError(429, "The queue is full. Try again shortly.", code="queue_full", headers={"Retry-After": "1"})
+    return ApiError(429, "The queue is full. Try again shortly.", "queue_full", retry=1)
 
 
 def busy_for_user(most: int, what: str = "requests") -> ApiError:
     """The user has as many requests under way as one user may have."""
     message = f"You have {most} {what} waiting or being answered. Wait for some of them, then try again."
-    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
-
-
-def rate_limited(what: str, most: int, seconds: int) -> ApiError:
-    """A token or tenant (what) sent more than `most` requests a minute. seconds: until the next one is taken."""
-    message = f"Rate limit reached for this {what}: {most} requests per minute. Try again in {seconds} s."
-    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+    return ApiError(429, message, "rate_limit_exceeded", retry=1)
 
 
 def not_stored(error: Exception) -> ApiError:
@@ -152,22 +137,19 @@ def not_stored(error: Exception) -> ApiError:
     409 for evidence that does not decide, which is no trouble of the database.
     """
     if isinstance(error, Inconclusive):
-        return ApiError(409, f"{error.what[:1].upper()}{error.what[1:]}.", code="inconclusive")
+        return ApiError(409, f"{capital(error.what)}.", "inconclusive")
     again = "Nothing was stored, so the same request can be sent again."
     if is_disk_full(error):
         return ApiError(
-            507, f"The server's disk or database is full. Its operator must free space. {again}", code="storage_full"
+            507, f"The server's disk or database is full. Its operator must free space. {again}", "storage_full"
         )
-    headers = {"Retry-After": "5"}
-    return ApiError(
-        503, f"The server's database or store cannot be used now. {again}", code="storage_failed", headers=headers
-    )
+    return ApiError(503, f"The server's database or store cannot be used now. {again}", "storage_failed", retry=5)
 
 
 def unavailable() -> ApiError:
     """The database or the store of files cannot be reached. The server's log says why."""
     message = "The server's database or store cannot be used now. Try again shortly."
-    return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
+    return ApiError(503, message, "unavailable", retry=5)
 
 
 def passes(error: Exception) -> bool:
@@ -177,17 +159,12 @@ def passes(error: Exception) -> bool:
 
 def failed() -> ApiError:
     """The engine failed. The server's log has the error; the answer has not."""
-    return ApiError(500, "The engine failed on this request.", code="engine_error")
-
-
-def timed_out() -> ApiError:
-    """No answer within ServerSettings.answer_seconds."""
-    return ApiError(504, "No answer in time.", code="timeout", headers={"Retry-After": "5"})
+    return ApiError(500, "The engine failed on this request.", "engine_error")
 
 
 def stopping() -> ApiError:
     """The server shuts down while requests wait."""
-    return ApiError(503, "The server is shutting down.", code="stopping", headers={"Retry-After": "5"})
+    return ApiError(503, "The server is shutting down.", "stopping", retry=5)
 
 
 def answer_held(notice: HeldNotice) -> ApiError:
@@ -203,17 +180,14 @@ def answer_refused(notice: HeldNotice, reason: str) -> ApiError:
 
 def _withheld(message: str, code: str, notice: HeldNotice) -> ApiError:
     headers = {"Location": notice.url, "x-should-retry": "false"}
-    return ApiError(403, message, code=code, headers=headers, held=notice)
-
-
-def too_many_held(most: int) -> ApiError:
-    """The queue of held answers is full."""
-    message = (
-        f"The answer needs a reviewer, and {most} answers wait for one already. It is gone: send the request again."
-    )
-    return ApiError(503, message, code="held_queue_full", headers={"Retry-After": "60"})
+    return ApiError(403, message, code, headers=headers, held=notice)
 
 
 def sentence(error: TunesmithError) -> str:
     """What a caller reads of an error."""
-    return f"{error.what[:1].upper()}{error.what[1:]}.{f' Then: {error.fix}.' if error.fix else ''}"
+    return f"{capital(error.what)}.{f' Then: {error.fix}.' if error.fix else ''}"
+
+
+def capital(text: str) -> str:
+    """A text that begins with a capital letter."""
+    return text[:1].upper() + text[1:]

@@ -26,11 +26,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=self._registry), partial(Gauge, registry=self._registry)
         self._sent: tuple[SentHistogram, SentHistogram] | None = None
         arm = ("arm",)
-        self._requests = Counter(
-            "tunesmith_requests", "Requests by arm and outcome.", (*arm, "outcome"), registry=self._registry
-        )
+        self._requests = counter("tunesmith_requests", "Requests by arm and outcome.", (*arm, "outcome"))
         self._seconds = Histogram(
             "tunesmith_request_seconds",
             "From acceptance to the last token.",
@@ -38,36 +37,25 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._tokens = Counter("tunesmith_tokens", "Tokens by arm and kind.", (*arm, "kind"), registry=self._registry)
-        self.refused = Counter(
-            "tunesmith_refused", "Requests answered with an error, by status.", ("status",), registry=self._registry
-        )
-        self.unrecorded = Counter(
-            "tunesmith_unrecorded_requests", "Answers whose record was lost.", registry=self._registry
-        )
-        self.cases = Counter(
+        self._tokens = counter("tunesmith_tokens", "Tokens by arm and kind.", (*arm, "kind"))
+        self.refused = counter("tunesmith_refused", "Requests answered with an error, by status.", ("status",))
+        self.unrecorded = counter("tunesmith_unrecorded_requests", "Answers whose record was lost.")
+        self.cases = counter(
             "tunesmith_cases",
             "Requests to be kept: kept, refused (privacy, length, number), lost (an error, or too many at once).",
             ("outcome",),
-            registry=self._registry,
         )
-        self.held = Counter(
+        self.held = counter(
             "tunesmith_held_answers",
             "Answers that needed a reviewer: held, full (the queue was), released, replaced or refused over this "
             "server, expired (decided at the deadline).",
             ("outcome",),
-            registry=self._registry,
         )
-        self.held_waiting = Gauge(
-            "tunesmith_held_waiting", "Answers in the database that wait for a reviewer.", registry=self._registry
-        )
-        self.controller_failures = Counter(
-            "tunesmith_controller_failures", "Rollout checks that failed.", registry=self._registry
-        )
-        self.champions_refused = Gauge(
+        self.held_waiting = gauge("tunesmith_held_waiting", "Answers in the database that wait for a reviewer.")
+        self.controller_failures = counter("tunesmith_controller_failures", "Rollout checks that failed.")
+        self.champions_refused = gauge(
             "tunesmith_champions_refused",
             "Champions that may not serve now: expired, recalled, not approved or not validly signed.",
-            registry=self._registry,
         )
 
     def request(
@@ -123,8 +111,8 @@ class Metrics:
 
     def watch_queue(self, length: Callable[[], int]) -> None:
         """Show the length of the queue, read at each scrape."""
-        gauge = Gauge("tunesmith_waiting_requests", "Requests that wait for the engine.", registry=self._registry)
-        gauge.set_function(length)
+        waiting = Gauge("tunesmith_waiting_requests", "Requests that wait for the engine.", registry=self._registry)
+        waiting.set_function(length)
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus's text format."""

@@ -43,6 +43,12 @@ def errors(*statuses: int) -> dict[int | str, JsonObject]:
     return {status: {"model": ErrorDocument, "description": _MEANINGS[status]} for status in statuses}
 
 
+def answers(model: type[BaseModel], *statuses: int, extra: JsonObject = BEARER) -> JsonObject:
+    """How a route for tokens describes itself. statuses: of its errors, besides those of tokens (401, 403, 429)."""
+    found = errors(*sorted({401, 403, 429, *statuses}))
+    return {"response_model": model, "responses": found, "openapi_extra": extra}
+
+
 def body(model: type[BaseModel], in_path: Collection[str] = ()) -> JsonObject:
     """Describe a body that the route reads itself, within the server's bounds. in_path: fields that its path holds."""
     schema = model.model_json_schema(ref_template=_REFERENCE)

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.core.telemetry import Telemetry, names
 from tunesmith.server.answering.job import ChatJob
-from tunesmith.server.chat.routes import ID_PREFIX
+from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.serving import CHAT_JOB
 
 _TRACED: Final = ("/v1/", "/api/")

@@ -12,7 +12,6 @@ from typing import Any
 from tunesmith.candidates.composing import PromptUsed
 from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.holding.queue import decided_among
-from tunesmith.server.answering.recording import Served
 from tunesmith.server.answering.request import ChatRequest
 from tunesmith.server.answering.routing import Route
 from tunesmith.server.answering.tools import ToolAnswer
@@ -43,7 +42,7 @@ class ChatJob:
     most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
     the prompt contains. began, ended: monotonic times at which a thread started to answer it, and at which it was
     recorded with its completion. shaped: its own format or tools rule the answer. answer: reads calls out of the
-    answer, where the request offers tools.
+    answer, where the request offers tools. left: the client no longer waits, so that the engine can stop.
     """
 
     id: str
@@ -64,7 +63,7 @@ class ChatJob:
     completion: Completion | None = None
     shaped: bool = False
     answer: ToolAnswer | None = None
-    left: bool = False  # the client no longer waits
+    left: bool = False
     _claim: threading.Lock = field(default_factory=threading.Lock)
 
     def leave(self) -> None:
@@ -82,29 +81,14 @@ class ChatJob:
         except RuntimeError:  # the loop is closed: the server has stopped
             self.leave()
 
-    def served(self, completion: Completion | None, *, whole: bool = True) -> Served:
-        """What to record about it. completion: None if it failed; whole: the answer was decoded to its end."""
-        self.ended, self.completion = time.monotonic(), completion
-        return Served(
-            id=self.id,
-            user=self.user,
-            route=self.route,
-            seconds=self.ended - self.accepted,
-            model=self.request.model,
-            features=self.features,
-            completion=completion,
-            whole=whole,
-            cut=completion is not None and (self.shaped or self._cut(completion)),
-            messages=self.request.conversation,
-            end_user=self.request.user or "",
-            store=bool(self.request.store),
-        )
+    def cut(self, completion: Completion) -> bool:
+        """Whether the request's own max_tokens, stop text, format or tools shaped the answer.
 
-    def _cut(self, completion: Completion) -> bool:
-        """Whether the request's own max_tokens or stop text ended the answer, and not the version."""
+        Then it says nothing about the version, so it is not scored.
+        """
         most = self.most_tokens
         reached = most is not None and completion.finish == "length" and completion.completion_tokens >= most
-        return reached or completion.by_stop_text
+        return self.shaped or reached or completion.by_stop_text
 
 
 class AwaitedDecisions:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,9 +28,10 @@ from tunesmith.monitoring.cases import Case, delete_case, put_case
 from tunesmith.monitoring.keeping import CaseKeeper, CaseTexts, NotKept
 from tunesmith.rollout.traffic import LEFT, STEP, UNLOADED, end_user
 from tunesmith.server import limits
+from tunesmith.server.answering.job import ChatJob
 from tunesmith.server.answering.request_rows import RequestRows
-from tunesmith.server.answering.routing import Route
-from tunesmith.server.errors import ApiError, bad_request, forbidden, keeps_nothing, not_stored, unknown_request
+from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored, unknown_request
+from tunesmith.server.limits import ServerSettings
 from tunesmith.server.metrics import Metrics
 from tunesmith.services.rollouts import ServedScorers
 from tunesmith.store import audit, database
@@ -43,32 +44,8 @@ _WITHDRAWN = "withdrawn"  # among a row's features: its caller no longer lets th
 _AT_ONCE = 64  # failed requests that wait to be scanned; more are lost, and counted
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A request that was answered, or that failed (completion None). model: the name that the client asked for.
-
-    whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. cut: the request's
-    own max_tokens, stop text, format or tools shaped the answer, which says nothing about the version, so it is not
-    scored. messages: the conversation, which stays in memory only. end_user: the request's `user`, "" without one.
-    store: its caller lets the text be kept if the answer was wrong.
-    """
-
-    id: str
-    user: User
-    model: str
-    route: Route
-    seconds: float
-    features: Mapping[str, float]
-    completion: Completion | None
-    whole: bool = True
-    cut: bool = False
-    messages: tuple[Message, ...] = ()
-    end_user: str = ""
-    store: bool = False
-
-
 class _Kept(NamedTuple):
-    """An answer in memory that feedback may score. cut, store: see Served."""
+    """An answer in memory that feedback may score. cut: see `ChatJob.cut`. store: its caller lets the text be kept."""
 
     tenant: str
     caller: str
@@ -107,50 +84,59 @@ class Withdrawal(View):
 class Recorder:
     """Records requests and their scores.
 
-    scorers: some apply to every answer, others need the expected text, which feedback gives. kept_answers: number of
-    answers kept in memory for feedback. keeper: prepares texts that callers ask to keep; None: the project allows none.
+    scorers: some apply to every answer, others need the expected text, which feedback gives. keeper: prepares texts
+    that callers ask to keep; None: the project allows none.
     """
 
     def __init__(
         self,
         store: Store,
         metrics: Metrics,
-        *,
+        settings: ServerSettings,
         scorers: ServedScorers,
-        kept_answers: int,
-        region: str,
-        keeper: CaseKeeper | None = None,
+        keeper: CaseKeeper | None,
     ) -> None:
-        self._store, self._metrics, self._region, self._keeper = store, metrics, region, keeper
+        self._store, self._metrics, self._settings = store, metrics, settings
+        self._scorers, self._keeper = scorers, keeper
         self._keeping = ThreadPoolExecutor(1, "tunesmith-keeping")
         self._waiting = threading.BoundedSemaphore(_AT_ONCE)
-        self._scorers = scorers
         self._answers: OrderedDict[str, _Kept] = OrderedDict()
-        self._most, self._lock = kept_answers, threading.Lock()
+        self._lock = threading.Lock()
         self._rows = RequestRows(store, metrics.unrecorded.inc)
 
-    def write(self, served: Served, then: Callable[[], object] | None = None) -> None:
+    def write(
+        self,
+        job: ChatJob,
+        completion: Completion | None,
+        then: Callable[[], object] | None = None,
+        *,
+        whole: bool = True,
+    ) -> None:
         """Record a request, then call `then`, in any thread; without it, return once it is recorded.
 
-        If recording fails, `then` is called all the same, and a metric counts the loss.
+        completion: None if it failed. whole: it was decoded to its end, so it can be scored; False if the client left
+        earlier. If recording fails, `then` is called all the same, and a metric counts the loss.
         """
         if then is None:
             done = threading.Event()
-            self.write(served, done.set)
+            self.write(job, completion, done.set, whole=whole)
             done.wait()
             return
-        outcome = "failed" if served.completion is None else _answered(served)
-        models = (served.model, served.route.version.label)
-        self._metrics.request(served.route.arm, outcome, served.seconds, served.completion, models)
-        stored = served.store and self.keeps
-        if served.completion is not None and served.whole:
-            user, text = served.user, served.completion.text
-            self._keep(served.id, _Kept(user.tenant, user.name, served.messages, text, served.cut, stored))
-        row = self._row(served)
-        if stored and _failed(row):
-            self._rows.write(row, then, partial(self._keep_later, served))
-        else:
-            self._rows.write(row, then)
+        job.ended, job.completion = time.monotonic(), completion
+        cut = completion is not None and job.cut(completion)
+        row = self._row(job, completion, job.ended - job.accepted, cut=cut, whole=whole)
+        outcome = "failed" if completion is None else "left" if not whole else "cut" if cut else "answered"
+        models = (job.request.model, job.route.version.label)
+        self._metrics.request(job.route.arm, outcome, row["seconds"], completion, models)
+        stored = bool(job.request.store) and self.keeps
+        if completion is not None and whole:
+            kept = _Kept(job.user.tenant, job.user.name, job.request.conversation, completion.text, cut, stored)
+            with self._lock:
+                self._answers[job.id] = kept
+                while len(self._answers) > self._settings.kept_answers:
+                    self._answers.popitem(last=False)
+        failed = completion is None or any(value < 1.0 for value in row["scores"].values())
+        self._rows.write(row, then, *([partial(self._keep_later, job)] if stored and failed else []))
 
     def stop(self, seconds: float) -> None:
         """Write what waits to be written, and keep what waits to be kept, for at most this many seconds."""
@@ -175,14 +161,15 @@ class Recorder:
         used.
         """
         if keep and not self.keeps:
-            raise keeps_nothing("keep")
+            what = "This server keeps no requests: its project file has no `cases:`. Nothing was done; leave keep out."
+            raise ApiError(400, what, "storing_not_allowed", "keep")
         with self._lock:
             held = self._answers.get(request)
         if held is not None and held.tenant != user.tenant:
             raise unknown_request(request)
         if keep and held is not None and held.caller != user.name:
             raise forbidden("Only the user who made this request may ask to keep it. Nothing was done.")
-        added = dict(given) if expected is None else self._scored(user, request, expected)
+        added = dict(given) if expected is None else self._scored(held, user, request, expected)
         wrong = not added or any(value < 1.0 for value in added.values())
         wanted = keep or (held is not None and held.store and wrong)
         texts, not_kept = self._texts(held, expected) if wanted else (None, None)
@@ -237,29 +224,29 @@ class Recorder:
         except NotKept as error:
             return None, str(error)
 
-    def _keep_later(self, one: Served) -> None:
+    def _keep_later(self, job: ChatJob) -> None:
         """Keep a failed request, in a thread of its own: the scan takes time, and the answer need not wait for it."""
         if not self._waiting.acquire(blocking=False):
             self._metrics.cases.labels("lost").inc()
             return
         try:
-            self._keeping.submit(self._keep_failed, one).add_done_callback(lambda _done: self._waiting.release())
+            self._keeping.submit(self._keep_failed, job).add_done_callback(lambda _done: self._waiting.release())
         except RuntimeError:  # the server has stopped
             self._metrics.cases.labels("lost").inc()
 
-    def _keep_failed(self, one: Served) -> None:
+    def _keep_failed(self, job: ChatJob) -> None:
         assert self._keeper is not None
-        outcome = "lost"
+        outcome, answer = "lost", job.completion.text if job.completion else None
         try:
-            texts = self._keeper.scanned(one.messages, one.completion.text if one.completion else None, None)
+            texts = self._keeper.scanned(job.request.conversation, answer, None)
             with database.writing(self._store.engine) as session:
-                row = session.get(RequestRow, one.id)
-                outcome = "kept" if row is not None and self._put(row, one.user, texts) else "refused"
+                row = session.get(RequestRow, job.id)
+                outcome = "kept" if row is not None and self._put(row, job.user, texts) else "refused"
         except NotKept as error:
             outcome = "refused"
-            LOG.info("request %s was not kept: %s", one.id, error)
+            LOG.info("request %s was not kept: %s", job.id, error)
         except Exception as error:  # noqa: BLE001 - nobody else would hear of it
-            LOG.error("request %s could not be kept: %s", one.id, type(error).__name__)  # its message may hold the text
+            LOG.error("request %s could not be kept: %s", job.id, type(error).__name__)  # its message may hold the text
         finally:
             self._metrics.cases.labels(outcome).inc()
 
@@ -291,10 +278,10 @@ class Recorder:
             if row is None or row.tenant != user.tenant:
                 raise unknown_request(request)
             if added and row.cut:
-                raise ApiError(409, f"No score was stored: {_CUT}.", code="answer_cut")
+                raise ApiError(409, f"No score was stored: {_CUT}.", "answer_cut")
             again = sorted(added.keys() & row.scores.keys())
             if again:
-                raise ApiError(409, f"This request already has a score for {again[0]}.", code="already_scored")
+                raise ApiError(409, f"This request already has a score for {again[0]}.", "already_scored")
             row.scores = {**row.scores, **added}
             row.features = {**row.features, "feedback_by": user.name}  # to trace a manipulated score to its user
             return texts is not None and self._put(row, user, texts)
@@ -304,9 +291,7 @@ class Recorder:
         reasons = dict.fromkeys((*self._scorers.every_answer, *self._scorers.with_reference), _CUT) if cut else {}
         return {**reasons, **self._scorers.unmeasured} or None
 
-    def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
-        with self._lock:
-            held = self._answers.get(request)
+    def _scored(self, held: _Kept | None, user: User, request: str, expected: str) -> dict[str, float]:
         if held is None:
             with database.reading(self._store.engine) as session:
                 row = session.get(RequestRow, request)
@@ -316,7 +301,7 @@ class Recorder:
                 409,
                 "The text of this answer is no longer in memory (only the newest answers are). "
                 'Send {"score": {METRIC: 0..1}} instead of "expected".',
-                code="answer_gone",
+                "answer_gone",
             )
         if held.cut:
             return {}
@@ -332,43 +317,40 @@ class Recorder:
         except TunesmithError as error:
             raise bad_request(error.what, "expected") from error
 
-    def _keep(self, request: str, kept: _Kept) -> None:
-        with self._lock:
-            self._answers[request] = kept
-            while len(self._answers) > self._most:
-                self._answers.popitem(last=False)
-
-    def _row(self, served: Served) -> dict[str, Any]:
+    def _row(
+        self, job: ChatJob, completion: Completion | None, seconds: float, *, cut: bool, whole: bool
+    ) -> dict[str, Any]:
         """The columns of a request's row."""
-        completion, scores = served.completion, dict[str, float]()
+        route, user, scores = job.route, job.request.user, dict[str, float]()
         if completion is None:  # a failed request counts as a bad answer
             scores = dict.fromkeys(self._scorers.every_answer, 0.0)
-        elif served.whole and not served.cut:
+        elif whole and not cut:
             try:
-                scores = _scores(self._scorers.every_answer, Answered(completion.text, "", served.messages), served.id)
+                answered = Answered(completion.text, "", job.request.conversation)
+                scores = _scores(self._scorers.every_answer, answered, job.id)
             except TunesmithError as error:  # it is still recorded, without a score
-                LOG.warning("request %s was not scored: %s", served.id, error)
-        features: dict[str, Any] = dict(served.features)
-        if served.route.step is not None:
-            features[STEP] = served.route.step
-        if served.route.unloaded:
+                LOG.warning("request %s was not scored: %s", job.id, error)
+        features: dict[str, Any] = dict(job.features)
+        if route.step is not None:
+            features[STEP] = route.step
+        if route.unloaded:
             features[UNLOADED] = True
-        if completion is not None and not served.whole and not completion.text:
+        if completion is not None and not whole and not completion.text:
             features[LEFT] = True
         return {
-            "id": served.id,
+            "id": job.id,
             "at": stamp(),
-            "name": served.route.name,
-            "tenant": served.user.tenant,
-            "region": self._region,
-            "caller": served.user.name,
-            "end_user": _end_user(served),
-            "version": served.route.version.digest,
-            "rollout": served.route.rollout,
-            "arm": served.route.arm,
+            "name": route.version.name,
+            "tenant": job.user.tenant,
+            "region": self._settings.region,
+            "caller": job.user.name,
+            "end_user": end_user(route.rollout, job.user.name, user) if route.rollout is not None and user else "",
+            "version": route.version.digest,
+            "rollout": route.rollout,
+            "arm": route.arm,
             "ok": completion is not None,
-            "cut": served.cut,
-            "seconds": served.seconds,
+            "cut": cut,
+            "seconds": seconds,
             "prompt_tokens": completion.prompt_tokens if completion else 0,
             "completion_tokens": completion.completion_tokens if completion else 0,
             "scores": scores,
@@ -378,20 +360,3 @@ class Recorder:
 
 def _scores(scorers: Mapping[str, Scoring], answered: Answered, request: str) -> dict[str, float]:
     return {metric: checked(scoring(answered), metric, f"request {request}") for metric, scoring in scorers.items()}
-
-
-def _answered(served: Served) -> str:
-    """The outcome of a request that did not fail."""
-    if not served.whole:
-        return "left"
-    return "cut" if served.cut else "answered"
-
-
-def _end_user(served: Served) -> str:
-    if served.route.rollout is None or not served.end_user:
-        return ""
-    return end_user(served.route.rollout, served.user.name, served.end_user)
-
-
-def _failed(row: Mapping[str, Any]) -> bool:
-    return not row["ok"] or any(value < 1.0 for value in row["scores"].values())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import Field, StrictBool, StrictInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, call_grammar, check_schema
@@ -50,22 +50,18 @@ class Only:
 Ignored = Annotated[str | None, Field(max_length=limits.USER)]
 
 
-class TextPart(BaseModel):
+class TextPart(limits.Given):
     """A text part of a message."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(limits.Given):
     """One message. content: text, or a list of text parts; an assistant's may be null or left out where it has
     tool_calls. tool_call_id: of a tool's message, the call that it answers. developer: means system. name: of the
     speaker, which no template writes. refusal, annotations, audio and function_call: as in answers, so that one can be
     sent back."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=limits.PARTS)]
@@ -99,21 +95,17 @@ class ChatMessage(BaseModel):
         return Message(role=role, content=text, tool_calls=calls, tool_call_id=self.tool_call_id)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(limits.Given):
     """Options of a stream. include_usage: send a last chunk with the token counts. include_obfuscation: has no effect,
     since nothing is added to hide the lengths of tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     include_usage: StrictBool = False
     include_obfuscation: StrictBool | None = None
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(limits.Given):
     """A schema that the answer must fit. It is held whatever strict says; true also refuses what OpenAI's subset of
     JSON Schema does not have. name and description have no effect."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
     description: Annotated[str | None, Field(max_length=limits.DESCRIPTION)] = None
@@ -131,10 +123,8 @@ class JsonSchema(BaseModel):
         return self
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(limits.Given):
     """The format of the answer: text as it comes, any JSON object, or JSON that fits a schema."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -146,7 +136,7 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(limits.Given):
     """A chat completion request. A field that is null has its default.
 
     temperature is 0 by default: the likeliest token is taken. Equal requests then get equal answers, unless rounding
@@ -154,8 +144,6 @@ class ChatRequest(BaseModel):
     keep the texts of this request for a review if it fails or feedback says that its answer is wrong, where the
     server's project allows that; else nothing is kept, and the header x-tunesmith-store says "no".
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, Field(min_length=1, max_length=limits.MODEL)]
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES)]

@@ -65,7 +65,6 @@ class Route:
     unloaded: it answers for that reason, and arm is stable now.
     """
 
-    name: str
     version: Version
     arm: str
     rollout: int | None = None
@@ -152,19 +151,11 @@ class Router:
         version, rollout = choice.version, choice.rollout
         if not choice.permission.granted:
             raise _not_serving(model, version, choice.permission)
-        if choice.pinned:
-            return Route(name=version.name, version=version, arm="pinned")
         if rollout is None:
-            return Route(name=version.name, version=version, arm="stable")
-        to_canary = choice.canary is not None and goes_to_canary(rollout.id, rollout.weight, key)
-        return Route(
-            name=version.name,
-            version=choice.canary if choice.canary is not None and to_canary else version,
-            arm="canary" if to_canary else "stable",
-            rollout=rollout.id,
-            step=rollout.step,
-            stable=version if to_canary else None,
-        )
+            return Route(version, "pinned" if choice.pinned else "stable")
+        if choice.canary is not None and goes_to_canary(rollout.id, rollout.weight, key):
+            return Route(choice.canary, "canary", rollout.id, rollout.step, stable=version)
+        return Route(version, "stable", rollout.id, rollout.step)
 
     def models(self, user: User) -> list[tuple[str, Version]]:
         """(model name, version) of every model that would answer the user now. A version that could not be loaded when

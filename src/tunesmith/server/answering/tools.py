@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, field_validator, model_validator
+from pydantic import Field, PrivateAttr, StrictBool, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunesmith.candidates.grammars.request_schemas import check_schema
@@ -20,11 +20,9 @@ from tunesmith.server.errors import INVALID_SCHEMA
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
-class Function(BaseModel):
+class Function(limits.Given):
     """A function that the model may call. parameters: JSON Schema of its arguments. strict: whether arguments are held
     to it; where the request forces a call, they are in any case."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
     description: str | None = None
@@ -50,36 +48,28 @@ class Function(BaseModel):
         return {key: value for key in self._order if (value := getattr(self, key)) is not None}
 
 
-class Tool(BaseModel):
+class Tool(limits.Given):
     """A tool: functions alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(BaseModel):
+class FunctionName(limits.Given):
     """The name of a function."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
 
 
-class NamedChoice(BaseModel):
+class NamedChoice(limits.Given):
     """The one function that must be called."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["function"]
     function: FunctionName
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(limits.Given):
     """A function's name and its arguments, a JSON object as text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
     arguments: str
@@ -93,10 +83,8 @@ class FunctionCall(BaseModel):
         return json.dumps(found, ensure_ascii=False)
 
 
-class Call(BaseModel):
+class Call(limits.Given):
     """A call of a function by the assistant."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: Annotated[str, Field(min_length=1, max_length=limits.CALL_ID)]
     type: Literal["function"]

@@ -26,7 +26,7 @@ from tunesmith.holding.rules import Holder
 from tunesmith.models.call_format import CallFormat
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.answering.job import ChatJob, Event, HeldCompletion
-from tunesmith.server.answering.recording import LOG, Recorder, Served
+from tunesmith.server.answering.recording import LOG, Recorder
 from tunesmith.server.answering.request import own_fault
 from tunesmith.server.answering.routing import ReadyVersions, Router, TriedLately, load_may_pass
 from tunesmith.server.answering.tools import ToolAnswer
@@ -41,7 +41,7 @@ from tunesmith.server.errors import (
     stopping,
     unavailable,
 )
-from tunesmith.server.settings import ServerSettings
+from tunesmith.server.limits import ServerSettings
 from tunesmith.server.turns import Turns
 
 _CHARACTERS_A_TOKEN = 4  # a request with more has hardly ever so few tokens that it fits the context
@@ -190,10 +190,7 @@ class AnsweringThreads:
             self._look_again(job)
             answerer = self._ready(job)
             generation = self._generation(job, answerer)
-            if job.request.stream and self._holder is None:
-                self._stream(job, answerer, generation)
-            else:
-                self._generate(job, answerer, generation)
+            self._decode(job, answerer, generation)
         except ApiError as error:
             self._refuse(job, error)
         except Exception as error:  # noqa: BLE001 - tokeniser, index or engine: this request alone fails
@@ -304,19 +301,32 @@ class AnsweringThreads:
             code="context_length_exceeded",
         )
 
-    def _generate(self, job: ChatJob, answerer: Answerer, generation: Generation) -> None:
-        # Streamed, so that decoding stops at the next token when the client leaves.
-        for tokens, event in enumerate(answerer.responder.stream(generation, answerer.candidate.training)):
-            if job.left:
-                self._note_left(job, "", tokens)
-                return
+    def _decode(self, job: ChatJob, answerer: Answerer, generation: Generation) -> None:
+        # Streamed in any case, so that decoding stops at the next token when the client leaves.
+        streams = bool(job.request.stream) and self._holder is None
+        sent, decoded = list[str](), 0
+        for event in answerer.responder.stream(generation, answerer.candidate.training):
+            if job.left and not sent:
+                break
             if isinstance(event, Completion):
                 last = self._held(job, generation, event) or event
                 if job.claim():
-                    if job.request.stream and isinstance(last, Completion) and event.text:
+                    if job.request.stream and not streams and isinstance(last, Completion) and event.text:
                         scored = job.request.scored is not None and event.scores
                         job.send(Scored(event.text, event.scores) if scored else event.text)
-                    self._end(job, job.served(event), last)
+                    self._end(job, event, last)
+                return
+            decoded += 1
+            if streams:
+                sent.append(event.text if isinstance(event, Scored) else event)
+                job.send(event)
+                if job.left:
+                    break
+        if job.left:
+            self._note_left(job, "".join(sent), decoded)
+        else:
+            LOG.error("the engine ended the stream of request %s without a completion", job.id)
+            self._fail(job, failed())
 
     def _held(self, job: ChatJob, generation: Generation, answer: Completion) -> HeldCompletion | None:
         """The answer as one that waits for a reviewer; None if it may leave."""
@@ -328,38 +338,19 @@ class AnsweringThreads:
         schemas = dict.fromkeys(schema for schema in (generation.schema, own) if schema is not None)
         return HeldCompletion(answer, reasons, tuple(schemas), generation.grammar)
 
-    def _stream(self, job: ChatJob, answerer: Answerer, generation: Generation) -> None:
-        pieces: list[str] = []
-        for event in answerer.responder.stream(generation, answerer.candidate.training):
-            if job.left and not pieces:
-                break
-            if isinstance(event, Completion):
-                if job.claim():
-                    self._end(job, job.served(event), event)
-                return
-            pieces.append(event.text if isinstance(event, Scored) else event)
-            job.send(event)
-            if job.left:
-                break
-        if job.left:
-            self._note_left(job, "".join(pieces), len(pieces))
-        else:
-            LOG.error("the engine ended the stream of request %s without a completion", job.id)
-            self._fail(job, failed())
-
     def _note_left(self, job: ChatJob, text: str, tokens: int) -> None:
         """Record a request whose client left. text: what it may have seen; tokens: at least so many were decoded."""
         if job.claim():  # only the engine knows the number of tokens in a piece
-            self._recorder.write(job.served(Completion(text, "stop", job.prompt_tokens, tokens), whole=False))
+            self._recorder.write(job, Completion(text, "stop", job.prompt_tokens, tokens), whole=False)
 
     def _fail(self, job: ChatJob, error: ApiError) -> None:
         if job.claim():
-            self._end(job, job.served(None), error)
+            self._end(job, None, error)
 
-    def _end(self, job: ChatJob, served: Served, event: Event) -> None:
+    def _end(self, job: ChatJob, completion: Completion | None, event: Event) -> None:
         """Record a claimed request, then send its last event, which an error of the record must not withhold."""
         try:
-            self._recorder.write(served, partial(job.send, event))
+            self._recorder.write(job, completion, partial(job.send, event))
         except BaseException:
             job.send(event)
             raise

@@ -1,102 +1,239 @@
-"""/api/jobs, /api/rollouts and /api/held: what runs, how traffic moves, and the answers that wait for a reviewer."""
+"""What happens in service: jobs, rollouts, held answers, feedback, recalls, drift, webhooks, audit log and people."""
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Annotated
 
-from fastapi import Query, Request, Response
+from fastapi import Query, Request
+from fastapi.responses import Response
+from pydantic import Field, model_validator
 
-from tunesmith.server.access import needs, token_of
-from tunesmith.server.api.routing import Call, Number, call_of, router, shows
-from tunesmith.server.errors import bad_request, missing
-from tunesmith.services import held, jobs, rollout_course, rollouts
+from tunesmith.monitoring.recall import CauseKind
+from tunesmith.monitoring.recall_status import RecallStatus
+from tunesmith.server import limits
+from tunesmith.server.access import Calling, needs, read
+from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
+from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text, document
+from tunesmith.server.chat.answer import ID_PREFIX
+from tunesmith.server.errors import bad_request, missing, unknown_request
+from tunesmith.server.openapi import answers, body
+from tunesmith.services import (
+    audit,
+    held,
+    home,
+    jobs,
+    monitoring,
+    retraining,
+    rollout_course,
+    rollouts,
+    users,
+    webhooks,
+)
+from tunesmith.services import keys as key_services
 
-routes = router()
+routes = ApiRouter()
 Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]
+Metric = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Value = Annotated[str, Query(min_length=1, max_length=300)]
 _JOB, _ROLLOUT = "/jobs/{number}", "/rollouts/{number}"
-_MOST = 100
-Most = Annotated[int, Query(ge=1)]
+_MOST_JOBS, _MOST_ENTRIES = 100, 1000  # of an answer
 
 
-@routes.get("/jobs", dependencies=[needs("read", "jobs")], **shows(jobs.JobList))
-async def job_list(
-    request: Request, before: Asked | None = None, most: Annotated[int, Query(ge=1)] = _MOST
-) -> Response:
+@routes.shows("/jobs", "read", "jobs")
+def job_list(
+    call: Calling, before: Asked | None = None, most: Annotated[int, Query(ge=1)] = _MOST_JOBS
+) -> jobs.JobList:
     """The jobs of the caller's tenant and region, newest first. before: only those with a lower number; most: how many,
     100 by default and at most."""
-    call = call_of(request)
-    return await call.answer(partial(jobs.list_jobs, call.store, call.user, before=before, most=min(most, _MOST)))
+    return jobs.list_jobs(call.store, call.user, before=before, most=min(most, _MOST_JOBS))
 
 
-@routes.get(_JOB, dependencies=[needs("read", "jobs")], **shows(jobs.JobView))
-async def job(request: Request, number: Number) -> Response:
+@routes.shows(_JOB, "read", "jobs")
+def job(call: Calling, number: Number) -> jobs.JobView:
     """One job: its state, the step that it is at, the time left for this step, its result or its error. Another
     tenant's job is answered like one that does not exist."""
-    call = call_of(request)
-    return await call.answer(partial(jobs.show, call.store, number, call.user))
+    return jobs.show(call.store, number, call.user)
 
 
-@routes.get(_JOB + "/log", dependencies=[needs("read", "jobs")], **shows(jobs.JobLog))
-async def log(request: Request, number: Number, after: Asked = 0) -> Response:
+@routes.shows(_JOB + "/log", "read", "jobs")
+def log(call: Calling, number: Number, after: Asked = 0) -> jobs.JobLog:
     """The lines of a job's log, oldest first. after: only those with a higher number. Tracebacks and paths of the
     server are shown to its engineers, operators and admins, and not to those of one tenant or region."""
-    call = call_of(request)
-    return await call.answer(partial(jobs.log, call.store, number, call.user, after=after))
+    return jobs.log(call.store, number, call.user, after=after)
 
 
-@routes.get(_JOB + "/curves", dependencies=[needs("read", "jobs")], **shows(jobs.JobCurves))
-async def curves(request: Request, number: Number) -> Response:
+@routes.shows(_JOB + "/curves", "read", "jobs")
+def curves(call: Calling, number: Number) -> jobs.JobCurves:
     """The losses and scores of a job's trainings, also while it runs, with the time and memory that were predicted."""
-    call = call_of(request)
-    return await call.answer(partial(jobs.curves, call.store, number, call.user))
+    return jobs.curves(call.store, number, call.user)
 
 
-@routes.get("/rollouts", dependencies=[needs("read")], **shows(rollouts.RolloutList))
-async def rollout_list(request: Request) -> Response:
+@routes.shows("/rollouts", "read")
+def rollout_list(call: Calling) -> rollouts.RolloutList:
     """The rollouts of the caller's tenant and region, newest first."""
-    call = call_of(request)
-    return await call.answer(partial(rollouts.visible_to, call.store, call.user))
+    return rollouts.visible_to(call.store, call.user)
 
 
-@routes.get(_ROLLOUT, dependencies=[needs("read")], **shows(rollouts.RolloutView))
-async def rollout(request: Request, number: Number) -> Response:
+@routes.shows(_ROLLOUT, "read")
+def rollout(call: Calling, number: Number) -> rollouts.RolloutView:
     """One rollout. Another tenant's rollout is answered like one that does not exist."""
-    call = call_of(request)
-    return await call.answer(partial(rollouts.one_visible_to, call.store, call.user, number), none="rollout")
-
-
-@routes.get(_ROLLOUT + "/course", dependencies=[needs("read")], **shows(rollout_course.RolloutCourse))
-async def course(request: Request, number: Number) -> Response:
-    """Traffic by version over time, each step's evidence as it grew, and who did what."""
-    call = call_of(request)
-    await _found(call, number)
-    return await call.answer(partial(rollout_course.course, call.store, number))
-
-
-async def _found(call: Call, number: int) -> rollouts.RolloutView:
-    found = await call.run(partial(rollouts.one_visible_to, call.store, call.user, number, judged=False))
+    found = rollouts.one_visible_to(call.store, call.user, number)
     if found is None:
         raise missing("rollout")
     return found
 
 
-@routes.get("/held", dependencies=[needs("chat", "decisions")], **shows(held.HeldList))
-async def held_answers(request: Request, everything: str = "false") -> Response:
+@routes.shows(_ROLLOUT + "/course", "read")
+def course(call: Calling, number: Number) -> rollout_course.RolloutCourse:
+    """Traffic by version over time, each step's evidence as it grew, and who did what."""
+    if rollouts.one_visible_to(call.store, call.user, number, judged=False) is None:
+        raise missing("rollout")
+    return rollout_course.course(call.store, number)
+
+
+@routes.shows("/held", "chat", "decisions")
+def held_answers(call: Calling, everything: str = "false") -> held.HeldList:
     """The answers that wait: the caller's own, and those of their tenant and region if they may review and the token
     has the scope decisions. everything:
     `true` lists decided ones too, until they are deleted. Without texts."""
-    call = call_of(request)
     if everything not in ("true", "false"):
         raise bad_request("everything is true or false.", param="everything")
-    look = partial(held.list_held, call.store, call.user, everything=everything == "true")
-    return await call.answer(partial(look, reviews=token_of(request).permits("decisions")))
+    reviews = call.token.permits("decisions")
+    return held.list_held(call.store, call.user, everything=everything == "true", reviews=reviews)
 
 
-@routes.get("/held/{identifier}", dependencies=[needs("chat", "decisions")], **shows(held.HeldAnswerView))
-async def held_answer(request: Request, identifier: str) -> Response:
+@routes.shows("/held/{identifier}", "chat", "decisions")
+def held_answer(call: Calling, identifier: str) -> held.HeldAnswerView:
     """One answer. `completion` is there once it may leave; reviewers also see the conversation and what waits. An
     answer that the caller may not see is answered like one that does not exist."""
-    call = call_of(request)
-    reviews = token_of(request).permits("decisions")
-    return await call.answer(partial(held.show, call.store, call.user, identifier, reviews=reviews))
+    return held.show(call.store, call.user, identifier, reviews=call.token.permits("decisions"))
+
+
+class Feedback(limits.Given):
+    """The expected text of an answer, or scores that were given elsewhere.
+
+    request_id: a completion's id (`chatcmpl-...`) or the x-request-id header. keep: store the texts of the request, of
+    its answer and of the expected one for a review, where the server's project allows that.
+    """
+
+    request_id: Annotated[str, Field(min_length=1, max_length=limits.REQUEST_ID)]
+    expected: Annotated[str, Field(max_length=limits.EXPECTED)] | None = None
+    keep: bool = False
+    score: Annotated[dict[Metric, Score] | None, Field(min_length=1, max_length=limits.SCORES)] = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Feedback:
+        if (self.expected is None) == (self.score is None):
+            raise ValueError("give either expected or score")
+        return self
+
+
+@routes.post("/feedback", dependencies=[needs("feedback")], **answers(FeedbackResult, *CHANGE, extra=body(Feedback)))
+async def feedback(request: Request, call: Calling) -> Response:
+    """Score a request of the caller's tenant. Each metric can be scored once."""
+    given = await read(request, call, Feedback)
+    identifier, serving = given.request_id.removeprefix(ID_PREFIX), call.serving
+    score = partial(serving.recorder.feedback, call.user, identifier, given.expected, given.score or {}, given.keep)
+    threads = serving.noting if given.expected is None and not given.keep else serving.scoring
+    return document(await threads.run(call.user.name, score))
+
+
+@routes.delete("/feedback/{request_id}", dependencies=[needs("feedback")], **answers(Withdrawal, *CHANGE))
+async def withdraw(call: Calling, request_id: str) -> Response:
+    """Delete the kept text of a request that the caller made, and let none be kept from now on."""
+    identifier = request_id.removeprefix(ID_PREFIX)
+    if not re.fullmatch("[0-9a-f]{32}", identifier):
+        raise unknown_request(identifier)
+    act = partial(call.serving.recorder.withdraw, call.user, identifier)
+    return document(await call.serving.noting.run(call.user.name, act))
+
+
+@routes.shows("/recalls", "read", whole=True)
+def recalls(call: Calling) -> monitoring.RecallList:
+    """What was recalled and why, newest first."""
+    return monitoring.list_recalls(call.store)
+
+
+@routes.shows("/recalls/pending", "read", whole=True)
+def pending(call: Calling) -> monitoring.PendingRetrains:
+    """The names whose recalled version is not replaced yet."""
+    return monitoring.list_pending_retrains(call.store)
+
+
+@routes.shows("/recalls/status", "read", whole=True)
+def recall_status(call: Calling, kind: CauseKind, value: Value) -> RecallStatus:
+    """Whether something that was recalled is gone."""
+    return monitoring.recall_status_of(call.store, monitoring.cause_of(call.store, kind, value))
+
+
+@routes.shows("/impact", "read", whole=True)
+def impact(call: Calling, base: Value) -> monitoring.Impact:
+    """What depends on a base. base: as a project file names it, or the start of its digest."""
+    return monitoring.impact(call.store, base)
+
+
+@routes.shows("/drift", "read", whole=True, slow=True)
+def drift(call: Calling) -> monitoring.Drift:
+    """Whether requests to the project's champion drifted; with kept requests as examples for who may review rows, if
+    the token has the scope rows."""
+    texts = call.token.permits("rows") and call.user.may("row.review")
+    return monitoring.drift(call.serving.own_project(), texts=texts)
+
+
+@routes.shows("/retraining", "read", whole=True, slow=True)
+def due(call: Calling) -> retraining.Retraining:
+    """Why a new version is due, and the runs that were queued for it."""
+    return retraining.look(call.serving.own_project())
+
+
+@routes.shows("/webhooks", "read", whole=True)
+def hooks(call: Calling) -> webhooks.WebhookList:
+    """The project's webhooks, and deliveries that failed."""
+    return webhooks.list_webhooks(call.serving.own_project())
+
+
+@routes.shows("/status", "read", slow=True)
+def status(call: Calling) -> home.Home:
+    """What serves, what moves, what waits for whom, and health, for the caller's tenant and region."""
+    project = call.serving.project
+    return home.home(call.store, call.user.name) if project is None else home.status(project, call.user.name)
+
+
+@routes.shows("/audit", "read", whole=True)
+def audit_log(
+    call: Calling,
+    subject: Text = "",
+    action: Text = "",
+    search: Text = "",
+    before: Annotated[int | None, Query(ge=0, lt=2**62)] = None,
+    most: Annotated[int, Query(ge=1, le=_MOST_ENTRIES)] = 50,
+) -> audit.AuditLog:
+    """The newest entries of the audit log that match, oldest first. search: in names, actions, subjects and details.
+
+    before: only entries with a smaller number; total counts the others too.
+    """
+    return audit.show_audit(call.store, subject=subject, action=action, containing=search, before=before, limit=most)
+
+
+@routes.shows("/users", "read")
+def everybody(call: Calling) -> users.UserList:
+    """For an admin of all tenants and regions everybody, for others themselves."""
+    return users.visible_users(call.store, call.user)
+
+
+@routes.shows("/keys", "read")
+def keys(call: Calling) -> key_services.KeyList:
+    """Enrolled and proposed keys: for an admin of all tenants and regions everybody's, for others their own.
+
+    Keys are proposed and confirmed in the console or on the command line, where the log knows who opened the session.
+    """
+    return key_services.visible_keys(call.store, call.user)
+
+
+@routes.shows("/tokens", "tokens")
+def tokens(call: Calling, user: str | None = None) -> users.TokenList:
+    """The caller's tokens, and for an admin everybody's. user: only that user's."""
+    return users.visible_tokens(call.store, call.user, user)

@@ -1,9 +1,13 @@
-"""What these routes share: who calls, answers as JSON, and errors as the OpenAPI document states them."""
+"""What these routes share: who calls, answers as JSON, and errors as the OpenAPI document states them.
+
+A route that only reads is a function of a `Call` under `@routes.shows`. The routes of the actions that /api offers are
+made from their list (services/actions.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import APIRouter, Path, Query, Request
@@ -14,20 +18,14 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError
 
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
-from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.project import Project
-from tunesmith.server.access import caller, token_of
-from tunesmith.server.errors import ApiError, bad_request, forbidden, missing, not_stored, sentence
-from tunesmith.server.intake.body import read_body
-from tunesmith.server.openapi import BEARER, body, errors
-from tunesmith.server.serving import Serving
-from tunesmith.server.shared_threads import SharedThreads
-from tunesmith.store.people.identities import User
+from tunesmith.server.access import Call, Calling, needs, read, taking
+from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored, sentence
+from tunesmith.server.openapi import BEARER, answers, body, errors
+from tunesmith.server.serving import FIELD
+from tunesmith.services.actions import Action, all_actions
 from tunesmith.store.people.roles import TokenScope
-from tunesmith.store.store import Store
 
-Body = TypeVar("Body", bound=BaseModel)
-Result = TypeVar("Result")
+Look = TypeVar("Look", bound=Callable[..., Any])
 Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Path(min_length=1, max_length=200)]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -56,14 +54,14 @@ class ApiRoute(APIRoute):
             except (OverflowError, DataError) as error:  # a number or text that no column holds
                 raise bad_request("The address is not valid.") from error
             except NotThere as error:
-                raise ApiError(404, sentence(error), code=error.code) from error
+                raise ApiError(404, sentence(error), error.code) from error
             except UsageError as error:
                 raise bad_request(sentence(error)) from error
             except Forbidden as error:
                 raise forbidden(sentence(error), error.code or "permission_denied") from error
             except (Refused, Inconclusive) as error:
                 own = error.code if isinstance(error, Refused) else ""
-                raise ApiError(409, sentence(error), code=own or self.refused) from error
+                raise ApiError(409, sentence(error), own or self.refused) from error
             except TunesmithError as error:
                 if request.method == "GET":  # nothing was to be stored: the application logs it and answers 503
                     raise
@@ -72,88 +70,80 @@ class ApiRoute(APIRoute):
         return handler
 
 
-def router(code: str = "refused") -> APIRouter:
-    """A router for these routes. code: of the answer where a service refuses."""
+class ApiRouter(APIRouter):
+    """Routes under /api. code: of the answer where a service refuses."""
 
-    class Route(ApiRoute):
-        refused = code
+    def __init__(self, code: str = "refused") -> None:
+        class Route(ApiRoute):
+            refused = code
 
-    return APIRouter(prefix="/api", route_class=Route)
+        super().__init__(prefix="/api", route_class=Route)
 
+    def shows(
+        self,
+        at: str,
+        *tokens: TokenScope,
+        whole: bool = False,
+        permission: str | None = None,
+        slow: bool = False,
+        written: tuple[str, ...] = (),
+    ) -> Callable[[Look], Look]:
+        """Make a route of a function that takes a `Call` and returns the answer; a thread of those for lists runs it.
 
-def shows(model: type[BaseModel]) -> JsonObject:
-    """How a route that only reads describes itself."""
-    return {"response_model": model, "responses": errors(*READ), "openapi_extra": BEARER}
+        tokens: the scopes of which a token needs one. whole: only for users of all tenants and regions. permission: of
+        roles. slow: on the threads for what reads files. written: media types of what it answers, if that is no JSON.
+        """
+        responses = errors(*READ)
+        if written:
+            responses[200] = {"content": {kind: {} for kind in written}, "description": "Its text."}
 
+        async def answer(call: Call, look: Callable[[], BaseModel | Response]) -> Response:
+            if whole:
+                call.user.require_everything()
+            if permission is not None:
+                call.user.require(permission)
+            found = await (call.serving.files if slow else call.serving.listing).run(call.user.name, look)
+            return found if isinstance(found, Response) else document(found)
 
-def changes(model: type[BaseModel], given: type[BaseModel] | None = None) -> JsonObject:
-    """How a route that changes something describes itself. given: its body."""
-    extra = BEARER if given is None else body(given)
-    return {"response_model": model, "responses": errors(*CHANGE), "openapi_extra": extra}
+        def added(look: Look) -> Look:
+            own = Response if written else JSONResponse
+            add = self.get(
+                at, dependencies=[needs(*tokens)], responses=responses, response_class=own, openapi_extra=BEARER
+            )
+            add(taking(look, answer))
+            return look
 
-
-@dataclass(frozen=True)
-class Call:
-    """Who calls, and the server."""
-
-    request: Request
-    user: User
-    serving: Serving
-
-    @property
-    def store(self) -> Store:
-        """The server's store."""
-        return self.serving.store
-
-    @property
-    def project(self) -> Project:
-        """The server's project. Raises NotThere where it has none."""
-        return self.serving.own_project()
-
-    @property
-    def by(self) -> dict[str, str]:
-        """Who acts, as services take it."""
-        return {"actor": self.user.name}
-
-    def permits(self, scope: TokenScope, action: str) -> bool:
-        """Whether both the token and the user's roles permit an action."""
-        return token_of(self.request).permits(scope) and self.user.may(action)
-
-    async def answer(
-        self, act: Callable[[], BaseModel | None], *, none: str = "", threads: SharedThreads | None = None
-    ) -> JSONResponse:
-        """What a service returns, as JSON. none: what there is not where it returns None, which is answered by 404."""
-        found = await self.run(act, threads)
-        if found is None:
-            raise missing(none)
-        return document(found)
-
-    async def run(self, act: Callable[[], Result], threads: SharedThreads | None = None) -> Result:
-        """What a call returns, on the threads that users share: those for lists, unless others are given."""
-        return await (threads or self.serving.listing).run(self.user.name, act)
-
-    async def read(self, model: type[Body], in_path: Fields | None = None) -> Body:
-        """The request's body. in_path: fields of the model that the path holds."""
-        with self.serving.arrives(self.user) as count:
-            return await read_body(self.request, model, self.serving.settings, count, in_path=in_path)
+        return added
 
 
-def call_of(request: Request, action: str | None = None) -> Call:
-    """Who calls, on a route that declares `needs`. Raises Forbidden where none of their roles permits the action."""
-    user, serving = caller(request)
-    call = Call(request, user, serving)
-    if action is not None:
-        call.user.require(action)
-    return call
+def action_routes() -> APIRouter:
+    """A route for each action with a path."""
+    found = APIRouter()
+    for action in all_actions():
+        if action.at and action.api:
+            own = ApiRouter(code=action.refused)
+            own.add_api_route(
+                action.at,
+                partial(_perform, action),
+                methods=[action.method],
+                dependencies=[needs(*action.tokens)],
+                name=action.name,
+                description=action.does.__doc__,
+                **answers(action.result, *CHANGE, extra=body(action.asked, in_path=FIELD.findall(action.at))),
+            )
+            found.include_router(own)
+    return found
 
 
-def whole_call_of(request: Request, action: str | None = None) -> Call:
-    """The call of a user of all tenants and regions. Raises Forbidden for others, and as `call_of` does."""
-    call = call_of(request)
-    call.user.require_everything()
-    if action is not None:
-        call.user.require(action)
-    return call
+async def _perform(action: Action[Any, Any], request: Request, call: Calling) -> Response:
+    action.check(call.user)
+    asked = await read(request, call, action.asked, request.path_params)
+    try:
+        return document(await call.serving.perform(action, asked, call.user, token=call.token))
+    except NotThere:
+        raise
+    except UsageError as error:
+        raise bad_request(sentence(error), error.where if error.where in action.asked.model_fields else None) from error
 
 
 def document(found: BaseModel) -> JSONResponse:

@@ -1,10 +1,21 @@
-"""The response objects of the chat completions API, as OpenAI defines them."""
+"""The response objects of the chat completions API, as OpenAI defines them, and what builds those of one request."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
+
+from tunesmith.core.clock import now
+from tunesmith.core.digests import short
+from tunesmith.core.messages import ToolCall
+from tunesmith.engines.protocol import Completion, TokenScore
+from tunesmith.server.answering.job import ChatJob
+
+ID_PREFIX = "chatcmpl-"
+_CHUNK: Final = "chat.completion.chunk"
 
 
 class ApiObject(BaseModel):
@@ -143,3 +154,104 @@ class ChatCompletionChunk(ApiObject):
     choices: list[ChunkChoice]
     usage: Usage | None = None
     metadata: dict[str, str] | None = None
+
+
+class ResponseBuilder:
+    """Builds the response objects of one job. scored: with the log-probabilities of the answer's tokens."""
+
+    def __init__(self, job: ChatJob) -> None:
+        self._job, self._version = job, job.route.version
+        self.scored = bool(job.request.logprobs)
+        self._common: dict[str, Any] = {
+            "id": ID_PREFIX + job.id,
+            "created": int(now().timestamp()),
+            "model": self._version.label,
+            "system_fingerprint": short(self._version.digest),
+        }
+
+    def headers(self) -> dict[str, str]:
+        """The response headers: the version, its arm, and the retrieved sources (percent-encoded names)."""
+        headers = {
+            "x-request-id": self._job.id,
+            "x-tunesmith-version": self._version.label,
+            "x-tunesmith-arm": self._job.route.arm,
+            "x-tunesmith-system-prompt": self._job.prompt_used,
+        }
+        if self._job.sources:
+            headers["x-tunesmith-sources"] = ", ".join(quote(source, safe="/") for source in self._job.sources)
+        return headers
+
+    def whole(self, completion: Completion) -> ChatCompletion:
+        """The answer as one object."""
+        scores = completion.scores if self.scored else None
+        text, calls, finish = self._said(completion)
+        more: dict[str, Any] = {"tool_calls": [AnswerCall(**_call(call)) for call in calls]} if calls else {}
+        content = None if calls and not text else text
+        message = AnswerMessage(role="assistant", content=content, refusal=None, **more)
+        choice = Choice(index=0, message=message, logprobs=_logprobs(scores), finish_reason=finish)
+        return ChatCompletion(
+            **self._common,
+            object="chat.completion",
+            choices=[choice],
+            usage=_usage(completion),
+            **self._metadata(),
+        )
+
+    def chunk(self, delta: Delta, finish: str | None = None, scores: Sequence[TokenScore] | None = None) -> str:
+        """A chunk as a server-sent event. The last one has the request's metadata."""
+        choice = ChunkChoice(index=0, delta=delta, logprobs=_logprobs(scores), finish_reason=finish)
+        more: dict[str, Any] = {"usage": None} if self._job.request.include_usage else {}
+        more |= self._metadata() if finish else {}
+        return event_text(ChatCompletionChunk(**self._common, object=_CHUNK, choices=[choice], **more).json_text())
+
+    def ending(self, completion: Completion) -> Iterator[str]:
+        """The chunks that end a streamed answer: withheld text, each call whole, and the reason why it ends."""
+        text, calls, finish = self._said(completion)
+        if text and self._job.answer is not None:
+            yield self.chunk(Delta(content=text))
+        for place, call in enumerate(calls):
+            yield self.chunk(Delta(tool_calls=[DeltaCall(index=place, **_call(call))]))
+        yield self.chunk(Delta(), finish=finish)
+
+    def _said(self, completion: Completion) -> tuple[str, tuple[ToolCall, ...], str]:
+        """(text, calls, finish_reason). Without tools the text is the whole answer; with them, what was not sent."""
+        if self._job.answer is None:
+            return completion.text, (), completion.finish
+        return self._job.answer.end(completion)
+
+    def usage_chunk(self, completion: Completion) -> str:
+        """The chunk without choices that stream_options.include_usage asks for."""
+        return event_text(
+            ChatCompletionChunk(**self._common, object=_CHUNK, choices=[], usage=_usage(completion)).json_text()
+        )
+
+    def _metadata(self) -> dict[str, Any]:
+        return {} if self._job.request.metadata is None else {"metadata": self._job.request.metadata}
+
+
+def _usage(completion: Completion) -> Usage:
+    prompt, answer = completion.prompt_tokens, completion.completion_tokens
+    return Usage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+
+
+def _logprobs(scores: Sequence[TokenScore] | None) -> Logprobs | None:
+    if scores is None:
+        return None
+
+    def one(score: TokenScore) -> dict[str, Any]:
+        return {"token": score.token, "logprob": score.logprob, "bytes": list(score.data)}
+
+    content = [
+        TokenLogprob(**one(score), top_logprobs=[Alternative(**one(other)) for other in score.top]) for score in scores
+    ]
+    return Logprobs(content=content, refusal=None)
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = CalledFunction(name=call.name, arguments=call.arguments)
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def event_text(text: str) -> str:
+    """A server-sent event."""
+    return f"data: {text}\n\n"

@@ -17,15 +17,14 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from tunesmith.server import limits
-from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.rendering import PRIVATE
-from tunesmith.server.console.routing import router
+from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import ApiError
 from tunesmith.server.serving import Serving
 from tunesmith.services import home
 from tunesmith.store.people import sessions
 
-routes = router()
+routes = Pages()
 SECONDS = 1.0
 _APART = 0.01  # seconds for each open page, over which a change is told
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
@@ -90,7 +89,7 @@ async def changes(request: Request, viewer: Looking) -> StreamingResponse:
     """A stream of events: `state`, `jobs` or `traffic`, whenever that has changed."""
     found = changes_of(request, viewer)
     if found.streams[viewer.user.name] >= limits.PAGES:
-        raise ApiError(429, f"You have {limits.PAGES} pages open: close some.", code="too_many_pages")
+        raise ApiError(429, f"You have {limits.PAGES} pages open: close some.")
     headers = {**PRIVATE, "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(found, viewer), headers=headers, media_type="text/event-stream")
 

@@ -1,22 +1,38 @@
-"""Evidence: evaluations, what one of them showed, its matrix of requests by candidates, and one request opened."""
+"""Evidence: evaluations, what one of them showed, its matrix of requests by candidates, one request, the playground.
+
+The playground puts a question to several candidates of an evaluation, side by side. It is no evidence: nothing is
+recorded. Few questions are under way at once, and one of each person, so that trying things takes little from the
+traffic. A question that takes too long is stopped: a candidate that hangs keeps its thread and nobody's page.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from dataclasses import field as made
 from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
 from fastapi import Request, Response
 
+from tunesmith.core.access import Caller
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.progress import Stopped
+from tunesmith.core.scope import Scope
+from tunesmith.server.answering.recording import LOG
 from tunesmith.server.api.routing import Page
-from tunesmith.server.console.people.session import Looking, Viewer
-from tunesmith.server.console.rendering import private
-from tunesmith.server.console.routing import router
-from tunesmith.services import evaluation_lookups, held_out_requests
+from tunesmith.server.console.rendering import pages, private
+from tunesmith.server.console.routing import Changing, Looking, Pages, Viewer, field, form
+from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.services import chat, evaluation_lookups, held_out_requests
+from tunesmith.services.chat import Choice
 from tunesmith.services.evaluation_lookups import EvaluationPage
 from tunesmith.services.evaluations import READ_PERMISSION, report_sections
 
-routes = router()
+routes = Pages()
 _AT: Final = "/console/evidence"
 _ROWS: Final = 50  # requests on a page of the matrix
 _FILTER: Final = ("focus", "rival", "metric", "show", "group", "label", "search")
@@ -28,52 +44,51 @@ SHOWN: Final = {
     "invalid": "answer not valid",
     "long": "long, or cut off",
 }
+_MOST_TOKENS: Final = 256  # of one answer in the playground
+_MOST_CHARACTERS: Final = 4000  # of a question
+_MOST_CANDIDATES: Final = 6  # that one question is put to
+_MOST_SECONDS: Final = 120.0  # for all answers to one question, with its wait for a place
 CHANGES: Final = {"loss": "loss", "win": "win", "differs": "others differ", "same": "all alike"}
 
-Digest = str
 
-
-@routes.get(_AT)
-async def listed(viewer: Looking, page: Page = 1) -> Response:
+@routes.shows(_AT)
+def listed(viewer: Looking, page: Page = 1) -> Response:
     """The evaluations that this person may see, newest first."""
-    found = await viewer.run(partial(evaluation_lookups.list_evaluations, viewer.store, viewer.user, page))
-    pages = max(1, -(-found.total // evaluation_lookups.LISTED))
-    return viewer.page("evidence.html.jinja", found=found, page=page, last=pages)
+    found = evaluation_lookups.list_evaluations(viewer.store, viewer.user, page)
+    last = pages(found.total, evaluation_lookups.LISTED)
+    return viewer.page("evidence.html.jinja", found=found, page=page, last=last)
 
 
-@routes.get(_AT + "/{digest}")
-async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
+@routes.shows(_AT + "/{digest}")
+def one(viewer: Looking, digest: str, verdict: str = "") -> Response:
     """One evaluation. What it showed is fetched by the page: computing it for the first time takes seconds."""
-    found = await shown(viewer, digest, verdict)
-    return viewer.page("evidence_evaluation.html.jinja", found=found, digest=digest)
+    return viewer.page("evidence_evaluation.html.jinja", found=shown(viewer, digest, verdict), digest=digest)
 
 
-@routes.get(_AT + "/{digest}/findings")
-async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
+@routes.shows(_AT + "/{digest}/findings")
+def findings(viewer: Looking, digest: str, verdict: str = "") -> Response:
     """The sections of the report, without requests and answers. Computing them takes seconds."""
-    show = partial(
-        evaluation_lookups.show_findings, viewer.store, viewer.user, _full(digest), verdict and _full(verdict)
-    )
-    found = await viewer.run(show)
+    judged = verdict and _full(verdict)
+    found = evaluation_lookups.show_findings(viewer.store, viewer.user, _full(digest), judged)
     chosen = urlencode({"focus": found.focus, "rival": found.rival or ""})
-    return private(await viewer.run(partial(report_sections, found, f"{_AT}/{digest}/requests?{chosen}")))
+    return private(report_sections(found, f"{_AT}/{digest}/requests?{chosen}"))
 
 
-@routes.get(_AT + "/{digest}/requests")
-async def requests(request: Request, viewer: Looking, digest: Digest, page: Page = 1) -> Response:
+@routes.shows(_AT + "/{digest}/requests")
+def requests(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Response:
     """The page of the matrix. What it shows is fetched by it: reading many rows for the first time takes seconds."""
     viewer.user.require(READ_PERMISSION)
-    found = await shown(viewer, digest)
     query = urlencode({**_chosen(request), "page": page})
-    return viewer.page("evidence_requests.html.jinja", found=found, digest=digest, query=query)
+    return viewer.page("evidence_requests.html.jinja", found=shown(viewer, digest), digest=digest, query=query)
 
 
-@routes.get(_AT + "/{digest}/matrix")
-async def matrix(request: Request, viewer: Looking, digest: Digest, page: Page = 1) -> Response:
+@routes.shows(_AT + "/{digest}/matrix")
+def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Response:
     """The filters, and a page of the requests with every candidate's answer."""
     region, first = viewer.serving.settings.region, (page - 1) * _ROWS
-    look = partial(held_out_requests.show_requests, viewer.store, viewer.user, region, _full(digest))
-    found = await viewer.run(partial(look, _chosen(request), first, _ROWS))
+    found = held_out_requests.show_requests(
+        viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS
+    )
     query = urlencode({key: value for key, value in found.filter.items() if value})
     response = viewer.page(
         "evidence_matrix.html.jinja",
@@ -83,35 +98,31 @@ async def matrix(request: Request, viewer: Looking, digest: Digest, page: Page =
         shown=SHOWN,
         changes=CHANGES,
         page=page,
-        pages=max(1, -(-found.chosen // _ROWS)),
+        pages=pages(found.chosen, _ROWS),
     )
     response.headers["HX-Replace-Url"] = f"{_AT}/{digest}/requests?{query}&page={page}"
     return response
 
 
-@routes.get(_AT + "/{digest}/requests/{row}")
-async def opened(
-    request: Request, viewer: Looking, digest: Digest, row: str, compared: str = held_out_requests.REFERENCE
+@routes.shows(_AT + "/{digest}/requests/{row}")
+def opened(
+    viewer: Looking, request: Request, digest: str, row: str, compared: str = held_out_requests.REFERENCE
 ) -> Response:
     """One request: answers side by side, their differences, and what was retrieved."""
-    chosen = _chosen(request)
-    region = viewer.serving.settings.region
-    found = await viewer.run(
-        partial(held_out_requests.show_request, viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
-    )
-    query = urlencode(chosen)
-    page = (found.place or 0) // _ROWS + 1
+    chosen, region = _chosen(request), viewer.serving.settings.region
+    found = held_out_requests.show_request(viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
+    query, page = urlencode(chosen), (found.place or 0) // _ROWS + 1
     return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen, page=page)
 
 
-async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | None:
+def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | None:
     """The address of the requests that a version lost, what it says, and the address of its evaluation.
 
     version, before: digests. None where this person may not read them.
     """
     if not viewer.user.may(READ_PERMISSION):
         return None
-    found = await viewer.run(partial(evaluation_lookups.compare_versions, viewer.store, viewer.user, version, before))
+    found = evaluation_lookups.compare_versions(viewer.store, viewer.user, version, before)
     if found is None or not found.rival:
         return None
     chosen = urlencode({"focus": found.focus, "rival": found.rival, "show": "losses"})
@@ -123,12 +134,10 @@ async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str]
     }
 
 
-async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
+def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
     """The evaluation of an address. Raises NotThere where this person sees none."""
-    show = partial(
-        evaluation_lookups.show_evaluation, viewer.store, viewer.user, _full(digest), verdict and _full(verdict)
-    )
-    return await viewer.run(show)
+    judged = verdict and _full(verdict)
+    return evaluation_lookups.show_evaluation(viewer.store, viewer.user, _full(digest), judged)
 
 
 def _chosen(request: Request) -> dict[str, str]:
@@ -137,3 +146,97 @@ def _chosen(request: Request) -> dict[str, str]:
 
 def _full(hexadecimal: str) -> str:
     return f"sha256:{hexadecimal}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A candidate's answer, or why there is none. cut: it reached the most tokens."""
+
+    name: str
+    answer: str
+    cut: bool
+    sources: Sequence[str]
+    problem: str
+
+
+@dataclass(slots=True)
+class Trial:
+    """One question on its way. answers: by candidate, as they come. begun: it had its turn."""
+
+    begun: bool = False
+    stopped: threading.Event = made(default_factory=threading.Event)
+    answers: dict[str, Tried] = made(default_factory=dict)
+
+
+@routes.shows(_AT + "/{digest}/playground")
+def asked(viewer: Looking, digest: str) -> Response:
+    """The form: which candidates this server can answer for, and why not for the others."""
+    bounds = {
+        "tokens": _MOST_TOKENS,
+        "characters": _MOST_CHARACTERS,
+        "candidates": _MOST_CANDIDATES,
+        "seconds": min(_MOST_SECONDS, viewer.serving.settings.answer_seconds),
+    }
+    return viewer.page("evidence_playground.html.jinja", digest=digest, choices=_choices(viewer, digest), bounds=bounds)
+
+
+@routes.post(_AT + "/{digest}/playground")
+async def answered(request: Request, viewer: Changing, digest: str) -> Response:
+    """The answers of the chosen candidates to one question, one after the other."""
+    fields = await form(request)
+    question, names = field(fields, "question"), fields.get("candidate", [])
+    choices = await viewer.run(partial(_choices, viewer, digest))
+    chosen = [one for one in choices if one.name in names and one.refused is None]
+    if not question:
+        raise bad_request("Write a question first.")
+    if len(question) > _MOST_CHARACTERS:
+        raise bad_request(f"The question has {len(question)} characters; the most are {_MOST_CHARACTERS}.")
+    if not 1 <= len(chosen) <= _MOST_CANDIDATES:
+        raise bad_request(f"Choose one to {_MOST_CANDIDATES} of the candidates that can answer here.")
+    trial, limit = Trial(), min(_MOST_SECONDS, viewer.serving.settings.answer_seconds)
+    try:
+        async with asyncio.timeout(limit):
+            await viewer.serving.trying.run(viewer.user.name, partial(_ask_all, viewer, chosen, question, trial))
+    except TimeoutError:
+        trial.stopped.set()
+    if not trial.begun:
+        what = (
+            f"Other questions took all places for {limit:g} s. Ask again, or ask an operator whether the engine hangs."
+        )
+        raise ApiError(503, what)
+    late = f"no answer within {limit:g} s: the question was stopped"
+    tried = [trial.answers.get(one.name) or Tried(one.name, "", False, (), late) for one in chosen]
+    return viewer.page("evidence_tried.html.jinja", question=question, tried=tried)
+
+
+def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:
+    viewer.user.require(READ_PERMISSION)
+    evaluation, serving = shown(viewer, digest).summary.evaluation, viewer.serving
+    return chat.choices(viewer.store, viewer.user, serving.settings.region, serving.versions.base, evaluation)
+
+
+def _ask_all(viewer: Viewer, chosen: Sequence[Choice], question: str, trial: Trial) -> None:
+    trial.begun = True
+    for one in chosen:
+        if not trial.stopped.is_set():
+            trial.answers[one.name] = _ask(viewer, one, question, trial.stopped.is_set)
+
+
+def _ask(viewer: Viewer, choice: Choice, question: str, stopped: Callable[[], bool]) -> Tried:
+    """One candidate's answer. An error is that candidate's alone."""
+    serving = viewer.serving
+    caller = Caller(Scope(viewer.user.tenant, serving.settings.region), frozenset(viewer.user.groups))
+    try:
+        if choice.version is not None:
+            answerer = serving.versions.answerer(choice.version)
+        else:
+            answerer = serving.versions.without_weights(choice.digest)
+        found = chat.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS, stopped=stopped)
+    except Stopped as error:
+        return Tried(choice.name, "", False, (), str(error))
+    except TunesmithError as error:
+        return Tried(choice.name, "", False, (), error.what)
+    except Exception:  # noqa: BLE001 - the engine failed on this question alone
+        LOG.exception("the engine failed on a question of the playground")
+        return Tried(choice.name, "", False, (), "the engine failed on this question; the server's log says why")
+    return Tried(choice.name, found.answer, found.finish == "length", found.sources, "")

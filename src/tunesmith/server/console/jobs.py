@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -12,36 +11,36 @@ from fastapi import Path, Query, Response
 
 from tunesmith.core.errors import Forbidden
 from tunesmith.server.api.routing import Page
-from tunesmith.server.console.parts.charts import Chart, Line, chart
-from tunesmith.server.console.people.session import Looking, Viewer
-from tunesmith.server.console.routing import router
+from tunesmith.server.console.charts import Chart, Line, chart
+from tunesmith.server.console.rendering import pages
+from tunesmith.server.console.routing import Looking, Pages, Viewer
+from tunesmith.server.errors import capital
 from tunesmith.services import jobs, training, worker
 from tunesmith.services.forecast import newest_forecast
 from tunesmith.services.jobs import CurvePoint, JobCurves, TrainingCurve
 from tunesmith.services.training import Setting
 
-routes = router()
+routes = Pages()
 _PAGE = 50  # jobs on a page
 _LINES = 100  # of a log on a page
 Number = Annotated[int, Path(ge=1, le=999_999_999)]
 Asked = Annotated[int, Query(ge=1, le=999_999_999)]
 
 
-@routes.get("/console/jobs")
-async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page: Page = 1) -> Response:
+@routes.shows("/console/jobs")
+def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page: Page = 1) -> Response:
     """The jobs of this person's tenant and region, newest first."""
     filters = {"state": state, "kind": kind, "by": by}
     given = {name: value for name, value in filters.items() if value}
     chosen: dict[str, Any] = {"states": [state] if state else (), "kinds": [kind] if kind else (), "by": by or None}
     first = (page - 1) * _PAGE
-    found = await viewer.run(partial(jobs.list_jobs, viewer.store, viewer.user, **chosen, first=first, most=_PAGE))
-    total = await viewer.run(partial(jobs.count_jobs, viewer.store, viewer.user, **chosen))
+    total = jobs.count_jobs(viewer.store, viewer.user, **chosen)
     return viewer.page(
         "jobs.html.jinja",
-        jobs=found.jobs,
+        jobs=jobs.list_jobs(viewer.store, viewer.user, **chosen, first=first, most=_PAGE).jobs,
         total=total,
         page=page,
-        last=max(1, -(-total // _PAGE)),
+        last=pages(total, _PAGE),
         filters=filters,
         given=given,
         here="/console/jobs?" + (urlencode(given) + "&" if given else ""),
@@ -51,38 +50,39 @@ async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "",
     )
 
 
-@routes.get("/console/jobs/start")
-async def start(viewer: Looking) -> Response:
+@routes.shows("/console/jobs/start")
+def start(viewer: Looking) -> Response:
     """The form that starts a run or a forecast, with the project file's settings, and the newest forecast."""
+    project = viewer.serving.project
+    if (reason := no_start(viewer)) or project is None:
+        return viewer.page("jobs_start.html.jinja", reason=reason)
+    project = training.read_again(project)
+    return viewer.page(
+        "jobs_start.html.jinja",
+        reason="",
+        candidates=training.changeable(project),
+        forecast=newest_forecast(project),
+        shown=_shown,
+        key=secrets.token_hex(16),  # the same form sent twice starts one run
+    )
 
-    def read() -> dict[str, Any]:
-        project = viewer.serving.project
-        if (reason := no_start(viewer)) or project is None:
-            return {"reason": reason, "candidates": (), "forecast": None}
-        project = training.read_again(project)
-        return {"reason": "", "candidates": training.changeable(project), "forecast": newest_forecast(project)}
 
-    key = secrets.token_hex(16)  # the same form sent twice starts one run
-    return viewer.page("jobs_start.html.jinja", **await viewer.run(read), shown=_shown, key=key)
-
-
-@routes.get("/console/jobs/{number}")
-async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
+@routes.shows("/console/jobs/{number}")
+def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
     """One job. lines: the log's lines before this one instead of the newest."""
-
-    def read() -> dict[str, Any]:
-        job = jobs.show(viewer.store, number, viewer.user)
-        return {
-            "job": job,
-            "ended": job.ended is not None,
-            "curves": jobs.curves(viewer.store, number, viewer.user),
-            "log": jobs.newest_lines(viewer.store, number, viewer.user, before=lines, most=_LINES).lines,
-        }
-
-    found = await viewer.run(read)
-    may = viewer.user.may("job.change")
-    drawn = charts(found["curves"])
-    return viewer.page("jobs_one.html.jinja", **found, charts=drawn, may=may, paged=lines is not None, numbers=numbers)
+    job = jobs.show(viewer.store, number, viewer.user)
+    curves = jobs.curves(viewer.store, number, viewer.user)
+    return viewer.page(
+        "jobs_one.html.jinja",
+        job=job,
+        ended=job.ended is not None,
+        curves=curves,
+        charts=charts(curves),
+        log=jobs.newest_lines(viewer.store, number, viewer.user, before=lines, most=_LINES).lines,
+        may=viewer.user.may("job.change"),
+        paged=lines is not None,
+        numbers=numbers,
+    )
 
 
 def no_start(viewer: Viewer) -> str:
@@ -90,7 +90,7 @@ def no_start(viewer: Viewer) -> str:
     try:
         jobs.add.check(viewer.user)
     except Forbidden as error:
-        return f"{error.what[:1].upper()}{error.what[1:]}."
+        return f"{capital(error.what)}."
     return "" if viewer.serving.project else "This server has no project."
 
 
@@ -106,27 +106,23 @@ def charts(curves: JobCurves) -> list[Chart]:
     found = []
     for each in curves.trainings:
         metric = each.metric or "score"
-        losses = [
-            _line("training loss", each, "loss", 1),
-            _line("validation loss", each, "validation_loss", 2, dashed=True),
-        ]
-        scores = [_line(metric, each, "score", 1)]
+        losses = (_line("training loss", each, "loss", 1), _line("validation loss", each, "validation_loss", 2))
+        scores = _line(metric, each, "score", 1)
         if filled := [line for line in losses if line.points]:
             found.append(chart(f"{each.name}: loss", filled, x="step", y="loss"))
-        if filled := [line for line in scores if line.points]:
-            found.append(chart(f"{each.name}: {metric} on validation rows", filled, x="step", y=metric, scale="share"))
+        if scores.points:
+            title = f"{each.name}: {metric} on validation rows"
+            found.append(chart(title, [scores], x="step", y=metric, scale="share"))
     return found
 
 
-def _line(label: str, training: TrainingCurve, field: str, colour: int, *, dashed: bool = False) -> Line:
+def _line(label: str, training: TrainingCurve, field: str, colour: int) -> Line:
     points = {float(point.step): found for point in training.points if (found := getattr(point, field)) is not None}
-    return Line(label, points, colour, dashed)
+    return Line(label, points, colour, dashed=colour > 1)
 
 
 def numbers(points: Sequence[CurvePoint], most: int = 30) -> list[CurvePoint]:
-    """The points that a table shows: the validated ones, or some of all where there are few of those."""
-    validated: Iterable[CurvePoint] = [point for point in points if point.validation_loss is not None]
-    every = max(1, len(points) // most)
-    some = {point.step for point in [*points[::every], *points[-1:]]}
-    return sorted({point.step: point for point in [*validated, *(p for p in points if p.step in some)]}.values(),
-                  key=lambda point: point.step)  # fmt: skip
+    """The points that a table shows: the validated ones, and some of all."""
+    some = {point.step for point in (*points[:: max(1, len(points) // most)], *points[-1:])}
+    shown = {point.step: point for point in points if point.validation_loss is not None or point.step in some}
+    return [shown[step] for step in sorted(shown)]

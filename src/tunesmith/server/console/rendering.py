@@ -62,8 +62,14 @@ def has_template(template: str) -> bool:
 
 
 def rendered(template: str, data: Mapping[str, Any]) -> str:
-    """A page's text. Text in data is escaped, and hidden characters in it become code points."""
-    return _environment().get_template(template).render(**data)
+    """The text of a part, or of the page that a template with a title makes.
+
+    Text in data is escaped, and hidden characters in it become code points.
+    """
+    made = _environment().get_template(template).make_module(dict(data))
+    if not hasattr(made, "title"):
+        return str(made)
+    return _environment().get_template("base.html.jinja").render({**data, **vars(made), "content": made})
 
 
 @cache
@@ -111,6 +117,11 @@ def scope(of: Any) -> str:
     return ", ".join(named) or "all tenants and regions"
 
 
+def pages(total: int, most: int) -> int:
+    """How many pages a list has that shows so many things on each."""
+    return max(1, -(-total // most))
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage with one decimal; a dash for None or NaN."""
     return "–" if share is None or math.isnan(share) else f"{share:.1%}"
@@ -135,7 +146,8 @@ def _environment() -> Environment:
     )
     filters = (audit_words, count, duration, json_text, many, moment, percent, scope, short, size, when)
     found.filters.update({each.__name__: each for each in filters})
-    found.globals.update(asset=asset, pages=PAGES)
+    parts = vars(found.get_template("parts.html.jinja").module)
+    found.globals.update(parts, asset=asset, pages=PAGES)
     return found
 
 

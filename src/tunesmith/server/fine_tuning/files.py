@@ -7,8 +7,9 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
@@ -17,60 +18,24 @@ from starlette.requests import ClientDisconnect
 
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.view import View
 from tunesmith.server import limits
-from tunesmith.server.access import caller, needs
+from tunesmith.server.access import Call, Calling, in_turn, needs
 from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbidden, not_stored
-from tunesmith.server.fine_tuning.request import page_limit
+from tunesmith.server.fine_tuning.objects import FileDeleted, FileList, FileObject, ends, file_object, page_limit
 from tunesmith.server.intake.form import FormReader, too_large
-from tunesmith.server.openapi import BEARER, errors, form
-from tunesmith.server.serving import Serving
+from tunesmith.server.limits import ServerSettings
+from tunesmith.server.openapi import BEARER, answers, errors, form
 from tunesmith.services.fine_tuning import PURPOSE
 from tunesmith.store import uploads
-from tunesmith.store.people.identities import User
 from tunesmith.store.tables import FileRow
 from tunesmith.store.uploads import FileGone
 
 _PIECE = 1 << 20  # bytes that are written at once
-_SYNCED = (
-    32 << 20
-)  # bytes after which the disk is told to keep what came, so that little is left to wait for at the end
+_SYNCED = 32 << 20  # bytes after which the disk is told to keep what came: little is left to wait for at the end
 _MOST = 10_000  # files of one page, as OpenAI's
 _OTHER_PARTS = 1 << 16  # bytes of a form besides its file
 
 routes = APIRouter(prefix="/v1/files", dependencies=[needs("jobs")])
-
-
-class FileObject(View):
-    """A file, as OpenAI's clients read it. status: deprecated there, always processed."""
-
-    id: str
-    object: Literal["file"]
-    bytes: int
-    created_at: int
-    expires_at: int | None
-    filename: str
-    purpose: str
-    status: Literal["processed"]
-    status_details: str | None
-
-
-class FileList(View):
-    """A page of files. has_more: whether there are more behind last_id."""
-
-    object: Literal["list"]
-    data: tuple[FileObject, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-class FileDeleted(View):
-    """A file was deleted."""
-
-    id: str
-    object: Literal["file"]
-    deleted: Literal[True]
 
 
 _FORM: JsonObject = form(
@@ -79,32 +44,31 @@ _FORM: JsonObject = form(
 )
 
 
-@routes.post(
-    "", response_model=FileObject, responses=errors(400, 401, 403, 408, 413, 429, 503, 507), openapi_extra=_FORM
-)
-async def upload(request: Request) -> Response:
+@routes.post("", **answers(FileObject, 400, 408, 413, 503, 507, extra=_FORM))
+async def upload(request: Request, call: Calling) -> Response:
     """Keep a file of examples. It is written to the disk as it comes."""
-    user, serving = await _allowed(request, "file.change")
+    _allow(call, "file.change")
+    user, serving = call.user, call.serving
     if serving.uploads[user.name] >= limits.UPLOADS_OF_USER or serving.uploads.total() >= limits.UPLOADS:
         raise busy_for_user(limits.UPLOADS_OF_USER, "uploads")
     serving.uploads[user.name] += 1
     try:
         with _stored(), serving.store.scratch() as folder:
             path = folder / "upload"
-            reader = await _received(request, serving, path)
+            reader = await _received(request, serving.settings, path)
             name = _checked(reader)
             put = partial(
                 uploads.put, serving.store, path, name=name, purpose=PURPOSE, actor=user.name, scope=user.scope,
                 digest=reader.digest,
             )  # fmt: skip
-            return JSONResponse(_object(await serving.files.run(user.name, put)).document())
+            return JSONResponse(file_object(await serving.files.run(user.name, put)).document())
     finally:
         serving.uploads[user.name] -= 1
 
 
-async def _received(request: Request, serving: Serving, path: Path) -> FormReader:
+async def _received(request: Request, settings: ServerSettings, path: Path) -> FormReader:
     """The form of a request, its file written to path. Raises ApiError for one too large, too slow or not valid."""
-    settings, most = serving.settings, serving.settings.file_bytes
+    most = settings.file_bytes
     stated = request.headers.get("content-length", "0")
     if stated.isdecimal() and int(stated) > most + _OTHER_PARTS:
         raise too_large(most)
@@ -119,9 +83,7 @@ async def _received(request: Request, serving: Serving, path: Path) -> FormReade
                         synced = reader.size
                         await syncing.then(partial(os.fsync, target.fileno()))
         except TimeoutError:
-            raise ApiError(
-                408, "The file arrived too slowly.", code="body_too_slow", headers={"Connection": "close"}
-            ) from None
+            raise ApiError(408, "The file arrived too slowly.", "body_too_slow", closes=True) from None
         except ClientDisconnect:
             raise bad_request("The client left before its body had arrived.", code="incomplete_body") from None
         finally:  # the file stays open until nothing uses it
@@ -200,41 +162,33 @@ def _checked(reader: FormReader) -> str:
     return name
 
 
-@routes.get("", response_model=FileList, responses=errors(400, 401, 403, 404, 429), openapi_extra=BEARER)
-async def files(
-    request: Request,
+@routes.get("", **answers(FileList, 400, 404))
+@in_turn
+def files(
+    call: Calling,
     purpose: str | None = None,
     after: str | None = None,
     limit: str | None = None,
     order: str | None = None,
-) -> Response:
+) -> FileList:
     """The files of the caller's tenant and region, newest first. order: asc for the oldest first."""
-    user, serving = await _allowed(request, "file.read")
+    _allow(call, "file.read")
     most = page_limit(limit, _MOST, _MOST)
     if order not in (None, "asc", "desc"):
         raise bad_request("order must be asc or desc.", "order")
-    listed = partial(
-        uploads.list_files, serving.store, user.scope, purpose=purpose, after=after, most=most + 1,
-        oldest_first=order == "asc",
-    )  # fmt: skip
     with _stored():
-        found = await serving.listing.run(user.name, listed)
-    data = tuple(_object(each) for each in found[:most])
-    page = FileList(
-        object="list",
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=len(found) > most,
-    )
-    return JSONResponse(page.document())
+        found = uploads.list_files(
+            call.store, call.user.scope, purpose=purpose, after=after, most=most + 1, oldest_first=order == "asc"
+        )
+    data = tuple(file_object(each) for each in found[:most])
+    return FileList(object="list", data=data, has_more=len(found) > most, **ends(data))
 
 
-@routes.get("/{file}", response_model=FileObject, responses=errors(401, 403, 404, 429), openapi_extra=BEARER)
-async def file(request: Request, file: str) -> Response:
+@routes.get("/{file}", **answers(FileObject, 404))
+@in_turn
+def file(call: Calling, file: str) -> FileObject:
     """One file. Another tenant's is answered like one that does not exist."""
-    user, serving = await _allowed(request, "file.read")
-    return JSONResponse(_object(await _found(user, serving, file)).document())
+    return file_object(_found(call, file))
 
 
 @routes.get(
@@ -246,45 +200,38 @@ async def file(request: Request, file: str) -> Response:
     },
     openapi_extra=BEARER,
 )
-async def content(request: Request, file: str) -> Response:
+@in_turn
+def content(call: Calling, file: str) -> Response:
     """A file's bytes."""
-    user, serving = await _allowed(request, "file.read")
-    stored = await _found(user, serving, file)
-    pieces = uploads.pieces(serving.store, stored)
+    stored = _found(call, file)
+    pieces = uploads.pieces(call.store, stored)
     with _stored():
-        first = await serving.listing.run(user.name, partial(next, pieces, b""))
-
-    def whole() -> Iterator[bytes]:
-        yield first
-        yield from pieces
-
+        first = next(pieces, b"")
     headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(stored.name)}"}
-    return StreamingResponse(whole(), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(chain([first], pieces), media_type="application/octet-stream", headers=headers)
 
 
-@routes.delete(
-    "/{file}", response_model=FileDeleted, responses=errors(401, 403, 404, 429, 503, 507), openapi_extra=BEARER
-)
-async def delete(request: Request, file: str) -> Response:
+@routes.delete("/{file}", **answers(FileDeleted, 404, 503, 507))
+async def delete(call: Calling, file: str) -> Response:
     """Delete a file and its bytes. A fine-tuning job that still needs it fails. Records that were made from it stay."""
-    user, serving = await _allowed(request, "file.change")
+    _allow(call, "file.change")
+    user = call.user
     with _stored():
-        gone = partial(uploads.delete, serving.store, file, actor=user.name, scope=user.scope)
-        await serving.files.run(user.name, gone)
+        gone = partial(uploads.delete, call.store, file, actor=user.name, scope=user.scope)
+        await call.serving.files.run(user.name, gone)
     return JSONResponse(FileDeleted(id=file, object="file", deleted=True).document())
 
 
-async def _allowed(request: Request, action: str) -> tuple[User, Serving]:
-    """The caller, who may do an action. Raises ApiError 401 or 403."""
-    user, serving = caller(request)
-    if not user.may(action):
-        raise forbidden(f"{user.name} may not {'read' if action == 'file.read' else 'change'} files.")
-    return user, serving
+def _allow(call: Call, action: str) -> None:
+    """Raise ApiError 403 where the caller may not do an action."""
+    if not call.user.may(action):
+        raise forbidden(f"{call.user.name} may not {'read' if action == 'file.read' else 'change'} files.")
 
 
-async def _found(user: User, serving: Serving, file: str) -> FileRow:
+def _found(call: Call, file: str) -> FileRow:
+    _allow(call, "file.read")
     with _stored():
-        found = await serving.listing.run(user.name, partial(uploads.find, serving.store, file, user.scope))
+        found = uploads.find(call.store, file, call.user.scope)
     if found is None:
         raise no_such_file(file)
     return found
@@ -292,7 +239,7 @@ async def _found(user: User, serving: Serving, file: str) -> FileRow:
 
 def no_such_file(file: str) -> ApiError:
     """The same answer for a file that does not exist and one of another tenant."""
-    return ApiError(404, f"No such File object: {file[: limits.SHOWN]}", code="file_not_found", param="id")
+    return ApiError(404, f"No such File object: {file[: limits.SHOWN]}", "file_not_found", "id")
 
 
 @contextlib.contextmanager
@@ -306,17 +253,3 @@ def _stored() -> Iterator[None]:
         raise forbidden(f"{error.what}.") from error
     except (TunesmithError, OSError) as error:
         raise not_stored(error) from error
-
-
-def _object(stored: FileRow) -> FileObject:
-    return FileObject(
-        id=stored.file,
-        object="file",
-        bytes=stored.size,
-        created_at=int(stored.created),
-        expires_at=None,
-        filename=stored.name,
-        purpose=stored.purpose,
-        status="processed",
-        status_details=None,
-    )

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.server import limits
 from tunesmith.server.errors import INVALID_SCHEMA, ApiError, bad_request
-from tunesmith.server.settings import ServerSettings
+from tunesmith.server.limits import ServerSettings
 
 Body = TypeVar("Body", bound=BaseModel)
 # Bytes of a body that is parsed in less time than it takes to wake a thread.
@@ -83,12 +83,8 @@ def _holds_nul(value: Any) -> bool:
 
 async def read_bytes(request: Request, settings: ServerSettings, count: Callable[[int], None]) -> bytes:
     """The body as it is. Raises ApiError: 413 too large, 408 too slow, 400 for a client that leaves."""
-    too_large = ApiError(
-        413,
-        f"The body is larger than {settings.body_bytes} bytes.",
-        code="body_too_large",
-        headers={"Connection": "close"},
-    )
+    message = f"The body is larger than {settings.body_bytes} bytes."
+    too_large = ApiError(413, message, "body_too_large", closes=True)
     stated = request.headers.get("content-length", "0")
     if stated.isdecimal() and int(stated) > settings.body_bytes:
         raise too_large
@@ -101,10 +97,8 @@ async def read_bytes(request: Request, settings: ServerSettings, count: Callable
                 if len(data) > settings.body_bytes:
                     raise too_large
     except TimeoutError:
-        raise ApiError(
-            408, f"The body did not arrive within {settings.body_seconds:g} s.", code="body_too_slow",
-            headers={"Connection": "close"},
-        ) from None  # fmt: skip
+        message = f"The body did not arrive within {settings.body_seconds:g} s."
+        raise ApiError(408, message, "body_too_slow", closes=True) from None
     except ClientDisconnect:
         raise bad_request("The client left before its body had arrived.", code="incomplete_body") from None
     return bytes(data)

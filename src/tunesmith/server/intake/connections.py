@@ -13,7 +13,7 @@ from typing import Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tunesmith.server.settings import ServerSettings
+from tunesmith.server.limits import ServerSettings
 
 _OPEN_FILES: Final = 65_536
 

@@ -115,10 +115,5 @@ class FormReader:
 
 def too_large(limit: int) -> ApiError:
     """A file above the server's limit."""
-    return ApiError(
-        413,
-        f"The file is too large: this server takes at most {limit} bytes ({limit / (1 << 20):.0f} MB).",
-        code="file_too_large",
-        param="file",
-        headers={"Connection": "close"},
-    )
+    message = f"The file is too large: this server takes at most {limit} bytes ({limit / (1 << 20):.0f} MB)."
+    return ApiError(413, message, "file_too_large", "file", closes=True)

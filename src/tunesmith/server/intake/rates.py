@@ -1,16 +1,19 @@
-"""How many requests a minute each token and each tenant may send to this server."""
+"""How much users may send: requests at once, the memory of their bodies, and requests a minute."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tunesmith.server.errors import rate_limited
-from tunesmith.server.settings import ServerSettings
+from tunesmith.server import limits
+from tunesmith.server.errors import ApiError, busy_for_user
+from tunesmith.server.limits import ServerSettings
 
 _MINUTE = 60.0
 _KEPT = 20_000  # buckets
@@ -62,14 +65,14 @@ class Rates:
         Raises ApiError 429 where the token or the tenant has none left; then the request counts for neither.
         """
         given = ((self._tokens, token, "token"), (self._tenants, tenant, "tenant"))
-        limits = [(buckets, key, what) for buckets, key, what in given if buckets is not None]
-        if not limits:
+        limited = [(buckets, key, what) for buckets, key, what in given if buckets is not None]
+        if not limited:
             return
         now = self._clock()
-        tightest, key, what = min(limits, key=lambda each: each[0].left(each[1], now))
+        tightest, key, what = min(limited, key=lambda each: each[0].left(each[1], now))
         allowed = tightest.left(key, now) >= 1
         if allowed:
-            for buckets, each, _ in limits:
+            for buckets, each, _ in limited:
                 buckets.take(each, now)
         left = tightest.left(key, now)
         scope[_SCOPE] = {
@@ -78,7 +81,9 @@ class Rates:
             "x-ratelimit-reset-requests": _duration(tightest.until_full(key, now)),
         }
         if not allowed:
-            raise rate_limited(what, tightest.most, math.ceil((1 - left) * tightest.seconds))
+            wait, most = math.ceil((1 - left) * tightest.seconds), tightest.most
+            message = f"Rate limit reached for this {what}: {most} requests per minute. Try again in {wait} s."
+            raise ApiError(429, message, "rate_limit_exceeded", retry=wait)
 
 
 class RateHeaders:
@@ -104,3 +109,39 @@ def _duration(seconds: float) -> str:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, rest = divmod(math.ceil(seconds), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+class Arriving:
+    """The requests that are authenticated and not yet in a queue, by user. Used from one event loop."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._requests: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def one(self, user: str, held: int) -> Iterator[Callable[[int], None]]:
+        """Count a request until the end of the block. held: the user's requests that already wait or are answered.
+
+        Yields what counts the bytes of its body. Raises ApiError 429 if the user has too many requests, and from that
+        if the bodies that are being read become too large together.
+        """
+        if self._requests[user] + held >= self._settings.per_user:
+            raise busy_for_user(self._settings.per_user)
+        self._requests[user] += 1
+        counted = 0
+
+        def count(size: int) -> None:
+            nonlocal counted
+            counted += size
+            self._bytes[user] += size
+            most = self._settings.body_bytes
+            if self._bytes[user] > limits.BODIES_OF_USER * most or self._bytes.total() > limits.BODIES * most:
+                message = "Too many large bodies are being sent at once. Try again shortly."
+                raise ApiError(429, message, "rate_limit_exceeded", retry=1, closes=True)
+
+        try:
+            yield count
+        finally:
+            self._requests[user] -= 1
+            self._bytes[user] -= counted

@@ -13,20 +13,6 @@ for (const input of document.querySelectorAll("input[name=theme]")) {
   input.addEventListener("change", () => chooseTheme(input.value));
 }
 
-// An open menu closes with Escape and with a click elsewhere.
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
-  for (const menu of document.querySelectorAll("details.account[open]")) {
-    menu.open = false;
-    menu.querySelector("summary").focus();
-  }
-});
-document.addEventListener("click", (event) => {
-  for (const menu of document.querySelectorAll("details.account[open]")) {
-    if (!menu.contains(event.target)) menu.open = false;
-  }
-});
-
 // Times that are near become "12 min ago", and stay right while the page is open. The whole time is their title.
 function ago(seconds) {
   const units = [["s", 1, 120], ["min", 60, 120], ["h", 3600, 48]];

@@ -1,16 +1,20 @@
-"""Log in by the identity provider of the project's `login:` (OpenID Connect, authorization code with PKCE, by authlib).
+"""Log in by a one-time link or by the identity provider of the project's `login:`, and log out.
 
-What has to be remembered while the person is at the provider is in a cookie of ten minutes: state, nonce, PKCE's
-verifier, and the page that they wanted. The provider says who somebody is; what they may do, the store's users say.
+The provider is asked by OpenID Connect (authorization code with PKCE, by authlib). What has to be remembered while the
+person is at the provider is in a cookie of ten minutes: state, nonce, PKCE's verifier, and the page that they wanted.
+The provider says who somebody is; what they may do, the store's users say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 
@@ -18,11 +22,21 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.server.access import PUBLIC
 from tunesmith.server.answering.recording import LOG
-from tunesmith.server.console.people.session import set_cookie
 from tunesmith.server.console.rendering import html
-from tunesmith.server.console.routing import local_page, router
+from tunesmith.server.console.routing import (
+    LOGIN,
+    Changing,
+    Pages,
+    check_origin,
+    drop_cookie,
+    field,
+    form,
+    gone_to,
+    local_page,
+    set_cookie,
+)
 from tunesmith.server.errors import ApiError, missing
-from tunesmith.server.serving import Serving, serving_of
+from tunesmith.server.serving import serving_of
 from tunesmith.store.people import sessions
 
 if TYPE_CHECKING:
@@ -34,7 +48,58 @@ _COOKIE, _SECONDS = "tunesmith-login", 600
 _ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA", "Ed25519")
 _ANSWER_SECONDS = 15.0  # for each answer of the provider
 
-routes = router()
+routes = Pages()
+
+
+@routes.get(LOGIN, dependencies=[PUBLIC])
+async def login(request: Request) -> Response:
+    """Say how to log in."""
+    project = serving_of(request).project
+    return _login_page(request, provider=project is not None and project.settings.login is not None)
+
+
+@routes.get("/console/login/{link}", dependencies=[PUBLIC])
+async def show_link(request: Request, link: str) -> Response:
+    """Ask before a link is used, so that a program that looks at links in messages does not use it up."""
+    user = await asyncio.to_thread(sessions.link_user, serving_of(request).store, link)
+    if user is None:
+        raise _ended()
+    return _login_page(request, user=user, link=link)
+
+
+def _login_page(request: Request, **data: Any) -> Response:
+    where = local_page(request.query_params.get("next", ""))
+    return html("login.html.jinja", {"user": None, "next": where, **data})
+
+
+@routes.post("/console/login/{link}", dependencies=[PUBLIC])
+async def follow_link(request: Request, link: str) -> Response:
+    """Use the link."""
+    check_origin(request)
+    store = serving_of(request).store
+    if await asyncio.to_thread(sessions.link_user, store, link) is None:  # before a stranger's form is read
+        raise _ended()
+    where = local_page(field(await form(request), "next"))
+    opened = await asyncio.to_thread(sessions.follow_link, store, link)
+    if opened is None or opened.secret is None:
+        raise _ended()
+    response = gone_to(request, where)
+    set_cookie(request, response, opened.secret)
+    return response
+
+
+@routes.post("/console/logout")
+async def logout(request: Request, viewer: Changing) -> Response:
+    """End the session."""
+    await viewer.run(partial(sessions.end_session, viewer.store, viewer.session, actor=viewer.user.name))
+    request.state.new_cookie = None
+    response = gone_to(request, LOGIN)
+    drop_cookie(response)
+    return response
+
+
+def _ended() -> ApiError:
+    return ApiError(404, "This link was used or has ended. Ask for another one.")
 
 
 @routes.get("/console/oidc", dependencies=[PUBLIC])
@@ -42,7 +107,7 @@ async def begin(request: Request) -> Response:
     """Send the person to the provider."""
     login, client = await _client(request)
     request.scope["session"] = {}
-    with _Refusals():
+    with _provider_asked():
         response: Response = await client.authorize_redirect(request, f"{login.url}/console/oidc/done")
     remembered = {**request.session, "next": local_page(request.query_params.get("next", ""))}
     response.set_cookie(
@@ -63,7 +128,7 @@ async def done(request: Request) -> Response:
     """Open a session for the person whom the provider names."""
     login, client = await _client(request)
     request.scope["session"] = remembered = _remembered(request.cookies.get(_name(login), ""))
-    with _Refusals():
+    with _provider_asked():
         token = await client.authorize_access_token(request)
         claims = dict(token.get("userinfo") or {})
         if login.claim not in claims:
@@ -86,23 +151,21 @@ async def done(request: Request) -> Response:
     return response
 
 
-class _Refusals:
-    """Turns what goes wrong between this server and the provider into pages."""
+@contextlib.contextmanager
+def _provider_asked() -> Iterator[None]:
+    """Turn what goes wrong between this server and the provider into pages."""
+    import httpx2
+    from authlib.common.errors import AuthlibBaseError
+    from joserfc.errors import JoseError
 
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        import httpx2
-        from authlib.common.errors import AuthlibBaseError
-        from joserfc.errors import JoseError
-
-        if isinstance(error, httpx2.HTTPError):
-            LOG.error("the identity provider: %s", error)
-            raise ApiError(503, "The identity provider does not answer. Try again.", code="provider") from error
-        if isinstance(error, AuthlibBaseError | JoseError | ValueError | KeyError | RuntimeError):
-            LOG.warning("a login by the identity provider failed: %s", error)
-            raise _refused("The identity provider did not confirm who you are. Log in again.") from error
+    try:
+        yield
+    except httpx2.HTTPError as error:
+        LOG.error("the identity provider: %s", error)
+        raise ApiError(503, "The identity provider does not answer. Try again.") from error
+    except (AuthlibBaseError, JoseError, ValueError, KeyError, RuntimeError) as error:
+        LOG.warning("a login by the identity provider failed: %s", error)
+        raise _refused("The identity provider did not confirm who you are. Log in again.") from error
 
 
 async def _client(request: Request) -> tuple[LoginSettings, StarletteOAuth2App]:
@@ -112,17 +175,6 @@ async def _client(request: Request) -> tuple[LoginSettings, StarletteOAuth2App]:
     login = serving.project.settings.login if serving.project else None
     if login is None:
         raise missing("page")
-    client = _made(serving, login)
-    with _Refusals():
-        metadata = await client.load_server_metadata()
-        if metadata.get("issuer", "").rstrip("/") != login.issuer:
-            raise ValueError(f"the provider calls itself {metadata.get('issuer')!r}")
-        stated = metadata.get("id_token_signing_alg_values_supported") or ["RS256"]
-        metadata["id_token_signing_alg_values_supported"] = [each for each in stated if each in _ALGORITHMS]
-    return login, client
-
-
-def _made(serving: Serving, login: LoginSettings) -> StarletteOAuth2App:
     if serving.oidc is None:
         from authlib.integrations.starlette_client import OAuth
 
@@ -134,7 +186,13 @@ def _made(serving: Serving, login: LoginSettings) -> StarletteOAuth2App:
             client_kwargs={"scope": "openid email", "code_challenge_method": "S256", "timeout": _ANSWER_SECONDS},
         )
     client: StarletteOAuth2App = serving.oidc
-    return client
+    with _provider_asked():
+        metadata = await client.load_server_metadata()
+        if metadata.get("issuer", "").rstrip("/") != login.issuer:
+            raise ValueError(f"the provider calls itself {metadata.get('issuer')!r}")
+        stated = metadata.get("id_token_signing_alg_values_supported") or ["RS256"]
+        metadata["id_token_signing_alg_values_supported"] = [each for each in stated if each in _ALGORITHMS]
+    return login, client
 
 
 def client_secret(login: LoginSettings) -> str:
@@ -161,4 +219,4 @@ def _name(login: LoginSettings) -> str:
 
 
 def _refused(what: str) -> ApiError:
-    return ApiError(403, what, code="login_refused")
+    return ApiError(403, what)

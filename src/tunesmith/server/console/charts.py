@@ -55,13 +55,7 @@ def chart(title: str, lines: Sequence[Line], *, x: str, y: str, scale: Scale = "
     """
     at = tuple(sorted({place for line in lines for place in line.points}))
     drawn = tuple(
-        DrawnLine(
-            label=printable(line.label),
-            colour=line.colour,
-            dashed=line.dashed,
-            values=tuple(line.points.get(place) for place in at),
-        )
-        for line in lines
+        DrawnLine.of(line, label=printable(line.label), values=tuple(map(line.points.get, at))) for line in lines
     )
     said = " ".join(_said(line, x, scale) for line in lines)
     return Chart(title=printable(title), x=x, y=printable(y), scale=scale, says=said, at=at, lines=drawn)

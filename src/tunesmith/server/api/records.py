@@ -1,0 +1,201 @@
+"""/api/evaluations, /api/datasets, /api/review and /api/versions: what was made, and from what.
+
+A dataset version may hold rows of every tenant, so datasets and the review are for users of all tenants and regions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import Query
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+
+from tunesmith.core.view import View
+from tunesmith.data.building.summary import DatasetSummary
+from tunesmith.data.governance.difference import Difference
+from tunesmith.evaluation.report.evidence import EvidenceReport
+from tunesmith.server.access import Calling
+from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
+from tunesmith.services import datasets, evaluation_lookups, held_out_requests, review
+from tunesmith.services import lineage as lineages
+from tunesmith.services import versions as service
+
+routes = ApiRouter()
+Verdict = Annotated[str, Query(pattern="^(sha256:[0-9a-f]{64})?$")]
+_EVALUATION, _DATASET, _VERSION = "/evaluations/{digest}", "/datasets/{digest}", "/versions/{name}/{number}"
+# The report brings its own style and no script; a browser shows it as a page of nobody.
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
+
+
+@routes.shows("/evaluations", "read")
+def evaluations(call: Calling, page: Page = 1) -> evaluation_lookups.EvaluationList:
+    """The evaluations that the caller may see, newest first, 25 a page."""
+    return evaluation_lookups.list_evaluations(call.store, call.user, page)
+
+
+@routes.shows(_EVALUATION, "read")
+def evaluation(call: Calling, digest: Digest, verdict: Verdict = "") -> evaluation_lookups.EvaluationPage:
+    """One evaluation: its candidates with intervals, and the gates of the leading verdict or of the one named."""
+    return evaluation_lookups.show_evaluation(call.store, call.user, digest, verdict or None)
+
+
+@routes.shows(_EVALUATION + "/findings", "read")
+def findings(call: Calling, digest: Digest, verdict: Verdict = "") -> EvidenceReport:
+    """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
+    return evaluation_lookups.show_findings(call.store, call.user, digest, verdict or None)
+
+
+@routes.shows(_EVALUATION + "/requests", "rows")
+def requests(
+    call: Calling,
+    digest: Digest,
+    focus: Text = "",
+    rival: Text = "",
+    metric: Text = "",
+    show: Text = "all",
+    group: Text = "",
+    label: Text = "",
+    search: Text = "",
+    first: Annotated[int, Query(ge=0, le=10**9)] = 0,
+    most: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> held_out_requests.RequestMatrix:
+    """Held-out requests by candidates: where focus is worse than rival first, then where it is better.
+
+    show: all, flips, wins, losses, invalid or long. group, label, search: only those requests. first: the place to
+    begin at; most: how many.
+    """
+    chosen = {"focus": focus, "rival": rival, "metric": metric, "show": show}
+    chosen |= {"group": group, "label": label, "search": search}
+    region = call.serving.settings.region
+    return held_out_requests.show_requests(call.store, call.user, region, digest, chosen, first, most)
+
+
+@routes.shows(_EVALUATION + "/requests/{row}", "rows")
+def opened(
+    call: Calling, digest: Digest, row: Name, compared: Text = held_out_requests.REFERENCE
+) -> held_out_requests.OpenedRequest:
+    """One held-out request: every candidate's answer, how it differs from compared, and what was retrieved."""
+    region = call.serving.settings.region
+    return held_out_requests.show_request(call.store, call.user, region, digest, row, {}, compared)
+
+
+@routes.shows("/datasets", "read", whole=True)
+def listed(call: Calling, page: Page = 1) -> datasets.DatasetPage:
+    """Dataset versions, newest first, 25 a page."""
+    return datasets.list_datasets(call.store, page)
+
+
+@routes.shows(_DATASET, "read", whole=True)
+def dataset(call: Calling, digest: Digest) -> DatasetSummary:
+    """The account of a dataset version: what happened to every row, splits, leakage, licences and privacy."""
+    return datasets.summary(call.store, datasets.find_dataset(call.store, digest))
+
+
+@routes.shows(_DATASET + "/difference/{other}", "read", whole=True)
+def difference(call: Calling, digest: Digest, other: Digest) -> Difference:
+    """What changed from this dataset version to the other one: ids of rows, splits, licences, settings."""
+    before, after = (datasets.find_dataset(call.store, each) for each in (digest, other))
+    return datasets.difference(call.store, before, after)
+
+
+@routes.shows(_DATASET + "/rows", "rows", whole=True, permission="row.read")
+def rows(
+    call: Calling,
+    digest: Digest,
+    split: Literal["train", "validation", "test", "removed"] = "train",
+    reason: Text = "",
+    search: Text = "",
+    page: Page = 1,
+) -> datasets.RowPage:
+    """Rows of a split with their texts, or where rows that were left out came from, 25 a page.
+
+    reason: only rows left out for it. search: only rows with this text.
+    """
+    found, actor = datasets.find_dataset(call.store, digest), call.user.name
+    return datasets.list_rows(call.store, found, actor=actor, split=split, reason=reason, search=search, page=page)
+
+
+@routes.shows(_DATASET + "/sign-offs", "read", whole=True)
+def sign_offs(call: Calling, digest: Digest) -> datasets.SignOffList:
+    """The stewards' sign-offs of a dataset version."""
+    return datasets.list_sign_offs(call.store, datasets.find_dataset(call.store, digest))
+
+
+State = Literal["waiting", "open", "conflict", "accept", "edit", "reject", "all"]
+
+
+class NextItem(View):
+    """The next item that waits for the caller; null where there is none."""
+
+    item: int | None
+
+
+@routes.shows("/review", "rows", whole=True, permission="row.review")
+def review_items(call: Calling, state: State = "waiting", page: Page = 1) -> review.ReviewList:
+    """Items of the queue without texts, 25 a page, how many are in each state, and how far reviewers agree."""
+    return review.list_items(call.store, state=state, page=page, actor=call.user.name)
+
+
+@routes.shows("/review/next", "rows", whole=True, permission="row.review")
+def following(call: Calling, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0) -> NextItem:
+    """The number of the next item that waits for the caller. after: the number to begin behind."""
+    return NextItem(item=review.next_item(call.store, after, actor=call.user.name))
+
+
+@routes.shows("/review/{number}", "rows", whole=True, permission="row.review")
+def review_item(call: Calling, number: Number) -> review.ReviewItem:
+    """One item with its text and decisions."""
+    return review.show(call.store, number, actor=call.user.name)
+
+
+@routes.shows("/versions", "read")
+def versions(call: Calling, search: Text = "", state: Text = "", page: Page = 1) -> service.VersionPage:
+    """The versions that the caller may see, newest first, 50 a page, with their states.
+
+    search: a part of the name, NAME@v3, or the start of a digest. state: only versions in it.
+    """
+    return service.page_of_versions(call.store, call.user, text=search, state=state, page=page)
+
+
+@routes.shows(_VERSION, "read")
+def version(call: Calling, name: Name, number: Number) -> service.VersionDetails:
+    """One version: its gates, who approved or refused it and who is still needed."""
+    return service.details(call.store, call.user, service.find_version(call.store, call.user, name, number))
+
+
+@routes.shows(_VERSION + "/lineage", "read")
+def lineage(call: Calling, name: Name, number: Number) -> lineages.Lineage:
+    """What a version was made from, and what was made from it: records, each with its parents."""
+    return lineages.lineage(call.store, service.find_version(call.store, call.user, name, number))
+
+
+@routes.shows(_VERSION + "/records/{digest}", "read")
+def record(call: Calling, name: Name, number: Number, digest: Digest) -> lineages.RecordDetails:
+    """One record of a version's lineage."""
+    found = service.find_version(call.store, call.user, name, number)
+    return lineages.record_details(call.store, call.user, found, digest)
+
+
+@routes.shows(_VERSION + "/records/{digest}/rows", "read")
+def origins(
+    call: Calling,
+    name: Name,
+    number: Number,
+    digest: Digest,
+    split: Literal["train", "validation", "test"] = "train",
+    search: Text = "",
+    page: Page = 1,
+) -> lineages.OriginPage:
+    """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
+    found = service.find_version(call.store, call.user, name, number)
+    return lineages.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
+
+
+@routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))
+def document(call: Calling, name: Name, number: Number, document: service.Document) -> Response:
+    """The evaluation report, the datasheet of the rows, or the notice of their licences."""
+    found = service.find_version(call.store, call.user, name, number)
+    text = service.document_of(call.store, call.user, found, document, texts=call.token.permits("rows"))
+    if document == "report.html":
+        return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": REPORT_POLICY})
+    return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type="text/markdown")

@@ -1,1 +1,0 @@
-"""Logging in and out, sessions, and a person's keys."""

@@ -1,0 +1,195 @@
+"""Versions with their lineage, records and decisions; rollouts with their traffic, evidence and what people may do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
+
+from tunesmith.server.api.records import REPORT_POLICY
+from tunesmith.server.api.routing import Digest, Name, Number, Page
+from tunesmith.server.console.changes import changes_of
+from tunesmith.server.console.charts import BAD, CANARY, GOOD, STABLE, Chart, Line, chart
+from tunesmith.server.console.evidence import lost
+from tunesmith.server.console.rendering import PRIVATE, private, rendered
+from tunesmith.server.console.routing import Looking, Pages, Viewer
+from tunesmith.server.errors import ApiError
+from tunesmith.services import lineage, rollouts, versions
+from tunesmith.services import rollout_course as courses
+from tunesmith.services.rollout_course import Evidence, StartableVersion, StepView, Traffic
+from tunesmith.services.rollouts import RolloutView
+
+routes = Pages()
+Text = Annotated[str, Query(max_length=200)]
+Value = TypeVar("Value")
+_VERSION, _ROLLOUTS = "/console/versions/{name}/{number}", "/console/rollouts"
+_COURSE_SECONDS = 3.0
+_LEAST = 1e-6  # that a logarithmic axis shows
+ARMS = (("stable", STABLE), ("canary", CANARY))
+_COURSES: WeakKeyDictionary[FastAPI, Shared[str]] = WeakKeyDictionary()
+
+
+@routes.shows("/console/versions")
+def version_list(viewer: Looking, q: Text = "", state: Text = "", page: Page = 1) -> Response:
+    """The versions that the person may see, the newest first."""
+    found = versions.page_of_versions(viewer.store, viewer.user, text=q, state=state, page=page)
+    return viewer.page("versions.html.jinja", found=found, q=q, state=state, states=versions.STATES)
+
+
+@routes.shows(_VERSION)
+def one_version(viewer: Looking, request: Request, name: Name, number: Number) -> Response:
+    """One version."""
+    version = versions.find_version(viewer.store, viewer.user, name, number)
+    return viewer.page(
+        "version.html.jinja",
+        found=versions.details(viewer.store, viewer.user, version),
+        lineage=lineage.lineage(viewer.store, version),
+        server=f"{request.url.scheme}://{request.url.netloc}",
+        options=version.scope.options(),
+        losses=lost(viewer, version.digest),
+        at=viewer.path,
+    )
+
+
+@routes.shows(_VERSION + "/records/{digest}")
+def record(
+    viewer: Looking, name: Name, number: Number, digest: Digest, split: Text = "train", q: Text = "", page: Page = 1
+) -> Response:
+    """A record of a version's lineage; of a dataset also its rows with their licences."""
+    store, user = viewer.store, viewer.user
+    version, rows = versions.find_version(store, user, name, number), None
+    found = lineage.record_details(store, user, version, digest)
+    if found.kind == "dataset":
+        rows = lineage.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
+    at = viewer.path.partition("/records/")[0]
+    return viewer.page("record.html.jinja", found=found, rows=rows, version=version, at=at, split=split, q=q)
+
+
+@routes.shows(_VERSION + "/{document}")
+def document(viewer: Looking, name: Name, number: Number, document: versions.Document) -> Response:
+    """The evaluation report as a page of its own; or a file: the report, the datasheet of the rows, or their notice."""
+    version = versions.find_version(viewer.store, viewer.user, name, number)
+    text = versions.document_of(viewer.store, viewer.user, version, document)
+    if document == "report.html":
+        return HTMLResponse(text, headers={**PRIVATE, "Content-Security-Policy": REPORT_POLICY})
+    headers = {**PRIVATE, "Content-Disposition": f'attachment; filename="{name}-v{number}-{document}"'}
+    return PlainTextResponse(text, headers=headers, media_type="text/markdown")
+
+
+@dataclass(eq=False)
+class Shared(Generic[Value]):
+    """Values by key, each made once for all who ask within some seconds. Used from one event loop."""
+
+    seconds: float
+    _kept: dict[Hashable, tuple[float, asyncio.Future[Value]]] = field(default_factory=dict)
+
+    async def get(self, key: Hashable, make: Callable[[], Awaitable[Value]]) -> Value:
+        """The value of a key. Who asks while it is being made waits for it. What make raises is raised and not kept."""
+        self._kept = {each: kept for each, kept in self._kept.items() if self._holds(*kept)}
+        if key not in self._kept:
+            self._kept[key] = time.monotonic(), asyncio.ensure_future(make())
+        return await asyncio.shield(self._kept[key][1])
+
+    def _holds(self, at: float, made: asyncio.Future[Value]) -> bool:
+        if not made.done():
+            return True
+        return not made.cancelled() and made.exception() is None and time.monotonic() - at < self.seconds
+
+
+@routes.shows(_ROLLOUTS)
+def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
+    """The rollouts of this person's tenant and region, newest first. version: label of one to start with."""
+    found = courses.list_page(viewer.store, viewer.user, page)
+    project = viewer.serving.project
+    startable, steps = tuple[StartableVersion, ...](), tuple[StepView, ...]()
+    if project is not None and viewer.user.may("rollout.start"):
+        startable, steps = courses.startable(project, viewer.user), courses.steps_of(project.settings.rollout.steps)
+    return viewer.page("rollouts.html.jinja", found=found, startable=startable, steps=steps, chosen=version)
+
+
+@routes.shows(_ROLLOUTS + "/{number}")
+def one_rollout(viewer: Looking, number: int) -> Response:
+    """One rollout: where it stands, its steps, what may be done, and who did what."""
+    found = _find(viewer, number)
+    before = found.stable.digest if found.stable else ""
+    losses = lost(viewer, found.canary.digest, before) if found.canary else None
+    progress = courses.progress(viewer.store, number)
+    return viewer.page("rollout.html.jinja", one=found, progress=progress, losses=losses)
+
+
+@routes.get(_ROLLOUTS + "/{number}/course")
+async def course(request: Request, viewer: Looking, number: int) -> Response:
+    """The part of a rollout's page that changes with traffic: made once for everybody who looks at it."""
+
+    def made() -> str:
+        found = courses.course(viewer.store, number)
+        shown = [(each, evidence_charts(each)) for each in reversed(found.evidence)]
+        charts = traffic_charts(found.traffic)
+        shares = {"traffic": found.traffic, "charts": charts, "evidence": shown, "number": number}
+        return rendered("rollout_course.html.jinja", shares)
+
+    await viewer.run(partial(_find, viewer, number))
+    seen = tuple(changes_of(request, viewer).numbers)
+    shared = _COURSES.setdefault(request.app, Shared(_COURSE_SECONDS))
+    return private(await shared.get((number, seen), partial(viewer.run, made)))
+
+
+def traffic_charts(found: Traffic) -> list[Chart]:
+    """Requests, failures and scores of both arms over time; [] without requests."""
+    if not found.spans:
+        return []
+    times = [datetime.fromisoformat(span.at).timestamp() for span in found.spans]
+    per = "minute" if found.minutes == 1 else f"{found.minutes} minutes"
+
+    def lines(what: str) -> list[Line]:
+        spans = list(zip(times, found.spans, strict=True))
+        return [
+            Line(arm, {at: getattr(getattr(span, arm), what) for at, span in spans}, colour, dashed=arm == "stable")
+            for arm, colour in ARMS
+        ]
+
+    shown = [
+        chart(f"{title} per {per}", lines(what), x="time", y=title.lower(), scale="count")
+        for title, what in (("Requests", "requests"), ("Failed requests", "failed"))
+    ]
+    score = lines("score")
+    scored = any(y is not None for line in score for y in line.points.values())
+    return [*shown, chart(f"Mean {found.metric}", score, x="time", y=found.metric, scale="share")] if scored else shown
+
+
+def evidence_charts(found: Evidence) -> list[Chart]:
+    """The e-values against the one that decides, and both means, as the step's requests came; [] without requests."""
+    points = found.points
+    if not points:
+        return []
+    evidence = [
+        Line("not worse", {point.requests: max(point.not_worse, _LEAST) for point in points}, GOOD),
+        Line("worse", {point.requests: max(point.worse, _LEAST) for point in points}, BAD, dashed=True),
+        Line(f"{found.needed:.3g} decides", {point.requests: found.needed for point in points}, 0, dashed=True),
+    ]
+    means = [
+        Line(arm, {point.requests: getattr(point, arm) for point in points}, colour, dashed=arm == "stable")
+        for arm, colour in ARMS
+    ]
+    return [
+        chart("Evidence (e-values, logarithmic)", evidence, x="request", y="e-value", scale="log"),
+        chart(f"Mean {found.metric} so far", means, x="request", y=found.metric, scale="share"),
+    ]
+
+
+def _find(viewer: Viewer, number: int) -> RolloutView:
+    """A rollout of this person's scope. Raises ApiError 404 for any other number."""
+    found = None
+    if 0 < number < 1 << 62:
+        found = rollouts.one_visible_to(viewer.store, viewer.user, number, judged=False)
+    if found is None:
+        raise ApiError(404, f"There is no rollout {number}.")
+    return found

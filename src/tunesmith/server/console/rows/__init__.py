@@ -1,1 +1,0 @@
-"""Rows: dataset versions and the review queue."""
