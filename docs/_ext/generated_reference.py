@@ -325,7 +325,7 @@ def records_page() -> str:
     """Every kind of record, with what its body states."""
     from pydantic.json_schema import models_json_schema
 
-    from tunesmith.records.kinds import BODIES
+    from tunesmith.records.body import bodies
     from tunesmith.store.records import KINDS
 
     lines = [
@@ -340,10 +340,10 @@ def records_page() -> str:
     for name, kind in KINDS.items():
         parents, blobs = (", ".join(f"`{each}`" for each in names) for names in (kind.parents, kind.blobs))
         lines.append(f"| `{name}` | `{kind.made_by}` | {parents} | {blobs} |")
-    by_model, document = models_json_schema([(body, "validation") for body in BODIES.values()])
+    by_model, document = models_json_schema([(body, "validation") for body in bodies().values()])
     schemas: Mapping[str, Any] = document["$defs"]
     used: list[str] = []
-    for kind_name, body in BODIES.items():
+    for kind_name, body in bodies().items():
         schema = schemas[by_model[body, "validation"]["$ref"].rsplit("/", 1)[-1]]
         used += _references(schema)
         lines += ["", f"## `{kind_name}`", "", _one_line(schema["description"]), "", *_fields(schema)]

@@ -23,7 +23,7 @@ from tests.tiny_project import write_project
 from tunesmith.cli.console import PlainConsole
 from tunesmith.cli.data_tables import draw_removed, draw_rows
 from tunesmith.cli.main import main
-from tunesmith.cli.terminal import Terminal, draw_table, say
+from tunesmith.cli.terminal import Terminal, say, table
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.store.people.trust import read_trust
@@ -131,14 +131,14 @@ def test_nothing_that_is_drawn_controls_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    table = Table(HOSTILE, title=HOSTILE)
-    table.add_row(HOSTILE)
+    grid = Table(HOSTILE, title=HOSTILE)
+    grid.add_row(HOSTILE)
     tree = Tree(HOSTILE)
     tree.add(Text(HOSTILE))
-    for thing in (HOSTILE, Text(HOSTILE), table, tree):
+    for thing in (HOSTILE, Text(HOSTILE), grid, tree):
         harmless(drawn(thing, soft_wrap=True))
     console = PlainConsole()
-    draw_table(console, [(HOSTILE,)], HOSTILE, title=HOSTILE)
+    console.draw([table([(HOSTILE,)], HOSTILE, title=HOSTILE), HOSTILE, (HOSTILE, "dim")])
     say(HOSTILE)
     terminal = Terminal()
     with terminal.task(HOSTILE, 1) as task:
@@ -161,11 +161,10 @@ def test_a_turn_with_line_feeds_stays_inside_its_turn() -> None:
     row = Example.model_construct(id="r1", group="g", licence="MIT", messages=turns)
     console = PlainConsole()
     console.file = io.StringIO()
-    draw_rows(console, SimpleNamespace(split="train", examples=[row], total=1))  # type: ignore[arg-type]
+    console.draw(draw_rows(SimpleNamespace(split="train", examples=[row], total=1)))  # type: ignore[arg-type]
     fields = {"text": "x\n\x9b2J\u202e"}
-    draw_removed(
-        console, SimpleNamespace(removed={"duplicate": [SimpleNamespace(source="a\nb", row=1, fields=fields)]})
-    )  # type: ignore[arg-type]
+    removed = SimpleNamespace(removed={"duplicate": [SimpleNamespace(source="a\nb", row=1, fields=fields)]})
+    console.draw(draw_removed(removed))  # type: ignore[arg-type]
     shown = console.file.getvalue()
     assert "\n  user: x\n      assistant: yes\n" in shown
     assert "\n  a\n    b, row 1: " in shown

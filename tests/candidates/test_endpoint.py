@@ -11,11 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from tests.chat_server import ChatServer, chat_server, completion
-from tunesmith.candidates.endpoint import Endpoint, RemoteCompletion
+from tunesmith.candidates.endpoint import Endpoint
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
-from tunesmith.engines.protocol import Generation
+from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.metrics.scorers import exact_match
 
 KEY = "sk-test-0123456789"
@@ -35,18 +35,17 @@ def _asked(text: str = "hi", **more: Any) -> Generation:
     return Generation(messages=(Message(role="system", content="s"), Message(role="user", content=text)), **more)
 
 
-def _said(server: ChatServer, document: Any, **more: Any) -> RemoteCompletion:
+def _said(server: ChatServer, document: Any, **more: Any) -> Completion:
     """What is read of this answer."""
     server.reply = lambda _: (200, {}, document)
     (given,) = _endpoint(server, **more).generate([_asked()])
-    assert isinstance(given, RemoteCompletion)
     return given
 
 
 def test_what_is_sent_and_read(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", KEY)
     given = _endpoint(server, key_env="A_KEY").generate([_asked(max_tokens=9, schema='{"type":"object"}')])
-    assert given == [RemoteCompletion("hello", "stop", 11, 3, "m-2026")]
+    assert given == [Completion("hello", "stop", 11, 3, served_by="m-2026")]
     (body,), (headers,) = server.asked, server.headers
     assert headers["authorization"] == f"Bearer {KEY}"
     assert body["model"] == "big"

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.fabricate import Chain, put_chain
-from tunesmith.cli import users, versions
+from tunesmith.cli import audit, users, versions
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
@@ -28,8 +28,8 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
 app = typer.Typer()
-versions.register(app)
-users.register(app)
+for noun in (audit, users, versions):
+    noun.register(app)
 
 
 PROJECT = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,30 @@ from tunesmith.store.people.roles import ACTIONS
 
 # What a page has shown before a change, which commands do not say.
 OF_PAGES = {"step", "champion"}
-# A key in the browser is proposed there; a command enrols a key in a file. The other commands ask a server, or verify
-# files where nobody can be looked up.
-NO_COMMANDS = {"audit.verify", "decisions.prepare", "decisions.submit", "keys.propose", "versions.verify"}
+# A key in the browser is proposed there; a command enrols a key in a file. Decisions are sent to a server. Commands
+# verify files, too, where nobody can be looked up.
+NO_COMMANDS = {"audit.verify", "decisions.submit", "keys.propose", "versions.verify"}
 
 
-def calls() -> dict[str, list[set[str]]]:
-    """For each `here.do(NOUN.ACTION, field=...)` of the commands, the fields that it gives, by NOUN.ACTION."""
-    found: dict[str, list[set[str]]] = {}
-    for file in Path(tunesmith.cli.__path__[0]).glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "do":
-                fields = {str(each.arg) for each in node.keywords}
-                found.setdefault(ast.unparse(node.args[0]), []).append(fields)
-    return found
+MODULES = [ast.parse(file.read_text()).body for file in Path(tunesmith.cli.__path__[0]).glob("*.py")]
+FUNCTIONS = [[each for each in body if isinstance(each, ast.FunctionDef)] for body in MODULES]
+
+
+def options(function: ast.FunctionDef) -> set[str]:
+    return {each.arg for each in function.args.args + function.args.kwonlyargs} - {"here"}
+
+
+def calls() -> Iterator[tuple[str, set[str], list[ast.FunctionDef]]]:
+    """For each `here.do(services.NOUN.ACTION, field=...)`: the action, these fields, and the functions that come to it,
+    whose options are fields, too."""
+    for functions in FUNCTIONS:
+        for function in functions:
+            around = [each for each in functions if f" {function.name}(here" in ast.unparse(each)]
+            for node in ast.walk(function):
+                match node:
+                    case ast.Call(func=ast.Attribute(attr="do" | "request"), args=[ast.Attribute() as action]):
+                        name = ast.unparse(action).removeprefix("services.")
+                        yield name, {str(each.arg) for each in node.keywords}, around
 
 
 def place(action: Action[Any, Any]) -> str:
@@ -39,10 +51,22 @@ def place(action: Action[Any, Any]) -> str:
 
 
 def test_commands_give_every_field_of_the_actions_that_they_do() -> None:
-    given, actions = calls(), {place(each): each for each in all_actions() if place(each) not in NO_COMMANDS}
-    assert given.keys() == actions.keys()
-    for name, action in actions.items():
-        assert set().union(*given[name]) == action.asked.model_fields.keys() - OF_PAGES, name
+    given: dict[str, set[str]] = {}
+    actions = {place(each): each.asked.model_fields.keys() - OF_PAGES for each in all_actions()}
+    for action, fields, around in calls():
+        assert fields <= actions[action], action
+        given.setdefault(action, set()).update(fields, *(options(each) & actions[action] for each in around))
+    assert given == {name: fields for name, fields in actions.items() if name not in NO_COMMANDS}
+
+
+def test_every_option_of_a_command_is_read() -> None:
+    """By its name, as a field of a request, or with all that are given."""
+    actions = {place(each): each.asked.model_fields.keys() for each in all_actions()}
+    for function in itertools.chain(*FUNCTIONS):
+        fields = set().union(*(actions[action] for action, _, around in calls() if function in around))
+        read = {each.id for each in ast.walk(function) if isinstance(each, ast.Name)}
+        if "here.given" not in ast.unparse(function):
+            assert options(function) <= read | fields, function.name
 
 
 def test_every_action_is_documented_and_its_permission_is_known() -> None:

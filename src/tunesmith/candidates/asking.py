@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.candidates.answering import Answerer
-from tunesmith.candidates.baselines import Confident
-from tunesmith.candidates.endpoint import RemoteCompletion
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
@@ -22,7 +20,7 @@ from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import bare_label
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
-from tunesmith.records.answers import AnswersBody, TimeEstimate
+from tunesmith.records.evaluation import AnswersBody, TimeEstimate
 from tunesmith.store.store import Store
 
 # Rows per chunk: what kill -9 can lose. Several batches, so that batches stay full. A resumed run has the same chunks,
@@ -55,6 +53,10 @@ class Asked:
     seconds: float
     expected: float
 
+    def total(self, count: str) -> int:
+        """The sum of the lines' prompt_tokens or completion_tokens."""
+        return sum(line[count] for line in self.lines)
+
     def body(self, suite: str, **more: Any) -> AnswersBody:
         """The body of an answers record, with more of its fields."""
         served = sorted({line["served_by"] for line in self.lines if "served_by" in line})
@@ -63,8 +65,8 @@ class Asked:
             n=len(self.lines),
             seconds=self.seconds,
             estimate=TimeEstimate(seconds=self.expected),
-            prompt_tokens=sum(line["prompt_tokens"] for line in self.lines),
-            completion_tokens=sum(line["completion_tokens"] for line in self.lines),
+            prompt_tokens=self.total("prompt_tokens"),
+            completion_tokens=self.total("completion_tokens"),
             served_by=tuple(served),
             **more,
         )
@@ -89,7 +91,8 @@ def ask_rows(
     lines: list[dict[str, Any]] = []
     seconds, expected = 0.0, 0.0
     with progress.task(title, len(examples)) as task:
-        for number, chunk in enumerate(_chunks(examples)):
+        for number, start in enumerate(range(0, len(examples), TOGETHER)):
+            chunk = examples[start : start + TOGETHER]
             kept = work / f"{number:05d}.json"
             if not kept.is_file():
                 answerer.prepare(chunk[0].request, answerer.composer.asked_as)
@@ -153,15 +156,12 @@ def _line(answerer: Answerer, example: Request, asked: Generation, completion: C
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
     }
-    found = answerer.composer.retrieved(example.request, answerer.composer.asked_as)
-    if found.ids:
-        line["retrieved"] = list(found.ids)
-    if isinstance(completion, Confident):
+    if ids := answerer.composer.retrieved(example.request, answerer.composer.asked_as).ids:
+        line["retrieved"] = list(ids)
+    if completion.confidence is not None:
         line["confidence"] = completion.confidence
-    if isinstance(completion, RemoteCompletion) and completion.served_by:
+    if completion.served_by:
         line["served_by"] = completion.served_by
-    if isinstance(completion, RemoteCompletion) and completion.confidence is not None:
-        line["confidence"] = completion.confidence
     return line
 
 
@@ -174,8 +174,3 @@ def _confidence(text: str, sums: Mapping[str, float]) -> float:
     shares = {label: math.exp(each - largest) for label, each in sums.items()}
     own = math.fsum(share for label, share in shares.items() if bare_label(label) == given)
     return round(own / math.fsum(shares.values()), 6)
-
-
-def _chunks(examples: Sequence[Request]) -> Iterator[Sequence[Request]]:
-    for start in range(0, len(examples), TOGETHER):
-        yield examples[start : start + TOGETHER]

@@ -6,7 +6,6 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.candidates.retrieval import Index, example_index, last_request
@@ -18,13 +17,6 @@ from tunesmith.engines.protocol import UNBOUNDED, Completion, Generation, Respon
 # With more distinct answers, or fewer than two examples per answer, the task is not a classification.
 MOST_ANSWERS = 200
 _TOKENS = r"(?u)\b\w+\b"  # scikit-learn's default drops words of one letter
-
-
-@dataclass(frozen=True, slots=True)
-class Confident(Completion):
-    """A completion with the classifier's probability (0 to 1)."""
-
-    confidence: float = 0.0
 
 
 class Baseline(Responder):
@@ -92,8 +84,8 @@ class Classifier(Baseline):
     def _answers(self, texts: Sequence[str]) -> list[Completion]:
         given: list[Completion] = []
         for row in self._model.predict_proba(list(texts)):
-            place = int(row.argmax())
-            given.append(Confident(str(self._model.classes_[place]), "stop", 0, 0, round(float(row[place]), 6)))
+            answer = str(self._model.classes_[int(row.argmax())])
+            given.append(Completion(answer, "stop", 0, 0, confidence=round(float(row.max()), 6)))
         return given
 
 

@@ -60,10 +60,6 @@ class Composer:
         """
         return compose(self._candidate, messages, self.retrieved(messages, caller))
 
-    def prompt_used(self, messages: Sequence[Message]) -> PromptUsed:
-        """Which system prompt a request gets."""
-        return prompt_used(self._candidate, messages)
-
     def training_conversation(self, example: Example) -> tuple[Message, ...]:
         """A row as training sees it. Rows of its own group are not retrieved, as none would be for a new request.
 

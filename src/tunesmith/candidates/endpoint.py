@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +26,6 @@ if TYPE_CHECKING:
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0  # seconds between two tries, also where the endpoint asks for more
 _LARGEST_ANSWER = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteCompletion(Completion):
-    """A completion with the model's name as the endpoint reported it.
-
-    confidence: the probability (0 to 1) of the whole answer, from its tokens' log-probabilities; None without logprobs.
-    """
-
-    served_by: str = ""
-    confidence: float | None = None
 
 
 class Endpoint(Responder):
@@ -138,7 +126,7 @@ class Endpoint(Responder):
                 f"its answer is not a chat completion with usage ({type(error).__name__}: {error})",
                 "the endpoint must speak OpenAI's chat completions and report usage",
             ) from error
-        return RemoteCompletion(
+        return Completion(
             text=text,
             finish="length" if choice.get("finish_reason") == "length" else "stop",
             prompt_tokens=tokens[0],

@@ -50,10 +50,8 @@ def plan_tries(settings: Search, prompts: Sequence[str]) -> list[Try]:
         of_round = [Try(prompt, count, how) for prompt, count in (pairs if how == "fixed" else with_shots)]
         left = settings.tries - len(planned)
         if left < len(of_round):
-            of_round = sorted(of_round, key=lambda one: _mixed(settings.seed, f"{one.prompt}\0{one.count}\0{one.how}"))[
-                :left
-            ]
-        planned += of_round
+            of_round.sort(key=lambda one: _mixed(settings.seed, f"{one.prompt}\0{one.count}\0{one.how}"))
+        planned += of_round[:left]
     return planned
 
 
@@ -95,8 +93,8 @@ def search_prompts(
                 shots=tuple(shot.id for shot in shots),
                 how=one.how if one.count else "none",
                 mean=round(math.fsum(scores) / len(scores), 9),
-                prompt_tokens=sum(line["prompt_tokens"] for line in asked.lines),
-                completion_tokens=sum(line["completion_tokens"] for line in asked.lines),
+                prompt_tokens=asked.total("prompt_tokens"),
+                completion_tokens=asked.total("completion_tokens"),
                 seconds=asked.seconds,
             )
             tries.append(one_try)

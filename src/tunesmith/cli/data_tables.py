@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.terminal import draw_table
+from tunesmith.cli.terminal import Drawn, table
+from tunesmith.core.digests import short
 from tunesmith.core.text.display import json_text
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tunesmith.data.building.summary import DatasetSummary
     from tunesmith.data.building.verify import DatasetVerification
     from tunesmith.data.governance.difference import Difference
@@ -18,102 +17,98 @@ if TYPE_CHECKING:
     from tunesmith.services.datasets import DatasetPage, Originals, QualityReport, RemovedRows, ShownDataset
 
 
-def draw_summary(console: Console, found: DatasetSummary) -> None:
+def draw_summary(found: DatasetSummary) -> Drawn:
     """A table of what a dataset version holds and what was left out."""
-    from tunesmith.core.digests import short
-
-    draw_table(console, _summary_rows(found), title=f"Dataset version {short(found.dataset)}")
+    yield table(_summary_rows(found), title=f"Dataset version {short(found.dataset)}")
 
 
-def draw_list(console: Console, found: DatasetPage) -> None:
+def draw_list(found: DatasetPage) -> Drawn:
     """A line for each dataset version."""
     rows = [
         (one.dataset[7:19], one.at[:16], one.read, one.kept, one.removed, ", ".join(one.signed))
         for one in found.datasets
     ]
     title = f"{len(rows)} of {found.total} dataset versions"
-    draw_table(console, rows, "dataset", "at", "read", "kept", "left out", "signed off by", title=title)
+    yield table(rows, "dataset", "at", "read", "kept", "left out", "signed off by", title=title)
 
 
-def draw_rows(console: Console, found: ShownDataset) -> None:
+def draw_rows(found: ShownDataset) -> Drawn:
     """The rows of a split, turn by turn."""
     from tunesmith.data.dataset import Example
 
-    console.print(f"\n{found.split}: {len(found.examples)} of {found.total} rows")
+    yield f"\n{found.split}: {len(found.examples)} of {found.total} rows"
     for row in found.examples:
         if not isinstance(row, Example):
-            console.print(json_text(row.model_dump()))
+            yield json_text(row.model_dump())
             continue
-        console.print(f"\n{row.id}  {row.group}  {row.licence}", style="dim")
+        yield f"\n{row.id}  {row.group}  {row.licence}", "dim"
         for turn in row.messages:
-            console.print(f"  {turn.role}: {turn.content}")
+            yield f"  {turn.role}: {turn.content}"
             for call in turn.tool_calls:
-                console.print(f"    calls {call.name} {call.arguments}")
+                yield f"    calls {call.name} {call.arguments}"
 
 
-def draw_verification(console: Console, found: DatasetVerification) -> None:
+def draw_verification(found: DatasetVerification) -> Drawn:
     """The problems of a dataset version, and the outcome."""
-    from tunesmith.core.digests import short
-
     for problem in found.problems:
-        console.print(f"{problem.path}: {problem.reason}")
+        yield f"{problem.path}: {problem.reason}"
     outcome = "is what its record says" if found.ok else f"has {len(found.problems)} problems"
-    console.print(f"{short(found.dataset)} {outcome} ({found.checked} things checked)")
+    yield f"{short(found.dataset)} {outcome} ({found.checked} things checked)"
 
 
-def draw_originals(console: Console, found: Originals) -> None:
+def draw_originals(found: Originals) -> Drawn:
     """One line for each pseudonym."""
     for row, pairs in found.originals.items():
         for pseudonym, original in pairs.items():
-            console.print(f"{row}  {pseudonym}  {original}")
+            yield f"{row}  {pseudonym}  {original}"
 
 
-def draw_difference(console: Console, found: Difference) -> None:
+def draw_difference(found: Difference) -> Drawn:
     """A table of rows before and after."""
     rows = [(split, *counts) for split, counts in found.splits.items()]
     shown = {name: values for name, values in found.balance.items() if set(values) != {""}}
     for name, values in {**shown, "removed": found.removed_reasons}.items():
         rows += [(f"{name}: {value or '(none)'}", *counts) for value, counts in values.items()]
-    draw_table(console, rows, "", "before", "after", title="From one dataset version to the other")
-    console.print(", ".join(f"{number} {what}" for what, number in found.rows.items()))
+    yield table(rows, "", "before", "after", title="From one dataset version to the other")
+    yield ", ".join(f"{number} {what}" for what, number in found.rows.items())
     for path, (before, after) in found.settings.items():
-        console.print(f"setting {path}: {json_text(before)}, then {json_text(after)}")
+        yield f"setting {path}: {json_text(before)}, then {json_text(after)}"
 
 
-def draw_removed(console: Console, found: RemovedRows) -> None:
+def draw_removed(found: RemovedRows) -> Drawn:
     """The sampled rows under their reasons."""
     for reason, rows in found.removed.items():
-        console.print(f"\n{reason}", style="bold")
+        yield f"\n{reason}", "bold"
         for row in rows:
-            console.print(f"  {row.source}, row {row.row}: {json_text(row.fields)}")
+            yield f"  {row.source}, row {row.row}: {json_text(row.fields)}"
 
 
-def draw_quality(console: Console, found: QualityReport) -> None:
+def draw_quality(found: QualityReport) -> Drawn:
     """The number of flagged rows, the balance of the rows, and the first flags."""
     for what, rows in found.flagged.items():
-        console.print(f"{what}: {rows} of {found.rows} rows")
+        yield f"{what}: {rows} of {found.rows} rows"
     for what, counts in found.balance.items():
         if set(counts) not in (set(), {""}):
             most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
             shown = ", ".join(f"{value or '(none)'} {number}" for value, number in most)
-            console.print(f"balance by {what}: {shown}")
+            yield f"balance by {what}: {shown}"
     if found.names:
-        _draw_names(console, found.names, found.rows)
+        yield from _draw_names(found.names, found.rows)
     for flag in found.examples:
-        console.print(f"  {flag.id}  {flag.flag}: {flag.detail}")
+        yield f"  {flag.id}  {flag.flag}: {flag.detail}"
 
 
-def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
+def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, object]]:
     for source in found.sources:
         how = "told" if source.format_told else "detected"  # --json has the evidence
         held = ", held out" if source.split == "test" else ""
         yield f"source {source.path}", f"{source.rows} rows, format {source.format} ({how}){held}"
     for warning in found.warnings:
         yield "warning", warning
-    yield "read", str(found.rows.read)
+    yield "read", found.rows.read
     yield "kept", f"{found.rows.kept} ({found.rows.changed} changed)"
     for reason, number in found.rows.removed.items():
-        yield f"removed: {reason}", str(number)
+        yield f"removed: {reason}", number
     for name, number in found.splits.items():
         yield name, f"{number} rows in {found.groups[name]} groups"
     leakage = found.leakage
@@ -127,15 +122,14 @@ def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
     if near.clusters:
         yield "near, answers differ", f"{near.clusters} clusters, {near.rows} rows, the largest {near.largest}"
     for licence, number in found.licences.items():
-        yield f"licence {licence}", str(number)
+        yield f"licence {licence}", number
     for entity, number in found.privacy.items():
-        yield f"found: {entity}", str(number)
+        yield f"found: {entity}", number
     yield from _scan_rows(found.privacy_scan)
     for key, number in found.ignored_keys.items():
         yield f"key not read: {key}", f"in {number} rows"
     if review := found.review:
-        applied = f"{review.accept} accepted, {review.edit} edited, {review.reject} rejected"
-        yield f"reviewed, {review.path}", applied
+        yield f"reviewed, {review.path}", f"{review.accept} accepted, {review.edit} edited, {review.reject} rejected"
     if conflicts := found.conflicts.requests:
         yield "conflicts", f"{conflicts} requests with different answers, {found.conflicts.rows} rows"
 
@@ -168,13 +162,11 @@ def _scan_rows(scan: PrivacyScan) -> Iterator[tuple[str, str]]:
         yield "probably left", "no bound" if left is None else f"at most {left:g} values (95%)"
 
 
-def _draw_names(console: Console, found: NamedPeople, rows: int) -> None:
+def _draw_names(found: NamedPeople, rows: int) -> Drawn:
     genders = ", ".join(f"{gender} {number}" for gender, number in found.genders.items())
     error = found.reference.entities["PERSON"] if found.reference else None
     accuracy = f"; on annotated text recall {error.recall}, precision {error.precision}" if error else ""
     by = found.model.package if found.model else "patterns"
-    console.print(
-        f"people named: in {found.rows} of {rows} rows, {found.mentions} mentions of {found.distinct} "
-        f"names, the most frequent {found.most} times; suggested: {genders} ({by}{accuracy})",
-    )
-    console.print(f"  ({found.caveat})")
+    times = f"{found.mentions} mentions of {found.distinct} names, the most frequent {found.most} times"
+    yield f"people named: in {found.rows} of {rows} rows, {times}; suggested: {genders} ({by}{accuracy})"
+    yield f"  ({found.caveat})"

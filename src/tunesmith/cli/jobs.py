@@ -8,41 +8,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, say
+from tunesmith import services
+from tunesmith.cli.terminal import Acting, Drawn, Here, Positive, add_commands, add_group, say, table
+from tunesmith.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tunesmith.services.jobs import JobList, JobLog, JobView
-    from tunesmith.services.retraining import Retraining
 
-Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
+Number = Annotated[int, typer.Argument(min=1, help="A job's number.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(no_args_is_help=True, help="Show jobs that are queued, running or ended, and change them.")
+    group = add_group(app, "jobs", "Show jobs that are queued, running or ended, and change them.")
     add_commands(group, show, log, cancel, pause, resume, list=list_jobs)
-    app.add_typer(group, name="jobs")
     add_commands(app, worker, retrain)
 
 
 def worker(
     here: Here,
-    at_once: Annotated[
-        int | None,
-        typer.Option(
-            "--at-once",
-            min=1,
-            help="Jobs performed at the same time, each on its share of the cores and GPUs; by default one, or one for "
-            "each GPU where there are several.",
-        ),
-    ] = None,
-    lease: Annotated[
-        float,
-        typer.Option("--lease", min=2.0, help="Seconds without a sign of life until another worker takes a job on."),
-    ] = 60.0,
-    until_empty: Annotated[bool, typer.Option("--until-empty", help="End once no job is queued or performed.")] = False,
+    *,
+    at_once: Annotated[int | None, typer.Option(min=1)] = None,
+    lease: Annotated[float, typer.Option(min=2.0)] = 60.0,
+    until_empty: bool = False,
 ) -> None:
     """Perform the project's queued jobs, each in a separate process, until ctrl-C or SIGTERM.
 
@@ -50,19 +38,22 @@ def worker(
     run. With `webhooks:` it sends events to other systems. It deletes kept requests whose time is over,
     and decides on held answers at their deadline. When it ends, jobs that are performed stop between two steps and go
     back into the queue; a second signal ends them at once.
+
+    at_once: Jobs performed at the same time, each on its share of the cores and GPUs; by default one, or one for each
+        GPU where there are several.
+    lease: Seconds without a sign of life until another worker takes a job on.
+    until_empty: End once no job is queued or performed.
     """
     import signal
 
     from tunesmith.monitoring import cases
-    from tunesmith.services import held, retraining, webhooks
-    from tunesmith.services.worker import make_worker
 
     def also() -> None:
         cases.delete_expired(here.store)  # before what may fail by the project file or its sources
-        held.tidy(here.store)
-        retraining.look_again(here.project.root, say)
+        services.held.tidy(here.store)
+        services.retraining.look_again(here.project.root, say)
 
-    working = make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
+    working = services.worker.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
 
     def stop(number: int, _frame: object) -> None:
         if working.stopping.is_set():
@@ -72,72 +63,62 @@ def worker(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with webhooks.delivering(here.project, say):
+    with services.webhooks.delivering(here.project, say):
         say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
         working.run(until_empty=until_empty)
 
 
-def retrain(
-    here: Acting,
-    add: Annotated[bool, typer.Option("--queue", help="Queue a run, as a worker does.")] = False,
-) -> None:
+def retrain(here: Acting, *, add: Annotated[bool, typer.Option("--queue")] = False) -> int:
     """Say which causes of `retraining:` make a new version due. Exit code 3: one has no run yet.
 
     A worker looks by itself. What comes of the run is registered if its gates pass, and waits for an approval.
+
+    add: Queue a run, as a worker does.
     """
-    from tunesmith.services import retraining
-
-    found = here.do(retraining.retrain) if add else retraining.look(here.project, say=say)
+    found = here.do(services.retraining.retrain) if add else services.retraining.look(here.project, say=say)
     here.emit(found, _draw_retraining)
-    raise typer.Exit(3 if any(each.job is None for each in found.causes) else 0)
+    return 3 if any(each.job is None for each in found.causes) else 0
 
 
-def _draw_retraining(console: Console, found: Retraining) -> None:
+def _draw_retraining(found: services.retraining.Retraining) -> Drawn:
     if not found.causes:
-        console.print(f"{found.version}: no new version is due" if found.version else "nothing serves yet")
+        yield f"{found.version}: no new version is due" if found.version else "nothing serves yet"
     for each in found.causes:
         job = f"job {each.job}" if each.job else f"no run: {each.waits}" if each.waits else "no run: `retrain --queue`"
-        console.print(f"{each.cause}: {each.says} ({job})", soft_wrap=True, markup=False, highlight=False)
+        yield f"{each.cause}: {each.says} ({job})"
 
 
 def list_jobs(
     here: Here,
-    state: Annotated[
-        list[str] | None,
-        typer.Option("--state", help="Only these: queued, running, paused, succeeded, failed, cancelled."),
-    ] = None,
-    before: Annotated[
-        int | None, typer.Option("--before", min=1, metavar="JOB", help="Only jobs with a lower number.")
-    ] = None,
-    most: Annotated[int, typer.Option("--most", min=1, help="How many.")] = 50,
+    *,
+    state: list[str] | None = None,
+    before: Annotated[int | None, typer.Option(min=1)] = None,
+    most: Positive = 50,
 ) -> None:
-    """List jobs, newest first."""
-    from tunesmith.services import jobs
+    """List jobs, newest first.
 
-    here.emit(jobs.list_jobs(here.store, states=state or (), before=before, most=most), _draw_list)
+    state: Only these: queued, running, paused, succeeded, failed, cancelled.
+    before JOB: Only jobs with a lower number.
+    most: How many.
+    """
+    here.emit(services.jobs.list_jobs(here.store, states=state or (), before=before, most=most), _draw_list)
 
 
 def show(here: Here, job: Number) -> None:
     """Show a job: its state, the step that it is at, the time left for this step, its result or its error."""
-    from tunesmith.services import jobs
-
-    here.emit(jobs.show(here.store, job), draw_job)
+    here.emit(services.jobs.show(here.store, job), draw_job)
 
 
-def log(
-    here: Here,
-    job: Number,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
-) -> None:
-    """Print the log of a job."""
-    from tunesmith.core.errors import UsageError
-    from tunesmith.services import jobs
+def log(here: Here, job: Number, *, follow: Annotated[bool, typer.Option("--follow", "-f")] = False) -> None:
+    """Print the log of a job.
 
+    follow: Go on until the job has ended.
+    """
     if follow and here.as_json:
         raise UsageError("--follow has no single result that --json could print", fix="leave one of them out")
     store, last = here.store, 0
     while True:
-        found = jobs.log(store, job, after=last)
+        found = services.jobs.log(store, job, after=last)
         here.emit(found, _draw_log)
         if not follow or found.state in ("succeeded", "failed", "cancelled"):
             return
@@ -147,58 +128,49 @@ def log(
 
 def cancel(here: Acting, job: Number) -> None:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
-    from tunesmith.services import jobs
-
-    here.emit(here.do(jobs.cancel, job=job), draw_job)
+    here.emit(here.do(services.jobs.cancel), draw_job)
 
 
 def pause(here: Acting, job: Number) -> None:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
-    from tunesmith.services import jobs
-
-    here.emit(here.do(jobs.pause, job=job), draw_job)
+    here.emit(here.do(services.jobs.pause), draw_job)
 
 
 def resume(here: Acting, job: Number) -> None:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
-    from tunesmith.services import jobs
-
-    here.emit(here.do(jobs.resume, job=job), draw_job)
+    here.emit(here.do(services.jobs.resume), draw_job)
 
 
-def draw_job(console: Console, job: JobView) -> None:
+def draw_job(job: JobView) -> Drawn:
     """Draw a job as a table."""
-    error = job.error
-    rows = (
+    changes = (f"{name}.{key}={value}" for name, each in job.changes.items() for key, value in each.items())
+    rows = [
         ("state", _state(job)),
         ("created", f"{_time(job.created)} by {job.created_by}"),
-        *([("cause", job.cause)] if job.cause else []),
-        *(("changed", f"{name}.{key}={value}") for name, each in job.changes.items() for key, value in each.items()),
+        ("cause", job.cause),
+        *(("changed", each) for each in changes),
         ("attempts", f"{job.attempts} of {job.most_attempts}"),
-        *([("worker", job.worker)] if job.worker else []),
-        *([("step", step)] if (step := _step(job)) else []),
-        *([("took", f"{job.ended - job.started:.0f} s")] if job.started and job.ended else []),
-        *([("forecast", job.result["headline"])] if "headline" in job.result else []),
-        *([("version", job.result["register"]["version"])] if "register" in job.result else []),
-        *((name, str(error[key])) for name, key in (("error", "what"), ("where", "where"), ("fix", "fix"))
-          if error.get(key)),
-    )  # fmt: skip
-    draw_table(console, rows, title=f"job {job.job}: {job.kind}")
+        ("worker", job.worker),
+        ("step", _step(job)),
+        ("took", f"{job.ended - job.started:.0f} s" if job.started and job.ended else ""),
+        ("forecast", job.result.get("headline")),
+        ("version", job.result.get("register", {}).get("version")),
+        ("error", job.error.get("what")),
+        ("where", job.error.get("where")),
+        ("fix", job.error.get("fix")),
+    ]
+    yield table([row for row in rows if row[1]], title=f"job {job.job}: {job.kind}")
 
 
-def _draw_list(console: Console, found: JobList) -> None:
-    if not found.jobs:
-        console.print("no jobs; `tunesmith run` makes one")
-        return
+def _draw_list(found: JobList) -> Drawn:
     rows = [(job.job, job.kind, _state(job), job.created_by, _time(job.created), _step(job)) for job in found.jobs]
-    draw_table(console, rows, "job", "kind", "state", "by", "created", "step")
+    headings = ("job", "kind", "state", "by", "created", "step")
+    yield table(rows, *headings) if rows else "no jobs; `tunesmith run` makes one"
 
 
-def _draw_log(console: Console, found: JobLog) -> None:
-    from tunesmith.core.text.display import printable
-
+def _draw_log(found: JobLog) -> Drawn:
     for line in found.lines:
-        console.print(f"{_time(line.at)} {printable(line.message)}", soft_wrap=True, markup=False, highlight=False)
+        yield f"{_time(line.at)} {line.message}"
 
 
 def _state(job: JobView) -> str:

@@ -13,13 +13,11 @@ import typer
 from typer.exceptions import TyperException
 
 from tunesmith.cli import (
-    copies,
+    audit,
     data,
     evaluation,
-    forecast,
     held,
     jobs,
-    lookups,
     monitoring,
     pipeline,
     project,
@@ -44,28 +42,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_GROUPS = (
-    *(
-        project,
-        forecast,
-        pipeline,
-        jobs,
-        data,
-        evaluation,
-        requests,
-        lookups,
-        review,
-        versions,
-        users,
-        rollout,
-        serve,
-        monitoring,
-        copies,
-    ),
-    held,
-    webhooks,
-)
-for commands in _GROUPS:
+for commands in (
+    *(project, pipeline, jobs, data, evaluation, requests, review, versions, users),
+    *(rollout, serve, monitoring, audit, held, webhooks),
+):
     commands.register(app)
 
 _STOPPED = 130

@@ -1,69 +1,65 @@
-"""`run` and `train`."""
+"""`run`, `train` and `forecast`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, draw_table
+from tunesmith import services
+from tunesmith.cli import evaluation
+from tunesmith.cli.jobs import draw_job
+from tunesmith.cli.terminal import Acting, Drawn, Here, Positive, Terminal, add_commands, table
+from tunesmith.core.errors import UsageError
+from tunesmith.core.system.machine import started_by_torchrun
+from tunesmith.core.text.wording import percent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
-
     from tunesmith.records.search import SettingsTrial
     from tunesmith.services.training import Repeated, RunSummary, SettingsSearch, TrainingSummary
 
 
+FORECAST_EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
+_COLOURS = {"train": "green", "don't": "red", "undecided": "yellow", None: "yellow"}
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, run, train)
+    add_commands(app, run, train, forecast)
 
 
 def run(
     here: Acting,
-    queue: Annotated[bool, typer.Option("--queue", help="Leave it to `tunesmith worker`, and return at once.")] = False,
-    priority: Annotated[int, typer.Option("--priority", help="With --queue: higher ones are taken first.")] = 0,
-    key: Annotated[
-        str | None, typer.Option("--key", help="With --queue: the same key again gives the same job, not another one.")
-    ] = None,
-    changed: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME.KEY=VALUE",
-            help="A training setting of candidate NAME for this run only: epochs, budget, learning_rate, rank, batch "
-            "or seed.",
-        ),
-    ] = None,
-) -> None:
+    *,
+    queue: bool = False,
+    priority: int = 0,
+    key: str | None = None,
+    changed: Annotated[list[str] | None, typer.Option("--set")] = None,
+) -> int:
     """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped.
 
     The run is a job: `tunesmith jobs` shows it while it goes on and afterwards.
-    """
-    from tunesmith.cli.evaluation import EXITS
-    from tunesmith.core.errors import UsageError
-    from tunesmith.services import jobs, worker
 
+    queue: Leave it to `tunesmith worker`, and return at once.
+    priority: With --queue: higher ones are taken first.
+    key: With --queue: the same key again gives the same job, not another one.
+    changed NAME.KEY=VALUE: A training setting of candidate NAME for this run only: epochs, budget, learning_rate, rank,
+        batch or seed.
+    """
     changes = _changes(changed or ())
     if queue:
-        from tunesmith.cli.jobs import draw_job
-
-        here.emit(here.do(jobs.add, kind="run", changes=changes, priority=priority, key=key), draw_job)
-        return
+        here.emit(here.do(services.jobs.add, kind="run", changes=changes), draw_job)
+        return 0
     if priority or key is not None:
         raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
-    done = worker.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
+    done = services.worker.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
     here.emit(done, _draw_run)
-    raise typer.Exit(EXITS[done.gate.verdict])
+    return evaluation.EXITS[done.gate.verdict]
 
 
 def _changes(given: Sequence[str]) -> dict[str, dict[str, str]]:
     """Changes from texts such as `tuned.epochs=2`. Raises UsageError for another form."""
-    from tunesmith.core.errors import UsageError
-
     found: dict[str, dict[str, str]] = {}
     for text in given:
         place, is_there, value = text.partition("=")
@@ -76,60 +72,52 @@ def _changes(given: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def train(
     here: Here,
-    candidate: Annotated[str | None, typer.Argument(help="Its name; by default the only one that is trained.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Train again from the start.")] = False,
-    repeat: Annotated[
-        bool, typer.Option("--repeat", help="Only train again as its record says, and compare the weights' bytes.")
-    ] = False,
-    search: Annotated[
-        bool, typer.Option("--search", help="Only search for better training settings on validation rows.")
-    ] = False,
-    trials: Annotated[
-        int | None, typer.Option("--trials", help="How many settings --search tries; 12 by default.")
-    ] = None,
-    within: Annotated[
-        str | None, typer.Option("--within", metavar="TIME", help="After that --search begins no further trial.")
-    ] = None,
-    copies: Annotated[
-        int, typer.Option("--copies", min=1, help="Copies of the model that torchrun's processes hold (HSDP).")
-    ] = 1,
-) -> None:
+    candidate: str | None = None,
+    *,
+    restart: bool = False,
+    repeat: bool = False,
+    search: bool = False,
+    trials: int | None = None,
+    within: str | None = None,
+    copies: Positive = 1,
+) -> int:
     """Train a candidate's adapter. Continues from the newest complete checkpoint. `torchrun --nproc-per-node N -m
-    tunesmith train NAME` trains it on N processes together."""
-    from tunesmith.core.errors import UsageError
-    from tunesmith.core.system.machine import started_by_torchrun
-    from tunesmith.services import training
+    tunesmith train NAME` trains it on N processes together.
 
+    candidate: Its name; by default the only one that is trained.
+    restart: Train again from the start.
+    repeat: Only train again as its record says, and compare the weights' bytes.
+    search: Only search for better training settings on validation rows.
+    trials: How many settings --search tries; 12 by default.
+    within TIME: After that --search begins no further trial.
+    copies: Copies of the model that torchrun's processes hold (HSDP).
+    """
     _check_train_options(restart, repeat, search, limited=trials is not None or within is not None)
-    if copies > 1 and not started_by_torchrun():
-        raise UsageError(
-            "one process holds one copy of the model", where="--copies", fix="leave it out, or use torchrun"
-        )
+    training, progress = services.training, Terminal()
     if started_by_torchrun():
         made = training.train_together(
-            lambda: here.project, candidate, copies=copies, restart=restart, progress=Terminal()
+            lambda: here.project, candidate, copies=copies, restart=restart, progress=progress
         )
         if made is not None:
             here.emit(made, _draw_training)
-        return
-    project = here.project
-    if search:
+    elif copies > 1:
+        fix = "leave it out, or use torchrun"
+        raise UsageError("one process holds one copy of the model", where="--copies", fix=fix)
+    elif search:
         number = training.TRIALS if trials is None else trials
-        found = training.search_settings(project, candidate, trials=number, within=within, progress=Terminal())
+        found = training.search_settings(here.project, candidate, trials=number, within=within, progress=progress)
         here.emit(found, _draw_search)
-        return
-    if repeat:
-        done = training.repeat(project, candidate, progress=Terminal())
+    elif repeat:
+        done = training.repeat(here.project, candidate, progress=progress)
         here.emit(done, _draw_repeated)
-        raise typer.Exit(0 if done.same else 1)
-    here.emit(training.train(project, candidate, restart=restart, progress=Terminal()), _draw_training)
+        return 0 if done.same else 1
+    else:
+        here.emit(training.train(here.project, candidate, restart=restart, progress=progress), _draw_training)
+    return 0
 
 
 def _check_train_options(restart: bool, repeat: bool, search: bool, *, limited: bool) -> None:
     """Raise UsageError for options of `train` that exclude each other. limited: --trials or --within is given."""
-    from tunesmith.core.errors import UsageError
-    from tunesmith.core.system.machine import started_by_torchrun
-
     only = [name for name, given in (("--search", search), ("--repeat", repeat)) if given]
     if only and started_by_torchrun():
         raise UsageError(f"{only[0]} runs in one process", fix="start it without torchrun")
@@ -146,11 +134,39 @@ def _check_train_options(restart: bool, repeat: bool, search: bool, *, limited: 
         raise UsageError(f"{only[0]} keeps nothing that could be restarted", fix="leave --restart out")
 
 
-def _draw_training(console: Console, done: TrainingSummary) -> None:
+def forecast(
+    here: Acting,
+    candidate: str | None = None,
+    *,
+    rows: Annotated[int | None, typer.Option(min=1)] = None,
+    goal: Annotated[float | None, typer.Option(min=-1.0, max=1.0)] = None,
+    queue: bool = False,
+) -> int:
+    """Forecast from trainings on subsets whether a training will pay. Exits with 0 for train, 3 for don't, 4 for
+    undecided.
+
+    candidate: Its name; by default the only one that is trained.
+    rows: Rows of the largest subset; by default a sixteenth of all, and 100 at least.
+    goal: The lift from which tuning pays; by default the lift gate's bound.
+    queue: Leave it to `tunesmith worker`, with the defaults, and return at once.
+    """
+    if queue:
+        if (rows, goal) != (None, None):
+            raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
+        here.emit(here.do(services.jobs.add, kind="forecast"), draw_job)
+        return 0
+    found = services.forecast.forecast(
+        here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor
+    )
+    here.emit(found, _draw_forecast)
+    return FORECAST_EXITS[found.decision]
+
+
+def _draw_training(done: TrainingSummary) -> Drawn:
     expected = done.estimate
     memory, expected_memory = done.peak_memory_bytes / 1e9, expected.peak_memory_bytes / 1e9
     checkpoint, expected_checkpoint = done.checkpoint_bytes / 1e6, expected.checkpoint_bytes / 1e6
-    rows = (
+    rows = [
         ("rows, epochs, steps", f"{done.rows}, {done.epochs:.2f}, {done.steps}"),
         *([("rehearsed", f"{done.rehearsed} answers of the base")] if done.rehearsed else []),
         ("final loss", f"{done.final_loss:.4f}"),
@@ -162,30 +178,28 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
         *(("notice", each) for each in done.notices),
         ("adapter", done.adapter),
         ("record", done.training),
-    )
-    draw_table(console, rows, title="training")
+    ]
+    yield table(rows, title="training")
 
 
-def _validated(done: TrainingSummary) -> list[tuple[str, str]]:
+def _validated(done: TrainingSummary) -> Iterator[tuple[str, str]]:
     """The kept weights' score on validation rows, why the training ended where it did, what more time would bring."""
-    found = []
     if done.score is not None:
-        kept = next((each for each in done.validation if each.step == done.kept), None)
-        value = "none" if kept is None or kept.score is None else f"{kept.score:.1%}"
-        found.append((f"validation {done.score.metric}", f"{value} over {done.score.rows} rows"))
+        kept = next((each.score for each in done.validation if each.step == done.kept), None)
+        value = "none" if kept is None else f"{kept:.1%}"
+        yield f"validation {done.score.metric}", f"{value} over {done.score.rows} rows"
     if done.decisions is not None and done.decisions.decays:
-        found.append(("ended because", done.decisions.decays[-1].reason))
+        yield "ended because", done.decisions.decays[-1].reason
     if done.more_time is not None:
-        found.append(("more time", done.more_time.text))
-    return found
+        yield "more time", done.more_time.text
 
 
-def _draw_repeated(console: Console, done: Repeated) -> None:
+def _draw_repeated(done: Repeated) -> Drawn:
     said = "the same bytes" if done.same else "other bytes: another machine, library or number of threads?"
-    draw_table(console, (("steps", str(done.steps)), ("weights", said), ("record", done.training)), title="repeated")
+    yield table((("steps", str(done.steps)), ("weights", said), ("record", done.training)), title="repeated")
 
 
-def _draw_search(console: Console, found: SettingsSearch) -> None:
+def _draw_search(found: SettingsSearch) -> Drawn:
     import yaml
 
     from tunesmith.training.settings import PROBABILITY
@@ -198,21 +212,19 @@ def _draw_search(console: Console, found: SettingsSearch) -> None:
         found.trials, key=lambda each: (each.outcome, -(each.score or 0.0), -(each.probability or 0.0), each.number)
     )
     title = f"settings of {found.candidate}, on {found.validation_rows} validation rows"
-    draw_table(console, [_trial_row(each, keys, scored) for each in ordered], *headings, title=title)
+    yield table([_trial_row(each, keys, scored) for each in ordered], *headings, title=title)
     best = f", and trial {found.best} those that did best" if found.best else ""
-    console.print(f"trial 0 has the present settings{best}", soft_wrap=True)
+    yield f"trial 0 has the present settings{best}"
     for trial in ordered:
         if trial.why:
-            console.print(f"trial {trial.number}: {trial.why}", soft_wrap=True)
+            yield f"trial {trial.number}: {trial.why}"
     why = "" if found.unscored is None else f": {found.unscored}"
-    console.print(f"compared by {'the score' if found.by == 'score' else PROBABILITY}{why}", soft_wrap=True)
-    console.print(f"record {found.search}\n", soft_wrap=True)
-    console.print(found.conclusion, soft_wrap=True)
+    yield f"compared by {'the score' if found.by == 'score' else PROBABILITY}{why}"
+    yield f"record {found.search}\n"
+    yield found.conclusion
     if found.suggestion is not None:
         text = yaml.safe_dump({"train": found.suggestion}, sort_keys=False, default_flow_style=None)
-        console.print(
-            f"\ncandidates.{found.candidate} in tunesmith.yaml, beside its other settings:\n{text}", soft_wrap=True
-        )
+        yield f"\ncandidates.{found.candidate} in tunesmith.yaml, beside its other settings:\n{text}"
 
 
 def _trial_row(trial: SettingsTrial, keys: list[str], scored: bool) -> list[str]:
@@ -224,17 +236,15 @@ def _trial_row(trial: SettingsTrial, keys: list[str], scored: bool) -> list[str]
     return [*values, *score, "" if probability is None else f"{probability:.4f}"]
 
 
-def _draw_run(console: Console, done: RunSummary) -> None:
-    from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
-
-    draw_evaluation(console, done.evaluate)
-    draw_verdict(console, done.gate)
+def _draw_run(done: RunSummary) -> Drawn:
+    yield from evaluation.draw_evaluation(done.evaluate)
+    yield from evaluation.draw_verdict(done.gate)
     if done.registered is None:
-        console.print("nothing was registered; `tunesmith report` says why and what to do")
+        yield "nothing was registered; `tunesmith report` says why and what to do"
         return
     label = done.registered.version
-    console.print(f"registered {label}\n")
-    console.print("next:")
+    yield f"registered {label}\n"
+    yield "next:"
     for command, why in (
         ("tunesmith report --output report.html", "the evidence on one page"),
         (f"tunesmith verify {label}", "recompute its whole lineage"),
@@ -243,4 +253,19 @@ def _draw_run(console: Console, done: RunSummary) -> None:
         (f"tunesmith rollout start {label}", "move traffic to it step by step"),
         ("tunesmith serve", "an OpenAI-compatible endpoint"),
     ):
-        console.print(f"  {command:<52} {why}", soft_wrap=True)
+        yield f"  {command:<52} {why}"
+
+
+def _draw_forecast(found: services.forecast.ForecastView) -> Drawn:
+    rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
+    rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
+    rows += [
+        (f"expected of {each.rows:,} rows", percent(each.median), f"{percent(each.low)} to {percent(each.high)}")
+        for each in found.curve
+        if each.rows >= found.rows
+    ]
+    title = f"{sum(found.held.values())} validation rows"
+    yield table(rows, "", found.metric, f"{found.confidence:.0%} interval", title=title)
+    yield found.headline, f"bold {_COLOURS[found.decision]}"
+    for sentence in found.reasons:
+        yield f"- {sentence}"

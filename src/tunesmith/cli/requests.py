@@ -1,4 +1,4 @@
-"""`requests` and `request`: an evaluation's held-out requests by candidates, and one of them with all answers."""
+"""`requests`, `request` and `evaluations`: evaluations, and what candidates answered to their held-out requests."""
 
 from __future__ import annotations
 
@@ -6,103 +6,141 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Acting, add_commands
+from tunesmith import services
+from tunesmith.cli.terminal import Acting, Drawn, Positive, add_commands, table
+from tunesmith.core.text.display import printable_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tunesmith.services.held_out_requests import OpenedRequest, RequestMatrix
     from tunesmith.store.people.identities import User
     from tunesmith.store.store import Store
 
-Evaluation = Annotated[
-    str, typer.Option("--evaluation", metavar="DIGEST", help="The start of its digest; by default the newest one.")
-]
+Evaluation = Annotated[str, typer.Option(metavar="DIGEST", help="The start of its digest; by default the newest one.")]
+_FILTERS = ("focus", "rival", "metric", "show", "group", "label", "search")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, requests, request)
+    add_commands(app, requests, request, evaluations)
 
 
 def requests(
     here: Acting,
+    *,
     evaluation: Evaluation = "",
-    focus: Annotated[str, typer.Option(help="The candidate; by default the best tuned one.")] = "",
-    rival: Annotated[str, typer.Option(help="What it is compared with; by default the best untuned one.")] = "",
-    metric: Annotated[str, typer.Option(help="By default the primary metric.")] = "",
-    show: Annotated[str, typer.Option(help="all, flips, wins, losses, invalid or long.")] = "all",
-    group: Annotated[str, typer.Option(help="Only groups whose name begins so.")] = "",
-    label: Annotated[str, typer.Option(metavar="KEY=VALUE", help="Only rows with this label.")] = "",
-    search: Annotated[str, typer.Option(help="Only requests with this text in a request or an answer.")] = "",
-    first: Annotated[int, typer.Option(min=0, help="The place to begin at.")] = 0,
-    most: Annotated[int, typer.Option(min=1, max=1000, help="Requests to show.")] = 20,
+    focus: str = "",
+    rival: str = "",
+    metric: str = "",
+    show: str = "all",
+    group: str = "",
+    label: str = "",
+    search: str = "",
+    first: Annotated[int, typer.Option(min=0)] = 0,
+    most: Annotated[int, typer.Option(min=1, max=1000)] = 20,
 ) -> None:
-    """Show held-out requests by candidates: where a candidate got worse first, then where it got better."""
-    from tunesmith.services import held_out_requests
+    """Show held-out requests by candidates: where a candidate got worse first, then where it got better.
 
-    given = {"focus": focus, "rival": rival, "metric": metric, "show": show}
-    given |= {"group": group, "label": label, "search": search}
+    focus: The candidate; by default the best tuned one.
+    rival: What it is compared with; by default the best untuned one.
+    metric: By default the primary metric.
+    show: all, flips, wins, losses, invalid or long.
+    group: Only groups whose name begins so.
+    label KEY=VALUE: Only rows with this label.
+    search: Only requests with this text in a request or an answer.
+    first: The place to begin at.
+    most: Requests to show.
+    """
+    wanted = {name: here.given[name] for name in _FILTERS}
     store, user, digest = _which(here, evaluation)
-    found = held_out_requests.show_requests(store, user, user.region, digest, given, first, most)
+    found = services.held_out_requests.show_requests(store, user, user.region, digest, wanted, first, most)
     here.emit(found, _draw_requests)
 
 
-def request(
-    here: Acting,
-    row: Annotated[str, typer.Argument(metavar="ROW", help="The row's id, as `requests` shows it.")],
-    evaluation: Evaluation = "",
-    compared: Annotated[
-        str, typer.Option(help="What answers are compared with: reference, or a candidate.")
-    ] = "reference",
-) -> None:
-    """Show one held-out request with every candidate's answer, and how it differs from the reference."""
-    from tunesmith.services import held_out_requests
+def request(here: Acting, row: str, *, evaluation: Evaluation = "", compared: str = "reference") -> None:
+    """Show one held-out request with every candidate's answer, and how it differs from the reference.
 
+    row: The row's id, as `requests` shows it.
+    compared: What answers are compared with: reference, or a candidate.
+    """
     store, user, digest = _which(here, evaluation)
-    here.emit(held_out_requests.show_request(store, user, user.region, digest, row, {}, compared), _draw_request)
+    found = services.held_out_requests.show_request(store, user, user.region, digest, row, {}, compared)
+    here.emit(found, _draw_request)
+
+
+def evaluations(here: Acting, evaluation: str | None = None, *, page: Positive = 1) -> None:
+    """List evaluations, newest first, or show one with the verdict on its best judged candidate.
+
+    evaluation [DIGEST]: The start of one's digest: show it with its gates.
+    page: 25 evaluations each.
+    """
+    if evaluation is None:
+        acting = here.acting
+        here.emit(services.evaluation_lookups.list_evaluations(acting.store, acting.user, page), _draw_list)
+    else:
+        here.emit(services.evaluation_lookups.show_evaluation(*_which(here, evaluation)), _draw_one)
 
 
 def _which(here: Acting, evaluation: str) -> tuple[Store, User, str]:
     """The store, the acting user, and the digest of the evaluation that is meant."""
-    from tunesmith.services import evaluation_lookups
-
     acting = here.acting
     store, user = acting.store, acting.user
-    return (
-        store,
-        user,
-        store.find_record(evaluation) if evaluation else evaluation_lookups.newest_evaluation(store, user),
-    )
+    if evaluation:
+        return store, user, store.find_record(evaluation)
+    return store, user, services.evaluation_lookups.newest_evaluation(store, user)
 
 
-def _draw_requests(console: Console, found: RequestMatrix) -> None:
-    from rich.table import Table
+def _draw_requests(found: RequestMatrix) -> Drawn:
+    from rich.table import Column
 
     chosen, counts = found.filter, found.changes
     title = f"{found.chosen} of {found.total} requests, {chosen['focus']} against {chosen['rival']}"
-    table = Table(title=f"{title}: {counts['loss']} losses, {counts['win']} wins", title_justify="left")
-    table.add_column("row", no_wrap=True)
-    for heading in ("request", "change", *found.candidates):
-        table.add_column(heading, overflow="fold")
-    for row in found.rows:
-        table.add_row(row.id, row.request, row.change, *(f"{cell.score:.0%}" for cell in row.cells))
-    console.print(table)
+    yield table(
+        ((row.id, row.request, row.change, *(f"{cell.score:.0%}" for cell in row.cells)) for row in found.rows),
+        Column("row", no_wrap=True),
+        "request",
+        "change",
+        *found.candidates,
+        title=f"{title}: {counts['loss']} losses, {counts['win']} wins",
+    )
 
 
-def _draw_request(console: Console, found: OpenedRequest) -> None:
+def _draw_request(found: OpenedRequest) -> Drawn:
     from rich.text import Text
 
-    for role, text in found.turns:
-        console.print(Text(f"{role}: ", "bold"), Text(text))
-    console.print(Text("reference: ", "bold"), Text(found.reference))
+    for role, text in [*found.turns, ("reference", found.reference)]:
+        yield Text.assemble((f"{role}: ", "bold"), text)
+    styles = {"added": "green underline", "removed": "red strike", "same": ""}
     for one in found.answers:
-        console.print(Text(f"{one.candidate} ({one.scores[found.primary]:.0%}): ", "bold"), end="")
-        if one.text is None:
-            console.print("withheld: it was made with something that you may not see")
-            continue
-        styles = {"added": "green underline", "removed": "red strike", "same": ""}
-        changed = one.candidate != found.compared and one.changes
-        console.print(Text.assemble(*((each.text, styles[each.kind]) for each in one.changes)) if changed else one.text)
+        text = "withheld: it was made with something that you may not see" if one.text is None else one.text
+        changes = one.changes if one.candidate != found.compared else ()
+        words = [(each.text, styles[each.kind]) for each in changes] or [(printable_line(text), "")]
+        yield Text.assemble((f"{one.candidate} ({one.scores[found.primary]:.0%}): ", "bold"), *words)
         if one.retrieved:
-            console.print(f"from {', '.join(dict.fromkeys(each.source for each in one.retrieved))}", style="dim")
+            yield f"from {', '.join(dict.fromkeys(each.source for each in one.retrieved))}", "dim"
+
+
+def _draw_list(found: services.evaluation_lookups.EvaluationList) -> Drawn:
+    rows = [
+        (
+            one.evaluation[7:19],
+            one.at[:16],
+            one.n,
+            f"{one.best} {one.score.mean:.1%}",
+            ", ".join(f"{verdict.candidate}: {verdict.verdict}" for verdict in one.verdicts),
+            ", ".join(version.version for version in one.versions),
+            one.recalled or "",
+        )
+        for one in found.evaluations
+    ]
+    title = f"{len(rows)} of {found.total} evaluations"
+    yield table(rows, "evaluation", "at", "requests", "best", "verdicts", "versions", "recalled", title=title)
+
+
+def _draw_one(found: services.evaluation_lookups.EvaluationPage) -> Drawn:
+    from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
+
+    yield from draw_evaluation(found.summary)
+    if found.verdict is not None:
+        yield from draw_verdict(found.verdict)
+    if found.recalled is not None:
+        yield f"recalled: {found.recalled}", "bold red"

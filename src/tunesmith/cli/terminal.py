@@ -7,31 +7,36 @@ Whatever a command prints goes through here, so that text of strangers cannot co
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
+import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 import typer
+from typer.models import ArgumentInfo
 
+from tunesmith import services
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.progress import Task
 from tunesmith.core.text.display import json_text, printable, printable_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from rich.console import Console
+    from rich.console import ConsoleRenderable
+    from rich.table import Column, Table
 
     from tunesmith.project import Project
     from tunesmith.services import actions
-    from tunesmith.services.actions import Action
     from tunesmith.store.store import Store
 
+    Asked = TypeVar("Asked", bound=services.actions.Request)
     Done = TypeVar("Done", bound=BaseModel)
     Result = TypeVar("Result", bound=BaseModel | Mapping[str, Any])
 
@@ -47,9 +52,13 @@ def _folder(context: typer.Context, folder: Path) -> Path:
     return before
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Tenant = Annotated[str | None, typer.Option("--tenant", help="The tenant it is for. Where you act: by default yours.")]
-Region = Annotated[str | None, typer.Option("--region", help="The region it is for. Where you act: by default yours.")]
+# Lines, lines with a style, and what rich draws.
+Drawn: TypeAlias = "Iterable[str | tuple[str, str] | ConsoleRenderable]"
+
+Positive = Annotated[int, typer.Option(min=1)]
+NotNegative = Annotated[int, typer.Option(min=0)]
+Tenant = Annotated[str | None, typer.Option(help="The tenant it is for. Where you act: by default yours.")]
+Region = Annotated[str | None, typer.Option(help="The region it is for. Where you act: by default yours.")]
 
 
 def command_line(step: NextStep) -> str:
@@ -85,12 +94,18 @@ def say(text: str = "") -> None:
 
 @dataclass(frozen=True)
 class Here:
-    """The options that commands share: the project's folder, and whether the result is printed as JSON."""
+    """The options that commands share: the project's folder, and whether the result is printed as JSON.
+
+    given: the command's own arguments and options, by the names of its parameters.
+    """
 
     directory: Annotated[
         Path, typer.Option("-C", "--directory", metavar="DIR", help="The project's folder.", callback=_folder)
     ] = Path()
-    as_json: Json = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+    ] = False
+    given: dict[str, Any] = field(default_factory=dict, init=False)
 
     @property
     def project(self) -> Project:
@@ -106,15 +121,15 @@ class Here:
 
         return open_store(self.directory)
 
-    def emit(self, result: Result, draw: Callable[[Console, Result], None]) -> None:
-        """Print a command's result on stdout: as JSON, or drawn for a person."""
+    def emit(self, result: Result, draw: Callable[[Result], Drawn] | str) -> None:
+        """Print a command's result on stdout: as JSON, or for a person. draw: makes what is drawn, or is its line."""
         if self.as_json:
             document = result if isinstance(result, Mapping) else result.model_dump(mode="json", by_alias=True)
             print(json_text(document), flush=True)
             return
         from tunesmith.cli.console import PlainConsole
 
-        draw(PlainConsole(), result)
+        PlainConsole().draw([draw] if isinstance(draw, str) else draw(result))
 
 
 @dataclass(frozen=True)
@@ -128,69 +143,111 @@ class Acting(Here):
     @property
     def acting(self) -> actions.Acting:
         """The person who acts, and the store."""
-        from tunesmith.services import actions
         from tunesmith.store.people.identities import acting, get_user
 
-        store = self.store
-        return actions.Acting(
-            store, get_user(store, acting(store, self.actor)), lambda: self.project, progress=Terminal()
-        )
+        user = get_user(self.store, acting(self.store, self.actor))
+        return services.actions.Acting(self.store, user, lambda: self.project, progress=Terminal())
 
-    def do(self, action: Action[Any, Done], **fields: object) -> Done:
-        """Do an action as the person who acts. fields: of its request; None where the option was left out."""
-        acting = self.acting
-        return action(acting, action.request({name: value for name, value in fields.items() if value is not None}))
+    def request(self, action: services.actions.Action[Asked, Done], **fields: object) -> Asked:
+        """The request of an action: its fields are the command's options of the same names, and these fields.
+
+        What is None was left out.
+        """
+        given = {name: self.given.get(name) for name in action.asked.model_fields} | fields
+        return action.request({name: value for name, value in given.items() if value is not None})
+
+    def do(self, action: services.actions.Action[Asked, Done], **fields: object) -> Done:
+        """Do an action as the person who acts. fields: as `request` takes them."""
+        return action(self.acting, self.request(action, **fields))
 
 
-def add_commands(app: typer.Typer, *functions: Callable[..., None], **renamed: Callable[..., None]) -> None:
+def add_commands(app: typer.Typer, *functions: Callable[..., int | None], **renamed: Callable[..., int | None]) -> None:
     """Add functions as commands, under their own names or under a keyword's name.
 
-    A function's parameter `here` (Here or Acting) becomes the options that this class has as fields.
+    A function's first parameter, `here` (Here or Acting), becomes the options that this class has as fields. Parameters
+    before `*` are arguments, those after it options. The last paragraph of the docstring describes them, each in a line
+    `name: help` or `name METAVAR: help`. The result is the exit code; None is 0.
     """
     for function in functions:
-        app.command()(_with_options(function))
+        app.command()(_command(function))
     for name, function in renamed.items():
-        app.command(name)(_with_options(function))
+        app.command(name)(_command(function))
 
 
-def _with_options(function: Callable[..., None]) -> Callable[..., None]:
-    signature = inspect.signature(function, eval_str=True)
-    if "here" not in signature.parameters:
-        return function
-    shared = signature.parameters["here"].annotation
+def add_group(app: typer.Typer, name: str, about: str) -> typer.Typer:
+    """A new group of commands. about: its help."""
+    group = typer.Typer(no_args_is_help=True, help=about)
+    app.add_typer(group, name=name)
+    return group
+
+
+_DESCRIBED = re.compile(r"^(\w+)(?: ([^a-z\n]+?))?: (.+(?:\n +.+)*)", re.MULTILINE)
+
+
+def _command(function: Callable[..., int | None]) -> Callable[..., None]:
+    parameters = dict(inspect.signature(function, eval_str=True).parameters)
+    shared = parameters.pop("here").annotation
     options = inspect.signature(shared, eval_str=True).parameters
-    parameters = [each for name, each in signature.parameters.items() if name != "here"]
+    about, _, last = (inspect.getdoc(function) or "").rpartition("\n\n")
+    described = {name: rest for name, *rest in _DESCRIBED.findall(last)} if about else {}
+    command_help = about if described else function.__doc__
+    every = [_described(each, *described.pop(name, ("", ""))) for name, each in parameters.items()]
+    every += [each.replace(kind=each.KEYWORD_ONLY) for each in options.values()]
+    if described:
+        raise TypeError(f"{function.__name__} describes parameters that it does not have: {', '.join(described)}")
 
     @functools.wraps(function)
     def command(**given: Any) -> None:
-        function(here=shared(**{name: given.pop(name) for name in options}), **given)
+        here = shared(**{name: given.pop(name) for name in options})
+        here.given.update(given)
+        if code := function(here, **given):
+            raise typer.Exit(code)
 
-    parameters += options.values()
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__doc__ = command_help
+    command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in every}
     return command
 
 
-def printed(line: str) -> Callable[[Console, Any], None]:
-    """A draw function that prints one line."""
-    return lambda console, _result: console.print(line, soft_wrap=True)
+def _described(parameter: inspect.Parameter, metavar: str, text: str) -> inspect.Parameter:
+    """A parameter with what typer has to know of it. A bool has no `--no-...` unless it is annotated."""
+    given = parameter.annotation
+    kind, *own = get_args(given) if get_origin(given) is Annotated else [given]
+    if own:
+        info = copy.copy(own[0])
+    elif parameter.kind is parameter.KEYWORD_ONLY:
+        info = typer.Option(*[f"--{parameter.name.replace('_', '-')}"] * (kind is bool))
+    else:
+        info = typer.Argument()
+    if isinstance(info, ArgumentInfo) and get_origin(kind) is not Literal:
+        info.metavar = info.metavar or parameter.name.upper()
+    info.metavar, info.help = metavar or info.metavar, " ".join(text.split()) or info.help
+    return parameter.replace(annotation=Annotated[kind, info], kind=parameter.KEYWORD_ONLY)
 
 
-def printed_text(text: str) -> Callable[[Console, Any], None]:
+def printed_text(text: str) -> Callable[[object], Drawn]:
     """A draw function that prints a text of several lines as it is."""
     from rich.text import Text
 
-    return lambda console, _result: console.print(Text(text.removesuffix("\n")), soft_wrap=True)
+    return lambda _result: [Text(text.removesuffix("\n"))]
 
 
-def draw_table(console: Console, rows: Iterable[Sequence[object]], *headings: str, title: str | None = None) -> None:
-    """Draw rows as a table."""
+def table(
+    rows: Iterable[Sequence[object]],
+    *headings: str | Column,
+    title: str | None = None,
+    right: Container[int] = (),
+) -> Table:
+    """A table of texts. A long one continues in the next line. right: numbers of the columns that are aligned there."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*headings, title=title, title_justify="left", show_header=bool(headings))
+    drawn = Table(*headings, title=title, title_justify="left", show_header=bool(headings))
     for row in rows:
-        table.add_row(*(printable(str(cell)) for cell in row))
-    console.print(table)
+        drawn.add_row(*(cell if isinstance(cell, Text) else printable(str(cell)) for cell in row))
+    for number, column in enumerate(drawn.columns):
+        column.overflow, column.justify = "fold", "right" if number in right else "left"
+    return drawn
 
 
 class Terminal:
@@ -214,33 +271,10 @@ class Terminal:
             yield plain
             plain.finish()
             return
-        from rich import progress as bars
-        from rich.table import Column
+        from tunesmith.cli.console import bar
 
-        from tunesmith.cli.console import PlainConsole
-
-        columns = (
-            bars.TextColumn("{task.description}", markup=False),
-            bars.BarColumn(bar_width=28),
-            bars.TaskProgressColumn(),
-            bars.TimeElapsedColumn(Column(min_width=7)),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(min_width=7)),
-            bars.TextColumn("{task.fields[note]}", markup=False),
-        )
-        with bars.Progress(*columns, console=PlainConsole(stderr=True)) as display:
-            yield _RichTask(display, display.add_task(printable(title), total=total, note=""))
-
-
-class _RichTask:
-    def __init__(self, display: Any, identifier: Any) -> None:
-        self._display, self._identifier = display, identifier
-
-    def advance(self, amount: float = 1.0) -> None:
-        self._display.advance(self._identifier, amount)
-
-    def note(self, text: str) -> None:
-        self._display.update(self._identifier, note=printable(text))
+        with bar(title, total) as task:
+            yield task
 
 
 class _PlainTask:

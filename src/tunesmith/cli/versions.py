@@ -1,4 +1,4 @@
-"""`register`, `approve`, `refuse`, `verify`, `show`, `export` and `audit`: versions and the evidence for them."""
+"""`register`, `approve`, `refuse`, `verify`, `show`, `export` and `notice`: versions and the evidence for them."""
 
 from __future__ import annotations
 
@@ -8,335 +8,271 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, Region, Tenant, add_commands, draw_table, say
+from tunesmith import services
+from tunesmith.cli.terminal import (
+    Acting,
+    Drawn,
+    Here,
+    NotNegative,
+    Region,
+    Tenant,
+    add_commands,
+    printed_text,
+    say,
+    table,
+)
+from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.tree import Tree
 
     from tunesmith.registry.lineage import Node
     from tunesmith.registry.risk import Approvals
     from tunesmith.registry.verification import Verification
-    from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
-    from tunesmith.services.decisions import RecordedDecision
     from tunesmith.services.versions import ExportedVersion, RegisteredVersion, VersionList
 
-
 Server = Annotated[
-    str | None, typer.Option("--server", metavar="URL", help="Decide on a server, with the token in $TUNESMITH_TOKEN.")
+    str | None, typer.Option(metavar="URL", help="Decide on a server, with the token in $TUNESMITH_TOKEN.")
 ]
-Key = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="With --server: your private key.")]
-
-
+Key = Annotated[Path | None, typer.Option(metavar="FILE", help="With --server: your private key.")]
 _NOTHING = "nothing is registered yet: tunesmith run, or tunesmith register"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, approve, refuse, verify, show, export, register=register_version)
-    audit = typer.Typer(help="The log of every change.", no_args_is_help=True)
-    add_commands(audit, verify=verify_audit, anchor=anchor_audit, show=show_audit)
-    app.add_typer(audit, name="audit")
+    add_commands(app, approve, refuse, verify, show, export, notice, register=register_version)
 
 
 def register_version(
     here: Acting,
-    verdict: Annotated[
-        str | None, typer.Argument(help="A verdict's digest or its start; by default the last one.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="The version's name; by default the project's name.")
-    ] = None,
-    override: Annotated[
-        str | None,
-        typer.Option(
-            "--override",
-            metavar="REASON",
-            help="Admins: register a candidate that did not pass, or whose gates changed, and why.",
-        ),
-    ] = None,
-    expires: Annotated[
-        str | None, typer.Option("--expires", metavar="TIME", help="When its use ends, as 2030-01-31T00:00:00Z.")
-    ] = None,
+    verdict: str | None = None,
+    *,
+    name: str | None = None,
+    override: str | None = None,
+    expires_at: Annotated[str | None, typer.Option("--expires")] = None,
     tenant: Tenant = None,
     region: Region = None,
 ) -> None:
-    """Sign a judged candidate and keep it as the next version of its name."""
-    from tunesmith.services import versions
+    """Sign a judged candidate and keep it as the next version of its name.
 
-    version = here.do(
-        versions.register,
-        verdict=verdict,
-        name=name,
-        override=override,
-        expires_at=expires,
-        tenant=tenant,
-        region=region,
-    )
-    here.emit(version, _draw_registered)
+    verdict: A verdict's digest or its start; by default the last one.
+    name: The version's name; by default the project's name.
+    override REASON: Admins: register a candidate that did not pass, or whose gates changed, and why.
+    expires_at TIME: When its use ends, as 2030-01-31T00:00:00Z.
+    """
+    here.emit(here.do(services.versions.register), _draw_registered)
 
 
 def approve(
     here: Acting,
-    version: Annotated[str, typer.Argument(help="NAME@v3, or the start of a version's digest.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why; required where the gates were overridden.")] = "",
+    version: str,
+    *,
+    reason: str = "",
     tenant: Tenant = None,
     region: Region = None,
     server: Server = None,
     key: Key = None,
 ) -> None:
-    """Verify a version and approve it with your signature. You may not approve a version that you registered."""
-    from tunesmith.services import decisions
+    """Verify a version and approve it with your signature. You may not approve a version that you registered.
 
-    if not _decided_there(
-        here, server, key, version=version, decision="approve", reason=reason, tenant=tenant, region=region
-    ):
-        done = here.do(decisions.approve, version=version, reason=reason, tenant=tenant, region=region)
-        here.emit(done, _draw_decision)
+    version: NAME@v3, or the start of a version's digest.
+    reason: Why; required where the gates were overridden.
+    """
+    if not _decided_there(here, server, key, "approve"):
+        here.emit(here.do(services.decisions.approve), _draw_decision)
 
 
 def refuse(
     here: Acting,
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why; it is signed with the refusal.")] = "",
+    version: str,
+    *,
+    reason: str = "",
     tenant: Tenant = None,
     region: Region = None,
     server: Server = None,
     key: Key = None,
 ) -> None:
     """Refuse a version with your signature. It serves no request until as many people approve it again as its risk
-    class takes."""
-    from tunesmith.services import decisions
-    from tunesmith.services.rollouts import refused_champions
+    class takes.
 
-    if _decided_there(
-        here, server, key, version=version, decision="refuse", reason=reason, tenant=tenant, region=region
-    ):
-        return
-    done = here.do(decisions.refuse, version=version, reason=reason, tenant=tenant, region=region)
-    here.emit(done, _draw_decision)
-    for champion in refused_champions(here.store):
-        say(f"warning: {champion.warning}")
+    version: NAME@v3, NAME@champion, or the start of a version's digest.
+    reason: Why; it is signed with the refusal.
+    """
+    if not _decided_there(here, server, key, "refuse"):
+        here.emit(here.do(services.decisions.refuse), _draw_decision)
+        for champion in services.rollouts.refused_champions(here.store):
+            say(f"warning: {champion.warning}")
 
 
-def _decided_there(here: Acting, server: str | None, key: Path | None, **asked: str | None) -> bool:
-    """Decide on a server, if one is named; returns whether one is. asked: fields of a decision to prepare."""
-    from tunesmith.services import decisions
-
+def _decided_there(here: Acting, server: str | None, key: Path | None, decision: str) -> bool:
+    """Decide on a server, if one is named; returns whether one is."""
     if server is None:
         if key is not None:
             raise UsageError("--key applies to --server", fix="set TUNESMITH_KEYS to the folder of your keys instead")
         return False
-    prepare = decisions.prepare.request({name: value for name, value in asked.items() if value is not None})
-    here.emit(decisions.decide(server, key, prepare, actor=here.actor), _draw_decision)
+    prepare = here.request(services.decisions.prepare, decision=decision)
+    here.emit(services.decisions.decide(server, key, prepare, actor=here.actor), _draw_decision)
     return True
 
 
 def verify(
     here: Here,
-    version: Annotated[str, typer.Argument(help="NAME@v3 (reads files only), NAME@champion or a digest.")],
-    trust: Annotated[
-        Path | None, typer.Option("--trust", metavar="FILE", help="Your own list of keys instead of the store's.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option("--base", metavar="FOLDER", help="Also verify the base model's files.")
-    ] = None,
-    lineage_only: Annotated[
-        bool, typer.Option("--lineage-only", help="Verify only what the version was made from, not the whole store.")
-    ] = False,
+    version: str,
+    *,
+    trust: Path | None = None,
+    base: Path | None = None,
+    lineage_only: bool = False,
     tenant: Tenant = None,
     region: Region = None,
-) -> None:
+) -> int:
     """Verify a version offline: its signature, and every record and blob it was made from. Exit 3 on any difference.
 
     The trusted keys are those in the store's trust/keys.json. A person who can write that file decides what verifies:
     bring your own copy with --trust if you do not trust the store.
-    """
-    from tunesmith.services import versions
 
+    version: NAME@v3 (reads files only), NAME@champion or a digest.
+    trust FILE: Your own list of keys instead of the store's.
+    base FOLDER: Also verify the base model's files.
+    lineage_only: Verify only what the version was made from, not the whole store.
+    """
     scope = Scope(tenant or "", region or "")
-    found = versions.verify_offline(here.store, version, trust=trust, base=base, lineage_only=lineage_only, scope=scope)
+    found = services.versions.verify_offline(
+        here.store, version, trust=trust, base=base, lineage_only=lineage_only, scope=scope
+    )
     here.emit(found, _draw_verification)
-    raise typer.Exit(0 if found.ok else 3)
+    return 0 if found.ok else 3
 
 
 def show(
     here: Here,
-    what: Annotated[str | None, typer.Argument(help="A version, or any record's digest or its start.")] = None,
-    name: Annotated[str, typer.Option("--name", metavar="TEXT", help="List versions whose name contains this.")] = "",
-    limit: Annotated[int, typer.Option(min=0, help="Newest versions to list; 0 lists all.")] = 100,
+    what: str | None = None,
+    *,
+    name: str = "",
+    limit: NotNegative = 100,
     tenant: Tenant = None,
     region: Region = None,
 ) -> None:
-    """Show what a record was made from and what was made from it; without an argument, list versions and aliases."""
-    from tunesmith.services import lineage, versions
+    """Show what a record was made from and what was made from it; without an argument, list versions and aliases.
 
-    store = here.store
+    what: A version, or any record's digest or its start.
+    name TEXT: List versions whose name contains this.
+    limit: Newest versions to list; 0 lists all.
+    """
     if what is not None:
         if name:
             raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
-        here.emit(lineage.show(store, what, scope=Scope(tenant or "", region or "")), _draw_lineage)
+        found = services.lineage.show(here.store, what, scope=Scope(tenant or "", region or ""))
+        here.emit(found, _draw_lineage)
         return
-    found = versions.list_versions(store, name=name, limit=limit)
-    if not found.versions and not here.as_json:
+    listed = services.versions.list_versions(here.store, name=name, limit=limit)
+    if not listed.versions and not here.as_json:
         say(f"no version's name contains {name!r}" if name else _NOTHING)
-    here.emit(found, _draw_versions)
+    here.emit(listed, _draw_versions)
 
 
 def export(
     here: Here,
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
-    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write; it must not exist yet.")],
-    form: Annotated[
-        Literal["peft", "merged", "gguf"],
-        typer.Option("--as", help="peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp."),
-    ],
-    dtype: Annotated[
-        Literal["bf16", "fp32"], typer.Option("--dtype", help="Of merged weights; an adapter stays as it is.")
-    ] = "bf16",
+    version: str,
+    target: Path,
+    *,
+    form: Annotated[Literal["peft", "merged", "gguf"], typer.Option("--as")],
+    dtype: Literal["bf16", "fp32"] = "bf16",
     tenant: Tenant = None,
     region: Region = None,
-    actor: Annotated[
-        str | None, typer.Option("--by", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
-    ] = None,
+    actor: Annotated[str | None, typer.Option("--by")] = None,
 ) -> None:
     """Write an approved version's weights for other programs, after comparing them with those that were measured.
 
     The same held-out requests go through the adapter as trained, as served and as exported. Exit 3 if their
     log-probabilities differ by more than the tolerance. The store keeps the figures: `tunesmith show VERSION`.
+
+    version: NAME@v3, NAME@champion, or the start of a version's digest.
+    target FOLDER: The folder to write; it must not exist yet.
+    form: peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp.
+    dtype: Of merged weights; an adapter stays as it is.
+    actor USER: Who acts; by default $TUNESMITH_USER, else the owner.
     """
-    from tunesmith.services import versions
-
     acting = Acting(here.directory, here.as_json, actor)  # --as is the form here
-    done = acting.do(
-        versions.export, version=version, target=target, form=form, dtype=dtype, tenant=tenant, region=region
-    )
-    here.emit(done, _draw_export)
+    acting.given.update(here.given)
+    here.emit(acting.do(services.versions.export), _draw_export)
 
 
-TsaRoots = Annotated[
-    Path | None,
-    typer.Option("--tsa-roots", metavar="FILE", help="Root certificates (PEM) of the time-stamping authority."),
-]
+def notice(here: Here, version: str, *, tenant: Tenant = None, region: Region = None) -> None:
+    """Print what the licences of a version's rows ask for (NOTICE.md).
+
+    version: NAME@v3, NAME@champion, or the start of a version's digest.
+    """
+    from tunesmith.registry.versions import resolve
+
+    found = resolve(here.store, version, scope=Scope(tenant or "", region or ""))
+    text = services.versions.notice_of(here.store, found)
+    here.emit({"version": found.label, "notice": text}, printed_text(text))
 
 
-def anchor_audit(
-    here: Acting,
-    place: Annotated[str, typer.Argument(help="A file, or s3://BUCKET/FOLDER in a bucket with Object Lock.")],
-    keep_days: Annotated[
-        float, typer.Option(min=1, max=36500, help="How long nobody can remove it from the bucket, in days.")
-    ] = 3650,
-    time_stamp: Annotated[
-        str | None,
-        typer.Option("--time-stamp", metavar="URL", help="A time-stamping authority (RFC 3161) that signs the anchor."),
-    ] = None,
-    tsa_roots: TsaRoots = None,
-) -> None:
-    """Write the newest entry of the log to a place outside the store, to notice an old store that is put back."""
-    from tunesmith.services import audit
-
-    done = here.do(audit.anchor, place=place, keep_days=keep_days, time_stamp=time_stamp, tsa_roots=tsa_roots)
-    here.emit(done, _draw_anchored)
-
-
-def verify_audit(
-    here: Here,
-    head: Annotated[
-        list[str] | None,
-        typer.Option("--head", metavar="NUMBER:DIGEST", help="A newest entry that you kept elsewhere; repeatable."),
-    ] = None,
-    anchor: Annotated[
-        list[str] | None,
-        typer.Option("--anchor", metavar="PLACE", help="A place that `audit anchor` wrote to; repeatable."),
-    ] = None,
-    tsa_roots: TsaRoots = None,
-) -> None:
-    """Compare the audit log with itself, with signed records and with the current state. Exit 3 on any difference."""
-    from tunesmith.services import audit
-
-    found = audit.verify_audit(here.store, head or (), anchor or (), tsa_roots)
-    here.emit(found, _draw_audit_verification)
-    raise typer.Exit(0 if found.ok else 3)
-
-
-def show_audit(
-    here: Here,
-    subject: Annotated[str | None, typer.Argument(help="Only entries about this name or digest.")] = None,
-    action: Annotated[str | None, typer.Option("--action", help="Only this action, such as version.approve.")] = None,
-    search: Annotated[str, typer.Option("--search", help="Only entries with this text, the detail included.")] = "",
-    limit: Annotated[int, typer.Option(min=0, help="Newest entries to show; 0 shows all.")] = 50,
-) -> None:
-    """Show who did what, and when."""
-    from tunesmith.services import audit
-
-    found = audit.show_audit(here.store, subject=subject, action=action, containing=search, limit=limit)
-    here.emit(found, _draw_audit)
-
-
-def _draw_registered(console: Console, version: RegisteredVersion) -> None:
+def _draw_registered(version: RegisteredVersion) -> Drawn:
     from tunesmith.registry.risk import missing
 
-    console.print(f"{version.label} is registered and signed by {version.signer}")
+    yield f"{version.label} is registered and signed by {version.signer}"
     if version.override is not None:
-        console.print(f"its gates were overridden: {version.override}", style="bold red")
+        yield f"its gates were overridden: {version.override}", "bold red"
     for mark in version.marks:
-        console.print(f"it was {mark}: not meant for service", style="bold red")
+        yield f"it was {mark}: not meant for service", "bold red"
     if version.risk is not None:
-        console.print(f"risk class {version.risk.risk_class}: it needs {' and '.join(missing(version.risk, {}))}")
-    console.print(f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE")
+        yield f"risk class {version.risk.risk_class}: it needs {' and '.join(missing(version.risk, {}))}"
+    yield f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE"
 
 
-def _draw_decision(console: Console, done: RecordedDecision) -> None:
+def _draw_decision(done: services.decisions.RecordedDecision) -> Drawn:
     said = "approved" if done.decision == "approve" else "refused"
-    console.print(f"{done.version} ({done.digest}) is {said} by {done.approver}")
+    yield f"{done.version} ({done.digest}) is {said} by {done.approver}"
     if done.decision == "refuse":
         return
     if done.override:
-        console.print(f"although its gates were overridden: {done.override}", style="bold red")
+        yield f"although its gates were overridden: {done.override}", "bold red"
     for mark in done.marks:
-        console.print(f"although it was {mark}: not meant for service", style="bold red")
+        yield f"although it was {mark}: not meant for service", "bold red"
     if done.missing:
-        console.print(f"it needs {' and '.join(done.missing)}")
+        yield f"it needs {' and '.join(done.missing)}"
     else:
-        console.print(f"next: tunesmith rollout start {done.version}")
+        yield f"next: tunesmith rollout start {done.version}"
 
 
-def _draw_verification(console: Console, found: Verification) -> None:
+def _draw_verification(found: Verification) -> Drawn:
     for problem in found.problems:
-        console.print(f"{problem.path}: {problem.reason}", style="red", soft_wrap=True)
+        yield f"{problem.path}: {problem.reason}", "red"
     for note in found.notes:
-        console.print(note, style="dim")
+        yield note, "dim"
     outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
-    console.print(f"{found.version} {outcome} ({found.checked} files checked)")
+    yield f"{found.version} {outcome} ({found.checked} files checked)"
 
 
-def _draw_lineage(console: Console, node: Node) -> None:
+def _draw_lineage(node: Node) -> Drawn:
     from rich.tree import Tree
 
-    console.print(f"{node.kind} {node.says}", style="bold")
-    console.print(node.digest)
+    yield f"{node.kind} {node.says}", "bold"
+    yield node.digest
     for name, blob in sorted((node.blobs or {}).items()):
-        console.print(f"  {name}  {blob}", style="dim", soft_wrap=True)
+        yield f"  {name}  {blob}", "dim"
     if node.approvals is not None:
-        _draw_approvals(console, node.approvals)
+        yield from _draw_approvals(node.approvals)
     for title, nodes in (("made from", node.parents), ("used for", node.children)):
         if nodes:
             trunk = Tree(title)
             _grow(trunk, nodes)
-            console.print(trunk)
+            yield trunk
 
 
-def _draw_approvals(console: Console, found: Approvals) -> None:
+def _draw_approvals(found: Approvals) -> Drawn:
     if found.risk is not None:
-        console.print(f"risk class {found.risk.risk_class}")
+        yield f"risk class {found.risk.risk_class}"
     if found.approvers:
-        console.print(f"approved by {', '.join(found.approvers)}")
+        yield f"approved by {', '.join(found.approvers)}"
     if found.refused_by is not None:
-        console.print(f"refused by {found.refused_by}: {found.reason}", style="red")
+        yield f"refused by {found.refused_by}: {found.reason}", "red"
     if found.missing:
-        console.print(f"it needs {' and '.join(found.missing)}")
+        yield f"it needs {' and '.join(found.missing)}"
 
 
 def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:
@@ -350,9 +286,7 @@ def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:
         _grow(trunk.add(line), node.parents or node.children or ())
 
 
-def _draw_versions(console: Console, found: VersionList) -> None:
-    from tunesmith.core.digests import short
-
+def _draw_versions(found: VersionList) -> Drawn:
     rows = []
     for version in found.versions:
         pointing = ", ".join(
@@ -365,49 +299,14 @@ def _draw_versions(console: Console, found: VersionList) -> None:
         marked = version.label + (f" ({', '.join(notes)})" if notes else "")
         rows.append((marked, short(version.digest), version.signer, scope, pointing))
     if rows:
-        draw_table(console, rows, "version", "digest", "signed by", "for", "aliases")
+        yield table(rows, "version", "digest", "signed by", "for", "aliases")
     if len(rows) < found.total:
-        console.print(f"the newest {len(rows)} of {found.total}; --limit 0 shows all", style="dim")
+        yield f"the newest {len(rows)} of {found.total}; --limit 0 shows all", "dim"
 
 
-def _draw_export(console: Console, done: ExportedVersion) -> None:
-    console.print(f"{done.version} is exported to {done.folder}", soft_wrap=True)
-    console.print(done.line)
-    for note in done.notes:
-        console.print(note, soft_wrap=True)
+def _draw_export(done: ExportedVersion) -> Drawn:
+    yield f"{done.version} is exported to {done.folder}"
+    yield done.line
+    yield from done.notes
     for name, file in done.files.items():
-        console.print(f"  {name}  {file.bytes:,} bytes", style="dim")
-
-
-def _draw_anchored(console: Console, done: Anchored) -> None:
-    what = "is written to" if done.written else "needs no new anchor: nothing happened since the last one in"
-    console.print(f"entry {done.head.seq} {what} {done.place}", soft_wrap=True)
-    if done.kept_until is not None:
-        console.print(f"nobody can remove it before {done.kept_until[:10]}")
-    if done.stamped_at is not None:
-        console.print(f"time-stamped at {done.stamped_at}")
-
-
-def _draw_audit_verification(console: Console, found: AuditVerification) -> None:
-    for problem in found.problems:
-        console.print(problem.reason, style="red", soft_wrap=True)
-    for note in found.notes:
-        console.print(note, style="dim", soft_wrap=True)
-    outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
-    console.print(f"the log of {found.checked} entries {outcome}")
-    newest = f"{found.head.seq}:{found.head.digest}"
-    console.print(f"its newest entry, to be kept elsewhere: {newest}", style="dim")
-
-
-def _draw_audit(console: Console, log: AuditLog) -> None:
-    from tunesmith.core.digests import short
-
-    rows = []
-    for entry in log.entries:
-        about = short(entry.subject) if entry.subject.startswith("sha256:") else entry.subject
-        at = f"{entry.at[:19]}Z"  # to the second; --json has all of it
-        rows.append((entry.seq, at, entry.actor, entry.action, about))
-    draw_table(console, rows, "entry", "at", "who", "action", "about")
-    if len(log.entries) < log.total:
-        shown = f"the newest {len(log.entries)} of {log.total}; --limit 0 shows all"
-        console.print(shown, style="dim")
+        yield f"  {name}  {file.bytes:,} bytes", "dim"

@@ -70,7 +70,8 @@ class Scored:
 class Completion:
     """One answer. finish is "stop" at the end token or a stop text, "length" at max_tokens or the context's end.
     by_stop_text: one of the request's stop texts ended it. scores: of the text's tokens, where the request asks for
-    log-probabilities."""
+    log-probabilities. served_by: the model's name as an endpoint reported it. confidence: the probability (0 to 1) of
+    the whole answer, where an endpoint or a classifier gives one."""
 
     text: str
     finish: Literal["stop", "length"]
@@ -78,6 +79,8 @@ class Completion:
     completion_tokens: int
     by_stop_text: bool = field(default=False, kw_only=True)
     scores: tuple[TokenScore, ...] = field(default=(), kw_only=True)
+    served_by: str = field(default="", kw_only=True)
+    confidence: float | None = field(default=None, kw_only=True)
 
 
 UNBOUNDED: Final = 1 << 30  # the context length of what has none

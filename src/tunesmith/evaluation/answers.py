@@ -18,7 +18,7 @@ from tunesmith.evaluation.lines import is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.numbers import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
-from tunesmith.records.answers import AnswersBody
+from tunesmith.records.evaluation import AnswersBody
 from tunesmith.store.store import Store
 
 _FEW_WORDS, _SHORT, _NEAR = 3, 16, 300  # words; characters of a request; characters between a request and its answer

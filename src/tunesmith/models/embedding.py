@@ -10,6 +10,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +101,15 @@ def open_embedder(digest: str) -> Embedder:
     return found
 
 
-_LOADED: dict[str, tuple[Any, Any]] = {}
-
-
+@cache
 def _loaded(embedder: Embedder) -> tuple[Any, Any]:
-    if embedder.digest not in _LOADED:
-        import torch
-        from transformers import AutoTokenizer, BertConfig, BertModel
-        from transformers.utils import logging
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+    from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        config = BertConfig.from_dict(json.loads((embedder.folder / "config.json").read_bytes()))
-        model = BertModel.from_pretrained(
-            embedder.folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(embedder.folder, local_files_only=True)
-        _LOADED[embedder.digest] = (tokenizer, model.eval())
-    return _LOADED[embedder.digest]
+    logging.disable_progress_bar()
+    config = BertConfig.from_dict(json.loads((embedder.folder / "config.json").read_bytes()))
+    model = BertModel.from_pretrained(
+        embedder.folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return AutoTokenizer.from_pretrained(embedder.folder, local_files_only=True), model.eval()

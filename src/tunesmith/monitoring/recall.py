@@ -25,8 +25,7 @@ from tunesmith.data.governance.licences import mentions
 from tunesmith.data.governance.withdrawn import TracedRows, reaches, recalled_values, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
-from tunesmith.records.base import BaseBody
-from tunesmith.records.candidate import CandidateBody
+from tunesmith.records.candidate import BaseBody, CandidateBody
 from tunesmith.records.dataset import DocumentsBody
 from tunesmith.records.version import VersionBody
 from tunesmith.store import database

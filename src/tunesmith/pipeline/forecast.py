@@ -29,8 +29,7 @@ from tunesmith.pipeline.candidates import untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import fitted, leading_inputs, leading_scoring, train_candidate
 from tunesmith.project import ProjectSettings
-from tunesmith.records.answers import AnswersBody
-from tunesmith.records.evaluation import AnswerPrice
+from tunesmith.records.evaluation import AnswerPrice, AnswersBody
 from tunesmith.records.forecast import ExpectedTraining, ForecastBody, SubsetScore
 from tunesmith.records.training import TrainingBody
 from tunesmith.training.batches.rows import row_count

@@ -21,7 +21,7 @@ from tunesmith.evaluation.scores import GENERAL
 from tunesmith.pipeline.candidates import answerer, candidate, load_adapter, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import decoding_inputs
-from tunesmith.records.answers import AnswersBody
+from tunesmith.records.evaluation import AnswersBody
 
 
 def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:

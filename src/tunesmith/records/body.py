@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
+from functools import cache
 from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_json
 
+from tunesmith import records
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
 from tunesmith.store.records import Record
@@ -60,3 +64,11 @@ class Body(Part):
         """A record that states this: exactly the fields that were set. parents, blobs: as `Record` has them."""
         body = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
         return Record(kind=self.kind, parents=parents, blobs=blobs or {}, body=body)
+
+
+@cache
+def bodies() -> Mapping[str, type[Body]]:
+    """The models of all kinds of records, by kind. The records reference is generated from them."""
+    for module in pkgutil.iter_modules(records.__path__):
+        importlib.import_module(f"{records.__name__}.{module.name}")
+    return {body.kind: body for body in Body.__subclasses__()}

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.names import check_name
-from tunesmith.records.base import StoredFile
 from tunesmith.records.body import Body, Part
+from tunesmith.records.candidate import StoredFile
 from tunesmith.records.dataset import Duties
 from tunesmith.records.verdict import Outcome
 from tunesmith.store.audit import Head

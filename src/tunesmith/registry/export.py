@@ -28,7 +28,7 @@ from tunesmith.engines.factory import export_check
 from tunesmith.engines.settings import is_native
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import CONFIG_FILE
-from tunesmith.records.base import StoredFile
+from tunesmith.records.candidate import StoredFile
 from tunesmith.records.verdict import Outcome
 from tunesmith.records.version import Dtype, Equality, ExportBody, Form, Tolerance
 from tunesmith.registry.approvals import check_may_serve

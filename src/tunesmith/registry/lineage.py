@@ -8,7 +8,7 @@ from typing import Any
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
 from tunesmith.core.view import Omitted, View
-from tunesmith.records.kinds import BODIES
+from tunesmith.records.body import bodies
 from tunesmith.registry.risk import Approvals
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -37,7 +37,7 @@ def blobs_of(records: Iterable[Record]) -> set[str]:
 def summary_line(record: Record) -> str:
     """One line that distinguishes a record from others of its kind."""
     try:
-        return BODIES[record.kind].of(record).line
+        return bodies()[record.kind].of(record).line
     except Refused as error:
         return error.what
 

@@ -34,7 +34,7 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
 from tunesmith.core.text.names import VersionRef, check_name
-from tunesmith.records.base import BaseBody
+from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import Duties
 from tunesmith.records.verdict import VerdictBody
 from tunesmith.records.version import Requirement, VersionBody

@@ -19,7 +19,7 @@ from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
-from tunesmith.records.base import BaseBody
+from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DatasetBody
 from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.licence_duties import NOTICE, carried

@@ -70,7 +70,7 @@ def start(
         if running is not None:
             raise Refused(
                 f"rollout {running.id} of {name} is still {running.status}",
-                fix=NextStep("wait for it, or abort it", "rollout abort", which=running.id),
+                fix=NextStep("wait for it, or abort it", "rollout abort", rollout=running.id),
             )
         champion = get_alias(session, name, "champion", scope)
         unopposed = _no_rival(session, store, champion, scope)
@@ -136,7 +136,7 @@ def promote(
             raise Refused(
                 "this rollout has an analysis that has not passed yet",
                 where=_place(current),
-                fix=NextStep("wait for it, or override it", "rollout promote", which=current.id, override=...),
+                fix=NextStep("wait for it, or override it", "rollout promote", rollout=current.id, override=...),
             )
         if override is None:
             return to_promoted(current, {"skipped": skipped, "override": None, **_because(reason)})

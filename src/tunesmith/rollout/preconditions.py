@@ -129,7 +129,7 @@ def promotions_to_undo(
     fix = advice(could_serve(session, store, name, scope), scope)
     if undone:
         words = f"{fix}; an admin may go back to a version that is only not approved, by an override"
-        fix = NextStep(words, "rollout rollback", name=name, **scope.fields(), override=...)
+        fix = NextStep(words, "rollout rollback", rollout=name, **scope.fields(), override=...)
     raise Refused(
         problem or f"no rollout promoted the champion of {name}, so it is not known what served before",
         where=f"champion {short(current)}" if current else None,

@@ -121,7 +121,7 @@ def make_transition(
             problem = problem or promotion_problem(session, store, found, override_by, verified)
             if problem is not None:
                 can = advice(could_serve(session, store, found.name, found.scope), found.scope)
-                fix = NextStep(f"abort it; {can}", "rollout abort", which=found.id)
+                fix = NextStep(f"abort it; {can}", "rollout abort", rollout=found.id)
                 raise Refused(problem, where=f"rollout {found.id} of {found.name}", fix=fix)
             point_champion(session, store, found, found.canary, actor, override_by)
         return apply(session, found, transition, at, detail)

@@ -23,7 +23,7 @@ from tunesmith.monitoring.pending_retrains import PendingRetrain
 from tunesmith.monitoring.recall import Cause, CauseKind, Recall
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
-from tunesmith.records.base import BaseBody
+from tunesmith.records.candidate import BaseBody
 from tunesmith.registry.versions import Version, list_versions, load_version, resolve
 from tunesmith.rollout.champions import Champion
 from tunesmith.rollout.controller import give_up

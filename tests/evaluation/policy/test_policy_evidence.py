@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tests.evaluation.conftest import evaluated, outcome, verdict_of
 from tests.fabricate import Fabricated, version_body
 from tunesmith.candidates.asking import keep_answers
+from tunesmith.cli.console import PlainConsole
 from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
@@ -27,7 +27,7 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
-from tunesmith.records.answers import AnswersBody
+from tunesmith.records.evaluation import AnswersBody
 from tunesmith.services.evaluation_lookups import show_findings
 from tunesmith.services.evaluations import report_sections, version_report
 from tunesmith.store.people.identities import acting, add_user
@@ -177,9 +177,10 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
     assert "collect more rows" not in reasons
     why = "2 decide nothing (the answer is empty: 1; the answer was cut off at max_tokens: 1): raise max_tokens."
     assert why in " ".join(data.advice.cautions)
-    console = Console(record=True, width=400)
-    draw_evaluation(console, evaluation_summary(made.store, digest))
-    draw_verdict(console, verdict_summary(made.store, verdict))
+    console = PlainConsole()
+    console.record, console.width = True, 400
+    console.draw(draw_evaluation(evaluation_summary(made.store, digest)))
+    console.draw(draw_verdict(verdict_summary(made.store, verdict)))
     operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
     found = show_findings(made.store, operator, digest, verdict)
     page = report_sections(found, "")

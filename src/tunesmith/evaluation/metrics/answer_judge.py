@@ -23,8 +23,7 @@ from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.scores import rounded
-from tunesmith.records.answers import AnswersBody, Judge
-from tunesmith.records.evaluation import JudgeResults
+from tunesmith.records.evaluation import AnswersBody, Judge, JudgeResults
 from tunesmith.store.store import Store
 
 _TOGETHER = 32

@@ -21,8 +21,14 @@ from tunesmith.evaluation.policy.settings import Policy
 from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.evaluation.scores import metric_interval
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
-from tunesmith.records.answers import AnswersBody
-from tunesmith.records.evaluation import CheckResults, CheckRules, EvaluationBody, PolicyAccount, PolicyResults
+from tunesmith.records.evaluation import (
+    AnswersBody,
+    CheckResults,
+    CheckRules,
+    EvaluationBody,
+    PolicyAccount,
+    PolicyResults,
+)
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

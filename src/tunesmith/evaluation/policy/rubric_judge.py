@@ -17,7 +17,7 @@ from tunesmith.evaluation.metrics.answer_judge import ask_twice, verdicts_of
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS
 from tunesmith.evaluation.policy.settings import PolicyCheck
-from tunesmith.records.answers import AnswersBody, Judge
+from tunesmith.records.evaluation import AnswersBody, Judge
 from tunesmith.store.store import Store
 
 # A judge's two verdicts on an answer; None where a reply does not end with one.

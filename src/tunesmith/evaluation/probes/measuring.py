@@ -15,8 +15,7 @@ from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.metrics.declared import Scoring
 from tunesmith.evaluation.probes.items import ITEMS, Item, arm_results, by_arm, decode_items
 from tunesmith.evaluation.probes.suites import suite_of
-from tunesmith.records.answers import AnswersBody
-from tunesmith.records.evaluation import BestEpoch, RiskResults
+from tunesmith.records.evaluation import AnswersBody, BestEpoch, RiskResults
 from tunesmith.records.training import TrainingBody, TrainingFigures
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -35,7 +35,7 @@ from tunesmith.evaluation.report.evidence import (
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, rival_of, verdict_summary
-from tunesmith.records.base import BaseBody
+from tunesmith.records.candidate import BaseBody
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.search import SearchBody
 from tunesmith.records.training import TrainingBody

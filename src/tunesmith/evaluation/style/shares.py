@@ -31,8 +31,8 @@ from tunesmith.evaluation.scores import metric_interval, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
 from tunesmith.evaluation.style.classifier import Told, cross_fitted
 from tunesmith.evaluation.style.features import read_answer, words_of
-from tunesmith.records.answers import AnswersBody
 from tunesmith.records.evaluation import (
+    AnswersBody,
     EvaluationBody,
     NoStyle,
     StyleAccount,

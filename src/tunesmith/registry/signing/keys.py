@@ -106,7 +106,7 @@ def ensure_key(store: Store, user: str) -> User:
         raise Refused(
             f"all keys of {user} were retired or revoked",
             where=user,
-            fix=NextStep("have an admin create one", "keys create", name=user),
+            fix=NextStep("have an admin create one", "keys create", user=user),
         )
     return found
 

@@ -20,8 +20,7 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
-from tunesmith.records.base import BaseBody
-from tunesmith.records.candidate import CandidateBody
+from tunesmith.records.candidate import BaseBody, CandidateBody
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
 from tunesmith.records.verdict import VerdictBody
@@ -173,7 +172,7 @@ def check_signer(version: Version, key: TrustedKey, where: str | None = None) ->
 def check_expiry(version: Version, where: str | None = None) -> None:
     """Raise Expired if the version was signed for a time that is over."""
     if is_over(version.expires_at):
-        fix = NextStep("register it again with a later date", "register", expires=...)
+        fix = NextStep("register it again with a later date", "register", expires_at=...)
         raise Expired(f"expired on {version.expires_at}", where=where or version.label, fix=fix)
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Protocol
 
 from tunesmith.candidates.answering import Answerer, NeedsGrammars, OtherBase
+from tunesmith.candidates.composing import prompt_used
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
@@ -263,7 +264,7 @@ class AnsweringThreads:
             job.most_tokens = generation.max_tokens
         job.prompt_tokens = self._require_room(generation.messages, room) if answerer.candidate.asks_base else 0
         job.sources = answerer.composer.retrieved(messages, caller).sources
-        job.prompt_used = answerer.composer.prompt_used(messages)
+        job.prompt_used = prompt_used(answerer.candidate, messages)
         try:
             job.features = request_features(messages, answerer.composer.nearest)
         except UsageError:  # the candidate has no dataset to compare the request with
