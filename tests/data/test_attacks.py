@@ -17,7 +17,7 @@ from tests.tiny import write_model
 from tests.tiny_project import write_project
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.system.scratch import SCRATCH
-from tunesmith.data.building.shards import ShardWorker
+from tunesmith.data.building import shards
 from tunesmith.data.documents import cut
 from tunesmith.models.rendering import RowCounter
 from tunesmith.store.store import Store
@@ -80,15 +80,15 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    root, pieces = project(tmp_path, jsonl(GOOD)), ShardWorker.pieces
+    root, examined_shard = project(tmp_path, jsonl(GOOD)), shards.examined_shard
 
-    def slow(self: ShardWorker, shard: Any) -> Iterator[Any]:
-        for number, piece in enumerate(pieces(self, shard)):
+    def slow(examiner: Any, shard: Any) -> Iterator[Any]:
+        for number, piece in enumerate(examined_shard(examiner, shard)):
             if number == 0:
                 CHANGES[how](root / "rows.jsonl")
             yield piece
 
-    monkeypatch.setattr(ShardWorker, "pieces", slow)
+    monkeypatch.setattr(shards, "examined_shard", slow)
     error = refused(root)
     gone, changed = (2, "cannot be opened: No such file or directory"), (1, "the file changed while it was read")
     assert (error.exit_code, error.what) == (gone if how == "deleted" else changed)

@@ -23,7 +23,7 @@ from tunesmith.api import Project
 from tunesmith.candidates.grammars.inferred_schema import infer_schema, json_objects
 from tunesmith.cli.main import app
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.data.building.summary import dataset_summary
+from tunesmith.data.dataset import dataset_summary
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services import new_project
 from tunesmith.services.new_project import NewProject, make_project

@@ -10,8 +10,8 @@ from tunesmith.core.digests import short
 from tunesmith.core.text.display import json_text
 
 if TYPE_CHECKING:
-    from tunesmith.data.building.summary import DatasetSummary
     from tunesmith.data.building.verify import DatasetVerification
+    from tunesmith.data.dataset import DatasetSummary
     from tunesmith.data.governance.difference import Difference
     from tunesmith.records.dataset import NamedPeople, PrivacyScan
     from tunesmith.services.datasets import DatasetPage, Originals, QualityReport, RemovedRows, ShownDataset

@@ -12,8 +12,11 @@ from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
+from tunesmith.core.view import View
 from tunesmith.data.duplicates import request_text
-from tunesmith.records.dataset import DatasetBody, RemovedRow
+from tunesmith.data.formats.openai_rules import too_few
+from tunesmith.data.formats.row_formats import OPENAI, format_evidence
+from tunesmith.records.dataset import DatasetAccount, DatasetBody, ReadSource, RemovedRow
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -140,3 +143,37 @@ class Dataset:
 def load_dataset(store: Store, digest: str) -> Dataset:
     """Open a dataset version. Raises Refused where it is missing or damaged, UsageError for another kind of record."""
     return Dataset(store, digest, store.record(digest, kind="dataset"))
+
+
+class SourceSummary(ReadSource):
+    """One source file. evidence: how its format is known where the settings do not name it."""
+
+    evidence: str
+
+
+class DatasetSummary(DatasetAccount, View):
+    """A dataset version, with its sources and what people should look at."""
+
+    dataset: str
+    sources: tuple[SourceSummary, ...]
+    warnings: tuple[str, ...]
+
+
+def dataset_summary(store: Store, digest: str) -> DatasetSummary:
+    """The summary of a dataset version. Raises Refused where its record is missing or damaged."""
+    body = DatasetBody.read(store, digest)
+    sources = tuple(
+        SourceSummary(**dict(source), evidence=format_evidence(source.format, told=source.format_told))
+        for source in body.sources
+    )
+    warnings = [
+        f"{source.path}: {warning}"
+        for source in sources
+        if source.format == OPENAI and (warning := too_few(source.rows))
+    ]
+    review = body.review
+    if review is not None and review.unmatched:
+        warnings.append(f"{review.path}: {review.unmatched} decisions fit no row of the sources")
+    if review is not None and not review.logged:
+        warnings.append(f"{review.path}: the audit log has no export of it: its edits are by nobody known")
+    return DatasetSummary.of(body, dataset=digest, sources=sources, warnings=tuple(warnings))

@@ -197,6 +197,11 @@ class Duplicates(Settings):
         ),
     ] = 0.8
 
+    @property
+    def threshold(self) -> float:
+        """The similarity from which two requests are near; 1.0, equal requests, where none is set."""
+        return self.near or 1.0
+
 
 class Split(Settings):
     """Which rows are held out. Groups are never divided, and a group keeps its split when rows are added."""

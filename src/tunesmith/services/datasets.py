@@ -18,9 +18,8 @@ from tunesmith.core.text.display import json_text
 from tunesmith.core.view import View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.building.signoff import SignOff, sign_off, sign_offs, sign_offs_of
-from tunesmith.data.building.summary import DatasetSummary, dataset_summary
 from tunesmith.data.building.verify import DatasetVerification, verify_dataset
-from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, DatasetSummary, Example, dataset_summary, load_dataset
 from tunesmith.data.governance import cards
 from tunesmith.data.governance.difference import Difference, removed_sample
 from tunesmith.data.governance.difference import difference as compare_versions

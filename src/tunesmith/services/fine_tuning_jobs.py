@@ -12,7 +12,7 @@ from typing import Any
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.progress import Task
-from tunesmith.data.formats.openai_file import InvalidExamples, check_examples
+from tunesmith.data.formats.openai_rules import InvalidExamples, check_examples
 from tunesmith.evaluation.summary import EvaluationSummary
 from tunesmith.jobs.performing import JobProgress, Outcome
 from tunesmith.jobs.queue import JobError

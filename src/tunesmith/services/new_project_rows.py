@@ -19,7 +19,6 @@ from tunesmith.data.building.examine import control_token, refuse_control_tokens
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.duplicates import answer_key, request_key, request_text
 from tunesmith.data.formats.row_formats import RowFormat, format_of, inferred_rename, read_turns
-from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.formats.turns import conversation, objection
 from tunesmith.data.settings import Source, Split
 from tunesmith.data.sources.files import find_files, open_source
@@ -167,7 +166,7 @@ def _read(root: Path, source: Source, control: ControlTokens) -> _Read:
         with open_source(file) as opened:
             for read in opened.rows():
                 found.keys.update(read.fields)
-                row = SourceRow(read.source, read.number, renamed(read, source.rename))
+                row = renamed(read, source.rename)
                 row_format = row_format or format_of("auto", row)
                 turns = read_turns(row, row_format, found.unread)
                 found.unread.update(unread_keys(row.fields, source, row_format))

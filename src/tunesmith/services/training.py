@@ -15,7 +15,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Duration
 from tunesmith.core.view import Omitted, View
-from tunesmith.data.building.summary import DatasetSummary, dataset_summary
+from tunesmith.data.dataset import DatasetSummary, dataset_summary
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext

@@ -13,9 +13,8 @@ import pytest
 from tests.data.rows import WORDS, build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
-from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import SPLITS, Dataset, load_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, dataset_summary, load_dataset
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -18,7 +18,7 @@ from tunesmith.core.messages import Message, tools_of
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats import turns as turn_checks
 from tunesmith.data.formats.key_order import in_request_order
-from tunesmith.data.formats.openai_file import InvalidExamples, check_examples
+from tunesmith.data.formats.openai_rules import InvalidExamples, check_examples
 from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.settings import Rows
 

@@ -15,8 +15,7 @@ from tests.data.rows import build, held, many_rows, row, settings, turns, write_
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
-from tunesmith.data.building.summary import dataset_summary
-from tunesmith.data.dataset import example_id
+from tunesmith.data.dataset import dataset_summary, example_id
 from tunesmith.data.formats import turns as turn_checks
 from tunesmith.store.store import Store
 

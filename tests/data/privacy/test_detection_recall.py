@@ -16,12 +16,13 @@ from tests.data.rows import build, held, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy import credentials
-from tunesmith.data.privacy.detection_recall import Measured, measure, probably_remaining, recall_at_least
+from tunesmith.data.privacy.detection_recall import measure, probably_remaining, recall_at_least
 from tunesmith.data.privacy.entities import Finder, FoundEntity
 from tunesmith.data.privacy.originals import KEY, new_key, read_originals
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
 from tunesmith.data.settings import ENTITIES, MODEL_ENTITIES, Privacy
+from tunesmith.records.dataset import SyntheticValues
 
 PRIVATE = {"entities": ["EMAIL_ADDRESS", "SECRET"], "synthetic_values": 20}
 
@@ -40,10 +41,10 @@ def test_what_cannot_be_found_is_measured_as_lost() -> None:
     badge = {"regex": r"B-\d{4}", "score": 0.9, "examples": ["B-1234", "badge 77"]}
     chosen = Privacy.model_validate({"entities": [], "synthetic_values": 30, "recognisers": {"BADGE": badge}})
     talk = [[Message(role="user", content="let me in please"), Message(role="assistant", content="ok then")]]
-    measured = measure(Scanner(chosen), chosen, talk)["BADGE"]
+    measured = measure(Scanner(chosen), talk)["BADGE"]
     assert measured.inserted == 30
     assert 5 < measured.found < 25  # of the two examples one does not fit the pattern
-    assert measured.right == measured.new
+    assert measured.precision_by_character == 1
 
 
 class _WithoutKeys(Scanner):
@@ -57,22 +58,27 @@ def test_passwords_under_keys_of_json_are_inserted_too() -> None:
     chosen = Privacy(entities=("SECRET",), synthetic_values=100)
     asked, login = Message(role="user", content="log in"), json.dumps({"do": "login", "password": "aB031xy&Zq"})
     talks = [[asked, Message(role="assistant", content=login)]] * 20
-    assert measure(Scanner(chosen), chosen, talks)["SECRET"].found >= 95
-    missed = 100 - measure(_WithoutKeys(chosen), chosen, talks)["SECRET"].found
+    assert measure(Scanner(chosen), talks)["SECRET"].found >= 95
+    missed = 100 - measure(_WithoutKeys(chosen), talks)["SECRET"].found
     assert 30 < missed < 70  # half of the values are passwords, which are found by their keys only
+
+
+def _measured(inserted: int, found: int) -> SyntheticValues:
+    rest = dict.fromkeys(("recall", "recall_at_least", "recall_by_character", "precision_by_character"), 0.0)
+    return SyntheticValues(inserted=inserted, found=found, **rest)
 
 
 def test_the_bounds_are_clopper_pearson_and_the_binomials_own() -> None:
     assert recall_at_least(18, 20, 0.05) == pytest.approx(beta.ppf(0.05, 18, 3))
     assert recall_at_least(0, 20, 0.05) == 0
     # One entity: the largest number missed that is not yet too unlikely, at the recall's lower bound.
-    measured = {"A": Measured(40, 36, 40, 36, 36, 36)}
+    measured = {"A": _measured(40, 36)}
     left = probably_remaining({"A": 7}, measured)
     low = recall_at_least(36, 40, 0.025)
     assert left is not None
     assert binom.cdf(7, 7 + left, low) > 0.025 >= binom.cdf(7, 7 + left + 1, low)
     assert probably_remaining({"A": 70}, measured) > left
-    assert probably_remaining({"A": 0}, {"A": Measured(20, 0, 20, 0, 0, 0)}) is None
+    assert probably_remaining({"A": 0}, {"A": _measured(20, 0)}) is None
 
 
 def test_the_record_carries_fields_measured_error_and_bound_and_a_gate_holds_it(tmp_path: Path) -> None:
@@ -211,6 +217,6 @@ def test_words_versions_and_checksums_are_no_keys(text: str) -> None:
 def test_the_recall_estimate_shows_a_rule_that_drops_keys(monkeypatch: pytest.MonkeyPatch, said: tuple[str]) -> None:
     settings = Privacy(entities=("SECRET",), synthetic_values=200)
     rows = [[Message(role=role, content=text) for role, text in zip(("user", "assistant"), said, strict=False)]]
-    assert measure(Scanner(settings), settings, rows)["SECRET"].found >= 0.99 * 200
+    assert measure(Scanner(settings), rows)["SECRET"].found >= 0.99 * 200
     monkeypatch.setattr(credentials, "_is_random", lambda value: False)
-    assert measure(Scanner(settings), settings, rows)["SECRET"].found < 0.95 * 200
+    assert measure(Scanner(settings), rows)["SECRET"].found < 0.95 * 200

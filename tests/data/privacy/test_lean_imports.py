@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from tunesmith.data.privacy import lean_imports
-from tunesmith.data.privacy.lean_imports import without_torch
+from tunesmith.data.privacy import names
+from tunesmith.data.privacy.names import without_torch
 
 SCAN = """
 import sys
@@ -37,7 +37,7 @@ def test_a_package_is_hidden_from_one_thread_for_a_time(monkeypatch: pytest.Monk
     name, part = "pydoc_data", "pydoc_data.topics"  # in place of torch
     for module in (name, part, "transformers"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setattr(lean_imports, "_UNUSED", (name,))
+    monkeypatch.setattr(names, "_HEAVY", (name,))
     with without_torch():
         with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
             import_module(name)
@@ -49,6 +49,6 @@ def test_a_package_is_hidden_from_one_thread_for_a_time(monkeypatch: pytest.Monk
     for module in (name, part):
         del sys.modules[module]
     step = EntryPoint("transformer", "spacy_transformers.pipeline_component:make_transformer", "spacy_factories")
-    monkeypatch.setattr(lean_imports, "entry_points", lambda group: [step])
+    monkeypatch.setattr(names, "entry_points", lambda group: [step])
     with without_torch():
         assert import_module(name), "a package adds steps to spaCy that may need it"

@@ -17,9 +17,9 @@ from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.privacy import names
 from tunesmith.data.privacy.addresses import SURE, find_addresses
 from tunesmith.data.privacy.check_digits import find_cards, find_ibans
+from tunesmith.data.privacy.detection_recall import reference
 from tunesmith.data.privacy.names import RECOMMENDED, Names
 from tunesmith.data.privacy.scan import Scan, Scanner
-from tunesmith.data.privacy.scan_result import reference
 from tunesmith.data.privacy.synthetic_pii import MAKERS
 from tunesmith.data.settings import ENTITIES, Privacy
 from tunesmith.store.people.identities import ensure_owner

@@ -20,9 +20,8 @@ from tests.monitoring.test_cases import case
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
 from tunesmith.data.building.build import build_dataset
-from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, Example, dataset_summary, load_dataset
 from tunesmith.data.governance.difference import difference
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
 from tunesmith.data.quality.flags import examine_quality

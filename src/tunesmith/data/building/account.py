@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
-from tunesmith.data.dataset import Example
-
 EXACT: Final = "exact duplicate"
 PRIVATE: Final = "personal data or a secret"
 OVERLONG: Final = "overlong"
@@ -20,19 +18,10 @@ EDITED: Final = "in a row that was edited in a review"  # follows the reason
 SPOILT_CALL: Final = "tool call not valid JSON after pseudonymisation"
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """An example that passed the checks. row: its number in the file; changed: whether it differs from what was
-    read."""
-
-    example: Example
-    row: int
-    changed: bool
-
-
 @dataclass
 class Account:
-    """Counts of some rows. read: kept and removed ones. ignored: key that no format reads -> rows that have it.
+    """Counts of some rows. read: source file -> kept and removed ones. ignored: key that no format reads -> rows that
+    have it.
 
     privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
     original. longest: the most tokens of a row. reviewed: id of a reviewed row -> rows that its decision applied to.
@@ -40,7 +29,7 @@ class Account:
     before and after. respelled: rows read whose JSON answers were written as constrained decoding writes them.
     """
 
-    read: int = 0
+    read: Counter[str] = field(default_factory=Counter)
     privacy: Counter[str] = field(default_factory=Counter)
     fields: Counter[tuple[str, str]] = field(default_factory=Counter)
     originals: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -53,14 +42,9 @@ class Account:
 
     def merge(self, other: Account) -> None:
         """Add another account's counts; `longest` becomes the larger one."""
-        self.read += other.read
         self.respelled += other.respelled
         self.longest = max(self.longest, other.longest)
-        self.privacy.update(other.privacy)
-        self.fields.update(other.fields)
-        self.originals.update(other.originals)
-        self.ignored.update(other.ignored)
-        self.reviewed.update(other.reviewed)
-        self.withdrawn |= other.withdrawn
+        for name in ("read", "privacy", "fields", "originals", "ignored", "reviewed", "withdrawn"):
+            getattr(self, name).update(getattr(other, name))
         for row, contents in other.edits.items():
             self.edits.setdefault(row, set()).update(contents)

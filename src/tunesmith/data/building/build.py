@@ -16,23 +16,15 @@ from tunesmith.core.scope import Scope
 from tunesmith.data.building.account import HAS_CONTROL, Account
 from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
-from tunesmith.data.building.shards import (
-    ExaminedRows,
-    LocalRunner,
-    PlannedFile,
-    ShardRunner,
-    examined_rows,
-    formats_of,
-    plan,
-)
+from tunesmith.data.building.shards import LocalRunner, PlannedFile, ShardRunner, examined_rows, formats_of, plan
 from tunesmith.data.building.staging import StagingDatabase
-from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS, Example
+from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import duties
 from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.privacy.detection_recall import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
 from tunesmith.data.privacy.scan import Scanner
-from tunesmith.data.privacy.scan_result import privacy_evidence
 from tunesmith.data.review.decisions import Reviewed, applied_settings, read_reviewed
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified
@@ -40,6 +32,7 @@ from tunesmith.data.splitting.groups import joined_groups
 from tunesmith.data.splitting.leakage import (
     NEAR_HELD_OUT,
     NEAR_SAME_ANSWER,
+    Comparable,
     ComparedRow,
     Nearness,
     clusters,
@@ -50,7 +43,6 @@ from tunesmith.records.dataset import (
     AppliedReview,
     Credit,
     DatasetBody,
-    PrivacyScan,
     ReadSource,
     RowCounts,
     Strata,
@@ -115,49 +107,61 @@ def build_dataset(
         rules = RowRules(settings, *limits, formats_of(planned), unscorable, reviewed, respell)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
-        rows = _stage(staging, account, examined_rows(planned, rules, runner, progress))
+        for piece in examined_rows(planned, rules, runner, progress):
+            staging.add(piece.kept, piece.removed)
+            account.merge(piece.account)
         if settings.control_tokens == "refuse":
             refuse_control_tokens(staging.removed_for(HAS_CONTROL), "set data.control_tokens to drop")
         staging.drop_copies(account.withdrawn - withdrawn.contents)
         staging.drop_repeats(held_out)
         conflicts = staging.conflicts(_SHOWN_CONFLICTS)
-        threshold = near_threshold(settings)
-        progress.say(f"{account.read} rows read; looking for near ones across the splits")
+        read = account.read.total()
+        progress.say(f"{read} rows read; looking for near ones across the splits")
         starts, beyond, held = _divide(staging, settings, held_out)
         splits = _split(staging, settings, account, outside)
-        near = Nearness(splits, threshold, outside.requests)
-        counted = staging.counts()
-        edited = {row: tuple(reviewed.rows[row].by) for row in sorted(account.edits) if row in reviewed.rows}
+        near = Nearness(splits, settings.duplicates.threshold, outside.requests)
+        counted, licensed = counts(splits), staging.licences()
+        licences: Counter[str] = Counter()
+        for _, licence, rows in licensed:
+            licences[licence] += rows
         body = DatasetBody(
             settings=settings.model_dump(mode="json", exclude={"sign_off"}),
-            sources=tuple(_described(one, rules.formats[one.file.source.path], rows[one.file.name]) for one in planned),
+            sources=tuple(
+                _described(one, rules.formats[one.file.source.path], account.read[one.file.name]) for one in planned
+            ),
             rows=RowCounts(
-                read=account.read,
+                read=read,
                 kept=sum(counted["splits"].values()),
                 changed=staging.changed(),
                 removed=staging.reasons(),
             ),
             **counted,
+            licences=licences,
             leakage=leakage(splits, near, settings.split),
             decontaminated=outside.files,
             near_clusters=clusters(splits, near, _SHOWN_CONFLICTS),
             time=_times(staging, settings.split, starts, beyond),
             strata=_strata(staging, settings.split),
-            duties=duties(_credits(staging, planned), settings.licences),
-            privacy=dict(sorted(account.privacy.items())),
-            privacy_scan=_scan_measured(staging, rules, account),
-            ignored_keys=dict(sorted(account.ignored.items())),
+            duties=duties(_credits(licensed, planned), settings.licences),
+            privacy=account.privacy,
+            privacy_scan=privacy_evidence(
+                Scanner(settings.privacy, listed_values(answer_schema)),
+                account.privacy,
+                account.fields,
+                [example.messages for example in staging.sample(_MEASURED_ROWS)],
+            ),
+            ignored_keys=account.ignored,
             conflicts=conflicts,
             tokens=None
             if count_tokens is None or max_tokens is None
             else TokenLengths(limit=max_tokens, longest=account.longest),
             answer_schema=None if answer_schema is None else digest_of(answer_schema),
             review=_review(reviewed, account),
-            reviewers=edited if reviewed.logged else {},
+            reviewers={row: reviewed.rows[row].by for row in account.edits} if reviewed.logged else {},
             scope=None if scope == Scope() else scope,
             held_groups=tuple(held),
             respelled=account.respelled or None,
-            edits={row: tuple(sorted(contents)) for row, contents in sorted(account.edits.items())},
+            edits={row: tuple(sorted(contents)) for row, contents in account.edits.items()},
         )
         blobs = {f"{name}.jsonl": _sealed(store, folder, staging.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, staging.removed_lines())
@@ -167,16 +171,6 @@ def build_dataset(
             blobs[OUTSIDE] = store.put_bytes(outside.encode())
         keep_originals(settings.privacy, root, account.originals, staging.ids())
     return store.put_record(body.record({}, blobs))
-
-
-def _stage(staging: StagingDatabase, account: Account, pieces: Iterable[ExaminedRows]) -> Counter[str]:
-    """Put the rows into the staging database, add up their accounts; returns source file -> rows read."""
-    rows: Counter[str] = Counter()
-    for piece in pieces:
-        staging.add(piece.kept, piece.removed)
-        account.merge(piece.account)
-        rows[piece.file] += piece.account.read
-    return rows
 
 
 def _divide(
@@ -189,7 +183,7 @@ def _divide(
     split = settings.split
     if split.joined:
         rows = [one for some in staging.compared_rows().values() for one in some]
-        staging.regroup(joined_groups(rows, split, near_threshold(settings)), split)
+        staging.regroup(joined_groups(rows, split, settings.duplicates.threshold), split)
     held = staging.hold_out(held_out)
     if split.stratify is not None:
         staging.place_groups(stratified(staging.kinds(split.stratify), split, frozenset(held)))
@@ -214,7 +208,7 @@ def _strata(staging: StagingDatabase, split: Split) -> Strata | None:
     kinds: dict[str, dict[str, int]] = {}
     for name, kind, rows in staging.kinds(split.stratify, by="split"):
         kinds.setdefault(kind, dict.fromkeys(SPLITS, 0))[name] = rows
-    return Strata(key=split.stratify, rows=dict(sorted(kinds.items())))
+    return Strata(key=split.stratify, rows=kinds)
 
 
 def _review(reviewed: Reviewed, account: Account) -> AppliedReview | None:
@@ -231,12 +225,6 @@ def _review(reviewed: Reviewed, account: Account) -> AppliedReview | None:
         unmatched=len(reviewed.rows.keys() - account.reviewed.keys()),
         logged=reviewed.logged,
     )
-
-
-def _scan_measured(staging: StagingDatabase, rules: RowRules, account: Account) -> PrivacyScan:
-    talks = [example.messages for example in staging.sample(_MEASURED_ROWS)]
-    scanner = Scanner(rules.settings.privacy, listed_values(rules.answer_schema))
-    return privacy_evidence(scanner, rules.settings.privacy, account.privacy, account.fields, talks)
 
 
 def _described(one: PlannedFile, row_format: RowFormat, rows: int) -> ReadSource:
@@ -262,32 +250,25 @@ def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
         path.unlink(missing_ok=True)
 
 
-def near_threshold(settings: DataSettings) -> float:
-    """The similarity from which two requests are near; 1.0, equal requests, where none is set."""
-    return 1.0 if settings.duplicates.near is None else settings.duplicates.near
-
-
-def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
-    """Counts that the examples alone determine: rows and groups of each split, rows of each licence."""
-    licences = Counter(example.licence for examples in splits.values() for example in examples)
+def counts(splits: Mapping[str, Sequence[Comparable]]) -> dict[str, dict[str, int]]:
+    """Rows and groups of each split."""
     return {
         "splits": {name: len(splits[name]) for name in SPLITS},
-        "groups": {name: len({example.group for example in splits[name]}) for name in SPLITS},
-        "licences": dict(sorted(licences.items())),
+        "groups": {name: len({row.group for row in splits[name]}) for name in SPLITS},
     }
 
 
-def _credits(staging: StagingDatabase, planned: Sequence[PlannedFile]) -> set[Credit]:
-    """The credits that the licences of the remaining rows require."""
+def _credits(licensed: Iterable[tuple[str, str, int]], planned: Sequence[PlannedFile]) -> list[Credit]:
+    """The credits that the licences of rows require. licensed: (source, licence, rows)."""
     credit = {one.file.name: one.file.source.attribution for one in planned}
-    return {Credit(source=source, licence=licence, credit=credit.get(source)) for source, licence in staging.licences()}
+    return [Credit(source=source, licence=licence, credit=credit[source]) for source, licence, _ in licensed]
 
 
 def _split(
     staging: StagingDatabase, settings: DataSettings, account: Account, outside: Outside
 ) -> dict[str, list[ComparedRow]]:
     """The splits without near duplicates. Raises UsageError or Refused where too few rows remain."""
-    splits, threshold = staging.compared_rows(), near_threshold(settings)
+    splits, threshold = staging.compared_rows(), settings.duplicates.threshold
     _require_rows(splits, staging, account)
     gone = rows_to_remove(splits, threshold, outside.requests)
     if settings.duplicates.near is None:  # rows that are equal only when folded may say different things
@@ -311,17 +292,17 @@ def _require_rows(splits: Mapping[str, Sequence[ComparedRow]], staging: StagingD
         if not splits[name]:
             sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
             removed = "; ".join(f"{reason}: {n}" for reason, n in staging.reasons().items())
-            found = [row.group for some in splits.values() for row in some]
-            if len(found) > 1 and len(set(found)) == 1:
+            groups = [row.group for some in splits.values() for row in some]
+            if len(groups) > 1 and len(set(groups)) == 1:
                 raise UsageError(
-                    f"no rows are left for {name}: all {len(found)} rows are one group, and a group is never divided"
+                    f"no rows are left for {name}: all {len(groups)} rows are one group, and a group is never divided"
                     f" ({sizes}; removed: {removed or 'none'})",
                     where="data.split.group_by",
                     fix="without group_by, requests that differ in their values only are one group: add requests of "
                     "other wordings, or name a key of the rows that tells kinds of requests apart in group_by",
                 )
             raise UsageError(
-                f"no rows are left for {name} ({sizes}; read: {account.read}; removed: {removed or 'none'})",
+                f"no rows are left for {name} ({sizes}; read: {account.read.total()}; removed: {removed or 'none'})",
                 where="data",
                 fix="add rows or groups, raise data.split.test, or choose another data.split.seed",
             )

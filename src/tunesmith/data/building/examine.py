@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message, tools_of, with_tools
@@ -24,15 +25,14 @@ from tunesmith.data.building.account import (
     SPOILT_CALL,
     WITHDRAWN,
     Account,
-    Kept,
 )
-from tunesmith.data.building.staging import RemovedLine, removed_line
+from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import answer_key, learned_parts, request_text
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.row_readers import SourceRow
-from tunesmith.data.formats.turns import AFTER_THE_LAST, Turn, conversation, ends_unlearned, objection
+from tunesmith.data.formats.turns import AFTER_THE_LAST, conversation, objection
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key
 from tunesmith.data.privacy.scan import Scan, Scanner
@@ -60,8 +60,8 @@ def refuse_control_tokens(rows: Sequence[tuple[str, str]], otherwise: str) -> No
 
 def control_token(messages: Sequence[Message], tokens: Sequence[str]) -> str | None:
     """Why a row with one of these tokens is removed; None for other rows."""
-    found = next(filter(None, (turn.control_token(tokens) for turn in messages)), None) if tokens else None
-    return None if found is None else f"{HAS_CONTROL} {found}"
+    held = next(filter(None, (turn.control_token(tokens) for turn in messages)), None) if tokens else None
+    return held and f"{HAS_CONTROL} {held}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +88,42 @@ class RowRules:
     respell: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Removed:
-    """Why a row is removed. example: its id, where it was computed already."""
+class _Removed(Exception):
+    """A row is removed. example: its id, where it was computed already."""
 
-    reason: str
-    example: str | None = None
+    def __init__(self, reason: str, example: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.example = reason, example
+
+    def of(self, row: SourceRow) -> RemovedLine:
+        """As the database stores it."""
+        return self.example, row.source, row.number, self.reason
 
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """A row that waits for the privacy scan. original: as it was read; fitting: cut to the allowed length."""
+    """A row that waits for the privacy scan. row: with its renamed keys; original: as it was read; fitting: cut to the
+    allowed length."""
 
     row: SourceRow
     source: Source
-    fields: Fields
     licence: str
     original: tuple[Message, ...]
     fitting: tuple[Message, ...]
 
 
+class ExaminedRows(NamedTuple):
+    """Some rows after the checks, and their account."""
+
+    kept: list[StagedRow]
+    removed: list[RemovedLine]
+    account: Account
+
+
 class Examiner:
     """The checks of a row, in this order: format, licence, control tokens, length, privacy, answer.
 
-    account: the counts of the rows that were examined last.
+    account: the counts of the rows that are examined now.
     """
 
     def __init__(self, rules: RowRules) -> None:
@@ -132,43 +144,45 @@ class Examiner:
             return OFF_SCHEMA
         return None if self.rules.unscorable is None else self.rules.unscorable(text)
 
-    def examine(self, rows: Sequence[SourceRow], source: Source) -> tuple[list[Kept], list[RemovedLine]]:
-        """(examples, removed rows), counted in a new account. Many rows at once make the scan faster."""
-        self.account = Account(read=len(rows))
-        row_format = self.rules.formats[source.path]
-        judged = [(row, self._before_scan(row, source, row_format)) for row in rows]
-        waiting = [one for _, one in judged if isinstance(one, _Fitting)]
-        scans = iter(self.scanner.scan_many([one.fitting for one in waiting]))
-        kept, removed = [], []
-        for row, one in judged:
-            found = self._after_scan(one, next(scans)) if isinstance(one, _Fitting) else one
-            if isinstance(found, Kept):
-                kept.append(found)
-            else:
-                removed.append(removed_line(found.example, row.source, row.number, found.reason))
-        return kept, removed
+    def examine(self, rows: Sequence[SourceRow], source: Source) -> ExaminedRows:
+        """Some rows of one file. Many at once make the scan faster."""
+        self.account = Account(read=Counter(row.source for row in rows))
+        done = ExaminedRows([], [], self.account)
+        waiting: list[_Fitting] = []
+        for row in rows:
+            try:
+                waiting.append(self._before_scan(row, source))
+            except _Removed as removed:
+                done.removed.append(removed.of(row))
+        scans = self.scanner.scan_many([one.fitting for one in waiting])
+        for one, scan in zip(waiting, scans, strict=True):
+            try:
+                done.kept.append(self._after_scan(one, scan))
+            except _Removed as removed:
+                done.removed.append(removed.of(one.row))
+        return done
 
-    def _before_scan(self, row: SourceRow, source: Source, row_format: row_formats.RowFormat) -> _Fitting | _Removed:
-        fields = renamed(row, source.rename)
-        turns = row_formats.read_turns(SourceRow(row.source, row.number, fields), row_format, self.account.ignored)
-        self.account.ignored.update(unread_keys(fields, source, row_format) - self._read_labels)
-        if (reason := objection(turns)) is not None:
-            return _Removed(reason)
-        licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
+    def _before_scan(self, read: SourceRow, source: Source) -> _Fitting:
+        """A row that may go on to the scan. Raises _Removed for another one."""
+        row, row_format = renamed(read, source.rename), self.rules.formats[source.path]
+        turns = row_formats.read_turns(row, row_format, self.account.ignored)
+        self.account.ignored.update(unread_keys(row.fields, source, row_format) - self._read_labels)
+        if reason := objection(turns):
+            raise _Removed(reason)
+        licence = permitted(_licence(row, source), self.settings.licences, row.where)
         original = conversation(turns)
-        self.account.ignored.update([AFTER_THE_LAST] if ends_unlearned(turns) else ())
-        if (reason := control_token(original, self.rules.control_tokens)) is not None:
-            return _Removed(reason)
+        if not turns[-1].weight:
+            self.account.ignored[AFTER_THE_LAST] += 1
+        if reason := control_token(original, self.rules.control_tokens):
+            raise _Removed(reason)
         spelled = self._spelled(original)
         self.account.respelled += spelled != original
-        fitting = self._fit(spelled, row)
-        if fitting is None:
-            return _Removed(OVERLONG)
-        return _Fitting(row, source, fields, licence, original, fitting)
+        return _Fitting(row, source, licence, original, self._fit(spelled, row))
 
-    def _after_scan(self, one: _Fitting, scan: Scan, applied: Set[str] = frozenset()) -> Kept | _Removed:
-        """applied: the reviewed rows whose decisions made this one."""
-        row, fields, source, fitting = one.row, one.fields, one.source, one.fitting
+    def _after_scan(self, one: _Fitting, scan: Scan, applied: Set[str] = frozenset()) -> StagedRow:
+        """A row that passed all checks. Raises _Removed for another one. applied: the reviewed rows whose decisions
+        made this one."""
+        row, source, fitting = one.row, one.source, one.fitting
         self.account.privacy.update(scan.found)
         self.account.fields.update(scan.fields)
         action = self.settings.privacy.action
@@ -180,43 +194,43 @@ class Examiner:
                 fix="clean the source, or set data.privacy.action to pseudonymise or remove",
             )
         if messages is None:
-            return _Removed(PRIVATE if action == "remove" else SPOILT_CALL)
+            raise _Removed(PRIVATE if action == "remove" else SPOILT_CALL)
         if self.settings.key_order == "request":
             messages = in_request_order(messages)
         name = example_id(messages, row.source)
         if scan.found and action == "remove":
-            return _Removed(PRIVATE, name)
-        if messages != fitting and (self._fit(messages, row) != messages):
-            return _Removed(OVERLONG, name)
+            raise _Removed(PRIVATE, name)
+        if messages != fitting and self._fit(messages, row, name) != messages:
+            raise _Removed(OVERLONG, name)
         if (reason := self.answer_objection(messages[-1].text)) is not None:
-            return _Removed(reason if self.answer_objection(fitting[-1].text) else f"{reason} {SPOILT}", name)
+            raise _Removed(reason if self.answer_objection(fitting[-1].text) else f"{reason} {SPOILT}", name)
         templates = self._templates(messages, scan)
         earlier = learned_parts(messages)[:-1] if self.rules.outside else []
         compared = (templates, *(self._templates(part, scan) for part in earlier))
         if not all(map(self.rules.outside.isdisjoint, compared)):
-            return _Removed(OUTSIDE_WORDING, name)
-        labels = self._labels(fields, row, messages, templates[0])
+            raise _Removed(OUTSIDE_WORDING, name)
+        labels = self._labels(row, messages, templates[0])
         example = Example(
             id=name,
             messages=messages,
             source=row.source,
             licence=one.licence,
             group="" if self.settings.split.joined else labels[self.settings.split.groups[0]],
-            subject=_label(fields, source.subject_key, row),
-            tenant=_label(fields, source.tenant_key, row),
-            region=_label(fields, source.region_key, row),
+            subject=_label(row, source.subject_key),
+            tenant=_label(row, source.tenant_key),
+            region=_label(row, source.region_key),
             labels={key: value for key, value in labels.items() if key in self._kept_labels},
         )
         if self.rules.withdrawn.holds(example):
             if self.rules.withdrawn.reaches_copies(example):
                 self.account.withdrawn.add(content_key(example))
-            return _Removed(WITHDRAWN, name)
+            raise _Removed(WITHDRAWN, name)
         # An edited row may have been reviewed again. A decision is applied once, in case two edits undo each other.
         review = self.rules.reviewed.of(example) if not applied else self.rules.reviewed.rows.get(name)
         if review is not None and review.row not in applied:
             self.account.reviewed[review.row] += 1
             if review.decision == "reject":
-                return _Removed(review.reason, name)
+                raise _Removed(review.reason, name)
             if review.decision == "edit":
                 return self._edited(one, review, example, applied | {review.row})
         for edited in applied:
@@ -224,22 +238,17 @@ class Examiner:
             self.account.edits.setdefault(edited, set()).update(contents)
         if scan.originals and self.settings.privacy.originals is not None:
             self.account.originals[name] = dict(scan.originals)
-        return Kept(example, row.number, messages != one.original)
+        return staged_row(example, row.number, messages != one.original, self.settings.split)
 
-    def _edited(self, one: _Fitting, review: ReviewedRow, example: Example, applied: Set[str]) -> Kept | _Removed:
+    def _edited(self, one: _Fitting, review: ReviewedRow, example: Example, applied: Set[str]) -> StagedRow:
         """The row as reviewers wrote it, under the checks that every row passes. A copy of the reviewed row keeps its
         own system turn and tools; the row itself may have been reviewed before its JSON was spelled otherwise."""
         read = in_request_order(one.original) if self.settings.key_order == "request" else one.original
         itself = review.row in (example.id, example_id(read, one.row.source))
         edited = review.messages if itself else _in_frame(review.messages, example.messages)
-        turns = [Turn(turn.role, turn.content, turn.tool_calls, turn.tool_call_id) for turn in edited]
-        if (reason := objection(turns)) is not None:
-            return _Removed(f"{reason} {EDITED}", review.row)
-        if (reason := control_token(edited, self.rules.control_tokens)) is not None:
-            return _Removed(f"{reason} {EDITED}", review.row)
-        fitting = self._fit(self._spelled(edited), one.row)
-        if fitting is None:
-            return _Removed(OVERLONG, review.row)
+        if reason := objection(edited) or control_token(edited, self.rules.control_tokens):
+            raise _Removed(f"{reason} {EDITED}", review.row)
+        fitting = self._fit(self._spelled(edited), one.row, review.row)
         return self._after_scan(replace(one, fitting=fitting), self.scanner.scan(fitting), applied)
 
     def _spelled(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -250,8 +259,9 @@ class Examiner:
             for turn in messages
         )
 
-    def _fit(self, messages: tuple[Message, ...], row: SourceRow) -> tuple[Message, ...] | None:
-        """The messages, without the oldest exchanges where truncation is allowed; None where they do not fit.
+    def _fit(self, messages: tuple[Message, ...], row: SourceRow, name: str | None = None) -> tuple[Message, ...]:
+        """The messages, without the oldest exchanges where truncation is allowed. Raises _Removed, with the row's name,
+        where they do not fit.
 
         A turn is never cut in two: half an answer would teach the model to stop early. What is left begins with a
         user's turn, and offers the row's tools.
@@ -282,7 +292,7 @@ class Examiner:
                 fix="shorten it, set data.overlong to drop or truncate, or raise train.max_length of the candidates: "
                 "the least of these is the limit, unless the base's context is shorter",
             )
-        return None
+        raise _Removed(OVERLONG, name)
 
     @cached_property
     def _read_labels(self) -> frozenset[str | None]:
@@ -294,9 +304,8 @@ class Examiner:
     def _kept_labels(self) -> frozenset[str | None]:
         """The labels that are kept with an example. A group that depends on its row only is kept as its group."""
         split = self.settings.split
-        return frozenset(
-            (*self.settings.attributes, split.time, split.stratify, *(split.groups if split.joined else ()))
-        )
+        groups = split.groups if split.joined else ()
+        return frozenset((*self.settings.attributes, split.time, split.stratify, *groups))
 
     def _templates(self, messages: Sequence[Message], scan: Scan) -> tuple[str, ...]:
         """The row's template, and the template without the scan's findings, which verification can recompute."""
@@ -304,35 +313,34 @@ class Examiner:
         names = [*self.settings.split.values, *scan.originals, *scan.originals.values()]
         return wording_group(request, answer, names), *((wording_group(request, answer),) if names else ())
 
-    def _labels(self, fields: Fields, row: SourceRow, messages: Sequence[Message], template: str) -> dict[str, str]:
+    def _labels(self, row: SourceRow, messages: Sequence[Message], template: str) -> dict[str, str]:
         """The row's labels for groups, time, stratum and attributes. Raises UsageError where one is missing."""
-        split = self.settings.split
+        split, fields = self.settings.split, row.fields
         stated = ((key, _attribute(fields, key, row)) for key in self.settings.attributes)
         labels = {key: text for key, text in stated if text is not None}
-        labels |= {key: _required(_label(fields, key, row), key, "groups rows", row) for key in split.keys}
+        labels |= {key: _required(_label(row, key), key, "groups rows", row) for key in split.keys}
         if split.time is not None:
             labels[split.time] = time_of(_required(fields.get(split.time), split.time, "orders rows", row), row.where)
         if split.stratify is not None:
-            kind = _kind(fields, messages[-1].text, split.stratify, row)
+            kind = _kind(row, messages[-1].text, split.stratify)
             labels[split.stratify] = _required(kind, split.stratify, "keeps kinds in like shares", row)
-        for reserved in (WORDING, NEAR) if split.group_by is not None else ():
-            if reserved in split.groups and reserved in fields:
-                raise UsageError(
-                    f"the row has a key {reserved!r}, which has another meaning in data.split.group_by",
-                    where=row.where,
-                    fix="rename the key with the source's `rename`",
-                )
+        if split.group_by is not None and (meant := {WORDING, NEAR} & fields.keys() & set(split.groups)):
+            raise UsageError(
+                f"the row has a key {max(meant)!r}, which has another meaning in data.split.group_by",
+                where=row.where,
+                fix="rename the key with the source's `rename`",
+            )
         return labels | {WORDING: template}
 
 
-def renamed(row: SourceRow, names: Mapping[str, str]) -> Fields:
-    """The row's fields after the source's renames. Raises UsageError where a new name exists already."""
+def renamed(row: SourceRow, names: Mapping[str, str]) -> SourceRow:
+    """The row after the source's renames. Raises UsageError where a new name exists already."""
     if not names:
-        return row.fields
+        return row
     fields = {names.get(key, key): value for key, value in row.fields.items()}
     if len(fields) != len(row.fields):
         raise UsageError("two keys of the row have the same name after renaming", where=row.where)
-    return fields
+    return replace(row, fields=fields)
 
 
 def unread_keys(fields: Fields, source: Source, row_format: row_formats.RowFormat) -> set[str]:
@@ -352,17 +360,17 @@ def _licence_keys(source: Source) -> tuple[str, ...]:
     return ("licence", "license") if source.licence_key == "licence" else (source.licence_key,)
 
 
-def _licence(row: SourceRow, fields: Fields, source: Source) -> str | None:
+def _licence(row: SourceRow, source: Source) -> str | None:
     """The row's own licence, else its source's. An empty one is none: CSV gives each row all columns."""
-    stated = (_label(fields, key, row) for key in _licence_keys(source))
-    own = {licence for licence in stated if licence is not None and licence.strip()}
+    stated = (_label(row, key) for key in _licence_keys(source))
+    own = {licence for licence in stated if licence and licence.strip()}
     if len(own) > 1:
         raise UsageError("the row states two licences", where=row.where, fix="join them: `A AND B`")
     return own.pop() if own else source.licence
 
 
-def _label(fields: Fields, key: str, row: SourceRow) -> str | None:
-    value = fields.get(key)
+def _label(row: SourceRow, key: str) -> str | None:
+    value = row.fields.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -371,7 +379,7 @@ def _label(fields: Fields, key: str, row: SourceRow) -> str | None:
 
 
 def _required(value: Any, key: str, for_what: str, row: SourceRow) -> Any:
-    if value is None or value == "":
+    if value in (None, ""):
         raise UsageError(
             f"the row has no {key}, by which data.split {for_what}", where=row.where, fix="add it to every row"
         )
@@ -386,10 +394,10 @@ def _attribute(fields: Fields, key: str, row: SourceRow) -> str | None:
     return None if value is None else json.dumps(value, sort_keys=True, default=str)
 
 
-def _kind(fields: Fields, answer: str, key: str, row: SourceRow) -> str | None:
+def _kind(row: SourceRow, answer: str, key: str) -> str | None:
     """The row's stratum: the value of its key, else of its JSON answer's key; for "answer" the whole answer."""
-    if fields.get(key) is not None:
-        return _attribute(fields, key, row)
+    if row.fields.get(key) is not None:
+        return _attribute(row.fields, key, row)
     if key == "answer":
         return answer_key(answer)
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tunesmith.core.digests import canonical
@@ -13,11 +14,9 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.examine import listed_values, renamed
-from tunesmith.data.building.staging import batches
 from tunesmith.data.duplicates import near_text, request_text
 from tunesmith.data.formats import row_formats
-from tunesmith.data.formats.row_readers import SourceRow
-from tunesmith.data.formats.turns import Turn, conversation
+from tunesmith.data.formats.turns import conversation
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Rows, Source
 from tunesmith.data.sources.files import OpenSource, find_files, open_source
@@ -70,8 +69,8 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | Non
     files: list[OutsideSet] = []
     for file in find_files(outside_sources(settings.decontaminate), root):
         with open_source(file) as opened:
-            rows = 0
-            for some in batches(_conversations(opened), _TOGETHER):
+            rows, conversations = 0, _conversations(opened)
+            while some := list(islice(conversations, _TOGETHER)):
                 rows += len(some)
                 for messages, scan in zip(some, scanner.scan_many(some), strict=True):
                     request, answer = request_text(messages), messages[-1].text
@@ -84,13 +83,13 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | Non
 
 def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
     row_format: row_formats.RowFormat | None = None
-    for row in opened.rows():
-        fields = SourceRow(row.source, row.number, renamed(row, opened.file.source.rename))
-        row_format = row_format or row_formats.format_of(opened.file.source.format, fields)
-        yield conversation(_answered(row_formats.read_turns(fields, row_format, Counter()), row.where))
+    for read in opened.rows():
+        row = renamed(read, opened.file.source.rename)
+        row_format = row_format or row_formats.format_of(opened.file.source.format, row)
+        yield conversation(_answered(row_formats.read_turns(row, row_format, Counter()), row.where))
 
 
-def _answered(turns: Sequence[Turn], where: str) -> Sequence[Turn]:
+def _answered(turns: Sequence[Message], where: str) -> Sequence[Message]:
     """The turns with an answer to learn at their end, which may be empty: many test sets hold requests alone.
 
     Raises UsageError where no turn is the user's, since the row would be compared with nothing.
@@ -102,9 +101,9 @@ def _answered(turns: Sequence[Turn], where: str) -> Sequence[Turn]:
             fix="remove the row, or name the key of its request with rename",
         )
     if turns[-1].role != "assistant":
-        return [*turns, Turn("assistant", "")]
+        return [*turns, Message(role="assistant", content="")]
     learned = any(turn.role == "assistant" and turn.weight for turn in turns)
-    return turns if learned else [*turns[:-1], replace(turns[-1], weight=1)]
+    return turns if learned else [*turns[:-1], turns[-1].model_copy(update={"weight": 1})]
 
 
 def outside_sources(sets: Sequence[Rows]) -> tuple[Source, ...]:

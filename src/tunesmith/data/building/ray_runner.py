@@ -13,8 +13,8 @@ from typing import Any
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.ray_cluster import connected
-from tunesmith.data.building.examine import RowRules
-from tunesmith.data.building.shards import ExaminedRows, Shard, ShardWorker
+from tunesmith.data.building.examine import ExaminedRows, Examiner, RowRules
+from tunesmith.data.building.shards import Shard, examined_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +43,16 @@ class RayRunner:
 
 
 class _RayShardWorker:
-    """A ShardWorker on a node of the cluster. It returns the errors of rows, to be raised on this machine."""
+    """Examines shards on a node of the cluster. It returns the errors of rows, to be raised on this machine."""
 
     def __init__(self, rules: Any) -> None:
         import ray
 
-        self._worker = ShardWorker(ray.get(rules) if isinstance(rules, ray.ObjectRef) else rules)
+        self._examiner = Examiner(ray.get(rules) if isinstance(rules, ray.ObjectRef) else rules)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            found: Any = self._worker(pickle.loads(row["shard"]))  # noqa: S301  made by our own process
+            found: Any = list(examined_shard(self._examiner, pickle.loads(row["shard"])))  # noqa: S301  of our own
         except TunesmithError as error:
             found = error
         return {"place": row["place"], "found": pickle.dumps(found)}

@@ -21,9 +21,7 @@ from typing import Protocol
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import Progress
 from tunesmith.core.system.machine import end_with_parent, wanted_threads
-from tunesmith.data.building.account import Account
-from tunesmith.data.building.examine import Examiner, RowRules, renamed
-from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row
+from tunesmith.data.building.examine import ExaminedRows, Examiner, RowRules, renamed
 from tunesmith.data.formats.row_formats import RowFormat, format_of
 from tunesmith.data.formats.row_readers import WHOLE, Part, SourceRow
 from tunesmith.data.settings import DataSettings
@@ -47,16 +45,6 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class ExaminedRows:
-    """Some rows of a shard after the checks: kept rows, removed rows, and their account."""
-
-    file: str
-    kept: list[StagedRow]
-    removed: list[RemovedLine]
-    account: Account
-
-
-@dataclass(frozen=True, slots=True)
 class PlannedFile:
     """A source file to read. digest: of its bytes before the first row was read."""
 
@@ -66,38 +54,18 @@ class PlannedFile:
     shards: list[Shard]
 
 
-class ShardWorker:
-    """Examines shards in one process. Made once per process: the privacy scan's patterns take a second to load."""
-
-    def __init__(self, rules: RowRules) -> None:
-        self._examiner = Examiner(rules)
-
-    def warm(self) -> ShardWorker:
-        """Load now what the first row would load."""
-        self._examiner.scanner.findings(["a text"])
-        return self
-
-    def pieces(self, shard: Shard) -> Iterator[ExaminedRows]:
-        """The shard's examined rows, a few thousand at a time. Raises the error of the first invalid row."""
-        with open_source(shard.file, digested=False) as opened:
-            rows: list[SourceRow] = []
-            begun = opened.position()
-            for row in opened.read(shard.part):
-                rows.append(row)
-                if len(rows) == _ROWS_TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
-                    yield self._examined(shard, rows)
-                    rows, begun = [], opened.position()
-            if rows:
-                yield self._examined(shard, rows)
-
-    def __call__(self, shard: Shard) -> list[ExaminedRows]:
-        """All examined rows of a shard of limited size."""
-        return list(self.pieces(shard))
-
-    def _examined(self, shard: Shard, rows: Sequence[SourceRow]) -> ExaminedRows:
-        kept, removed = self._examiner.examine(rows, shard.file.source)
-        staged = [staged_row(one, self._examiner.settings.split) for one in kept]
-        return ExaminedRows(shard.file.name, staged, removed, self._examiner.account)
+def examined_shard(examiner: Examiner, shard: Shard) -> Iterator[ExaminedRows]:
+    """The shard's examined rows, a few thousand at a time. Raises the error of the first invalid row."""
+    with open_source(shard.file, digested=False) as opened:
+        rows: list[SourceRow] = []
+        begun = opened.position()
+        for row in opened.read(shard.part):
+            rows.append(row)
+            if len(rows) == _ROWS_TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
+                yield examiner.examine(rows, shard.file.source)
+                rows, begun = [], opened.position()
+        if rows:
+            yield examiner.examine(rows, shard.file.source)
 
 
 class ShardRunner(Protocol):
@@ -119,13 +87,14 @@ class LocalRunner:
     def run(self, rules: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
         """Every shard with its examined rows, in the order of the shards."""
         workers = self.workers or self._worth(shards)
-        here = ShardWorker(rules)
+        here = Examiner(rules)
         if workers == 1:
-            yield from ((shard, here.pieces(shard)) for shard in shards)
+            yield from ((shard, examined_shard(here, shard)) for shard in shards)
             return
         # Forked, so that patterns, models and the tokenizer are loaded once. A worker needs none of our threads.
-        global _worker
-        _worker = here.warm()
+        global _examiner
+        _examiner = here
+        here.scanner.findings(["a text"])  # loads now what the first row would load
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
             waiting: deque[tuple[Shard, Future[list[ExaminedRows]] | None]] = deque()
@@ -138,7 +107,7 @@ class LocalRunner:
                     if not waiting:
                         return
                     shard, future = waiting.popleft()
-                    yield shard, here.pieces(shard) if future is None else future.result()
+                    yield shard, examined_shard(here, shard) if future is None else future.result()
             except BrokenProcessPool as error:
                 raise TunesmithError(
                     "a worker process died",
@@ -160,7 +129,7 @@ def _cut(shard: Shard) -> bool:
     return shard.part != WHOLE or shard.bytes <= SHARD_BYTES
 
 
-_worker: ShardWorker | None = None  # set before the fork, so that the processes share what it loaded
+_examiner: Examiner | None = None  # set before the fork, so that the processes share what it loaded
 
 
 def _begin(parent: int) -> None:
@@ -170,8 +139,8 @@ def _begin(parent: int) -> None:
 
 
 def _work(shard: Shard) -> list[ExaminedRows]:
-    assert _worker is not None
-    return _worker(shard)
+    assert _examiner is not None
+    return list(examined_shard(_examiner, shard))
 
 
 def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.ExitStack) -> list[PlannedFile]:
@@ -197,9 +166,7 @@ def formats_of(planned: Sequence[PlannedFile]) -> dict[str, RowFormat]:
                 row = next(opened.read(WHOLE), None)
             if row is None:
                 raise UsageError("the file holds no rows", where=one.file.name)
-            formats[source.path] = format_of(
-                source.format, SourceRow(row.source, row.number, renamed(row, source.rename))
-            )
+            formats[source.path] = format_of(source.format, renamed(row, source.rename))
     return formats
 
 
@@ -208,16 +175,16 @@ def examined_rows(
 ) -> Iterator[ExaminedRows]:
     """The examined rows of all files. Raises UsageError for a file without rows, TunesmithError for one that
     changed."""
-    rows = dict.fromkeys((one.file.name for one in planned), 0)
+    read: set[str] = set()
     shards = [shard for one in planned for shard in one.shards]
     with progress.task("reading rows", sum(one.bytes for one in planned)) as task:
         for shard, pieces in runner.run(rules, shards):
             for piece in pieces:
-                rows[piece.file] += piece.account.read
+                read.update(piece.account.read)
                 yield piece
             task.advance(shard.bytes)
     for one in planned:
-        if not rows[one.file.name]:
+        if one.file.name not in read:
             raise UsageError("the file holds no rows", where=one.file.name)
         if one.file.digest() != one.digest:
             raise TunesmithError("the file changed while it was read", where=one.file.name, fix="run again")

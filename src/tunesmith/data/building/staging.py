@@ -3,11 +3,11 @@
 It is an SQLite file in the build's work folder, deleted afterwards. Memory holds only what comparing requests needs.
 """
 
+# ruff: noqa: S608 - queries are made of constants only
+
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
 import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.data.building.account import EXACT, WITHDRAWN, Kept
+from tunesmith.data.building.account import EXACT, WITHDRAWN
 from tunesmith.data.dataset import SPLITS, Example, encode_examples
 from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.governance.withdrawn import content_key
@@ -28,40 +28,38 @@ from tunesmith.data.splitting.leakage import ComparedRow
 from tunesmith.records.dataset import Conflicts
 
 StagedRow = tuple[str, str, int, int, str, str | None, bytes, bytes, str, str, bytes, str, str, str, str, bytes]
-RemovedLine = tuple[bytes, str]
+RemovedLine = tuple[str | None, str, int, str]  # id, where it was computed already, source, row and reason
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _COLUMNS = (
     "id, tie, row, changed, source, subject, key, request, wording, earlier, answer, grp, split, licence, labels, line"
 )
-_INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+_INSERT = f"INSERT INTO rows VALUES ({'?, ' * 16}NULL)"
+# gone: why a row was removed after it had passed the checks of a row. removed: rows that did not pass these.
 _TABLES = f"""
     PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;
     CREATE TABLE rows ({_COLUMNS}, gone);
-    CREATE TABLE removed (line, reason);
+    CREATE TABLE removed (id, source, row, reason);
     CREATE TABLE subjects (id, subject);
+    CREATE VIEW remaining AS SELECT * FROM rows WHERE gone IS NULL;
+    CREATE VIEW left_out AS SELECT * FROM removed
+        UNION ALL SELECT id, source, row, gone AS reason FROM rows WHERE gone IS NOT NULL;
 """
 
 
-def staged_row(one: Kept, split: Split) -> StagedRow:
-    """A kept row as the database stores it.
+def staged_row(example: Example, row: int, changed: bool, split: Split) -> StagedRow:
+    """An example as the database stores it. row: its number in the file; changed: it differs from what was read.
 
     tie: orders rows of one id. key: equal for exact duplicates. request: equal for rows with the same request.
     earlier: as JSON, "" where only the last answer is learned.
     """
-    example = one.example
     asked, answer = _digest(request_key(example.request)), _digest(answer_key(example.answer))
     tie = example.model_dump_json(include={"licence", "group", "subject", "tenant", "region", "labels"})
     return (
-        example.id, tie, one.row, one.changed, example.source, example.subject, asked + answer, asked,
+        example.id, tie, row, changed, example.source, example.subject, asked + answer, asked,
         example.wording, json.dumps(example.earlier) if example.earlier else "", answer,
         example.group, split_of(example.group, split), example.licence,
         json.dumps(example.labels) if example.labels else "", encode_examples([example]),
     )  # fmt: skip
-
-
-def removed_line(name: str | None, source: str, row: int, reason: str) -> RemovedLine:
-    """(the line of a removed row as it is written, its reason). name: its id, where it was computed already."""
-    return canonical({"id": name, "source": source, "row": row, "reason": reason}) + b"\n", reason
 
 
 def _digest(text: str) -> bytes:
@@ -72,6 +70,19 @@ def _with_group(line: bytes, group: str) -> bytes:
     return canonical({**parse_json(line), "group": group}) + b"\n"
 
 
+def _removed_line(name: str | None, source: str, row: int, reason: str) -> bytes:
+    return canonical({"id": name, "source": source, "row": row, "reason": reason}) + b"\n"
+
+
+_FUNCTIONS: Mapping[str, Callable[..., str | bytes | int]] = {
+    "label": lambda labels, key: parse_json(labels)[key],
+    "content": lambda line: content_key(Example.model_validate_json(line)),
+    "rank": SPLITS.index,
+    "with_group": _with_group,
+    "removed_line": _removed_line,
+}
+
+
 class StagingDatabase:
     """Rows that become a dataset. A context manager: the file exists within `with StagingDatabase(folder)`."""
 
@@ -79,10 +90,10 @@ class StagingDatabase:
         self._path = folder / "rows.db"
 
     def __enter__(self) -> StagingDatabase:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
         self._database = sqlite3.connect(self._path, isolation_level=None)
-        self._database.create_function("label", 2, lambda labels, key: parse_json(labels)[key], deterministic=True)
+        for name, function in _FUNCTIONS.items():
+            self._database.create_function(name, -1, function, deterministic=True)
         try:
             self._database.executescript(_TABLES + "BEGIN;")
         except sqlite3.OperationalError as error:
@@ -103,19 +114,13 @@ class StagingDatabase:
     def add(self, kept: Sequence[StagedRow], removed: Sequence[RemovedLine]) -> None:
         """Add rows, in any order."""
         self._database.executemany(_INSERT, kept)
-        self._database.executemany("INSERT INTO removed VALUES (?, ?)", removed)
+        self._database.executemany("INSERT INTO removed VALUES (?, ?, ?, ?)", removed)
 
     def drop_copies(self, contents: Collection[str]) -> None:
         """Remove the rows with the content keys of recalled ones, whatever they state about themselves."""
-        if not contents:
-            return
-        found = self._database.execute("SELECT rowid, source, row, id, line FROM rows")
-        copies = [
-            (place, source, row, name, WITHDRAWN)
-            for place, source, row, name, line in found
-            if content_key(Example.model_validate_json(line)) in contents
-        ]
-        self._drop(copies)
+        if contents:
+            these = "UPDATE rows SET gone = ? WHERE content(line) IN (SELECT value FROM json_each(?))"
+            self._database.execute(these, (WITHDRAWN, json.dumps(list(contents))))
 
     def drop_repeats(self, held_out: Collection[str]) -> None:
         """Keep one of the rows with equal request and answer; the order in which rows were added does not matter.
@@ -124,26 +129,14 @@ class StagingDatabase:
         After that, a row that states a subject is kept rather than one that states none, and the other subjects of its
         copies are noted, so that a recall of any of them finds the row.
         """
-        marks = ", ".join("?" * len(held_out))
-        order = f"key, source NOT IN ({marks}), subject IS NULL, id, tie, row"
-        query = f"SELECT rowid, key, source, row, id, subject FROM rows WHERE gone IS NULL ORDER BY {order}"  # noqa: S608
-        found = self._database.execute(query, sorted(held_out))
-        subjects: set[tuple[str, str]] = set()
-
-        def repeats() -> Iterator[tuple[int, str, int, str, str]]:
-            last: bytes | None = None
-            kept: str = ""
-            stated: str | None = None
-            for place, key, source, row, name, subject in found:
-                if key != last:
-                    last, kept, stated = key, name, subject
-                    continue
-                if subject not in (None, stated):
-                    subjects.add((kept, subject))
-                yield place, source, row, name, EXACT
-
-        self._drop(repeats())
-        self._database.executemany("INSERT INTO subjects VALUES (?, ?)", subjects)
+        order = "source NOT IN (SELECT value FROM json_each(?)), subject IS NULL, id, tie, row"
+        ranked = f"SELECT rowid AS place, ROW_NUMBER() OVER (PARTITION BY key ORDER BY {order}) AS copy FROM rows"
+        self._drop(f"SELECT place FROM ({ranked} WHERE gone IS NULL) WHERE copy > 1", EXACT, json.dumps([*held_out]))
+        self._database.execute(
+            "INSERT INTO subjects SELECT kept.id, copy.subject FROM rows AS copy JOIN remaining AS kept USING (key) "
+            "WHERE copy.gone = ? AND copy.subject IS NOT NULL AND copy.subject IS NOT kept.subject",
+            (EXACT,),
+        )
         self._database.execute("CREATE INDEX by_id ON rows (id)")
 
     def hold_out(self, sources: Collection[str]) -> list[str]:
@@ -151,10 +144,10 @@ class StagingDatabase:
 
         Rows that were removed as duplicates count too.
         """
-        marks = ", ".join("?" * len(sources))
-        query = f"SELECT DISTINCT grp FROM rows WHERE grp != '' AND source IN ({marks}) ORDER BY grp"  # noqa: S608
-        held = [group for (group,) in self._database.execute(query, sorted(sources))]
-        self._database.executemany("UPDATE rows SET split = 'test' WHERE grp = ?", ((group,) for group in held))
+        groups = "SELECT DISTINCT grp FROM rows WHERE grp != '' AND source IN (SELECT value FROM json_each(?))"
+        held = [group for (group,) in self._database.execute(f"{groups} ORDER BY grp", (json.dumps(list(sources)),))]
+        if held:
+            self.place_groups(dict.fromkeys(held, "test"))
         return held
 
     def drop(self, gone: Mapping[str, str]) -> None:
@@ -162,50 +155,36 @@ class StagingDatabase:
 
         Their subjects are noted at the remaining rows of the same content, so that a recall finds those.
         """
-        query = "SELECT rowid, source, row, id FROM rows WHERE id = ? AND gone IS NULL"
-        found = ((self._database.execute(query, (name,)).fetchone(), gone[name]) for name in sorted(gone))
-        self._drop((place, source, row, name, reason) for (place, source, row, name), reason in found)
+        reasons = ((reason, name) for name, reason in gone.items())
+        self._database.executemany("UPDATE rows SET gone = ? WHERE id = ? AND gone IS NULL", reasons)
         stated = (
-            "SELECT line, subject FROM rows WHERE id = ? AND subject IS NOT NULL UNION "
-            "SELECT line, subjects.subject FROM rows JOIN subjects USING (id) WHERE id = ?"
+            "SELECT content(line), subject FROM rows WHERE id = ?1 AND subject IS NOT NULL UNION "
+            "SELECT content(line), subjects.subject FROM rows JOIN subjects USING (id) WHERE id = ?1"
         )
         of: dict[str, set[str]] = {}
         for name in gone:
-            for line, subject in self._database.execute(stated, (name, name)):
-                of.setdefault(content_key(Example.model_validate_json(line)), set()).add(subject)
-        if not of:
-            return
-        remaining = self._database.execute("SELECT id, subject, line FROM rows WHERE gone IS NULL")
-        same = ((name, own, of.get(content_key(Example.model_validate_json(line)))) for name, own, line in remaining)
-        noted = [(name, subject) for name, own, subjects in same for subject in (subjects or set()) - {own}]
-        self._database.executemany("INSERT INTO subjects VALUES (?, ?)", noted)
-
-    def _drop(self, rows: Iterable[tuple[int, str, int, str, str]]) -> None:
-        for some in batches(rows):
-            entries = [removed_line(name, source, row, reason) for _, source, row, name, reason in some]
-            self._database.executemany("INSERT INTO removed VALUES (?, ?)", entries)
-            self._database.executemany("UPDATE rows SET gone = ? WHERE rowid = ?", [(one[4], one[0]) for one in some])
+            for content, subject in self._database.execute(stated, (name,)):
+                of.setdefault(content, set()).add(subject)
+        if of:
+            others = self._database.execute("SELECT id, subject, content(line) FROM remaining")
+            noted = [(name, one) for name, own, content in others for one in of.get(content, set()) - {own}]
+            self._database.executemany("INSERT INTO subjects VALUES (?, ?)", noted)
 
     def conflicts(self, shown: int) -> Conflicts:
         """Requests with more than one answer. shown: how many of them are named."""
-        found = self._database.execute("SELECT request, id FROM rows WHERE gone IS NULL ORDER BY request, id")
+        query = "SELECT json_group_array(id) FROM remaining GROUP BY request HAVING COUNT(*) > 1 ORDER BY MIN(id)"
         requests = rows = 0
-
-        def several() -> Iterator[tuple[str, ...]]:
-            nonlocal requests, rows
-            for _, same in itertools.groupby(found, key=lambda one: one[0]):
-                ids = tuple(name for _, name in same)
-                if len(ids) > 1:
-                    requests, rows = requests + 1, rows + len(ids)
-                    yield ids
-
-        first = heapq.nsmallest(shown, several())
-        return Conflicts(requests=requests, rows=rows, examples=tuple(first))
+        examples: list[tuple[str, ...]] = []
+        for (listed,) in self._database.execute(query):
+            ids = tuple(sorted(parse_json(listed)))
+            requests, rows = requests + 1, rows + len(ids)
+            examples += [ids] if requests <= shown else []
+        return Conflicts(requests=requests, rows=rows, examples=tuple(examples))
 
     def compared_rows(self) -> dict[str, list[ComparedRow]]:
         """The remaining rows as comparisons need them: split -> rows, sorted by id."""
         splits: dict[str, list[ComparedRow]] = {name: [] for name in SPLITS}
-        query = "SELECT split, id, grp, wording, answer, labels, earlier FROM rows WHERE gone IS NULL ORDER BY id"
+        query = "SELECT split, id, grp, wording, answer, labels, earlier FROM remaining ORDER BY id"
         for split, name, group, wording, answer, labels, earlier in self._database.execute(query):
             said = parse_json(labels) if labels else _NO_LABELS
             begun = tuple(parse_json(earlier)) if earlier else ()
@@ -214,27 +193,23 @@ class StagingDatabase:
 
     def regroup(self, groups: Iterable[tuple[str, str]], split: Split) -> None:
         """Set the groups of rows, (id, group), that depend on all rows."""
-        query = "SELECT rowid, line FROM rows WHERE id = ? AND gone IS NULL"
-        found = ((*self._database.execute(query, (name,)).fetchone(), group) for name, group in groups)
-        for some in batches(found):
-            self._database.executemany(
-                "UPDATE rows SET grp = ?, split = ?, line = ? WHERE rowid = ?",
-                [(group, split_of(group, split), _with_group(line, group), place) for place, line, group in some],
-            )
+        self._database.executemany(
+            "UPDATE rows SET grp = ?1, split = ?2, line = with_group(line, ?1) WHERE id = ?3 AND gone IS NULL",
+            ((group, split_of(group, split), name) for name, group in groups),
+        )
 
     def times(self, key: str) -> dict[str, int]:
         """Time -> remaining rows of that time. key: the label with the time."""
-        query = "SELECT label(labels, ?), COUNT(*) FROM rows WHERE gone IS NULL GROUP BY 1"
-        return dict(self._database.execute(query, (key,)))
+        return dict(self._database.execute("SELECT label(labels, ?), COUNT(*) FROM remaining GROUP BY 1", (key,)))
 
     def kinds(self, key: str, *, by: str = "grp") -> list[tuple[str, str, int]]:
         """(group or split, stratum, remaining rows). key: the label with the stratum."""
-        query = f"SELECT {by}, label(labels, ?), COUNT(*) FROM rows WHERE gone IS NULL GROUP BY 1, 2 ORDER BY 1, 2"  # noqa: S608
+        query = f"SELECT {by}, label(labels, ?), COUNT(*) FROM remaining GROUP BY 1, 2 ORDER BY 1, 2"
         return list(self._database.execute(query, (key,)))
 
     def place_groups(self, places: Mapping[str, str]) -> None:
         """Assign groups to splits: group -> split."""
-        self._database.execute("CREATE INDEX by_group ON rows (grp)")
+        self._database.execute("CREATE INDEX IF NOT EXISTS by_group ON rows (grp)")
         pairs = ((split, group) for group, split in places.items())
         self._database.executemany("UPDATE rows SET split = ? WHERE grp = ?", pairs)
 
@@ -242,86 +217,59 @@ class StagingDatabase:
         """Assign rows to splits by their time. Of a group in several splits, only the rows in the latest are kept."""
         self._database.create_function("place", 1, places, deterministic=True)
         self._database.execute("UPDATE rows SET split = place(label(labels, ?)) WHERE gone IS NULL", (key,))
-        found = self._database.execute(
-            "SELECT rowid, source, row, id, grp, split FROM rows WHERE gone IS NULL AND grp IN "
-            "(SELECT grp FROM rows WHERE gone IS NULL GROUP BY grp HAVING COUNT(DISTINCT split) > 1) ORDER BY grp"
-        ).fetchall()
-        last: dict[str, int] = {}
-        for *_, group, split in found:
-            last[group] = max(last.get(group, 0), SPLITS.index(split))
-        self._drop(
-            (place, source, row, name, reason)
-            for place, source, row, name, group, split in found
-            if SPLITS.index(split) < last[group]
+        ranked = (
+            "SELECT rowid AS place, rank(split) AS own, MAX(rank(split)) OVER (PARTITION BY grp) AS latest FROM rows"
         )
+        self._drop(f"SELECT place FROM ({ranked} WHERE gone IS NULL) WHERE own < latest", reason)
+
+    def _drop(self, places: str, reason: str, *given: str) -> None:
+        """Remove the rows whose rowids a query names."""
+        self._database.execute(f"UPDATE rows SET gone = ? WHERE rowid IN ({places})", (reason, *given))
 
     def span(self, key: str) -> dict[str, tuple[str, str]]:
         """Split -> the earliest and latest time of its remaining rows. key: the label with the time."""
-        query = (
-            "SELECT split, MIN(label(labels, ?1)), MAX(label(labels, ?1)) FROM rows WHERE gone IS NULL GROUP BY split"
-        )
+        query = "SELECT split, MIN(label(labels, ?1)), MAX(label(labels, ?1)) FROM remaining GROUP BY split"
         found = {split: (first, last) for split, first, last in self._database.execute(query, (key,))}
         return {name: found[name] for name in SPLITS if name in found}
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Remaining rows and groups of each split, and remaining rows of each licence."""
-        query = "SELECT split, COUNT(*), COUNT(DISTINCT grp) FROM rows WHERE gone IS NULL GROUP BY split"
-        found = {split: (rows, groups) for split, rows, groups in self._database.execute(query)}
-        licences = self._database.execute("SELECT licence, COUNT(*) FROM rows WHERE gone IS NULL GROUP BY licence")
-        return {
-            "splits": {name: found.get(name, (0, 0))[0] for name in SPLITS},
-            "groups": {name: found.get(name, (0, 0))[1] for name in SPLITS},
-            "licences": dict(sorted(licences)),
-        }
-
     def changed(self) -> int:
         """The number of remaining rows that differ from what was read."""
-        return int(self._database.execute("SELECT COUNT(*) FROM rows WHERE gone IS NULL AND changed").fetchone()[0])
+        return int(self._database.execute("SELECT COUNT(*) FROM remaining WHERE changed").fetchone()[0])
 
     def reasons(self) -> dict[str, int]:
         """Reason -> removed rows."""
-        return dict(sorted(self._database.execute("SELECT reason, COUNT(*) FROM removed GROUP BY reason")))
+        return dict(self._database.execute("SELECT reason, COUNT(*) FROM left_out GROUP BY reason ORDER BY reason"))
 
     def removed_for(self, beginning: str) -> list[tuple[str, str]]:
         """(place, reason) of the rows whose reason begins like this, in the order of the files."""
-        query = "SELECT line FROM removed WHERE substr(reason, 1, ?) = ?"
-        lines = [parse_json(line) for (line,) in self._database.execute(query, (len(beginning), beginning))]
-        found = sorted((line["source"], line["row"], line["reason"]) for line in lines)
-        return [(f"{source}, row {row}", reason) for source, row, reason in found]
+        query = "SELECT source, row, reason FROM left_out WHERE substr(reason, 1, length(?1)) = ?1 ORDER BY 1, 2, 3"
+        return [(f"{source}, row {row}", reason) for source, row, reason in self._database.execute(query, (beginning,))]
 
     def lines(self, split: str) -> Iterator[bytes]:
         """The split's rows as canonical JSON lines, sorted by id."""
-        query = "SELECT line FROM rows WHERE split = ? AND gone IS NULL ORDER BY id"
-        return (line for (line,) in self._database.execute(query, (split,)))
+        return self._column("SELECT line FROM remaining WHERE split = ? ORDER BY id", split)
 
     def sample(self, count: int) -> list[Example]:
         """At most count remaining rows, those with the smallest ids; ids are digests, so nobody chooses them."""
-        query = "SELECT line FROM rows WHERE gone IS NULL ORDER BY id LIMIT ?"
-        return [Example.model_validate_json(line) for (line,) in self._database.execute(query, (count,))]
+        lines = self._column("SELECT line FROM remaining ORDER BY id LIMIT ?", count)
+        return [Example.model_validate_json(line) for line in lines]
 
     def ids(self) -> Iterator[str]:
         """The ids of the remaining rows."""
-        return (name for (name,) in self._database.execute("SELECT id FROM rows WHERE gone IS NULL"))
+        return self._column("SELECT id FROM remaining")
 
-    def licences(self) -> list[tuple[str, str]]:
-        """The distinct (source, licence) pairs of the remaining rows."""
-        return list(self._database.execute("SELECT DISTINCT source, licence FROM rows WHERE gone IS NULL"))
+    def licences(self) -> list[tuple[str, str, int]]:
+        """(source, licence, remaining rows)."""
+        return list(self._database.execute("SELECT source, licence, COUNT(*) FROM remaining GROUP BY 1, 2"))
 
     def subject_lines(self) -> Iterator[bytes]:
         """Further subjects of the remaining rows, which their copies stated, as sorted JSON lines."""
-        query = (
-            "SELECT DISTINCT id, subject FROM subjects WHERE id IN (SELECT id FROM rows WHERE gone IS NULL) "
-            "ORDER BY id, subject"
-        )
+        query = "SELECT DISTINCT id, subject FROM subjects WHERE id IN (SELECT id FROM remaining) ORDER BY id, subject"
         return (canonical({"id": name, "subject": said}) + b"\n" for name, said in self._database.execute(query))
 
     def removed_lines(self) -> Iterator[bytes]:
         """The lines of removed rows, sorted."""
-        return (line for (line,) in self._database.execute("SELECT line FROM removed ORDER BY line"))
+        return self._column("SELECT removed_line(id, source, row, reason) FROM left_out ORDER BY 1")
 
-
-def batches(rows: Iterable[Any], size: int = 10_000) -> Iterator[list[Any]]:
-    """Lists of at most `size` rows."""
-    left = iter(rows)
-    while some := list(itertools.islice(left, size)):
-        yield some
+    def _column(self, query: str, *given: object) -> Iterator[Any]:
+        return (value for (value,) in self._database.execute(query, given))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import Problem, View
-from tunesmith.data.building.build import counts, near_threshold
+from tunesmith.data.building.build import counts
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outside
 from tunesmith.data.dataset import REMOVED, SPLITS, Dataset, Example, example_id, load_dataset
 from tunesmith.data.duplicates import learned_parts, request_text
@@ -56,19 +56,20 @@ def _check(store: Store, digest: str, problems: list[Problem]) -> int:
     if problems:  # damaged rows cannot be checked further
         return checked
     problems.extend(_row_problems(dataset, splits, settings, outside))
-    shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests), settings.split)
+    shared = leakage(splits, Nearness(splits, settings.duplicates.threshold, outside.requests), settings.split)
     kept = sum(map(len, splits.values()))
-    body, again = dataset.body, counts(splits)
+    body = dataset.body
     compared: dict[str, tuple[object, object]] = {
-        **{what: (getattr(body, what), found) for what, found in again.items()},
+        **{what: (getattr(body, what), again) for what, again in counts(splits).items()},
+        "licences": (body.licences, dict(Counter(row.licence for rows in splits.values() for row in rows))),
         "leakage": (body.leakage, shared),
         "rows kept": (body.rows.kept, kept),
         "rows read": (body.rows.read, kept + len(removed)),
         "rows removed": (body.rows.removed, dict(Counter(row.reason for row in removed))),
     }
-    for what, (stated, found) in compared.items():
-        if stated != found:
-            problems.append(Problem(path=what, reason=f"the record says {stated}, the rows say {found}"))
+    for what, (stated, again) in compared.items():
+        if stated != again:
+            problems.append(Problem(path=what, reason=f"the record says {stated}, the rows say {again}"))
     for what, number in shared.faults().items():
         problems.append(Problem(path=f"leakage.{what}", reason=f"is {number}, and must be 0"))
     return checked + len(compared) + kept

@@ -10,16 +10,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from tunesmith.core.errors import NextStep, UsageError
-from tunesmith.core.messages import ToolCall
+from tunesmith.core.messages import Message, Role, ToolCall, with_tools
 from tunesmith.core.reading.strict_json import Fields, parse_json
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools
-from tunesmith.data.formats.turns import Turn
 
 AUTO: Final = "auto"
 OPENAI: Final = "openai"
@@ -36,7 +35,7 @@ class RowFormat:
     name: str
     needs: frozenset[str]
     also: frozenset[str]
-    read: Callable[[Fields, str, Counter[str]], list[Turn]]
+    read: Callable[[Fields, str, Counter[str]], list[Message]]
     detected: bool = True
 
 
@@ -164,7 +163,7 @@ def format_evidence(name: str, *, told: bool) -> str:
     return f"every row has {' and '.join(sorted(needs))}, and the first row fits no other format ({others})"
 
 
-def read_turns(row: SourceRow, row_format: RowFormat, ignored: Counter[str]) -> list[Turn]:
+def read_turns(row: SourceRow, row_format: RowFormat, ignored: Counter[str]) -> list[Message]:
     """The row's turns. Raises UsageError, with the row and the key, where the row does not fit the format.
 
     ignored: counts the keys inside turns that are not read.
@@ -234,9 +233,9 @@ def _sound(text: str, where: str) -> str:
 _TURN_KEYS: Final = {"role", "content", "tool_calls", "function_call", "tool_call_id", "weight"}
 
 
-def _messages(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
+def _messages(fields: Fields, where: str, ignored: Counter[str]) -> list[Message]:
     """Turns of {"messages": [{"role", "content", "tool_calls", "tool_call_id", "weight"}], "tools"}."""
-    turns: list[Turn] = []
+    turns: list[Message] = []
     calls: list[ToolCall] = []
     for place, entry in _entries(fields, "messages", where):
         role = _role(entry.get("role"), _OPENAI_ROLES, f"{place}.role")
@@ -252,47 +251,48 @@ def _messages(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
             raise UsageError(f"a {role} turn cannot call a tool", where=f"{place}.tool_calls")
         answers = _answered(entry, calls, turns, place) if role == "tool" else None
         calls.extend(made)
-        turns.append(Turn(role, content, made, answers, _weight(entry, place)))
+        weight = _weight(entry, role, place)
+        turns.append(Message(role=role, content=content, tool_calls=made, tool_call_id=answers, weight=weight))
     return _with_tools(turns, fields, where)
 
 
-def _openai(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
+def _openai(fields: Fields, where: str, ignored: Counter[str]) -> list[Message]:
     require_openai(fields, where)
     return _messages(fields, where, ignored)
 
 
-def _weight(entry: Fields, place: str) -> Literal[0, 1]:
+def _weight(entry: Fields, role: Role, place: str) -> Literal[0, 1]:
+    """An answer's weight; 1 for the turns of others."""
     weight = entry.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise UsageError(f"weight is {weight!r}", where=f"{place}.weight", fix="0 or 1")
-    return 0 if weight == 0 else 1
+    return 0 if weight == 0 and role == "assistant" else 1
 
 
-def _answered(entry: Fields, calls: Sequence[ToolCall], turns: Sequence[Turn], place: str) -> str:
+def _answered(entry: Fields, calls: Sequence[ToolCall], turns: Sequence[Message], place: str) -> str:
     """The id of the call that a tool turn answers: as it states, else the first call without an answer."""
     told = entry.get("tool_call_id")
     if told is None:
-        done = {turn.answers for turn in turns}
+        done = {turn.tool_call_id for turn in turns}
         return next((call.id for call in calls if call.id not in done), made_id(len(calls)))
     if not isinstance(told, str):
         raise UsageError(f"tool_call_id is a {type(told).__name__}, not text", where=f"{place}.tool_call_id")
     return _sound(told, f"{place}.tool_call_id")
 
 
-def _with_tools(turns: list[Turn], fields: Fields, where: str) -> list[Turn]:
+def _with_tools(turns: list[Message], fields: Fields, where: str) -> list[Message]:
     """The turns with the row's tools on the first one."""
     named = [key for key in ("tools", "functions") if fields.get(key)]
     if len(named) > 1:
         raise UsageError("the row has both tools and functions", where=where, fix="leave functions out")
-    several = any(len(turn.calls) > 1 for turn in turns)
+    several = any(len(turn.tool_calls) > 1 for turn in turns)
     if fields.get("parallel_tool_calls") is False and several:
         raise UsageError(
             "a turn has several calls", where=f"{where}, parallel_tool_calls", fix="set it to true, or split the turn"
         )
     if not named or not turns:
         return turns
-    tools = read_tools(fields[named[0]], f"{where}, {named[0]}")
-    return [replace(turns[0], tools=tuple(tools)), *turns[1:]]
+    return list(with_tools(turns, read_tools(fields[named[0]], f"{where}, {named[0]}")))
 
 
 def _content(content: Any, where: str) -> str:
@@ -311,7 +311,7 @@ def _content(content: Any, where: str) -> str:
     return _sound(content, where)
 
 
-def _sharegpt(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
+def _sharegpt(fields: Fields, where: str, ignored: Counter[str]) -> list[Message]:
     """Turns of {"conversations": [{"from", "value"}], "system", "tools"}; _SHAREGPT_ROLES lists what `from` may say."""
     turns = _system(fields, where)
     calls: list[ToolCall] = []
@@ -319,17 +319,19 @@ def _sharegpt(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
         if "role" in entry and "from" not in entry:
             fix = _rename("they are messages under another name: rename conversations to messages")
             raise UsageError("the turn has a role, and no `from`", where=place, fix=fix)
-        role = _role(entry.get("from"), _SHAREGPT_ROLES, f"{place}.from")
+        said = _role(entry.get("from"), _SHAREGPT_ROLES, f"{place}.from")
+        role: Role = "assistant" if said == "call" else said
         ignored.update(f"conversations[].{key}" for key in entry.keys() - {"from", "value", "weight"})
         if "value" not in entry:
             raise UsageError("the turn has no value", where=place)
         text = text_of(entry, "value", place)
         made: tuple[ToolCall, ...] = ()
-        if role == "call":
+        if said == "call":
             made, text = _spoken_calls(text, f"{place}, value", len(calls)), ""
         answers = _answered({}, calls, turns, place) if role == "tool" else None
         calls.extend(made)
-        turns.append(Turn("assistant" if role == "call" else role, text, made, answers, _weight(entry, place)))
+        weight = _weight(entry, role, place)
+        turns.append(Message(role=role, content=text, tool_calls=made, tool_call_id=answers, weight=weight))
     return _with_tools(turns, fields, where)
 
 
@@ -342,21 +344,25 @@ def _spoken_calls(text: str, where: str, first: int) -> tuple[ToolCall, ...]:
     return read_calls(value if isinstance(value, list) else [value], where, _sound, first)
 
 
-def _prompt_completion(fields: Fields, where: str, _ignored: Counter[str]) -> list[Turn]:
-    request, answer = text_of(fields, "prompt", where), _answer_of(fields, "completion", where)
-    return [*_system(fields, where), Turn("user", request), Turn("assistant", answer)]
+def _prompt_completion(fields: Fields, where: str, _ignored: Counter[str]) -> list[Message]:
+    return _exchange(fields, where, text_of(fields, "prompt", where), "completion")
 
 
-def _alpaca(fields: Fields, where: str, _ignored: Counter[str]) -> list[Turn]:
+def _alpaca(fields: Fields, where: str, _ignored: Counter[str]) -> list[Message]:
     """Turns of {"instruction", "input", "output"}; the input, if any, follows the instruction after a blank line."""
-    material = text_of(fields, "input", where) if "input" in fields else ""
-    request = "\n\n".join(part for part in (text_of(fields, "instruction", where), material) if part.strip())
-    return [*_system(fields, where), Turn("user", request), Turn("assistant", _answer_of(fields, "output", where))]
+    parts = (text_of(fields, key, where) for key in ("instruction", "input") if key in fields)
+    return _exchange(fields, where, "\n\n".join(part for part in parts if part.strip()), "output")
 
 
-def _system(fields: Fields, where: str) -> list[Turn]:
+def _exchange(fields: Fields, where: str, request: str, answer: str) -> list[Message]:
+    """The system turn, if any, a request and its answer. answer: the answer's key."""
+    asked, said = Message(role="user", content=request), _answer_of(fields, answer, where)
+    return [*_system(fields, where), asked, Message(role="assistant", content=said)]
+
+
+def _system(fields: Fields, where: str) -> list[Message]:
     text = text_of(fields, "system", where) if "system" in fields else ""
-    return [Turn("system", text)] if text.strip() else []
+    return [Message(role="system", content=text)] if text.strip() else []
 
 
 def _entries(fields: Fields, key: str, where: str) -> list[tuple[str, Fields]]:
@@ -397,7 +403,9 @@ def _role(name: Any, known: Fields, where: str) -> Any:
     return known[name]
 
 
-def _format(name: str, needs: str, also: str, read: Callable[..., list[Turn]], *, detected: bool = True) -> RowFormat:
+def _format(
+    name: str, needs: str, also: str, read: Callable[..., list[Message]], *, detected: bool = True
+) -> RowFormat:
     return RowFormat(name, frozenset(needs.split()), frozenset(also.split()), read, detected)
 
 

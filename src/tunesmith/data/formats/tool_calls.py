@@ -25,8 +25,8 @@ def read_tools(value: Any, where: str) -> list[JsonObject]:
         value = _parsed(value or "[]", where)
     if not isinstance(value, list):
         raise UsageError(f"the tools are a {type(value).__name__}, not a list", where=where)
-    _written(value, where)
-    return [_tool(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
+    tools = [_tool(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
+    return _parsed(_written(tools, where), where)  # type: ignore[no-any-return]
 
 
 def given(entry: Fields) -> JsonObject:

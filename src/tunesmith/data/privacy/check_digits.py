@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from tunesmith.data.privacy.lean_imports import without_torch
+from tunesmith.data.privacy.names import without_torch
 
 # Up to three characters between digits, as in "4111 - 1111" or over a line's end.
 _GAP = r"[\W_]{0,3}"

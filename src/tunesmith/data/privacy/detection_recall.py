@@ -9,15 +9,18 @@ so the same rows give the same figures.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.privacy.scan import Scanner, texts_of
 from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
 from tunesmith.data.settings import Privacy
-from tunesmith.records.dataset import RemainingValues, SyntheticValues
+from tunesmith.records.dataset import AnnotatedText, PrivacyScan, RemainingValues, SyntheticValues
 
 CONFIDENCE = 0.95
 # Half of the values are inserted alone, half after words that announce them. Half of the secrets are keys without a
@@ -40,21 +43,6 @@ _CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # 
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """The synthetic values of one entity: their number, those found whole, their characters, the characters found.
-
-    new: characters that were found only after the insertion. right: those of them within a synthetic value.
-    """
-
-    inserted: int
-    found: int
-    characters: int
-    covered: int
-    new: int
-    right: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Insertion:
     before: str
     text: str
@@ -64,28 +52,65 @@ class _Insertion:
     keys: tuple[str, str]  # the JSON keys of `before` and of `text`, or ""
 
 
-def measure(scanner: Scanner, settings: Privacy, conversations: Sequence[Sequence[Message]]) -> dict[str, Measured]:
-    """Detection recall by entity. Inserts settings.synthetic_values of each into the conversations and scans them."""
-    makers = _makers(settings)
-    if not settings.synthetic_values or not conversations:
+def privacy_evidence(
+    scanner: Scanner,
+    found: Mapping[str, int],
+    fields: Mapping[tuple[str, str], int],
+    conversations: Sequence[Sequence[Message]],
+) -> PrivacyScan:
+    """The scan's setup, findings and measured error.
+
+    found: entity -> values found. fields: (role, entity) -> findings. conversations: kept rows, in a fixed order, into
+    which synthetic values are inserted. Raises Refused where more values may remain than the settings allow.
+    """
+    by_role: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for (role, entity), number in fields.items():
+        by_role[role][entity] = number
+    entities, model = scanner.finder.entities, scanner.finder.model
+    measured = measure(scanner, conversations)
+    left = _remaining_values(scanner, found, measured)
+    _require_few_remaining(left, scanner.settings.left_at_most)
+    return PrivacyScan(
+        entities=entities,
+        model=model,
+        fields=by_role,
+        reference=reference(model.package if model else None, entities),
+        synthetic=measured,
+        left=left,
+    )
+
+
+def reference(model: str | None, entities: Sequence[str]) -> AnnotatedText | None:
+    """The setup's figures on annotated text, for entities that the text contains; None for an unknown model."""
+    shipped = parse_json((files("tunesmith.data.privacy") / "reference.json").read_bytes())
+    setup = shipped["setups"].get(model or "patterns")
+    if setup is None:
+        return None
+    known = {entity: error for entity, error in setup["entities"].items() if entity in entities}
+    return AnnotatedText(text=shipped["text"], command=shipped["command"], entities=known)
+
+
+def measure(scanner: Scanner, conversations: Sequence[Sequence[Message]]) -> dict[str, SyntheticValues]:
+    """Detection recall by entity. Inserts synthetic values of each into the conversations and scans them."""
+    count = scanner.settings.synthetic_values
+    if not count or not conversations:
         return {}
-    measured = {}
-    for entity in scanner.finder.entities:
-        if entity in makers:
-            insertions = [
-                _insert(random.Random(f"{entity} {number}"), entity, makers[entity], conversations)
-                for number in range(settings.synthetic_values)
-            ]
-            measured[entity] = _scanned(scanner, insertions)
-    return measured
+    makers = {**MAKERS, **_own_makers(scanner.settings)}
+    return {
+        entity: _scanned(
+            scanner,
+            [_insert(random.Random(f"{entity} {n}"), entity, makers[entity], conversations) for n in range(count)],
+        )
+        for entity in scanner.finder.entities
+        if entity in makers
+    }
 
 
-def _makers(settings: Privacy) -> dict[str, Callable[[random.Random], str]]:
+def _own_makers(settings: Privacy) -> dict[str, Callable[[random.Random], str]]:
     def of(examples: Sequence[str]) -> Callable[[random.Random], str]:
         return lambda chance: chance.choice(examples)
 
-    own = {name: of(one.examples) for name, one in settings.recognisers.items() if one.examples}
-    return {**MAKERS, **own}
+    return {name: of(one.examples) for name, one in settings.recognisers.items() if one.examples}
 
 
 def _insert(
@@ -115,33 +140,30 @@ def _insert(
     return _Insertion(text, whole, len(lead), end, (place, place), (key, key))
 
 
-def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> Measured:
+def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> SyntheticValues:
+    """Recall of whole values with its 95% lower bound, and recall and precision by character.
+
+    Precision is that of the characters that were found only after the insertion.
+    """
     before = scanner.findings([one.before for one in insertions], [one.keys[0] for one in insertions])
     after = scanner.findings([one.text for one in insertions], [one.keys[1] for one in insertions])
-    whole = covered = new = right = 0
+    whole = covered = new = 0
     for insertion, old, found in zip(insertions, before, after, strict=True):
         known = {place for one in old for place in range(one.start, one.end)}
         seen = {place for one in found for place in range(one.start, one.end)}
         inside = sum(insertion.start <= place < insertion.end for place in seen)
         covered += inside
-        right += inside
         whole += inside == insertion.end - insertion.start
         shift = len(insertion.text) - len(insertion.before)
         outside = [place for place in seen if not insertion.start <= place < insertion.end]
         new += inside + sum((place if place < insertion.cut[0] else place - shift) not in known for place in outside)
-    characters = sum(one.end - one.start for one in insertions)
-    return Measured(len(insertions), whole, characters, covered, new, right)
-
-
-def recorded(one: Measured) -> SyntheticValues:
-    """The measurement for a record: counts, recall of whole values with its 95% lower bound, and by character."""
     return SyntheticValues(
-        inserted=one.inserted,
-        found=one.found,
-        recall=one.found / one.inserted,
-        recall_at_least=recall_at_least(one.found, one.inserted, 1 - CONFIDENCE),
-        recall_by_character=one.covered / one.characters,
-        precision_by_character=one.right / one.new if one.new else None,
+        inserted=len(insertions),
+        found=whole,
+        recall=whole / len(insertions),
+        recall_at_least=recall_at_least(whole, len(insertions), 1 - CONFIDENCE),
+        recall_by_character=covered / sum(one.end - one.start for one in insertions),
+        precision_by_character=covered / new if new else None,
     )
 
 
@@ -152,7 +174,7 @@ def recall_at_least(found: int, inserted: int, alpha: float) -> float:
     return float(beta.ppf(alpha, found, inserted - found + 1)) if found else 0.0
 
 
-def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured]) -> float | None:
+def probably_remaining(found: Mapping[str, int], measured: Mapping[str, SyntheticValues]) -> float | None:
     """A 95% upper bound on the number of values that the scan missed, over the measured entities.
 
     found: entity -> values found. Returns None where no synthetic value of an entity was found: then there is no bound.
@@ -177,26 +199,22 @@ def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured
     return float(np.searchsorted(total.cumsum(), 1 - share))
 
 
-def remaining_values(
-    settings: Privacy, found: Mapping[str, int], measured: Mapping[str, Measured], entities: Sequence[str]
+def _remaining_values(
+    scanner: Scanner, found: Mapping[str, int], measured: Mapping[str, SyntheticValues]
 ) -> RemainingValues:
-    """The bound on remaining values, for a record.
-
-    Under the action `report`, at_most includes the values that were found and kept.
-    """
-    kept = sum(found.values()) if settings.action == "report" else 0
+    """The bound on remaining values. Under the action `report`, at_most includes those that were found and kept."""
+    kept = sum(found.values()) if scanner.settings.action == "report" else 0
     missed = probably_remaining(found, measured) if measured else None
     return RemainingValues(
         at_most=None if missed is None else missed + kept,
         confidence=CONFIDENCE,
         found_and_kept=kept,
-        unmeasured=tuple(entity for entity in entities if entity not in measured),
+        unmeasured=tuple(entity for entity in scanner.finder.entities if entity not in measured),
     )
 
 
-def require_few_remaining(settings: Privacy, left: RemainingValues) -> None:
+def _require_few_remaining(left: RemainingValues, limit: float | None) -> None:
     """Raise Refused where more values may remain than data.privacy.left_at_most, or there is no bound."""
-    limit = settings.left_at_most
     if limit is None:
         return
     where = "data.privacy.left_at_most"

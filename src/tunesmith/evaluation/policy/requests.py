@@ -14,7 +14,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.data.duplicates import near_text, request_key, request_text
-from tunesmith.data.formats.turns import Turn, objection
+from tunesmith.data.formats.turns import objection
 from tunesmith.evaluation.lines import encode_lines
 from tunesmith.evaluation.policy.settings import MOST_REQUESTS, Policy, PolicyCheck
 from tunesmith.evaluation.probes.context import with_last_request
@@ -156,8 +156,7 @@ def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
         raise UsageError("a turn needs a role and a content", where=where, fix="correct it") from error
     if any(turn.role == "tool" or turn.tool_calls or turn.tools for turn in messages):
         raise UsageError("requests with tools are not supported in policy checks", where=where, fix="leave them out")
-    reason = objection([*(Turn(turn.role, turn.content) for turn in messages), Turn("assistant", "-")])
-    if reason is not None:
+    if reason := objection([*messages, _ANSWER]):
         raise UsageError(
             f"the request cannot be answered: {reason}",
             where=where,

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import describe_prompts
-from tunesmith.data.building.summary import dataset_summary
-from tunesmith.data.dataset import load_dataset
+from tunesmith.data.dataset import dataset_summary, load_dataset
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.compare import compare, side_of_candidate
 from tunesmith.evaluation.lines import read_answer_lines

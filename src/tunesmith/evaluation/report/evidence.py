@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tunesmith.candidates.candidate import Kind
 from tunesmith.core.view import View
-from tunesmith.data.building.summary import DatasetSummary
+from tunesmith.data.dataset import DatasetSummary
 from tunesmith.evaluation.compare import Comparison
 from tunesmith.evaluation.summary import VerdictSummary
 from tunesmith.records.evaluation import (
