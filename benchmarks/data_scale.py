@@ -49,6 +49,7 @@ def write_rows(path: Path, count: int) -> None:
 def measure(path: Path, near: float | None, scan: bool, workers: int | None) -> dict[str, float | str]:
     """Build one dataset version; returns what it took."""
     from tunesmith.data.building.build import build_dataset
+    from tunesmith.data.building.examine import RowRules
     from tunesmith.data.building.shards import LocalRunner
     from tunesmith.data.settings import DataSettings
     from tunesmith.store.store import Store
@@ -66,7 +67,7 @@ def measure(path: Path, near: float | None, scan: bool, workers: int | None) -> 
     )
     store = Store(path.parent / "store")
     began = time.perf_counter()
-    digest = build_dataset(store, chosen, path.parent, runner=LocalRunner(workers))
+    digest = build_dataset(store, RowRules(chosen), path.parent, runner=LocalRunner(workers))
     seconds = time.perf_counter() - began
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {

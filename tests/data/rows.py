@@ -11,6 +11,7 @@ import pytest
 
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.build import build_dataset
+from tunesmith.data.building.examine import RowRules
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.formats.row_readers import SourceRow
 from tunesmith.data.settings import DataSettings, Source
@@ -90,7 +91,13 @@ def build(
     if rows is not None:
         write_jsonl(root / "rows.jsonl", rows)
     store = Store(root / "store")
-    return load_dataset(store, build_dataset(store, chosen or settings(), root, **more))
+    return build_with(store, chosen or settings(), root, **more)
+
+
+def build_with(store: Store, chosen: DataSettings, root: Path, **more: Any) -> Dataset:
+    """Build into a store."""
+    rules = {key: more.pop(key) for key in tuple(more) if key in RowRules.__dataclass_fields__}
+    return load_dataset(store, build_dataset(store, RowRules(chosen, **rules), root, **more))
 
 
 def held(dataset: Dataset) -> list[Example]:

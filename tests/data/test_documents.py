@@ -166,7 +166,7 @@ def test_labels_are_sealed_with_the_passages(folder: Path) -> None:
     del passage["labels"]
     blobs = {PASSAGES: store.put_bytes(json.dumps(passage).encode())}
     digest = store.put_record(Record(kind="documents", blobs=blobs, body=built.record.body))
-    with pytest.raises(Refused, match="does not hold passages"):
+    with pytest.raises(Refused, match="does not hold Passage lines"):
         _ = Documents(store, digest).passages
 
 

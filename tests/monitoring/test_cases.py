@@ -10,13 +10,11 @@ import pytest
 import yaml
 
 from tests.commands import call, printed
-from tests.data.rows import NO_SCAN
+from tests.data.rows import NO_SCAN, build_with
 from tests.tiny_project import settings
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
-from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import load_dataset
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.monitoring.cases import (
     Case,
@@ -152,9 +150,9 @@ def test_cases_are_held_out_with_their_tools_and_the_dataset_verifies(store: Sto
     _rows(tmp_path / "rows.jsonl", 30)
     source = {"path": "rows.jsonl", "licence": "CC0-1.0"}
     plain = {"sources": [source], **DATA}
-    before = build_dataset(store, DataSettings.model_validate(plain), tmp_path)
-    assert "held_groups" not in store.record(before).body
-    assert store.record(before).body["settings"]["sources"][0]["split"] is None
+    before = build_with(store, DataSettings.model_validate(plain), tmp_path)
+    assert "held_groups" not in before.record.body
+    assert before.record.body["settings"]["sources"][0]["split"] is None
     tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
     calls = tuple(ToolCall(id=f"call{n}", name="find", arguments=f'{{"day": {n}}}') for n in (1, 2))
     turns = (
@@ -168,15 +166,14 @@ def test_cases_are_held_out_with_their_tools_and_the_dataset_verifies(store: Sto
         put_case(store, case(number))
     _added(store, tmp_path / "cases.jsonl")
     both = {**plain, "sources": [source, {"path": "cases.jsonl", "split": "test"}]}
-    digest = build_dataset(store, DataSettings.model_validate(both), tmp_path)
-    dataset = load_dataset(store, digest)
+    dataset = build_with(store, DataSettings.model_validate(both), tmp_path)
     held = [row for row in dataset.examples("test") if row.source == "cases.jsonl"]
     assert len(held) == 7
     assert [row.answer for row in held if row.request == with_tools(turns, [tool])] == [case(1).expected]
     assert dataset.record.body["ignored_keys"] == {"case": 7}, "no tool is ignored"
-    earlier = {row.id for row in load_dataset(store, before).examples("train")}
+    earlier = {row.id for row in before.examples("train")}
     assert {row.id for row in dataset.examples("train")} == earlier, "no earlier row moved"
-    assert verify_dataset(store, digest).ok, verify_dataset(store, digest).problems
+    assert verify_dataset(store, dataset.digest).ok, verify_dataset(store, dataset.digest).problems
 
 
 def test_the_verbs(tmp_path: Path) -> None:

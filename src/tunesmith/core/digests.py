@@ -23,6 +23,11 @@ def canonical(value: Any) -> bytes:
         raise UsageError(f"not representable as canonical JSON: {error}") from error
 
 
+def canonical_lines(values: Iterable[Any]) -> bytes:
+    """The canonical form of each JSON value on a line of its own."""
+    return b"".join(canonical(value) + b"\n" for value in values)
+
+
 def digest_bytes(data: bytes) -> str:
     """The digest of bytes."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
@@ -60,6 +65,6 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
-def short(digest: str) -> str:
-    """The 12 hex digits that people read."""
-    return digest.removeprefix("sha256:")[:12]
+def short(digest: str, length: int = 12) -> str:
+    """The first hex digits, of which people read 12."""
+    return digest.removeprefix("sha256:")[:length]

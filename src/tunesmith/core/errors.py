@@ -25,23 +25,21 @@ class NextStep(str):
 class TunesmithError(Exception):
     """Something failed for a reason the user can act on.
 
-    what: one sentence, no trailing newline. where: a file, row, key or command. fix: what to do next.
-    No text names a command or one of its options: a front end may have none.
+    what: one sentence, no trailing newline. where: a file, row, key or command. fix: what to do next. code: for
+    programs, "" for the usual one. No text names a command or one of its options: a front end may have none.
     """
 
     exit_code: ClassVar[int] = 1
+    usual_code: ClassVar[str] = ""
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, code: str | None = None) -> None:
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
+        self.code = self.usual_code if code is None else code
 
     def __str__(self) -> str:
-        parts = [self.what]
-        if self.where:
-            parts.append(f"where: {self.where}")
-        if self.fix:
-            parts.append(f"fix: {self.fix}")
-        return "\n  ".join(parts)
+        more = (f"\n  {name}: {said}" for name, said in (("where", self.where), ("fix", self.fix)) if said)
+        return self.what + "".join(more)
 
     def as_json(self) -> dict[str, object]:
         """The document `--json` prints in place of a result."""
@@ -55,21 +53,15 @@ class UsageError(TunesmithError):
 
 
 class NotThere(UsageError):
-    """What was named does not exist, or is not for whoever asks: both are said alike (exit 2). code: for programs."""
+    """What was named does not exist, or is not for whoever asks: both are said alike (exit 2)."""
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, code: str = "not_found") -> None:
-        super().__init__(what, where=where, fix=fix)
-        self.code = code
+    usual_code = "not_found"
 
 
 class Refused(TunesmithError):
-    """A gate failed, a verification failed or a policy said no (exit 3). code: for programs, "" for the usual one."""
+    """A gate failed, a verification failed or a policy said no (exit 3)."""
 
     exit_code = 3
-
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, code: str = "") -> None:
-        super().__init__(what, where=where, fix=fix)
-        self.code = code
 
 
 class Forbidden(Refused):

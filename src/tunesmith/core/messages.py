@@ -6,24 +6,23 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
+from tunesmith.core.view import Frozen
 
 Role = Literal["system", "user", "assistant", "tool"]
 
 
-class ToolCall(BaseModel):
+class ToolCall(Frozen):
     """The assistant's call of a function. arguments: a JSON object as text, its keys in the order they were given."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     name: str
     arguments: str
 
 
-class Message(BaseModel):
+class Message(Frozen):
     """One turn.
 
     tool_calls: of an assistant's turn. tool_call_id: of a tool's turn, the call it answers. weight: 0 for an
@@ -31,8 +30,6 @@ class Message(BaseModel):
     JSON text: a list of {"type": "function", "function": {...}}. Text, because the order of its keys is what a model
     sees. What a turn has none of is not written, so a plain turn is {"role", "content"} wherever it is kept.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Role
     content: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -42,12 +42,6 @@ class Progress(Protocol):
 
 
 class _SilentTask:
-    def __enter__(self) -> _SilentTask:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
     def advance(self, amount: float = 1.0) -> None:
         return None
 
@@ -59,7 +53,7 @@ class Silent:
     """A Progress that shows nothing."""
 
     def task(self, title: str, total: float) -> AbstractContextManager[Task]:
-        return _SilentTask()
+        return nullcontext(_SilentTask())
 
     def say(self, text: str) -> None:
         return None

@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.view import Frozen
 
 _UNITS = {"h": 3600, "m": 60, "s": 1}
 
@@ -16,10 +17,10 @@ _UNITS = {"h": 3600, "m": 60, "s": 1}
 Part = TypeVar("Part", bound="Settings")
 
 
-class Settings(BaseModel):
+class Settings(Frozen):
     """A part of the project file. Unknown keys are errors; NaN and infinities are errors; values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(allow_inf_nan=False, validate_default=True)
 
 
 def changed(part: Part, changes: Mapping[str, Any], where: str, without: Collection[str] = ()) -> Part:
@@ -45,17 +46,6 @@ def _seconds(given: Any) -> Any:
     if not parts or "".join(number + unit for number, unit in parts) != given.replace(" ", ""):
         raise ValueError("write a duration such as 20m, 1h30m or 45s")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-def duration_of(text: str, where: str) -> float:
-    """Seconds of a duration that a user typed. Raises UsageError for anything else, and for nothing or less."""
-    try:
-        seconds = float(_seconds(text))
-    except ValueError as error:
-        raise UsageError(str(error), where=where) from error
-    if not seconds > 0:
-        raise UsageError("a duration is more than zero", where=where)
-    return seconds
 
 
 # Seconds. A project file may say 20m or 1h30m instead.

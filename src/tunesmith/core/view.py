@@ -1,4 +1,4 @@
-"""The base class of typed results: what a command prints with `--json` and what an HTTP route answers."""
+"""The base class of what does not change, and that of typed results, which commands print and HTTP routes answer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ def _is_none(value: object) -> bool:
 Omitted = Annotated[Value | None, Field(exclude_if=_is_none)]
 
 
-class View(BaseModel):
+class Frozen(BaseModel):
+    """Values that do not change. Keys that it does not name are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class View(Frozen):
     """A typed result. Its JSON is `model_dump(mode="json", by_alias=True)`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     @classmethod
     def of(cls, source: object, **more: Any) -> Self:

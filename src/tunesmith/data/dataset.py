@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from tunesmith.core.digests import canonical, digest_of
+from tunesmith.core.digests import canonical_lines, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
-from tunesmith.core.view import View
+from tunesmith.core.view import Frozen, View
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.formats.openai_rules import too_few
 from tunesmith.data.formats.row_formats import OPENAI, format_evidence
@@ -21,18 +21,19 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 SPLITS = ("train", "validation", "test")
+BALANCED = ("licence", "source", "tenant", "region")  # attributes of examples whose values are counted
 REMOVED = "removed.jsonl"
 SUBJECTS = "subjects.jsonl"  # further subjects of kept rows, whose copies stated them; a blob if there are any
 _ID_LENGTH = 20
 
+Line = TypeVar("Line", bound=BaseModel)
 
-class Example(BaseModel):
+
+class Example(Frozen):
     """One conversation, whose last message is the assistant's answer. id: a digest of the content and the source.
 
     labels: key of the row -> value, for the keys that decided its split or that `attributes` keeps.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     messages: tuple[Message, ...]
@@ -42,7 +43,7 @@ class Example(BaseModel):
     subject: str | None = None
     tenant: str | None = None
     region: str | None = None
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = {}  # noqa: RUF012
 
     @property
     def request(self) -> tuple[Message, ...]:
@@ -73,20 +74,17 @@ class Example(BaseModel):
 
 def example_id(messages: Sequence[Message], source: str) -> str:
     """The id of a conversation from a source: 80 bits of their digest. The row's place in the file does not matter."""
-    content = [[turn.role, turn.content, *_further_keys(turn)] for turn in messages]
-    return digest_of({"messages": content, "source": source}).removeprefix("sha256:")[:_ID_LENGTH]
-
-
-def _further_keys(turn: Message) -> list[Any]:
-    """What a turn has besides role and content; empty for most turns."""
-    more = turn.model_dump(mode="json", exclude={"role", "content"})
-    return [more] if more else []
+    further = (turn.model_dump(mode="json", exclude={"role", "content"}) for turn in messages)  # empty for most turns
+    content = [
+        [turn.role, turn.content, *([more] if more else ())] for turn, more in zip(messages, further, strict=True)
+    ]
+    return short(digest_of({"messages": content, "source": source}), _ID_LENGTH)
 
 
 def encode_examples(examples: Sequence[Example]) -> bytes:
     """Canonical JSON lines, sorted by id: the same examples give the same bytes."""
     ordered = sorted(examples, key=lambda example: example.id)
-    return b"".join(canonical(example.model_dump(mode="json")) + b"\n" for example in ordered)
+    return canonical_lines(example.model_dump(mode="json") for example in ordered)
 
 
 class Dataset:
@@ -123,21 +121,21 @@ class Dataset:
             raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join(SPLITS)}")
         if split not in self.readable:
             raise Refused(f"the {split} rows may not be read here", where=self.digest, fix="report this as a fault")
-        name = f"{split}.jsonl"
-        if name not in self.record.blobs:
-            raise Refused(f"the dataset record has no {name}", where=self.digest, fix="build the dataset again")
-        data = self._store.read_blob(self.record.blobs[name])
-        try:
-            return [Example.model_validate_json(line) for line in data.splitlines()]
-        except ValueError as error:
-            raise Refused(f"{name} does not hold examples: {error}", where=self.digest) from error
+        return read_lines(self._store, self.record, f"{split}.jsonl", Example)
 
     def removed(self) -> list[RemovedRow]:
         """The rows that the build removed."""
-        return [
-            RemovedRow.model_validate_json(line)
-            for line in self._store.read_blob(self.record.blobs[REMOVED]).splitlines()
-        ]
+        return read_lines(self._store, self.record, REMOVED, RemovedRow)
+
+
+def read_lines(store: Store, record: Record, name: str, model: type[Line]) -> list[Line]:
+    """The lines of one of a record's blobs. Raises Refused where it is missing or damaged."""
+    if name not in record.blobs:
+        raise Refused(f"the {record.kind} record has no {name}", where=record.digest, fix="make it again")
+    try:
+        return [model.model_validate_json(line) for line in store.read_blob(record.blobs[name]).splitlines()]
+    except ValueError as error:
+        raise Refused(f"{name} does not hold {model.__name__} lines: {error}", where=record.digest) from error
 
 
 def load_dataset(store: Store, digest: str) -> Dataset:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from tunesmith.core.access import Caller, Labels, Name, OptionalName
-from tunesmith.core.digests import canonical, digest_of
+from tunesmith.core.digests import canonical_lines, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Settings
+from tunesmith.core.view import Frozen
+from tunesmith.data.dataset import read_lines
 from tunesmith.data.governance.licences import spelled
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.scan import Scan, Scanner
@@ -109,13 +111,11 @@ class DocumentSettings(Settings):
         return dict((each, Labels()) if isinstance(each, str) else (each.path, each.labels) for each in self.paths)
 
 
-class Passage(BaseModel):
+class Passage(Frozen):
     """A piece of a document. title: the headings above it. id: a digest of its text, title and source.
 
     labels: who may see it. There is no default, so that a passage whose labels were lost is not shown to everybody.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     source: str
@@ -139,11 +139,7 @@ class Documents:
     @cached_property
     def passages(self) -> list[Passage]:
         """All passages, in the order of the files and their text. Raises Refused where the record is damaged."""
-        data = self._store.read_blob(self.record.blobs[PASSAGES])
-        try:
-            return [Passage.model_validate_json(line) for line in data.splitlines()]
-        except ValueError as error:
-            raise Refused(f"{PASSAGES} does not hold passages: {error}", where=self.digest) from error
+        return read_lines(self._store, self.record, PASSAGES, Passage)
 
 
 def document_files(settings: DocumentSettings, root: Path) -> list[SourceFile]:
@@ -181,18 +177,17 @@ def build_documents(
     scanner, labels_of = Scanner(privacy), settings.labels
     found: Counter[str] = Counter()
     passages: dict[str, Passage] = {}
-    described = []
-    left_out = []
-    removed = 0
+    described, left_out, removed = [], [], 0
     for file in document_files(settings, root):
         if withdrawn.names("source", file.name):
             left_out.append(file.name)
             continue
         with open_source(file) as opened:
             blocks = list(_read(opened))
-            digest, size = opened.digest, opened.bytes
-        _refuse_control_tokens(file.name, blocks, control_tokens)
-        kept, labels = 0, labels_of[file.source.path]
+        texts = "\n".join(itertools.chain.from_iterable(blocks))
+        if token := next((token for token in control_tokens if token in texts), None):
+            what, fix = f"a document holds the base's control token {token!r}", "remove it from the text"
+            raise Refused(what, where=file.name, fix=fix)
         left = list[tuple[str, str]]()
         for title, section in itertools.groupby(blocks, key=lambda block: block[0]):
             paragraphs = [text for _, text in section]
@@ -200,30 +195,38 @@ def build_documents(
             scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=whole)])
             found.update(scan.found)
             if scan.found and privacy.action == "refuse":
-                raise _private(file.name, scan.found)
+                fix = "clean it, or set data.privacy.action to pseudonymise or remove"
+                raise Refused(f"a document holds {', '.join(sorted(scan.found))}", where=file.name, fix=fix)
             standing = _standing(title, paragraphs, scan, privacy.action)
             removed += len(paragraphs) - len(standing) if privacy.action == "remove" else 0
             left += standing
-        for title, text in cut(left, settings.words, settings.overlap):
-            name = digest_of({"source": file.name, "title": title, "text": text}).removeprefix("sha256:")[:20]
+        pieces = list(cut(left, settings.words, settings.overlap))
+        for title, text in pieces:
+            name = short(digest_of({"source": file.name, "title": title, "text": text}), 20)
+            labels = labels_of[file.source.path]
             passages.setdefault(name, Passage(id=name, source=file.name, title=title, text=text, labels=labels))
-            kept += 1
         if not blocks:
             raise UsageError("the document holds no text", where=file.name, fix="remove it, or add its text as .txt")
-        described.append(DocumentFile(path=file.name, digest=digest, bytes=size, passages=kept))
+        described.append(DocumentFile(path=file.name, digest=opened.digest, bytes=opened.bytes, passages=len(pieces)))
     if not passages:
         fix = "add documents that were not recalled" if left_out else "check data.privacy.action"
         raise UsageError("no passage is left to retrieve from", where="documents", fix=fix)
-    _require_visible(passages.values(), settings)
+    asked_as = (settings.asked_as or AskedAs()).caller
+    if not any(passage.labels.visible_to(asked_as) for passage in passages.values()):
+        raise UsageError(
+            "the caller of evaluations sees none of the documents, so retrieval would not be measured",
+            where="documents.asked_as",
+            fix="give it the tenant, region or groups of some documents",
+        )
     body = DocumentsBody(
         settings=ReadDocuments.model_validate(settings.model_dump(mode="json")),
         files=tuple(described),
         passages=len(passages),
         removed=removed,
-        privacy=DocumentsScan(action=privacy.action, found=dict(sorted(found.items()))),
+        privacy=DocumentsScan(action=privacy.action, found=found),
         withdrawn=tuple(left_out),
     )
-    data = b"".join(canonical(passage.model_dump(mode="json")) + b"\n" for passage in passages.values())
+    data = canonical_lines(passage.model_dump(mode="json") for passage in passages.values())
     return store.put_record(body.record({}, {PASSAGES: store.put_bytes(data)}))
 
 
@@ -239,33 +242,6 @@ def _with_standing_licence(settings: DocumentSettings, withdrawn: Withdrawn) -> 
             fix="remove these documents, or state the licence that they have",
         )
     return settings.model_copy(update={"licence": licence})
-
-
-def _require_visible(passages: Iterable[Passage], settings: DocumentSettings) -> None:
-    asked_as = (settings.asked_as or AskedAs()).caller
-    if not any(passage.labels.visible_to(asked_as) for passage in passages):
-        raise UsageError(
-            "the caller of evaluations sees none of the documents, so retrieval would not be measured",
-            where="documents.asked_as",
-            fix="give it the tenant, region or groups of some documents",
-        )
-
-
-def _private(name: str, found: Iterable[str]) -> Refused:
-    return Refused(
-        f"a document holds {', '.join(sorted(found))}",
-        where=name,
-        fix="clean it, or set data.privacy.action to pseudonymise or remove",
-    )
-
-
-def _refuse_control_tokens(name: str, blocks: Sequence[tuple[str, str]], control_tokens: Sequence[str]) -> None:
-    for title, text in blocks:
-        for token in control_tokens:
-            if token in text or token in title:
-                raise Refused(
-                    f"a document holds the base's control token {token!r}", where=name, fix="remove it from the text"
-                )
 
 
 def _standing(title: str, paragraphs: Sequence[str], scan: Scan, action: str) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, UsageError
@@ -22,6 +22,7 @@ from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import CONTROLLER
+from tunesmith.core.view import Frozen
 from tunesmith.data.review.queue import forget_cases
 from tunesmith.data.settings import Split
 from tunesmith.store import audit, database
@@ -32,14 +33,12 @@ _LOG = logging.getLogger("tunesmith.cases")
 _FOLDER = "cases/"
 
 
-class Case(BaseModel):
+class Case(Frozen):
     """One served request. version: digest of the one that answered; by: the user whose request or feedback made it.
 
     expected: the right answer, None until somebody says it. answer: None where the request failed. at: the time of the
     request; until: when the case is deleted.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     request: str
     messages: tuple[Message, ...]

@@ -20,6 +20,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.data.building.build import build_dataset
+from tunesmith.data.building.examine import RowRules
 from tunesmith.data.building.outside_sets import outside_sources
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.dataset import Dataset, load_dataset
@@ -220,15 +221,17 @@ class PipelineContext:
             loss_on: LossOn = "last" if learned == {"last"} else "assistant"
             built = build_dataset(
                 project.store,
-                data,
+                RowRules(
+                    data,
+                    count_tokens=RowCounter(self.base.folder, self.base.fingerprint, loss_on),
+                    max_tokens=self._row_tokens,
+                    answer_schema=schema,
+                    unscorable=references,
+                    control_tokens=self.renderer.control_tokens,
+                    withdrawn=withdrawn,
+                    respell=respell,
+                ),
                 project.root,
-                count_tokens=RowCounter(self.base.folder, self.base.fingerprint, loss_on),
-                max_tokens=self._row_tokens,
-                answer_schema=schema,
-                unscorable=references,
-                control_tokens=self.renderer.control_tokens,
-                withdrawn=withdrawn,
-                respell=respell,
                 scope=self.scope,
                 work=work,
                 runner=self.shards,

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.names import check_name
+from tunesmith.core.view import Frozen
 from tunesmith.records.body import Body, Part
 from tunesmith.records.candidate import StoredFile
 from tunesmith.records.dataset import Duties
@@ -50,14 +51,12 @@ Name = Annotated[str, AfterValidator(_named)]
 ScopeName = Annotated[str, AfterValidator(lambda text: text and _named(text))]
 
 
-class Requirement(BaseModel):
+class Requirement(Frozen):
     """What a version takes to serve; a part of its signed record.
 
     approvers: how many different people with the role approver. roles: roles that some of these people have besides;
     each entry takes a person of its own, whatever other roles that person has.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     risk_class: RiskClass
     approvers: Annotated[int, Field(ge=1, le=MOST_APPROVERS, strict=True)]

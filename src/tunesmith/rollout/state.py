@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.view import Frozen
 from tunesmith.registry.aliases import get_alias
 from tunesmith.rollout.settings import Step
 from tunesmith.store import database
@@ -26,7 +26,7 @@ _IN_STATE = frozenset(
 )
 
 
-class Rollout(BaseModel):
+class Rollout(Frozen):
     """A rollout at one moment.
 
     stable, canary: version digests; stable is "" if nothing served before. weight: percentage of requests that go to
@@ -35,8 +35,6 @@ class Rollout(BaseModel):
     override: why the canary needs no approval, by started_by. stable_override_by: the user by whose override stable
     served without an approval, "" if nobody's.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: int
     name: str

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tunesmith.core.settings import Settings
+from tunesmith.core.view import Frozen
 
 VALUES = 20_000  # JSON values in one body: objects, lists, texts, numbers
 MODEL = 200  # characters of a model's name
@@ -39,10 +40,8 @@ UPLOAD_SECONDS = 3_600.0  # longest time for one upload
 FILE_ID = 80
 
 
-class Given(BaseModel):
+class Given(Frozen):
     """What a client sends. A field that it does not have is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ServerSettings(Settings):

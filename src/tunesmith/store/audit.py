@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from sqlalchemy import Engine, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
@@ -19,6 +19,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import Fields
+from tunesmith.core.view import Frozen
 from tunesmith.store import database
 from tunesmith.store.tables import AuditHeadRow, AuditRow
 
@@ -35,10 +36,8 @@ _MOVE = (
 _NEWEST = select(AuditRow.seq, AuditRow.digest).order_by(AuditRow.seq.desc()).limit(1)
 
 
-class Head(BaseModel):
+class Head(Frozen):
     """The newest entry: its number and digest. Number 0 is the log before its first entry."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seq: int
     digest: str

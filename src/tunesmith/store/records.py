@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.view import Frozen
 from tunesmith.store.tables import EdgeRow, RecallRow
 
 _WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model.safetensors")
@@ -75,14 +76,12 @@ KINDS: Mapping[str, RecordKind] = {
 }
 
 
-class Record(BaseModel):
+class Record(Frozen):
     """One stage's result.
 
     kind: a key of KINDS. parents: role -> digest of another record. blobs: file name -> digest of its bytes.
     body: what the stage states, JSON. The record's digest is that of its canonical JSON.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
     parents: Mapping[str, str] = {}

@@ -14,14 +14,13 @@ import yaml
 
 from tests.acting import do
 from tests.commands import call, printed
-from tests.data.rows import NO_SCAN, many_rows, row, settings, turns, write_jsonl
+from tests.data.rows import NO_SCAN, build_with, many_rows, row, settings, turns, write_jsonl
 from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
-from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import SPLITS, Dataset, Example, dataset_summary, load_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, Example, dataset_summary
 from tunesmith.data.governance.difference import difference
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
 from tunesmith.data.quality.flags import examine_quality
@@ -52,7 +51,7 @@ class Desk:
     def build(self, **more: Any) -> Dataset:
         """The next version, with the decisions."""
         chosen = settings(review="review.jsonl")
-        return load_dataset(self.store, build_dataset(self.store, chosen, self.project.root, **more))
+        return build_with(self.store, chosen, self.project.root, **more)
 
 
 def rows(dataset: Dataset) -> dict[str, Example]:
@@ -88,7 +87,7 @@ def made_desk(root: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Desk
     ensure_owner(store)
     for name, roles in (("eve", ["engineer"]), ("stu", ["steward"]), ("bob", ["approver"])):
         add_user(store, name, roles, actor="ann")
-    first = load_dataset(store, build_dataset(store, settings(), root))
+    first = build_with(store, settings(), root)
     examine_quality(store, first)
     return Desk(project, store, first)
 
@@ -200,7 +199,7 @@ def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk:
     decide(desk.store, rejected, "reject", reason="refuses")
     do(desk.project, review.export)
     chosen = settings(review="review.jsonl", duplicates={"near": None}, privacy={"entities": ["EMAIL_ADDRESS"]})
-    dataset = load_dataset(desk.store, build_dataset(desk.store, chosen, tmp_path))
+    dataset = build_with(desk.store, chosen, tmp_path)
     answers = [(len(one.messages), one.answer) for one in rows(dataset).values()]
     scanned = "write to person1@example.com"
     assert sorted(said for said in answers if said[1] == scanned) == [(2, scanned), (3, scanned)]

@@ -43,11 +43,11 @@ def _refused(what: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 class _Strict(yaml.SafeLoader):
-    """A SafeLoader that refuses what read_yaml names. sizes: a finished anchored node's id -> nodes inside."""
+    """A SafeLoader that refuses what read_yaml names. sizes: the anchor of a finished node -> nodes inside."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self._depth, self._nodes, self._open = 0, 0, set[str]()
+        self._depth, self._nodes = 0, 0
         self._sizes: dict[str, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -55,7 +55,7 @@ class _Strict(yaml.SafeLoader):
         anchor: str | None = event.anchor
         before = self._nodes
         if isinstance(event, yaml.AliasEvent):
-            if anchor in self._open:
+            if anchor in self.anchors and anchor not in self._sizes:
                 raise _refused(f"the alias *{anchor} stands inside its own value", event.start_mark)
             self._count(self._sizes.get(anchor or "", 1), event.start_mark)
             return super().compose_node(parent, index)
@@ -65,12 +65,9 @@ class _Strict(yaml.SafeLoader):
         self._depth += 1
         if self._depth > DEEPEST:
             raise _refused(f"it is nested more than {DEEPEST} levels deep", event.start_mark)
-        if anchor is not None:
-            self._open.add(anchor)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if anchor is not None:
-            self._open.discard(anchor)
             self._sizes[anchor] = self._nodes - before
         return node
 

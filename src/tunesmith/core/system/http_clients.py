@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import threading
+import queue
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -28,21 +28,19 @@ class HttpClients:
     def __init__(self, make: Callable[[], httpx.Client], most: int) -> None:
         """make: called for each new client."""
         self._make = make
-        self._free: list[httpx.Client] = []
-        self._places = threading.BoundedSemaphore(most)
+        self._places: queue.LifoQueue[httpx.Client | None] = queue.LifoQueue()
+        for _ in range(most):
+            self._places.put(None)
 
     @contextlib.contextmanager
     def one(self) -> Iterator[httpx.Client]:
         """A client that no other thread uses meanwhile. Waits where all are in use."""
-        with self._places:
-            try:
-                client = self._free.pop()  # the one used last, whose connection is most likely still open
-            except IndexError:
-                client = self._make()
-            try:
-                yield client
-            finally:
-                self._free.append(client)
+        client = self._places.get()  # the one used last, whose connection is most likely still open
+        try:
+            client = client or self._make()
+            yield client
+        finally:
+            self._places.put(client)
 
 
 def api_key(variable: str | None, where: str) -> str | None:

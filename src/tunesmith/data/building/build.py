@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.answer_schema import Schema, check_answer_schema
+from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.scope import Scope
 from tunesmith.data.building.account import HAS_CONTROL, Account
 from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
@@ -21,7 +21,6 @@ from tunesmith.data.building.staging import StagingDatabase
 from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import duties
-from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.detection_recall import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
 from tunesmith.data.privacy.scan import Scanner
@@ -59,16 +58,9 @@ _MEASURED_ROWS = 2000  # rows that detection recall is measured on
 
 def build_dataset(
     store: Store,
-    settings: DataSettings,
+    rules: RowRules,
     root: Path,
     *,
-    count_tokens: CountTokens | None = None,
-    max_tokens: int | None = None,
-    answer_schema: Schema | None = None,
-    unscorable: Callable[[str], str | None] | None = None,
-    control_tokens: Sequence[str] = (),
-    withdrawn: Withdrawn = Withdrawn(),
-    respell: bool = False,
     scope: Scope = Scope(),
     work: Path | None = None,
     runner: ShardRunner = LocalRunner(),
@@ -76,16 +68,13 @@ def build_dataset(
 ) -> str:
     """Read, check, clean and split the rows; returns the dataset record's digest. The same input gives the same digest.
 
-    root: where the sources' paths start. count_tokens, max_tokens: the limit of a row's tokens; where either is None,
-    no length is checked, and the record says so. answer_schema: JSON Schema that every answer must satisfy.
-    unscorable: answer -> why the task's scorers cannot score against it, or None; such rows are removed and counted.
-    control_tokens: those of the base's chat template, which no row may hold. withdrawn: recalled rows, which are
-    left out. respell: write JSON answers as constrained decoding can write them. scope: whose rows these are; two
-    tenants with equal rows have two records. work: a folder for temporary files, by
+    rules: without what the build itself reads: outside sets, formats and reviews. root: where the sources' paths start.
+    scope: whose rows these are; two tenants with equal rows have two records. work: a folder for temporary files, by
     default `work/build` in the store. runner: runs the shard workers; it does not change the result.
 
     Raises UsageError for malformed input, Refused where a policy forbids a row.
     """
+    settings, answer_schema = rules.settings, rules.answer_schema
     check_originals(settings.privacy, root)
     if answer_schema is not None:
         check_answer_schema(answer_schema, "task.schema")
@@ -103,8 +92,8 @@ def build_dataset(
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
-        limits = (count_tokens, max_tokens, answer_schema, tuple(control_tokens), withdrawn, outside.wordings)
-        rules = RowRules(settings, *limits, formats_of(planned), unscorable, reviewed, respell)
+        formats = formats_of(planned)
+        rules = replace(rules, settings=settings, outside=outside.wordings, formats=formats, reviewed=reviewed)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         for piece in examined_rows(planned, rules, runner, progress):
@@ -112,7 +101,7 @@ def build_dataset(
             account.merge(piece.account)
         if settings.control_tokens == "refuse":
             refuse_control_tokens(staging.removed_for(HAS_CONTROL), "set data.control_tokens to drop")
-        staging.drop_copies(account.withdrawn - withdrawn.contents)
+        staging.drop_copies(account.withdrawn - rules.withdrawn.contents)
         staging.drop_repeats(held_out)
         conflicts = staging.conflicts(_SHOWN_CONFLICTS)
         read = account.read.total()
@@ -127,7 +116,7 @@ def build_dataset(
         body = DatasetBody(
             settings=settings.model_dump(mode="json", exclude={"sign_off"}),
             sources=tuple(
-                _described(one, rules.formats[one.file.source.path], account.read[one.file.name]) for one in planned
+                _described(one, formats[one.file.source.path], account.read[one.file.name]) for one in planned
             ),
             rows=RowCounts(
                 read=read,
@@ -153,8 +142,8 @@ def build_dataset(
             ignored_keys=account.ignored,
             conflicts=conflicts,
             tokens=None
-            if count_tokens is None or max_tokens is None
-            else TokenLengths(limit=max_tokens, longest=account.longest),
+            if rules.count_tokens is None or rules.max_tokens is None
+            else TokenLengths(limit=rules.max_tokens, longest=account.longest),
             answer_schema=None if answer_schema is None else digest_of(answer_schema),
             review=_review(reviewed, account),
             reviewers={row: reviewed.rows[row].by for row in account.edits} if reviewed.logged else {},

@@ -68,18 +68,19 @@ def control_token(messages: Sequence[Message], tokens: Sequence[str]) -> str | N
 class RowRules:
     """The rules that every row of a build is examined by.
 
-    count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
-    text. control_tokens: those of the base's chat template. withdrawn: recalled rows. outside: wordings of outside
-    test sets. formats: a source's path -> its row format. unscorable: answer -> why the task's scorers cannot score
-    against it, or None. reviewed: what reviewers decided. respell: whether JSON answers are written as constrained
-    decoding writes them.
+    count_tokens, max_tokens: the limit of a row's tokens; where either is None, no length is checked, and the record
+    says so. answer_schema: JSON Schema that every answer must satisfy. control_tokens: those of the base's chat
+    template, which no row may hold. withdrawn: recalled rows, which are left out. outside: wordings of outside test
+    sets. formats: a source's path -> its row format. unscorable: answer -> why the task's scorers cannot score against
+    it, or None; such rows are removed and counted. reviewed: what reviewers decided. respell: whether JSON answers are
+    written as constrained decoding writes them.
     """
 
     settings: DataSettings
     count_tokens: CountTokens | None = None
     max_tokens: int | None = None
     answer_schema: Schema | None = None
-    control_tokens: tuple[str, ...] = ()
+    control_tokens: Sequence[str] = ()
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
     outside: Set[str] = frozenset()
     formats: Mapping[str, row_formats.RowFormat] = field(default_factory=dict)

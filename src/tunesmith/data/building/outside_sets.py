@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import Schema
@@ -40,7 +40,7 @@ class Outside:
         """Sorted lines of requests and wordings: enough to verify a dataset version without the files."""
         lines = [{"request": text} for text in sorted(self.requests)]
         lines += [{"wording": group} for group in sorted(self.wordings)]
-        return b"".join(canonical(line) + b"\n" for line in lines)
+        return canonical_lines(lines)
 
 
 def decode_outside(data: bytes) -> Outside:

@@ -67,7 +67,7 @@ def sign_offs_of(store: Store, digests: Sequence[str]) -> dict[str, list[SignOff
     query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject.in_(digests)).order_by(AuditRow.seq)
     with database.reading(store.engine) as session:
         for row in session.scalars(query):
-            if (valid := _valid_sign_off(store, session, row.subject, row)) is not None:
+            if (valid := _valid_sign_off(store, session, row)) is not None:
                 found[row.subject].append(valid)
     return found
 
@@ -82,12 +82,12 @@ def require_signed(store: Store, digest: str) -> None:
         )
 
 
-def _valid_sign_off(store: Store, session: Session, digest: str, entry: AuditRow) -> SignOff | None:
+def _valid_sign_off(store: Store, session: Session, entry: AuditRow) -> SignOff | None:
     try:
         record = store.record(str(entry.detail.get("signoff")), kind="signoff")
         identities.require(session, entry.actor, ACTION)
         body = SignOffBody.of(record)
     except TunesmithError:
         return None
-    same = record.parents == {"dataset": digest} and body.steward == entry.actor
+    same = record.parents == {"dataset": entry.subject} and body.steward == entry.actor
     return SignOff(**dict(body), signoff=record.digest) if same else None

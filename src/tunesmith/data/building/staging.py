@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.account import EXACT, WITHDRAWN
@@ -67,11 +67,11 @@ def _digest(text: str) -> bytes:
 
 
 def _with_group(line: bytes, group: str) -> bytes:
-    return canonical({**parse_json(line), "group": group}) + b"\n"
+    return canonical_lines([{**parse_json(line), "group": group}])
 
 
 def _removed_line(name: str | None, source: str, row: int, reason: str) -> bytes:
-    return canonical({"id": name, "source": source, "row": row, "reason": reason}) + b"\n"
+    return canonical_lines([{"id": name, "source": source, "row": row, "reason": reason}])
 
 
 _FUNCTIONS: Mapping[str, Callable[..., str | bytes | int]] = {
@@ -265,7 +265,7 @@ class StagingDatabase:
     def subject_lines(self) -> Iterator[bytes]:
         """Further subjects of the remaining rows, which their copies stated, as sorted JSON lines."""
         query = "SELECT DISTINCT id, subject FROM subjects WHERE id IN (SELECT id FROM remaining) ORDER BY id, subject"
-        return (canonical({"id": name, "subject": said}) + b"\n" for name, said in self._database.execute(query))
+        return (canonical_lines([{"id": name, "subject": said}]) for name, said in self._database.execute(query))
 
     def removed_lines(self) -> Iterator[bytes]:
         """The lines of removed rows, sorted."""

@@ -93,11 +93,9 @@ _EXPECTED: Final = "Expected file to have JSONL format"
 
 
 class InvalidExamples(UsageError):
-    """A file that OpenAI would refuse too. code: for programs to read."""
+    """A file that OpenAI would refuse too."""
 
-    def __init__(self, what: str, code: str = "invalid_file_format") -> None:
-        super().__init__(what)
-        self.code = code
+    usual_code = "invalid_file_format"
 
 
 def check_examples(path: Path, *, training: bool = True, on_line: Callable[[], object] = lambda: None) -> int:
@@ -105,10 +103,9 @@ def check_examples(path: Path, *, training: bool = True, on_line: Callable[[], o
 
     Raises InvalidExamples for the first line that breaks a rule.
     """
-    found, number = 0, 0
+    found = 0
     with path.open("rb") as stream:
-        while line := stream.readline(_LONGEST_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), start=1):
             on_line()
             if len(line) > _LONGEST_LINE:
                 raise InvalidExamples(f"Invalid file format. Line {number} is longer than {_LONGEST_LINE >> 20} MB.")
@@ -118,24 +115,21 @@ def check_examples(path: Path, *, training: bool = True, on_line: Callable[[], o
     if training and found < LEAST_EXAMPLES:
         raise InvalidExamples(
             f"Training file has {found} example(s), but must have at least {LEAST_EXAMPLES} examples.",
-            "invalid_n_examples",
+            code="invalid_n_examples",
         )
     if not found:
-        raise InvalidExamples("The file has no examples.", "invalid_n_examples")
+        raise InvalidExamples("The file has no examples.", code="invalid_n_examples")
     return found
 
 
 def _check_line(line: bytes, number: int) -> None:
+    dictionaries = f"{_EXPECTED}, where every line is a valid JSON dictionary. Line {number}"
     try:
         fields = parse_json(line)
     except NotJson as error:
-        raise InvalidExamples(
-            f"{_EXPECTED}, where every line is a valid JSON dictionary. Line {number}: {error}"
-        ) from error
+        raise InvalidExamples(f"{dictionaries}: {error}") from error
     if not isinstance(fields, dict):
-        raise InvalidExamples(
-            f"{_EXPECTED}, where every line is a valid JSON dictionary. Line {number} is not a dictionary."
-        )
+        raise InvalidExamples(f"{dictionaries} is not a dictionary.")
     if "messages" not in fields:
         raise InvalidExamples(f"{_EXPECTED} with messages key. Missing 'messages' key on line {number}.")
     try:

@@ -56,46 +56,35 @@ def format_of(name: str, row: SourceRow) -> RowFormat:
     fitting = [one for one in detected if one.needs <= row.fields.keys()]
     if len(fitting) == 1:
         return fitting[0]
-    keys = f"a row with the keys {', '.join(sorted(row.fields)) or '(none)'}"
+    what, fix = _misfit(row.fields, detected, fitting)
+    raise UsageError(what, where=row.where, fix=fix)
+
+
+def _misfit(fields: Fields, detected: Sequence[RowFormat], fitting: Sequence[RowFormat]) -> tuple[str, str]:
+    """Why no format or several fit a row, and what to do."""
+    keys = f"a row with the keys {', '.join(sorted(fields)) or '(none)'}"
     if fitting:
         names = " or ".join(one.name for one in fitting)
         hidden = {one.name: {sorted(other.needs)[0]: "unused" for other in fitting if other != one} for one in fitting}
-        fixes = [f"as {name}: {others}" for name, others in hidden.items()]
-        raise UsageError(
-            f"{keys} fits several formats: {names}",
-            where=row.where,
-            fix=_rename(f"set the source's format, or rename a key of the other: {'; '.join(fixes)}"),
-        )
-    if row.fields.keys() == {"text"}:
-        raise UsageError(
-            "the row has one text, and not a request and its answer",
-            where=row.where,
-            fix="divide each text: the request under prompt, and the answer that is to be learned under completion",
-        )
+        fixes = "; ".join(f"as {name}: {others}" for name, others in hidden.items())
+        fix = _rename(f"set the source's format, or rename a key of the other: {fixes}")
+        return f"{keys} fits several formats: {names}", fix
+    if fields.keys() == {"text"}:
+        fix = "divide each text: the request under prompt, and the answer that is to be learned under completion"
+        return "the row has one text, and not a request and its answer", fix
     known = "; ".join(f"{one.name}: {', '.join(sorted(one.needs))}" for one in detected)
-    likely = readings(row.fields)
-    half = next((one for one in detected if one.needs & row.fields.keys()), None)
+    likely = readings(fields)
+    half = next((one for one in detected if one.needs & fields.keys()), None)
     if half is not None and not likely:
-        missing = ", ".join(sorted(half.needs - row.fields.keys()))
-        raise UsageError(
-            f"the row has {', '.join(sorted(half.needs & row.fields.keys()))} and no {missing}",
-            where=row.where,
-            fix=_rename(f"fill it in, remove the row (null counts as absent), or rename the key that is the {missing}"),
-        )
+        missing = ", ".join(sorted(half.needs - fields.keys()))
+        fix = f"fill it in, remove the row (null counts as absent), or rename the key that is the {missing}"
+        return f"the row has {', '.join(sorted(half.needs & fields.keys()))} and no {missing}", _rename(fix)
     if len(likely) > 1:
-        raise UsageError(
-            f"{keys} can be read in {len(likely)} ways",
-            where=row.where,
-            fix=_rename(f"choose one of them as the source's rename: {'; or '.join(map(str, likely))}"),
-        )
-    raise UsageError(
-        f"{keys} fits no known format",
-        where=row.where,
-        fix=_rename(
-            f"set the source's format or rename{f', here {likely[0]}' if likely else ''} ({known}); "
-            "a key that is null counts as absent"
-        ),
-    )
+        fix = f"choose one of them as the source's rename: {'; or '.join(map(str, likely))}"
+        return f"{keys} can be read in {len(likely)} ways", _rename(fix)
+    here = f", here {likely[0]}" if likely else ""
+    fix = _rename(f"set the source's format or rename{here} ({known}); a key that is null counts as absent")
+    return f"{keys} fits no known format", fix
 
 
 def inferred_rename(fields: Fields) -> dict[str, str]:
@@ -170,17 +159,14 @@ def read_turns(row: SourceRow, row_format: RowFormat, ignored: Counter[str]) -> 
     """
     missing = row_format.needs - row.fields.keys()
     if missing:
-        other = [one.name for one in FORMATS.values() if one.needs <= row.fields.keys()]
-        raise UsageError(
-            f"the row has no {', '.join(sorted(missing))}" + (f"; it looks like {other[0]}" if other else ""),
-            where=row.where,
-            fix=f"all rows of a source have one format, here {row_format.name}: "
-            + (
-                "move the others into another source"
-                if other
-                else "fill it in, or remove the row (null counts as absent)"
-            ),
+        what, fix = (
+            f"the row has no {', '.join(sorted(missing))}",
+            "fill it in, or remove the row (null counts as absent)",
         )
+        if other := next((one.name for one in FORMATS.values() if one.needs <= row.fields.keys()), None):
+            what, fix = f"{what}; it looks like {other}", "move the others into another source"
+        fix = f"all rows of a source have one format, here {row_format.name}: {fix}"
+        raise UsageError(what, where=row.where, fix=fix)
     return row_format.read(row.fields, row.where, ignored)
 
 

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, BinaryIO, Final
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.strict_json import Fields, JsonObject, NotJson, parse_json
+from tunesmith.core.reading.strict_json import Fields, NotJson, parse_json
 
 # These limits keep a wrong or hostile file from filling the memory.
 LONGEST_ROW = 64 << 20
@@ -134,26 +134,21 @@ def read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
 
 def read_parquet(stream: BinaryIO, name: str, part: Part) -> Iterator[NumberedRow]:
     """Rows of Parquet, from the row groups of a part."""
-    import pyarrow as arrow
+    return _rows_of(_parquet_batches(stream, name, part), name, "Parquet", part.first)
 
-    number = part.first - 1
-    try:
-        file = _parquet(stream)
-        groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
-        for group in groups:
-            size = file.metadata.row_group(group).total_byte_size
-            if size > LARGEST_GROUP:
-                raise UsageError(
-                    f"row group {group + 1} unpacks to {size >> 20} MiB; at most {LARGEST_GROUP >> 20} MiB are read",
-                    where=name,
-                    fix="write smaller row groups",
-                )
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=list(groups)):
-            for row in _rows_of(batch, name, number):
-                number += 1
-                yield number, _without_nulls(row)
-    except (arrow.ArrowException, OSError) as error:
-        raise UsageError(f"broken Parquet: {error}", where=f"{name}, after row {number}") from error
+
+def _parquet_batches(stream: BinaryIO, name: str, part: Part) -> Iterator[Any]:
+    file = _parquet(stream)
+    groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
+    for group in groups:
+        size = file.metadata.row_group(group).total_byte_size
+        if size > LARGEST_GROUP:
+            raise UsageError(
+                f"row group {group + 1} unpacks to {size >> 20} MiB; at most {LARGEST_GROUP >> 20} MiB are read",
+                where=name,
+                fix="write smaller row groups",
+            )
+    yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=list(groups))
 
 
 def parquet_parts(stream: BinaryIO, name: str, _size: int) -> list[Part]:
@@ -199,42 +194,48 @@ def _parquet(stream: BinaryIO) -> Any:
 
 def read_arrow(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
     """Rows of an Arrow file, or of an Arrow stream such as Hugging Face `datasets` saves."""
+    return _rows_of(_arrow_batches(stream, name), name, "Arrow")
+
+
+def _arrow_batches(stream: BinaryIO, name: str) -> Iterator[Any]:
     import pyarrow as arrow
     from pyarrow import ipc
 
-    number = 0
+    source = arrow.PythonFile(stream, mode="r")
+    if stream.read(len(_ARROW_FILE)) == _ARROW_FILE:
+        file = ipc.open_file(source)
+        batches = (file.get_batch(place) for place in range(file.num_record_batches))
+    else:
+        # A stream cut off between two batches would be read without an error, so its end mark is checked.
+        stream.seek(-min(len(_ARROW_END), stream.seek(0, os.SEEK_END)), os.SEEK_END)
+        if stream.read() != _ARROW_END:
+            raise UsageError("the Arrow stream is truncated", where=name, fix="copy or save it again")
+        stream.seek(0)
+        batches = iter(ipc.open_stream(source))
+    for batch in batches:
+        yield from (batch.slice(start, _ROWS_AT_ONCE) for start in range(0, batch.num_rows, _ROWS_AT_ONCE))
+
+
+def _rows_of(batches: Iterator[Any], name: str, kind: str, first: int = 1) -> Iterator[NumberedRow]:
+    """The batches' rows as Python's values. Raises UsageError where Python has none. first: the number of the first."""
+    import pyarrow as arrow
+
+    number = first - 1
     try:
-        source = arrow.PythonFile(stream, mode="r")
-        if stream.read(len(_ARROW_FILE)) == _ARROW_FILE:
-            file = ipc.open_file(source)
-            batches = (file.get_batch(place) for place in range(file.num_record_batches))
-        else:
-            # A stream cut off between two batches would be read without an error, so its end mark is checked.
-            stream.seek(-min(len(_ARROW_END), stream.seek(0, os.SEEK_END)), os.SEEK_END)
-            if stream.read() != _ARROW_END:
-                raise UsageError("the Arrow stream is truncated", where=name, fix="copy or save it again")
-            stream.seek(0)
-            batches = iter(ipc.open_stream(source))
         for batch in batches:
-            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for row in _rows_of(batch.slice(start, _ROWS_AT_ONCE), name, number):
-                    number += 1
-                    yield number, _without_nulls(row)
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError, LookupError) as error:
+                raise UsageError(
+                    f"a value cannot be read: {error}",
+                    where=f"{name}, in the {batch.num_rows} rows after row {number}",
+                    fix="correct its column: text must be UTF-8, times of the years 1 to 9999 and of a known zone",
+                ) from error
+            for row in rows:
+                number += 1
+                yield number, _without_nulls(row)
     except (arrow.ArrowException, OSError) as error:
-        raise UsageError(f"broken Arrow: {error}", where=f"{name}, after row {number}") from error
-
-
-def _rows_of(batch: Any, name: str, number: int) -> list[JsonObject]:
-    """A batch's rows as Python's values. Raises UsageError where Python has none. number: of the row before them."""
-    try:
-        found: list[JsonObject] = batch.to_pylist()
-    except (ValueError, OverflowError, LookupError) as error:
-        raise UsageError(
-            f"a value cannot be read: {error}",
-            where=f"{name}, in the {batch.num_rows} rows after row {number}",
-            fix="correct its column: text must be UTF-8, times must be of the years 1 to 9999 and of a known zone",
-        ) from error
-    return found
+        raise UsageError(f"broken {kind}: {error}", where=f"{name}, after row {number}") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -33,7 +33,7 @@ def croissant(dataset: Dataset, name: str) -> JsonObject:
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "license": sorted(body.licences),
         "url": f"urn:tunesmith:dataset:{dataset.digest}",
-        "version": f"1.0.0+{dataset.digest.removeprefix('sha256:')[:12]}",
+        "version": f"1.0.0+{short(dataset.digest)}",
         "distribution": [_file(dataset, split) for split in splits],
         "recordSet": [_rows(split) for split in splits],
     }
@@ -51,6 +51,8 @@ def _file(dataset: Dataset, split: str) -> JsonObject:
 
 
 def _rows(split: str) -> JsonObject:
+    # Of messages, a list of turns, the text of each turn is taken.
+    taken = {"messages": {"transform": {"jsonPath": "$.content"}}}
     return {
         "@type": "cr:RecordSet",
         "@id": split,
@@ -64,16 +66,15 @@ def _rows(split: str) -> JsonObject:
                 "description": said,
                 "dataType": "sc:Text",
                 **({"repeated": True} if field == "messages" else {}),
-                "source": {"fileObject": {"@id": f"{split}.jsonl"}, "extract": {"column": field}, **_taken(field)},
+                "source": {
+                    "fileObject": {"@id": f"{split}.jsonl"},
+                    "extract": {"column": field},
+                    **taken.get(field, {}),
+                },
             }
             for field, said in _FIELDS.items()
         ],
     }
-
-
-def _taken(field: str) -> JsonObject:
-    """A transform that takes the text of each turn from a list of turns."""
-    return {"transform": {"jsonPath": "$.content"}} if field == "messages" else {}
 
 
 def datasheet(dataset: Dataset, name: str, sign_offs: Sequence[SignOffBody]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,12 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.text.folding import visible
 from tunesmith.core.view import View
-from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.dataset import BALANCED, SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.records.dataset import RemovedRow
 from tunesmith.store.store import Store
-
-_BALANCED = ("licence", "source", "tenant", "region")
 
 
 class ChangedRow(View):
@@ -71,12 +69,9 @@ def difference(store: Store, before: str, after: str) -> Difference:
     changed = _changed(gone, come)
     added = sorted(come.keys() - {pair.after for pair in changed})
     removed = sorted(gone.keys() - {pair.before for pair in changed})
-    both = old.keys() & new.keys()
-    moved = [
-        MovedRow(id=name, before=old[name][0], after=new[name][0])
-        for name in sorted(both)
-        if old[name][0] != new[name][0]
-    ]
+    both = sorted(old.keys() & new.keys())
+    places = (MovedRow(id=name, before=old[name][0], after=new[name][0]) for name in both)
+    moved = [one for one in places if one.before != one.after]
     return Difference(
         before=before,
         after=after,
@@ -92,8 +87,8 @@ def difference(store: Store, before: str, after: str) -> Difference:
         changed=tuple(changed),
         moved=tuple(moved),
         splits={name: (first.splits[name], second.splits[name]) for name in SPLITS},
-        balance={name: _shift(old, new, name) for name in _BALANCED},
-        removed_reasons=_both(_reasons(first), _reasons(second)),
+        balance={name: _shift(old, new, name) for name in BALANCED},
+        removed_reasons=_both(Counter(first.body.rows.removed), Counter(second.body.rows.removed)),
         settings=_other_settings(first, second),
     )
 
@@ -144,20 +139,6 @@ def _both(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int
     return {value: (before[value], after[value]) for value in sorted(before.keys() | after.keys())}
 
 
-def _reasons(dataset: Dataset) -> Counter[str]:
-    return Counter(dataset.body.rows.removed)
-
-
-def _plain(value: Any) -> Any:
-    """A field as JSON has it; Parquet's dates, bytes and the like as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    known = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return value if known else str(value)
-
-
 def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[RemovedRow]]:
     """Reason -> at most `each` of the rows that were removed for it, as their files have them.
 
@@ -168,23 +149,21 @@ def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[Re
     for entry in sorted(dataset.removed(), key=lambda entry: digest_of(entry.model_dump())):
         if len(classes[entry.reason]) < each:
             classes[entry.reason].append(entry)
-    wanted: defaultdict[str, dict[int, tuple[str, int]]] = defaultdict(dict)
-    for reason, entries in classes.items():
-        for place, entry in enumerate(entries):
-            wanted[entry.source][entry.row] = reason, place
+    wanted = {(entry.source, entry.row) for entries in classes.values() for entry in entries}
+    fields: dict[tuple[str, int], Any] = {}
     read = {source.path: source.digest for source in dataset.body.sources}
-    settings = DataSettings.model_validate(dataset.body.settings)
-    for file in find_files(settings.sources, root):
-        if file.name not in wanted:
+    for file in find_files(DataSettings.model_validate(dataset.body.settings).sources, root):
+        if all(source != file.name for source, _ in wanted):
             continue
         with open_source(file) as opened:
             if opened.digest != read.get(file.name):
-                raise Refused(
-                    "the file changed since the build", where=file.name, fix="restore it, or build the data again"
-                )
+                fix = "restore it, or build the data again"
+                raise Refused("the file changed since the build", where=file.name, fix=fix)
             for row in opened.rows():
-                if row.number in wanted[file.name]:
-                    reason, place = wanted[file.name][row.number]
-                    fields = _plain(dict(row.fields))
-                    classes[reason][place] = classes[reason][place].model_copy(update={"fields": fields})
-    return dict(sorted(classes.items()))
+                if (place := (file.name, row.number)) in wanted:
+                    # Dates, bytes and NaN of Parquet become text.
+                    fields[place] = json.loads(json.dumps(dict(row.fields), default=str), parse_constant=str)
+    return {
+        reason: [entry.model_copy(update={"fields": fields.get((entry.source, entry.row))}) for entry in entries]
+        for reason, entries in sorted(classes.items())
+    }

@@ -20,13 +20,12 @@ from tunesmith.records.dataset import Credit, Duties, Use
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a licence allows and requires. use: the widest allowed use; known: whether _TERMS lists the licence."""
+    """What a licence allows and requires. use: the widest allowed use."""
 
     use: Use = "commercial"
     attribution: bool = True
     share_alike: bool = False
     derivatives: bool = True
-    known: bool = True
 
 
 class LicenceRefused(Refused):
@@ -55,7 +54,6 @@ _NAMES = "name SPDX ids, such as MIT or CC-BY-4.0, or LicenseRef-NAME for rows o
 
 _FREE, _CREDIT = Terms(attribution=False), Terms()
 _SAME = Terms(share_alike=True)
-_UNKNOWN = Terms(known=False)
 _TERMS: Mapping[str, Terms] = {
     **dict.fromkeys(("0BSD", "CC0-1.0", "CC-PDDC", "MIT-0", "PDDL-1.0", "Unlicense", "WTFPL"), _FREE),
     **dict.fromkeys(
@@ -149,7 +147,7 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> Duties:
     named = []
     for one in sorted(set(credits_), key=lambda one: (one.source, one.licence)):
         _, _, ids = _judge(one.licence, policy)
-        terms = {name: _TERMS.get(name, _UNKNOWN) for name in ids}
+        terms = {name: _TERMS.get(name, _CREDIT) for name in ids}
         used |= terms
         if any(each.attribution for each in terms.values()):
             named.append(one)
@@ -160,12 +158,11 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> Duties:
             where="data.sources",
             fix="keep the sources of one of them only",
         )
-    commercial = all(terms.use == "commercial" for terms in used.values())
     return Duties(
-        use="commercial" if commercial else "non-commercial",
+        use="commercial" if all(terms.use == "commercial" for terms in used.values()) else "non-commercial",
         attribution=tuple(named),
         share_alike=tuple(shared),
-        unknown=tuple(sorted(name for name, terms in used.items() if not terms.known)),
+        unknown=tuple(sorted(used.keys() - _TERMS.keys())),
     )
 
 
@@ -291,7 +288,7 @@ def _relied_on(node: Any, objection: Any) -> tuple[_Objection | None, tuple[str,
 
 
 def _burden(ids: tuple[str, ...]) -> tuple[int, int, int, tuple[str, ...]]:
-    terms = [_TERMS.get(name, _UNKNOWN) for name in ids]
+    terms = [_TERMS.get(name, _CREDIT) for name in ids]
     return (
         sum(one.use == "non-commercial" for one in terms),
         sum(one.share_alike for one in terms),

@@ -12,9 +12,9 @@ import contextlib
 import difflib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -47,36 +47,35 @@ class Withdrawn:
     def names(self, kind: str, stated: str | None) -> bool:
         """Whether a recall of this kind reaches what states this."""
         values = self.values.get(kind, frozenset())
-        if stated is None:
-            return False
         if kind == "licence":
             return any(reaches(kind, value, stated) for value in values)
+        if stated is None:
+            return False
         return same_name(kind, stated) in values
 
     def holds(self, example: Example) -> bool:
         """Whether an example was recalled."""
-        if any(self.names(kind, _value(example, kind)) for kind in self.values):
-            return True
+        return any(self.names(kind, _value(example, kind)) for kind in self.values) or self._has_copy(example)
+
+    def _has_copy(self, example: Example) -> bool:
         return bool(self.contents) and content_key(example) in self.contents
 
     def reaches_copies(self, example: Example) -> bool:
         """Whether rows with the content of a recalled example are recalled with it: not where its source or licence is
         what was recalled."""
-        if any(_value(example, kind) in self.values.get(kind, ()) for kind in _BY_CONTENT):
-            return True
-        return bool(self.contents) and content_key(example) in self.contents
+        stated = any(_value(example, kind) in self.values.get(kind, ()) for kind in _BY_CONTENT)
+        return stated or self._has_copy(example)
 
     def as_json(self) -> dict[str, list[str]]:
         """The values and contents as JSON, which a build's memo depends on."""
         return {kind: sorted(values) for kind, values in self.values.items()} | {"contents": sorted(self.contents)}
 
 
-@dataclass(frozen=True, slots=True)
-class Traced:
+class Traced(NamedTuple):
     """Rows that a cause reaches: their ids, and where copies are reached too, the content keys."""
 
-    ids: frozenset[str]
-    contents: frozenset[str]
+    ids: Set[str]
+    contents: Set[str]
 
 
 class TracedRows:
@@ -139,7 +138,7 @@ class TracedRows:
         """The rows of a cause; of a row or a subject also every copy, and the rows before and after an edit."""
         ids = {name for each in self._values(kind, value) for name in self._named[kind].get(each, ())}
         if kind not in _BY_CONTENT:
-            return Traced(frozenset(ids), frozenset())
+            return Traced(ids, frozenset())
         if kind == "row":
             ids.add(value)  # no version holds a row that was edited before the first build
         while True:
@@ -148,7 +147,7 @@ class TracedRows:
             found = {name for content in contents for name in self._holders.get(content, ())}
             found |= {name for name, edited in self._edits.items() if not edited.isdisjoint(contents)}
             if found <= ids:
-                return Traced(frozenset(ids), frozenset(contents))
+                return Traced(ids, contents)
             ids |= found
 
     def _values(self, kind: str, value: str) -> list[str]:
@@ -205,16 +204,16 @@ def load_withdrawn(store: Store) -> Withdrawn:
     with database.reading(store.engine) as session:
         recalled = causes(session)
     values: defaultdict[str, set[str]] = defaultdict(set)
-    datasets: dict[str, None] = {}
+    datasets: set[str] = set()
     for cause, digests in recalled.items():
         kind, _, value = cause.partition(" ")
         if kind in ROW_CAUSES:
             values[kind].add(same_name(kind, value))
         if kind in _BY_CONTENT:
-            datasets |= {digest: None for digest in digests if store.record(digest).kind == "dataset"}
-    named = {kind: sorted(values[kind]) for kind in _BY_CONTENT}
+            datasets |= {digest for digest in digests if store.record(digest).kind == "dataset"}
+    named = {kind: sorted(values.get(kind, ())) for kind in _BY_CONTENT}
     contents = _contents(store, named, sorted(datasets)) if datasets else frozenset()
-    return Withdrawn({kind: frozenset(some) for kind, some in sorted(values.items()) if some}, contents)
+    return Withdrawn({kind: frozenset(some) for kind, some in sorted(values.items())}, contents)
 
 
 def _contents(store: Store, named: Mapping[str, Sequence[str]], datasets: Sequence[str]) -> frozenset[str]:

@@ -147,7 +147,8 @@ class Finder:
         pieces = [
             (number, start, seen[start : start + _WINDOW])
             for number, (seen, _) in enumerate(spelled)
-            for start in _starts(seen)
+            # Windows overlap, so that each finding is whole in one of them.
+            for start in range(0, max(1, len(seen) - _OVERLAP), _WINDOW - _OVERLAP)
         ]
         named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in pieces]
         if self.names is not None:
@@ -235,30 +236,17 @@ def _telephone_not_figure(text: str, start: int, end: int) -> bool:
 _CHECKS: Final = {"IP_ADDRESS": _address_not_code, "PHONE_NUMBER": _telephone_not_figure}
 
 
-def _rank(one: FoundEntity) -> int:
-    return _RANKS.get(one.entity, _OTHER_RANK)
-
-
 def _in_context(text: str, start: int, score: float, words: Sequence[str], key: str) -> float:
     if not words:
         return score
     near = text[max(0, start - _NEAR) : start].casefold()
     if key and start < _NEAR:
-        near = f"{_words_of(key)} {near}"
+        # Not "number" after others: an `order_number` is no telephone number.
+        near = f"{_BETWEEN_WORDS.sub(' ', key).casefold().removesuffix(' number')} {near}"
     # Only at the start of a word: "tel" must not match "hotel".
     if any(re.search(rf"\b{re.escape(word)}", near) for word in words if word in near):
         return min(1.0, max(score + _BOOST, _LEAST_IN_CONTEXT))
     return score
-
-
-def _words_of(key: str) -> str:
-    """The words of a JSON key. Not "number" after others: an `order_number` is no telephone number."""
-    return _BETWEEN_WORDS.sub(" ", key).casefold().removesuffix(" number")
-
-
-def _starts(text: str) -> range:
-    """The starts of a long text's windows. They overlap, so that each finding is whole in one of them."""
-    return range(0, max(1, len(text) - _OVERLAP), _WINDOW - _OVERLAP)
 
 
 def _reconciled(spans: Iterable[FoundEntity], length: int) -> list[FoundEntity]:
@@ -273,7 +261,7 @@ def _reconciled(spans: Iterable[FoundEntity], length: int) -> list[FoundEntity]:
         else:
             last[span.entity] = len(joined)
             joined.append(span)
-    joined.sort(key=lambda one: (_rank(one), one.start - one.end, -one.score, one))
+    joined.sort(key=lambda one: (_RANKS.get(one.entity, _OTHER_RANK), one.start - one.end, -one.score, one))
     taken: list[FoundEntity] = []
     mask = bytearray(length)  # 1 where a character belongs to a finding
     for span in joined:
@@ -333,7 +321,7 @@ def _presidio(entities: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
         kind = getattr(predefined_recognizers, RECOGNISERS[entity])
         # By default this recogniser downloads the current list of domain endings, so its results would vary.
         if entity == "EMAIL_ADDRESS":
-            kind = type(kind.__name__, (kind,), {"validate_result": lambda _self, text: _known_domain(text)})
+            kind = type(kind.__name__, (kind,), {"validate_result": lambda _self, text: bool(_domains()(text).fqdn)})
         recognisers.append((entity, kind(patterns=_url_patterns(kind)) if entity == "URL" else kind()))
     return tuple(recognisers)
 
@@ -355,10 +343,6 @@ def _url_patterns(kind: Any) -> list[Any]:
         )
         for one in kind.PATTERNS
     ]
-
-
-def _known_domain(text: str) -> bool:
-    return bool(_domains()(text).fqdn)
 
 
 @functools.cache

@@ -39,7 +39,7 @@ _ALNUM = string.ascii_letters + string.digits
 
 
 def _digits(chance: Random, n: int) -> str:
-    return "".join(chance.choice(string.digits) for _ in range(n))
+    return _chars(chance, n, string.digits)
 
 
 def _chars(chance: Random, n: int, letters: str = _ALNUM) -> str:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.folding import visible
-from tunesmith.data.dataset import SPLITS, Dataset, Example
+from tunesmith.data.dataset import BALANCED, SPLITS, Dataset, Example, read_lines
 from tunesmith.data.duplicates import answer_key, request_text
 from tunesmith.data.quality.people import found_people
 from tunesmith.data.quality.similar_requests import Embed, alike
@@ -63,28 +63,25 @@ def examine_quality(
     languages = _languages(rows, flags) if language else {}
     clusters = _alike(rows, flags, embed) if embed else []
     asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None}
-    labels = sorted({key for _, one in rows for key in one.labels})
+    labels = {key for _, one in rows for key in one.labels}
     flags.sort(key=lambda flag: (flag.flag, flag.id))
     body = QualityBody(
         rows=len(rows),
-        flags=dict(sorted(Counter(flag.flag for flag in flags).items())),
+        flags=Counter(flag.flag for flag in flags),
         looked_for=tuple(sorted([REFUSING, LONG, LONG_REQUEST, *(flag for flag, given in asked.items() if given)])),
-        balance={
-            name: dict(sorted(Counter(str(getattr(one, name) or "") for _, one in rows).items()))
-            for name in ("licence", "source", "tenant", "region")
-        }
-        | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels},
+        balance={name: Counter(str(getattr(one, name) or "") for _, one in rows) for name in BALANCED}
+        | {key: Counter(one.labels.get(key, "") for _, one in rows) for key in labels},
         names=found_people([one.messages for _, one in rows]) if names else None,
         languages=languages if language else None,
         alike=SimilarRequests(clusters=len(clusters), examples=tuple(clusters[:_SHOWN])) if embed else None,
     )
-    blob = store.put_bytes(b"".join(canonical(flag.model_dump()) + b"\n" for flag in flags))
+    blob = store.put_bytes(canonical_lines(flag.model_dump() for flag in flags))
     return store.put_record(body.record({"dataset": dataset.digest}, {FLAGS: blob}))
 
 
 def read_flags(store: Store, record: Record) -> list[Flag]:
     """The flags of a record of kind "quality"."""
-    return [Flag.model_validate_json(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
+    return read_lines(store, record, FLAGS, Flag)
 
 
 def _languages(rows: Sequence[tuple[str, Example]], flags: list[Flag]) -> dict[str, dict[str, int]]:
@@ -92,15 +89,11 @@ def _languages(rows: Sequence[tuple[str, Example]], flags: list[Flag]) -> dict[s
     found = {}
     for what, texts in (
         ("request", [request_text(example.messages, visible) for _, example in rows]),
-        ("answer", [example.answer if _prose(example.answer) else "" for _, example in rows]),
+        ("answer", ["" if example.answer.lstrip().startswith(("{", "[")) else example.answer for _, example in rows]),
     ):
         other, found[what] = other_languages(texts)
         flags += [_flag(*rows[place], LANGUAGE, f"the {what} is in {code}") for place, code in other.items()]
     return found
-
-
-def _prose(answer: str) -> bool:
-    return not answer.lstrip().startswith(("{", "["))
 
 
 def _alike(rows: Sequence[tuple[str, Example]], flags: list[Flag], embed: Embed) -> list[tuple[str, ...]]:
@@ -193,4 +186,4 @@ def other_languages(texts: Sequence[str]) -> tuple[dict[int, str], dict[str, int
     counts = Counter(told)
     known = sum(many for language, many in counts.items() if language != "?")
     own = {language for language, many in counts.items() if many >= _COMMON * known}
-    return {place: one for place, one in enumerate(told) if one not in own | {"?"}}, dict(sorted(counts.items()))
+    return {place: one for place, one in enumerate(told) if one not in own | {"?"}}, counts

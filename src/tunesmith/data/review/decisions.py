@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from sqlalchemy import select
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.view import Frozen
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import DataSettings
@@ -32,13 +33,11 @@ EXPORTED: Final = "review.export"  # in the audit log, with the digest of the fi
 Choice = Literal["accept", "edit", "reject"]
 
 
-class ReviewedRow(BaseModel):
+class ReviewedRow(Frozen):
     """What reviewers decided on a row. row: its id; content: its `content_key`; why: what it was reviewed for.
 
     messages: the turns as the reviewers wrote them, for an edit. by: who decided, the last of them in the end.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     row: Annotated[str, Field(min_length=1, max_length=128)]
     content: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]

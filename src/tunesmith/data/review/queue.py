@@ -54,9 +54,7 @@ def add_items(store: Store, items: Iterable[NewItem], *, wanted: int, actor: str
     detail: JsonObject = {}
     with store.change(actor, "review.fill", "review", detail) as session:
         require(session, actor, ACTION)
-        there = {
-            (kind, subject) for kind, subject in session.execute(select(ReviewItemRow.kind, ReviewItemRow.subject))
-        }
+        there = set(map(tuple, session.execute(select(ReviewItemRow.kind, ReviewItemRow.subject))))
         fresh = [one for one in items if (one.kind, one.subject) not in there]
         session.add_all(
             ReviewItemRow(
@@ -103,14 +101,11 @@ def waiting_for(session: Session, reviewer: str, steward: bool) -> list[int]:
 def counts(session: Session) -> dict[str, int]:
     """State -> items."""
     query = select(ReviewItemRow.state, func.count()).group_by(ReviewItemRow.state)
-    found = dict.fromkeys(STATES, 0)
-    for state, number in session.execute(query):
-        found[state] = number
-    return found
+    return dict.fromkeys(STATES, 0) | dict(session.execute(query).tuples())
 
 
 def first_decisions(session: Session) -> dict[int, dict[str, str]]:
-    """Item -> reviewer -> decision, for the items that two people decided on; without what settled conflicts."""
+    """Item -> reviewer -> decision, for the items that two people decide on; without what settled conflicts."""
     query = (
         select(ReviewDecisionRow.item, ReviewDecisionRow.reviewer, ReviewDecisionRow.decision)
         .join(ReviewItemRow, ReviewItemRow.id == ReviewDecisionRow.item)
@@ -119,7 +114,7 @@ def first_decisions(session: Session) -> dict[int, dict[str, str]]:
     found: dict[int, dict[str, str]] = {}
     for item, reviewer, decision in session.execute(query):
         found.setdefault(item, {})[reviewer] = decision
-    return {item: by for item, by in found.items() if len(by) > 1}
+    return found
 
 
 def decide(store: Store, number: int, decision: Decision, *, revision: int, actor: str) -> ReviewItemRow:
@@ -131,7 +126,8 @@ def decide(store: Store, number: int, decision: Decision, *, revision: int, acto
     if decision.choice == "reject" and not decision.reason.strip():
         raise UsageError("a rejection needs a reason", fix="say why the row must not be learned")
     detail: JsonObject = {"item": number, "decision": decision.choice}
-    row = _subject(store, number)
+    with database.reading(store.engine) as session:
+        row, _ = get_item(session, number)
     with store.change(actor, "review.decide", f"{row.kind} {row.subject}", detail) as session:
         user = require(session, actor, ACTION)
         row, before = get_item(session, number)
@@ -164,8 +160,7 @@ def decide(store: Store, number: int, decision: Decision, *, revision: int, acto
 
 def forget_cases(session: Session, requests: Iterable[str]) -> None:
     """Delete the items of requests whose cases are deleted, with what reviewers wrote."""
-    those = (ReviewItemRow.kind == "case") & ReviewItemRow.subject.in_(list(requests))
-    _forget(session, those)
+    _forget(session, (ReviewItemRow.kind == "case") & ReviewItemRow.subject.in_(list(requests)))
 
 
 def items_of_rows(session: Session, rows: Collection[str], versions: Collection[str] | None = None) -> list[int]:
@@ -199,11 +194,6 @@ def messages_of(coded: Fields) -> tuple[Message, ...]:
 
 def _coded(messages: Sequence[Message]) -> JsonObject:
     return {"turns": [turn.model_dump(mode="json") for turn in messages]} if messages else {}
-
-
-def _subject(store: Store, number: int) -> ReviewItemRow:
-    with database.reading(store.engine) as session:
-        return get_item(session, number)[0]
 
 
 def _check_may(

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from tunesmith.core.errors import UsageError
@@ -39,7 +40,8 @@ class Compression:
 def _open_zstandard(stream: BinaryIO) -> Any:
     import pyarrow as arrow
 
-    return arrow.CompressedInputStream(arrow.PythonFile(_KeptOpen(stream), mode="r"), "zstd")
+    kept_open = SimpleNamespace(read=stream.read, closed=False, close=lambda: None)  # when Arrow closes it
+    return arrow.CompressedInputStream(arrow.PythonFile(kept_open, mode="r"), "zstd")
 
 
 COMPRESSIONS: Final = {
@@ -152,19 +154,3 @@ class _Unpacked(io.RawIOBase):
     def _broken(self, how: str) -> UsageError:
         where = f"{self._name}, after {self._total} bytes"
         return UsageError(f"the {self._compression.name} file {how}", where=where, fix="copy or compress it again")
-
-
-class _KeptOpen(io.RawIOBase):
-    """A stream that stays open when Arrow closes it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        room = memoryview(buffer).cast("B")
-        data = self._stream.read(len(room))
-        room[: len(data)] = data
-        return len(data)

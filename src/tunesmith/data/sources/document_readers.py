@@ -1,20 +1,19 @@
 """Readers of documents: text, Markdown, HTML and PDF. file_types.py lists them.
 
 A reader takes the file's bytes and its name for error messages. It yields (headings above a paragraph, paragraph) and
-raises UsageError for a file that it cannot read.
+raises UsageError for a file that it cannot read, ImportError without its library.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
 from tunesmith.core.errors import UsageError
 
-_EXTRA = "pip install 'tunesmith[documents]'"
 # Elements of HTML that begin a paragraph.
 _BLOCKS = re.compile(
     "address|article|aside|blockquote|body|caption|d[dlt]|details|div|fieldset|figcaption|figure|footer|form|h[1-6]"
@@ -30,29 +29,26 @@ def read_text(data: bytes, name: str) -> Iterator[tuple[str, str]]:
 
 def read_markdown(data: bytes, name: str) -> Iterator[tuple[str, str]]:
     """Paragraphs, list items, code blocks and table rows of CommonMark."""
-    try:
-        from markdown_it import MarkdownIt
-    except ImportError as error:
-        raise UsageError("Markdown needs markdown-it-py", where=name, fix=_EXTRA) from error
-    headings: list[tuple[int, str]] = []
+    from markdown_it import MarkdownIt
+
+    headings: dict[int, str] = {}
     tokens = MarkdownIt("commonmark").enable("table").parse(_decoded(data, name))
     row: list[str] = []
     for place, token in enumerate(tokens):
         if token.type in ("fence", "code_block"):
-            yield _title(headings), token.content
+            yield " / ".join(headings.values()), token.content
         elif token.type == "tr_close":
-            yield _title(headings), " | ".join(row)
+            yield " / ".join(headings.values()), " | ".join(row)
             row = []
         elif token.type == "inline":
             text = "".join(_inline(child.type, child.content) for child in token.children or ())
             before = tokens[place - 1].type
             if before == "heading_open":
-                level = int(tokens[place - 1].tag[1:])
-                headings = [one for one in headings if one[0] < level] + [(level, " ".join(text.split()))]
+                headings = _below(headings, tokens[place - 1].tag, " ".join(text.split()))
             elif before in ("th_open", "td_open"):
                 row.append(text)
             else:
-                yield _title(headings), text
+                yield " / ".join(headings.values()), text
 
 
 def _inline(kind: str, content: str) -> str:
@@ -61,23 +57,20 @@ def _inline(kind: str, content: str) -> str:
 
 def read_html(data: bytes, name: str) -> Iterator[tuple[str, str]]:
     """Blocks of text of an HTML page, without scripts, styles and navigation."""
-    try:
-        from selectolax.lexbor import LexborHTMLParser
-    except ImportError as error:
-        raise UsageError("HTML needs selectolax", where=name, fix=_EXTRA) from error
+    from selectolax.lexbor import LexborHTMLParser
+
     tree = LexborHTMLParser(_decoded(data, name))
     tree.strip_tags(["script", "style", "noscript", "template", "svg", "nav"])
-    headings: list[tuple[int, str]] = []
+    headings: dict[int, str] = {}
     nodes = tree.body.traverse(include_text=True) if tree.body is not None else ()
     texts = ((_block_of(node), str(node.text(deep=False))) for node in nodes if node.tag == "-text")
     written = ((block, text) for block, text in texts if text.strip())
     for (_, tag), parts in groupby(written, key=lambda one: one[0]):
         text = " ".join(" ".join(part for _, part in parts).split())
         if re.fullmatch("h[1-6]", tag):
-            level = int(tag[1])
-            headings = [one for one in headings if one[0] < level] + [(level, text)]
+            headings = _below(headings, tag, text)
         else:
-            yield _title(headings), text
+            yield " / ".join(headings.values()), text
 
 
 def _block_of(node: Any) -> tuple[int, str]:
@@ -89,11 +82,9 @@ def _block_of(node: Any) -> tuple[int, str]:
 
 def read_pdf(data: bytes, name: str) -> Iterator[tuple[str, str]]:
     """Paragraphs of a PDF; the page number serves as the heading."""
-    try:
-        from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
-    except ImportError as error:
-        raise UsageError("PDF needs pypdf", where=name, fix=_EXTRA) from error
+    from pypdf import PdfReader
+    from pypdf.errors import PyPdfError
+
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
@@ -105,8 +96,10 @@ def read_pdf(data: bytes, name: str) -> Iterator[tuple[str, str]]:
         raise UsageError(f"not readable as PDF: {error}", where=name, fix="use its text instead") from error
 
 
-def _title(headings: Sequence[tuple[int, str]]) -> str:
-    return " / ".join(text for _, text in headings)
+def _below(headings: Mapping[int, str], tag: str, text: str) -> dict[int, str]:
+    """The headings above what follows a new one, by their levels. tag: as h2."""
+    level = int(tag[1:])
+    return {**{above: said for above, said in headings.items() if above < level}, level: text}
 
 
 def _decoded(data: bytes, name: str) -> str:

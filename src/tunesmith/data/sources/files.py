@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -48,17 +49,12 @@ def find_files(sources: Sequence[Source], root: Path) -> list[SourceFile]:
 
     Raises UsageError for a pattern that matches no file, a file that two sources name, and anything but a regular file.
     """
-    found: dict[str, SourceFile] = {}
-    for source in sources:
-        for file in _files_of(source, root):
-            if file.name in found:
-                raise UsageError(
-                    "two sources name the same file",
-                    where=file.name,
-                    fix="change their patterns so that none overlap",
-                )
-            found[file.name] = file
-    return [found[name] for name in sorted(found)]
+    files = sorted((file for source in sources for file in _files_of(source, root)), key=lambda file: file.name)
+    for file, after in itertools.pairwise(files):
+        if file.name == after.name:
+            fix = "change their patterns so that none overlap"
+            raise UsageError("two sources name the same file", where=file.name, fix=fix)
+    return files
 
 
 def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
@@ -68,19 +64,13 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
     elif protocol is not None:
         yield from (SourceFile(url, None, source) for url in remote.find_remote(pattern))
         return
-    matches = _matches(pattern, root)
+    exact = os.path.lexists(root / pattern)  # a file name may contain brackets and stars
+    matches = [pattern] if exact else sorted(glob.glob(pattern, root_dir=root, recursive=True))
     if not matches:
-        folders = (
-            each
-            for each in (root / pattern).parents
-            if each.is_dir() and not os.access(each, os.R_OK | os.X_OK, effective_ids=True)
-        )
-        closed = next(folders, None)
-        fix = (
-            f"paths start at {root.absolute()}"
-            if closed is None
-            else f"this user may not read the folder {closed.name}"
-        )
+        fix = f"paths start at {root.absolute()}"
+        for folder in (root / pattern).parents:
+            if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+                fix = f"this user may not read the folder {folder.name}"
         raise UsageError("no file matches this source", where=source.path, fix=fix)
     for match in matches:
         name = source.name or Path(os.path.relpath(root / match, root)).as_posix()
@@ -92,12 +82,6 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
         for each in inside or ():
             _require_regular(os.lstat(root / match / each).st_mode, f"{name}/{each}")
             yield SourceFile(f"{name}/{each}", root / match / each, source)
-
-
-def _matches(pattern: str, root: Path) -> list[str]:
-    if os.path.lexists(root / pattern):  # a file name may contain brackets and stars
-        return [pattern]
-    return sorted(glob.glob(pattern, root_dir=root, recursive=True))
 
 
 class OpenSource:
@@ -130,7 +114,8 @@ class OpenSource:
             yield row
         if count == 0:
             raise UsageError("the file holds no rows", where=self.file.name)
-        self.require_unchanged()
+        if _digest(self._stream) != self.digest:
+            raise TunesmithError("the file changed while it was read", where=self.file.name, fix="run again")
 
     def read(self, part: Part) -> Iterator[SourceRow]:
         """The rows of a part of the file; there may be none."""
@@ -150,7 +135,12 @@ class OpenSource:
     def paragraphs(self) -> Iterator[tuple[str, str]]:
         """(headings above, paragraph) of a document, in order. Raises UsageError for a document that cannot be read."""
         self._stream.seek(0)
-        return DOCUMENT_FILES[self._kind].read(self._stream.read(), self.file.name)
+        kind = DOCUMENT_FILES[self._kind]
+        try:
+            yield from kind.read(self._stream.read(), self.file.name)
+        except ImportError as error:
+            what, fix = f"{kind.name} needs {error.name}, which is not installed", "pip install 'tunesmith[documents]'"
+            raise UsageError(what, where=self.file.name, fix=fix) from error
 
     def _row_file(self) -> RowFile:
         if self._kind not in ROW_FILES:
@@ -161,11 +151,6 @@ class OpenSource:
                 fix=f"convert it to one of {', '.join(sorted(ROW_FILES))}, and give the file that ending",
             )
         return ROW_FILES[self._kind]
-
-    def require_unchanged(self) -> None:
-        """Raise TunesmithError where the file changed since it was opened."""
-        if _digest(self._stream) != self.digest:
-            raise TunesmithError("the file changed while it was read", where=self.file.name, fix="run again")
 
 
 @contextlib.contextmanager
@@ -198,15 +183,16 @@ def fetched(file: SourceFile, folder: Path | None = None) -> Iterator[SourceFile
 def _stream_of(file: SourceFile) -> Iterator[BinaryIO]:
     assert file.path is not None
     try:
-        handle = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        stream = open(file.path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below
     except OSError as error:
         raise UsageError(f"cannot be opened: {error.strerror}", where=file.name) from error
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, handle)
-        _require_regular(os.fstat(handle).st_mode, file.name)
-        undo.pop_all()
-    with os.fdopen(handle, "rb") as stream:
+    with stream:
+        _require_regular(os.fstat(stream.fileno()).st_mode, file.name)
         yield stream
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _require_regular(mode: int, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tunesmith.core.digests import digest_of
+from tunesmith.core.digests import digest_of, short
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.folding import fold
 from tunesmith.data.duplicates import near_pairs, near_text, normalise
@@ -41,7 +41,7 @@ def wording_group(request: str, answer: str, names: Collection[str] = ()) -> str
             continue
         request = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "\0", request)
     bare = _NUMBER.sub("\0", _QUOTED.sub("\0", request))
-    return "wording-" + digest_of(bare.replace("\0", "*")).removeprefix("sha256:")[:16]
+    return "wording-" + short(digest_of(bare.replace("\0", "*")), 16)
 
 
 def _values(answer: str) -> set[str]:
@@ -106,4 +106,4 @@ def _shared(row: Comparable, groups: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _named(kind: str, value: str) -> str:
-    return f"near-{digest_of(value).removeprefix('sha256:')[:16]}" if kind == NEAR else f"{kind} {value}"
+    return f"near-{short(digest_of(value), 16)}" if kind == NEAR else f"{kind} {value}"

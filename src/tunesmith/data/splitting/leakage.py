@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,15 +84,13 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
     across += (everywhere**2 - (counts**2).sum(axis=1)).sum() // 2  # a text is near itself
     outside = near.touching()
     touching = everywhere[outside].sum() + near.outside_beginnings(splits, outside)
-    rows = [(place, examples) for place, examples in enumerate(splits.values())]
-    shared = _in_several((place, one.group) for place, examples in rows for one in examples)
     labels = {
-        name: _in_several((place, one.labels.get(name, "")) for place, examples in rows for one in examples)
+        name: _in_several(splits, lambda row, name=name: row.labels.get(name, ""))
         for name in (split.groups if split.joined else ())
         if name != NEAR  # near pairs are counted as such
     }
     return Leakage(
-        shared_groups=shared,
+        shared_groups=_in_several(splits, lambda row: row.group),
         near_pairs=int(across),
         near_outside=int(touching),
         threshold=near.threshold,
@@ -103,21 +101,22 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
     )
 
 
-def _in_several(found: Iterable[tuple[int, str]]) -> int:
-    """The number of values that occur in more than one split. found: (split, value) of every row."""
-    first: dict[str, int] = {}
-    return len({value for split, value in found if first.setdefault(value, split) != split})
+def _in_several(splits: Mapping[str, Sequence[Comparable]], value: Callable[[Comparable], str]) -> int:
+    """The number of values that occur in more than one split. value: of a row."""
+    first: dict[str, str] = {}
+    found = ((split, value(one)) for split, rows in splits.items() for one in rows)
+    return len({each for split, each in found if first.setdefault(each, split) != split})
 
 
 def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> int | None:
     if key is None:
         return None
-    found, earliest = 0, "~"  # after every time
+    newer, earliest = 0, "~"  # after every time
     for name in reversed(SPLITS):
         times = [example.labels.get(key, "~") for example in splits[name]]
-        found += sum(time >= earliest for time in times)
+        newer += sum(time >= earliest for time in times)
         earliest = min([earliest, *times])
-    return found
+    return newer
 
 
 def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: int) -> NearClusters:

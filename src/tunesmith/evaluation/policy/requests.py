@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
+from tunesmith.core.view import Frozen
 from tunesmith.data.duplicates import near_text, request_key, request_text
 from tunesmith.data.formats.turns import objection
 from tunesmith.evaluation.lines import encode_lines
@@ -25,14 +26,12 @@ _VARIANTS: Final = ("typos", "capitals", "reworded")
 _KEYS: Final = frozenset({"prompt", "messages", "group"})
 
 
-class PolicyItem(BaseModel):
+class PolicyItem(Frozen):
     """One request of a check. group: shared by the forms of one request, and by what a file puts into one group.
 
     By default, requests that differ in their system turn or in punctuation only share a group: their answers are not
     independent.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     check: str

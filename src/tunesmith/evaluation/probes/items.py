@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.view import Frozen
 from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
@@ -31,15 +31,13 @@ MEASUREMENTS = _FILE.name
 ITEMS = "items.jsonl"
 
 
-class Item(BaseModel):
+class Item(Frozen):
     """One item of a probe. Measured are the log-probabilities of its choices; without choices an answer is decoded.
 
     arm: the kind of item within the probe. turns: how many of the last messages are the request's own. expected: the
     right answer. call: the turn that is the right answer, where it calls functions. personal: values that the answer
     must not hold.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     group: str

@@ -10,11 +10,11 @@ from functools import cache
 from importlib import resources
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
+from tunesmith.core.view import Frozen
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.stats.statistics import (
     CHUNK,
@@ -210,10 +210,8 @@ def found_interval(
     return resampled(mean, np.concatenate(ends[0]), np.minimum(np.concatenate(ends[1]), 1.0), confidence)
 
 
-class GeneralQuestion(BaseModel):
+class GeneralQuestion(Frozen):
     """One question. right: the index of the right choice."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     area: str

@@ -11,7 +11,7 @@ from fastapi import Query
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from tunesmith.core.view import View
-from tunesmith.data.building.summary import DatasetSummary
+from tunesmith.data.dataset import DatasetSummary
 from tunesmith.data.governance.difference import Difference
 from tunesmith.evaluation.report.evidence import EvidenceReport
 from tunesmith.server.access import Calling

@@ -20,22 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import Field, StrictInt, StrictStr, ValidationError
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import sync_folder
+from tunesmith.core.view import Frozen
 from tunesmith.store.audit import Head
 
 _LONGEST = 1 << 16  # bytes of one anchor, with its time stamp
 _Digest = Annotated[StrictStr, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
-class Anchor(BaseModel):
+class Anchor(Frozen):
     """One anchor. store: the digest of the log's first entry. seq, digest: the newest entry. time_stamp: base64."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     store: _Digest
     seq: StrictInt

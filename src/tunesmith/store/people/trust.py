@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -23,6 +23,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.scope import Scope
+from tunesmith.core.view import Frozen
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 
@@ -33,7 +34,7 @@ KeyStatus = Literal["active", "retired", "revoked"]
 _SIGNING = ("version.register", "version.approve", "version.refuse")
 
 
-class TrustedKey(BaseModel):
+class TrustedKey(Frozen):
     """A user's public key with their roles and scope.
 
     tenant, region: "" means all. active: whether the user is; a deactivated user's keys stay in the list, so that a
@@ -41,8 +42,6 @@ class TrustedKey(BaseModel):
     that a retired or revoked key signed in time. fingerprint: SHA-256 of the PEM text, the same number that
     model-signing puts into a signature as its hint.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     user: str
     label: str = FIRST_LABEL
