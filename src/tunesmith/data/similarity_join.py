@@ -41,19 +41,14 @@ class TooMany(Exception):
 class _Sets:
     """n rows sorted by size, with m trigrams in total.
 
-    start, size: int64[n]; grams: the numbers of the trigrams, sorted within a row, uint32[m]; mixed: a 64-bit hash
-    of each trigram, by its number.
+    size: int64[n]; start: where the rows begin, and where the last one ends, int64[n + 1]; grams: the numbers of the
+    trigrams, sorted within a row, uint32[m]; mixed: a 64-bit hash of each trigram, by its number.
     """
 
     start: Integers
     size: Integers
     grams: Numbers
     mixed: Bits
-
-    def range_of(self, low: int, high: int) -> slice:
-        """The slice of `grams` with the trigrams of rows low to high."""
-        last = self.start[high] if high < len(self.start) else len(self.grams)
-        return slice(int(self.start[low]), int(last))
 
 
 @dataclass(frozen=True)
@@ -96,17 +91,19 @@ def similar_pairs(texts: Sequence[str], threshold: float, most: int) -> Integers
     known = np.empty(0, dtype=np.int64)
     pending: list[Integers] = []
     held = 0
+
+    def near() -> Integers:
+        pairs = _near(sets, np.concatenate([known, *pending]), threshold)
+        if len(pairs) > most:
+            raise TooMany
+        return pairs
+
     for left, right in _candidates(sets, threshold):
         pending.append(left * len(texts) + right)
         held += len(left)
         if held > _CELLS + len(known):
-            known = _near(sets, np.concatenate([known, *pending]), threshold)
-            pending, held = [], 0
-            if len(known) > most:
-                raise TooMany
-    known = _near(sets, np.concatenate([known, *pending]), threshold)
-    if len(known) > most:
-        raise TooMany
+            known, pending, held = near(), [], 0
+    known = near()
     ends = np.sort(np.stack((order[known // len(texts)], order[known % len(texts)]), axis=1), axis=1)
     ordered: Integers = ends[np.lexsort((ends[:, 1], ends[:, 0]))]
     return ordered
@@ -184,13 +181,11 @@ def _blocks(ends: Integers, most: int) -> Iterator[tuple[int, int]]:
 def _arranged(size: Integers, grams: Numbers, order: Integers, mixed: Bits) -> _Sets:
     """The sets in the given order, block by block: the index of an element takes more memory than the element."""
     ordered = size[order]
-    ends = np.cumsum(ordered)
-    start, before = ends - ordered, (np.cumsum(size) - size)[order]
+    start, before = np.append(0, np.cumsum(ordered)), (np.cumsum(size) - size)[order]
     arranged = np.empty_like(grams)
-    for first, last in _blocks(ends, _CELLS):
-        here = slice(int(start[first]), int(ends[last - 1]))
-        shift = np.repeat((before - start)[first:last], ordered[first:last])
-        arranged[here] = grams[shift + np.arange(here.start, here.stop)]
+    for first, last in _blocks(start[1:], _CELLS):
+        shift = np.repeat((before - start[:-1])[first:last], ordered[first:last])
+        arranged[start[first] : start[last]] = grams[shift + np.arange(start[first], start[last])]
     return _Sets(start=start, size=ordered, grams=arranged, mixed=mixed)
 
 
@@ -223,7 +218,7 @@ def _class(sets: _Sets, low: int, largest: int, threshold: float) -> _Class:
     marks = np.empty((high - low, parts), dtype=np.uint64)
     for first, last in _blocks(np.arange(1, high - low + 1) * (words * 64), _CELLS):
         own = np.repeat(np.arange(last - first), size[first:last])
-        mixed = sets.mixed[sets.grams[sets.range_of(low + first, low + last)]]
+        mixed = sets.mixed[sets.grams[sets.start[low + first] : sets.start[low + last]]]
         bits = np.zeros((last - first, words * 64), dtype=np.bool_)
         bits[own, (mixed >> np.uint64(32)) % np.uint64(words * 64)] = True
         fine[first:last] = np.packbits(bits, axis=1).view(np.uint64)

@@ -129,7 +129,9 @@ def build_dataset(
             leakage=leakage(splits, near, settings.split),
             decontaminated=outside.files,
             near_clusters=clusters(splits, near, _SHOWN_CONFLICTS),
-            time=_times(staging, settings.split, starts, beyond),
+            time=None
+            if (time := settings.split.time) is None
+            else TimeSplit(key=time, starts=starts, rows_beyond_shares=beyond, spans=staging.span(time)),
             strata=_strata(staging, settings.split),
             duties=duties(_credits(licensed, planned), settings.licences),
             privacy=account.privacy,
@@ -181,13 +183,6 @@ def _divide(
     starts, beyond = cuts(staging.times(split.time), split)
     staging.place_times(split.time, lambda time: split_by_time(time, starts), OLDER)
     return starts, beyond, held
-
-
-def _times(staging: StagingDatabase, split: Split, starts: Mapping[str, str], beyond: int) -> TimeSplit | None:
-    """How time divides the remaining rows. starts, beyond: of `cuts`."""
-    if split.time is None:
-        return None
-    return TimeSplit(key=split.time, starts=starts, rows_beyond_shares=beyond, spans=staging.span(split.time))
 
 
 def _strata(staging: StagingDatabase, split: Split) -> Strata | None:

@@ -62,6 +62,7 @@ def format_of(name: str, row: SourceRow) -> RowFormat:
 
 def _misfit(fields: Fields, detected: Sequence[RowFormat], fitting: Sequence[RowFormat]) -> tuple[str, str]:
     """Why no format or several fit a row, and what to do."""
+    fix: str
     keys = f"a row with the keys {', '.join(sorted(fields)) or '(none)'}"
     if fitting:
         names = " or ".join(one.name for one in fitting)

@@ -74,7 +74,7 @@ class Withdrawn:
 class Traced(NamedTuple):
     """Rows that a cause reaches: their ids, and where copies are reached too, the content keys."""
 
-    ids: Set[str]
+    ids: frozenset[str]
     contents: Set[str]
 
 
@@ -138,7 +138,7 @@ class TracedRows:
         """The rows of a cause; of a row or a subject also every copy, and the rows before and after an edit."""
         ids = {name for each in self._values(kind, value) for name in self._named[kind].get(each, ())}
         if kind not in _BY_CONTENT:
-            return Traced(ids, frozenset())
+            return Traced(frozenset(ids), frozenset())
         if kind == "row":
             ids.add(value)  # no version holds a row that was edited before the first build
         while True:
@@ -147,7 +147,7 @@ class TracedRows:
             found = {name for content in contents for name in self._holders.get(content, ())}
             found |= {name for name, edited in self._edits.items() if not edited.isdisjoint(contents)}
             if found <= ids:
-                return Traced(ids, contents)
+                return Traced(frozenset(ids), contents)
             ids |= found
 
     def _values(self, kind: str, value: str) -> list[str]:

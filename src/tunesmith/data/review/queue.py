@@ -101,7 +101,7 @@ def waiting_for(session: Session, reviewer: str, steward: bool) -> list[int]:
 def counts(session: Session) -> dict[str, int]:
     """State -> items."""
     query = select(ReviewItemRow.state, func.count()).group_by(ReviewItemRow.state)
-    return dict.fromkeys(STATES, 0) | dict(session.execute(query).tuples())
+    return dict.fromkeys(STATES, 0) | dict(session.execute(query).all())
 
 
 def first_decisions(session: Session) -> dict[int, dict[str, str]]:

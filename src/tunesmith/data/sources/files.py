@@ -159,8 +159,15 @@ def open_source(file: SourceFile, *, digested: bool = True) -> Iterator[OpenSour
 
     Raises UsageError for a folder, link, FIFO, socket or device, without waiting for it.
     """
-    with fetched(file) as here, _stream_of(here) as stream:
-        yield OpenSource(file, stream, digested=digested)
+    with fetched(file) as here:
+        assert here.path is not None
+        try:
+            stream = open(here.path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise UsageError(f"cannot be opened: {error.strerror}", where=file.name) from error
+        with stream:
+            _require_regular(os.fstat(stream.fileno()).st_mode, file.name)
+            yield OpenSource(file, stream, digested=digested)
 
 
 @contextlib.contextmanager
@@ -177,18 +184,6 @@ def fetched(file: SourceFile, folder: Path | None = None) -> Iterator[SourceFile
         with room_for(copy), copy.open("wb") as stream:
             remote.fetch(file.name, stream)
         yield SourceFile(file.name, copy, file.source)
-
-
-@contextlib.contextmanager
-def _stream_of(file: SourceFile) -> Iterator[BinaryIO]:
-    assert file.path is not None
-    try:
-        stream = open(file.path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UsageError(f"cannot be opened: {error.strerror}", where=file.name) from error
-    with stream:
-        _require_regular(os.fstat(stream.fileno()).st_mode, file.name)
-        yield stream
 
 
 def _without_waiting(path: str, flags: int) -> int:

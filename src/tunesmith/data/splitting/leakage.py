@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,12 +85,12 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
     outside = near.touching()
     touching = everywhere[outside].sum() + near.outside_beginnings(splits, outside)
     labels = {
-        name: _in_several(splits, lambda row, name=name: row.labels.get(name, ""))
+        name: _in_several(splits, name)
         for name in (split.groups if split.joined else ())
         if name != NEAR  # near pairs are counted as such
     }
     return Leakage(
-        shared_groups=_in_several(splits, lambda row: row.group),
+        shared_groups=_in_several(splits),
         near_pairs=int(across),
         near_outside=int(touching),
         threshold=near.threshold,
@@ -101,11 +101,12 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
     )
 
 
-def _in_several(splits: Mapping[str, Sequence[Comparable]], value: Callable[[Comparable], str]) -> int:
-    """The number of values that occur in more than one split. value: of a row."""
+def _in_several(splits: Mapping[str, Sequence[Comparable]], label: str | None = None) -> int:
+    """The number of groups, or of a label's values, that occur in more than one split."""
     first: dict[str, str] = {}
-    found = ((split, value(one)) for split, rows in splits.items() for one in rows)
-    return len({each for split, each in found if first.setdefault(each, split) != split})
+    rows = ((split, row) for split, some in splits.items() for row in some)
+    found = ((split, row.group if label is None else row.labels.get(label, "")) for split, row in rows)
+    return len({value for split, value in found if first.setdefault(value, split) != split})
 
 
 def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> int | None:
