@@ -96,7 +96,7 @@ def build(
 
 def build_with(store: Store, chosen: DataSettings, root: Path, **more: Any) -> Dataset:
     """Build into a store."""
-    rules = {key: more.pop(key) for key in tuple(more) if key in RowRules.__dataclass_fields__}
+    rules = {key: more.pop(key) for key in tuple(more) if key in RowRules._fields}
     return load_dataset(store, build_dataset(store, RowRules(chosen, **rules), root, **more))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field
 
@@ -24,11 +23,10 @@ Name = Annotated[str, AfterValidator(_name)]
 OptionalName = Annotated[str, AfterValidator(lambda text: text and _name(text))]
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Whom passages are retrieved for. scope: the caller's tenant and region, "" where there is none."""
 
-    scope: Scope = Scope()  # noqa: RUF009 - frozen
+    scope: Scope = Scope()
     groups: frozenset[str] = frozenset()
 
 
@@ -38,12 +36,11 @@ ANYONE = Caller()  # sees only what everybody may see
 class Labels(Settings):
     """Who may see a document. Without labels everybody may; with several, a caller must match each of them."""
 
-    tenant: Annotated[OptionalName, Field(description="only callers of this tenant see it")] = ""
-    region: Annotated[OptionalName, Field(description="only servers of this region show it")] = ""
-    groups: Annotated[
-        Annotated[tuple[Name, ...], Field(min_length=1)] | None,
-        Field(description="only callers who are in one of these groups see it"),
-    ] = None
+    tenant: OptionalName = Field(default="", description="only callers of this tenant see it")
+    region: OptionalName = Field(default="", description="only servers of this region show it")
+    groups: Annotated[tuple[Name, ...], Field(min_length=1)] | None = Field(
+        default=None, description="only callers who are in one of these groups see it"
+    )
 
     def visible_to(self, caller: Caller) -> bool:
         """Whether a caller may see it. A caller without a tenant sees no tenant's documents."""

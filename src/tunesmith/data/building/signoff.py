@@ -38,7 +38,7 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     detail: JsonObject = {}
     with store.change(steward, ACTION, digest, detail) as session:
         identities.require(session, steward, ACTION)  # the role may have been revoked meanwhile
-        if (recall := recalled(session, digest)) is not None:
+        if recall := recalled(session, digest):
             fix = NextStep("build a version without it, and sign that one", "data build")
             raise Refused(f"dataset version {short(digest)} was recalled: {recall}", fix=fix)
         record = SignOffBody(steward=steward, reason=reason.strip(), at=stamp()).record({"dataset": digest})
@@ -67,7 +67,7 @@ def sign_offs_of(store: Store, digests: Sequence[str]) -> dict[str, list[SignOff
     query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject.in_(digests)).order_by(AuditRow.seq)
     with database.reading(store.engine) as session:
         for row in session.scalars(query):
-            if (valid := _valid_sign_off(store, session, row)) is not None:
+            if valid := _valid_sign_off(store, session, row):
                 found[row.subject].append(valid)
     return found
 

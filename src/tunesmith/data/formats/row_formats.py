@@ -10,8 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import Message, Role, ToolCall, with_tools
@@ -24,8 +23,7 @@ AUTO: Final = "auto"
 OPENAI: Final = "openai"
 
 
-@dataclass(frozen=True, slots=True)
-class RowFormat:
+class RowFormat(NamedTuple):
     """A format of rows.
 
     needs: keys that every row has. also: further keys that are read. read: (the row's fields, the place for errors, a
@@ -44,7 +42,7 @@ def format_of(name: str, row: SourceRow) -> RowFormat:
 
     Raises UsageError where no format or several fit, and for preference rows, which supervised training cannot use.
     """
-    if (keys := _preference(row.fields)) is not None:
+    if keys := _preference(row.fields):
         raise UsageError(
             f"the row states preferences ({keys}), but only supervised fine-tuning is supported",
             where=row.where,
@@ -90,7 +88,7 @@ def _misfit(fields: Fields, detected: Sequence[RowFormat], fitting: Sequence[Row
 
 def inferred_rename(fields: Fields) -> dict[str, str]:
     """The renames by which rows fit a format, where one reading alone is possible; {} for other rows."""
-    if any(one.needs <= fields.keys() for one in FORMATS.values()) or _preference(fields) is not None:
+    if any(one.needs <= fields.keys() for one in FORMATS.values()) or _preference(fields):
         return {}
     found = readings(fields)
     return dict(found[0]) if len(found) == 1 else {}

@@ -11,9 +11,8 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import Fields, NotJson, parse_json
@@ -30,8 +29,7 @@ _TOLD_MARK = re.compile(r'"?sep=([^\s"]|\t)"?\r?\n?', re.IGNORECASE)  # a first 
 _QUOTED = re.compile(r'(?:^|(?<=[,\t;]))"(?:[^"]|"")*+"?')  # a name in quotes, in the header of CSV
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
+class SourceRow(NamedTuple):
     """One row as it was read. number counts from 1: the line in JSONL, the record in other types."""
 
     source: str
@@ -44,8 +42,7 @@ class SourceRow:
         return f"{self.source}, row {self.number}"
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A part of a file. start and stop count bytes of JSONL (at the start of a line) and row groups of Parquet.
 
     stop: None reads to the end. first: the number of the part's first row.

@@ -32,7 +32,7 @@ def objection(turns: Sequence[Message]) -> str | None:
         return SYSTEM_TURNS
     if not spoken or spoken[-1].role != "assistant":
         return NO_ANSWER
-    if (reason := _disorder(spoken)) is not None:
+    if reason := _disorder(spoken):
         return reason
     empty = next(
         (turn for turn in spoken if not (turn.content.strip() or turn.tool_calls or turn.role == "tool")), None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
@@ -18,8 +17,7 @@ from tunesmith.data.settings import Licences
 from tunesmith.records.dataset import Credit, Duties, Use
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(NamedTuple):
     """What a licence allows and requires. use: the widest allowed use."""
 
     use: Use = "commercial"
@@ -284,7 +282,7 @@ def _relied_on(node: Any, objection: Any) -> tuple[_Objection | None, tuple[str,
         open_ = sorted((ids for problem, ids in parts if problem is None), key=_burden)
         return (None, open_[0]) if open_ else parts[0]
     keys = _keys(node)
-    return next((problem for key in keys if (problem := objection(key)) is not None), None), keys
+    return next((problem for key in keys if (problem := objection(key))), None), keys
 
 
 def _burden(ids: tuple[str, ...]) -> tuple[int, int, int, tuple[str, ...]]:

@@ -13,7 +13,6 @@ import difflib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from sqlalchemy.orm import Session
@@ -37,11 +36,10 @@ _ALIKE = 0.85  # of difflib's ratio: names that one slip of the pen may have mad
 _REVISION = 2  # raise it when the same versions give other contents of recalled rows
 
 
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
+class Withdrawn(NamedTuple):
     """values: `source`, `licence`, `subject` or `row` -> what was recalled. contents: content keys of recalled rows."""
 
-    values: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    values: Mapping[str, frozenset[str]] = {}
     contents: frozenset[str] = frozenset()
 
     def names(self, kind: str, stated: str | None) -> bool:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
+from typing import NamedTuple
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
@@ -42,8 +42,7 @@ _ANY_CARRIER = ("here it is: {}", "this one: {}")
 _CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # in lower case where the text is
 
 
-@dataclass(frozen=True, slots=True)
-class _Insertion:
+class _Insertion(NamedTuple):
     before: str
     text: str
     start: int

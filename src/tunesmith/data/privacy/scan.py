@@ -11,8 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.core.reading.strict_json import parse_json, unique_keys
@@ -30,8 +29,7 @@ _IN_PLACE = frozenset(("AGE", "DATE_TIME", "TITLE", "ZIP_CODE"))
 _WORDS = frozenset((*NAME_ENTITIES, "STREET_ADDRESS")) - _IN_PLACE
 
 
-@dataclass(frozen=True, slots=True)
-class Scan:
+class Scan(NamedTuple):
     """What a scan found in a conversation.
 
     messages: with pseudonyms; None where a call or the tools would no longer be JSON. found: entity -> number of
@@ -40,9 +38,9 @@ class Scan:
     """
 
     messages: tuple[Message, ...] | None
-    found: Counter[str] = field(default_factory=Counter)
-    fields: Counter[tuple[str, str]] = field(default_factory=Counter)
-    originals: Mapping[str, str] = field(default_factory=dict)
+    found: Mapping[str, int] = {}
+    fields: Mapping[tuple[str, str], int] = {}
+    originals: Mapping[str, str] = {}
 
 
 class Scanner:

@@ -41,14 +41,17 @@ def agreements(decided: Mapping[int, Mapping[str, str]]) -> list[Agreement]:
 def _agreement(who: tuple[str, str], both: Sequence[tuple[str, str]]) -> Agreement:
     same = sum(one == other for one, other in both)
     kappa = cohen_kappa(both) if len(both) >= LEAST else None
-    if kappa is None:
-        return Agreement(reviewers=who, items=len(both), same=same, kappa=None, low=None, high=None)
-    draw = np.random.default_rng(0)
-    drawn = (cohen_kappa([both[place] for place in draw.integers(len(both), size=len(both))]) for _ in range(_DRAWS))
-    # A draw in which chance alone explains everything shows full agreement on one decision.
-    values = [1.0 if value is None else value for value in drawn]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Agreement(reviewers=who, items=len(both), same=same, kappa=kappa, low=float(low), high=float(high))
+    low: float | None = None
+    high: float | None = None
+    if kappa is not None:
+        draw = np.random.default_rng(0)
+        drawn = (
+            cohen_kappa([both[place] for place in draw.integers(len(both), size=len(both))]) for _ in range(_DRAWS)
+        )
+        # A draw in which chance alone explains everything shows full agreement on one decision.
+        values = [1.0 if value is None else value for value in drawn]
+        low, high = np.quantile(values, [0.025, 0.975]).tolist()
+    return Agreement(reviewers=who, items=len(both), same=same, kappa=kappa, low=low, high=high)
 
 
 def cohen_kappa(both: Sequence[tuple[str, str]]) -> float | None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 from sqlalchemy import select
@@ -39,8 +38,8 @@ class ReviewedRow(Frozen):
     messages: the turns as the reviewers wrote them, for an edit. by: who decided, the last of them in the end.
     """
 
-    row: Annotated[str, Field(min_length=1, max_length=128)]
-    content: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+    row: str = Field(min_length=1, max_length=128)
+    content: str = Field(pattern="^sha256:[0-9a-f]{64}$")
     decision: Choice
     why: tuple[Annotated[str, Field(max_length=200)], ...] = ()
     messages: tuple[Message, ...] = ()
@@ -58,16 +57,15 @@ class ReviewedRow(Frozen):
         return f"{REJECTED}: {self.why[0]}" if self.why else REJECTED
 
 
-@dataclass(frozen=True, slots=True)
-class Reviewed:
+class Reviewed(NamedTuple):
     """The decisions of a file, by the row's id and by its content. path, digest: of the file; "" without one.
 
     logged: whether the store's audit log names this file as exported. Other decisions are edits by nobody known: their
     `by` does not count.
     """
 
-    rows: Mapping[str, ReviewedRow] = field(default_factory=dict)
-    contents: Mapping[str, ReviewedRow] = field(default_factory=dict)
+    rows: Mapping[str, ReviewedRow] = {}
+    contents: Mapping[str, ReviewedRow] = {}
     path: str = ""
     digest: str = ""
     logged: bool = False

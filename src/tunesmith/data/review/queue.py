@@ -8,7 +8,7 @@ decision names the item's revision that it was made on, so that two people at on
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
@@ -28,8 +28,7 @@ WAITING = ("open", "conflict")
 STATES = (*WAITING, "accept", "edit", "reject")
 
 
-@dataclass(frozen=True, slots=True)
-class NewItem:
+class NewItem(NamedTuple):
     """Something to review. why: what was found -> detail; messages: a row's turns, empty for a case."""
 
     kind: str
@@ -40,8 +39,7 @@ class NewItem:
     messages: tuple[Message, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What one person decides. messages: all turns as they should be, for an edit."""
 
     choice: Choice

@@ -12,10 +12,9 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.data.sources.file_types import BINARY
@@ -28,8 +27,7 @@ HIGHEST_RATIO = 200
 LITTLE = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Compression:
+class Compression(NamedTuple):
     """magic: the first bytes of every such file. open: a packed stream -> one of the unpacked bytes."""
 
     name: str

@@ -8,9 +8,8 @@ import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from tunesmith.core.digests import digest_pieces, pieces_of
 from tunesmith.core.errors import TunesmithError, UsageError
@@ -26,8 +25,7 @@ from tunesmith.data.sources.saved_datasets import dataset_files
 _LOCAL = ("file", "local")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
+class SourceFile(NamedTuple):
     """A file and the source settings that name it.
 
     name: what records call it: its path relative to the project, its URL, or the source's name. path: its local path;
@@ -73,15 +71,12 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
                 fix = f"this user may not read the folder {folder.name}"
         raise UsageError("no file matches this source", where=source.path, fix=fix)
     for match in matches:
-        name = source.name or Path(os.path.relpath(root / match, root)).as_posix()
-        mode = os.lstat(root / match).st_mode
-        inside = dataset_files(root / match, name) if stat.S_ISDIR(mode) else None
-        if inside is None:
-            _require_regular(mode, name)
-            yield SourceFile(name, root / match, source)
-        for each in inside or ():
-            _require_regular(os.lstat(root / match / each).st_mode, f"{name}/{each}")
-            yield SourceFile(f"{name}/{each}", root / match / each, source)
+        path = root / match
+        name = source.name or Path(os.path.relpath(path, root)).as_posix()
+        inside = dataset_files(path, name) if stat.S_ISDIR(os.lstat(path).st_mode) else None
+        for file, place in [(name, path)] if inside is None else [(f"{name}/{each}", path / each) for each in inside]:
+            _require_regular(os.lstat(place).st_mode, file)
+            yield SourceFile(file, place, source)
 
 
 class OpenSource:

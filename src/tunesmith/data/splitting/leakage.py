@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,7 @@ NEAR_SAME_ANSWER = "near duplicate with the same answer"
 NEAR_OUTSIDE = "near a row of an outside test set"
 
 
-@dataclass(frozen=True, slots=True)
-class ComparedRow:
+class ComparedRow(NamedTuple):
     """The parts of an example that comparisons need. answer: the digest of its `answer_key`. earlier: as in Example."""
 
     id: str

@@ -60,8 +60,7 @@ class ApiRoute(APIRoute):
             except Forbidden as error:
                 raise forbidden(sentence(error), error.code or "permission_denied") from error
             except (Refused, Inconclusive) as error:
-                own = error.code if isinstance(error, Refused) else ""
-                raise ApiError(409, sentence(error), own or self.refused) from error
+                raise ApiError(409, sentence(error), error.code or self.refused) from error
             except TunesmithError as error:
                 if request.method == "GET":  # nothing was to be stored: the application logs it and answers 503
                     raise
