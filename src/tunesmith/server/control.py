@@ -7,13 +7,13 @@ import time
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
-from tunesmith.server.access import PUBLIC
-from tunesmith.server.serving import Serving, serving_of
+from tunesmith.server.serving import PUBLIC, Serving, serving_of
 from tunesmith.store import database
 from tunesmith.store.store import Store
 
@@ -62,7 +62,9 @@ async def readyz(request: Request) -> Response:
 @routes.get("/metrics", dependencies=[PUBLIC], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
-    return Response(serving_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+        generate_latest(serving_of(request).metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
 
 
 def parts_that_answer(serving: Serving) -> dict[str, bool]:

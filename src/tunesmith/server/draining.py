@@ -11,16 +11,15 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.server.errors import stopping
 
 # Answered while the server drains too, so that it can be watched.
-_WATCHED: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+_WATCHED = frozenset({"/healthz", "/readyz", "/metrics"})
 # How long the body of a refused request is read. A client that still sends when the connection closes sees a reset.
-_DISCARD_SECONDS: Final = 1.0
+_DISCARD_SECONDS = 1.0
 
 
 @dataclass(slots=True)

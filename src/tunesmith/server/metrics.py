@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tunesmith.core.telemetry import Telemetry, names
 from tunesmith.engines.protocol import Completion
@@ -25,8 +25,8 @@ class Metrics:
     """The counters, gauges and histograms of one server."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        counter, gauge = partial(Counter, registry=self._registry), partial(Gauge, registry=self._registry)
+        self.registry = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
         self._sent: tuple[SentHistogram, SentHistogram] | None = None
         arm = ("arm",)
         self._requests = counter("tunesmith_requests", "Requests by arm and outcome.", (*arm, "outcome"))
@@ -35,7 +35,7 @@ class Metrics:
             "From acceptance to the last token.",
             arm,
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self._tokens = counter("tunesmith_tokens", "Tokens by arm and kind.", (*arm, "kind"))
         self.refused = counter("tunesmith_refused", "Requests answered with an error, by status.", ("status",))
@@ -93,7 +93,7 @@ class Metrics:
                 names.TOKEN_USAGE, "{token}", explicit_bucket_boundaries_advisory=names.TOKEN_BOUNDS
             ),
         )
-        for family in self._registry.collect():
+        for family in self.registry.collect():
             values = [partial(self._observed, family.name)]
             if family.type == "counter":
                 meter.create_observable_counter(family.name, values, description=family.documentation)
@@ -104,16 +104,12 @@ class Metrics:
         """The present values of a counter or gauge."""
         from opentelemetry.metrics import Observation
 
-        for family in self._registry.collect():
+        for family in self.registry.collect():
             for sample in family.samples:
                 if family.name == name and not sample.name.endswith("_created"):
                     yield Observation(sample.value, dict(sample.labels))
 
     def watch_queue(self, length: Callable[[], int]) -> None:
         """Show the length of the queue, read at each scrape."""
-        waiting = Gauge("tunesmith_waiting_requests", "Requests that wait for the engine.", registry=self._registry)
+        waiting = Gauge("tunesmith_waiting_requests", "Requests that wait for the engine.", registry=self.registry)
         waiting.set_function(length)
-
-    def exposition(self) -> bytes:
-        """The metrics in Prometheus's text format."""
-        return generate_latest(self._registry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Any
 
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -14,8 +14,8 @@ from tunesmith.server.answering.job import ChatJob
 from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.serving import CHAT_JOB
 
-_TRACED: Final = ("/v1/", "/api/")
-_CARRIED: Final = (b"traceparent", b"tracestate")
+_TRACED = ("/v1/", "/api/")
+_CARRIED = (b"traceparent", b"tracestate")
 
 
 class TraceMiddleware:

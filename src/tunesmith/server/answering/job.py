@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.candidates.composing import PromptUsed
+from tunesmith.core.messages import ToolCall
 from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.holding.queue import decided_among
+from tunesmith.models.call_format import CallFormat
 from tunesmith.server.answering.request import ChatRequest
 from tunesmith.server.answering.routing import Route
-from tunesmith.server.answering.tools import ToolAnswer
 from tunesmith.server.errors import ApiError
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
@@ -28,6 +29,29 @@ class HeldCompletion:
     reasons: tuple[str, ...]
     schemas: tuple[str, ...]
     grammar: str | None
+
+
+class ToolAnswer:
+    """What an answer to a request with tools says: text, and calls of the functions that it offers.
+
+    form: how the base writes calls. names: of the functions that may be called.
+    """
+
+    def __init__(self, form: CallFormat, names: frozenset[str]) -> None:
+        self._form, self._names = form, names
+        self._text, self._sent = "", 0
+
+    def feed(self, piece: str) -> str:
+        """The text that is sure to be no call, after the next piece of a streamed answer."""
+        self._text += piece
+        start, self._sent = self._sent, max(self._sent, self._form.may_begin(self._text))
+        return self._text[start : self._sent]
+
+    def end(self, completion: Completion) -> tuple[str, tuple[ToolCall, ...], str]:
+        """(text that was not sent yet, calls, finish_reason) of the whole answer."""
+        text, calls = self._form.read(completion.text, self._names)
+        finish = "tool_calls" if calls and completion.finish == "stop" else completion.finish
+        return text[self._sent :], calls, finish
 
 
 Event = Streamed | HeldCompletion | ApiError

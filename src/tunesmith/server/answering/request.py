@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import Field, PrivateAttr, StrictBool, StrictInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, call_grammar, check_schema
-from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message, with_tools
+from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.core.reading.answer_schema import Schema
-from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.models.call_format import CallFormat
 from tunesmith.server import limits
-from tunesmith.server.answering.tools import Call, Function, NamedChoice, Tool
-from tunesmith.server.errors import INVALID_SCHEMA, ApiError, bad_request
+from tunesmith.server.errors import INVALID_SCHEMA
 
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]
 MetadataKey = Annotated[str, Field(max_length=limits.METADATA_KEY)]
@@ -48,6 +47,81 @@ class Only:
 
 # What OpenAI's service does with these does not change an answer here: no model reasons, and nothing is billed.
 Ignored = Annotated[str | None, Field(max_length=limits.USER)]
+
+
+class Function(limits.Given):
+    """A function that the model may call. parameters: JSON Schema of its arguments. strict: whether arguments are held
+    to it; where the request forces a call, they are in any case."""
+
+    name: Name
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: StrictBool | None = None
+    _order: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_its_order(cls, value: Any, handler: Callable[[Any], Function]) -> Function:
+        function = handler(value)
+        function._order = tuple(value)
+        if function.strict and function.parameters is not None:
+            try:
+                check_schema(function.parameters, strict=True)
+            except ValueError as error:
+                said = f"Invalid schema for function {function.name!r}: {error}"
+                raise PydanticCustomError(INVALID_SCHEMA, "{said}", {"said": said}) from None
+        return function
+
+    def declared(self) -> JsonObject:
+        """The function as it was given, with its keys in that order, since the model sees it."""
+        return {key: value for key in self._order if (value := getattr(self, key)) is not None}
+
+
+class Tool(limits.Given):
+    """A tool: functions alone."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(limits.Given):
+    """The name of a function."""
+
+    name: Name
+
+
+class NamedChoice(limits.Given):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FunctionCall(limits.Given):
+    """A function's name and its arguments, a JSON object as text."""
+
+    name: Name
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, value: str) -> str:
+        found = parse_json(value)  # a ValueError where it is broken
+        if not isinstance(found, dict):
+            raise ValueError("it is not a JSON object")
+        return json.dumps(found, ensure_ascii=False)
+
+
+class Call(limits.Given):
+    """A call of a function by the assistant."""
+
+    id: Annotated[str, Field(min_length=1, max_length=limits.CALL_ID)]
+    type: Literal["function"]
+    function: FunctionCall
+
+    def plain(self) -> ToolCall:
+        """The call in our own form."""
+        return ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
 
 
 class TextPart(limits.Given):
@@ -107,7 +181,7 @@ class JsonSchema(limits.Given):
     """A schema that the answer must fit. It is held whatever strict says; true also refuses what OpenAI's subset of
     JSON Schema does not have. name and description have no effect."""
 
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    name: Name
     description: Annotated[str | None, Field(max_length=limits.DESCRIPTION)] = None
     schema_: Annotated[JsonObject, Field(alias="schema")]
     strict: StrictBool | None = None
@@ -316,18 +390,3 @@ class ChatRequest(limits.Given):
     def include_usage(self) -> bool:
         """Whether a stream ends with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-def own_fault(error: Exception) -> ApiError | None:
-    """The answer to an error that the request caused, whichever version answers it: it counts against no arm.
-
-    None for every other error, such as one of the version's schema.
-    """
-    field = re.match(r"\w+", error.where or "") if isinstance(error, UsageError) else None
-    if field is None or field[0] not in ChatRequest.model_fields:
-        return None
-    assert isinstance(error, UsageError)
-    if not str(error.where).startswith(("response_format", "tool")):
-        return bad_request(error.what, error.where)
-    code = INVALID_SCHEMA if error.where == "response_format.json_schema" else "invalid_value"
-    return bad_request(f"{error.what} ({error.fix})" if error.fix else error.what, error.where, code=code)

@@ -77,12 +77,13 @@ class Route:
 class _Choice:
     """What a model's name means to a tenant until the store changes. permission: whether the version may serve.
 
-    rollout, canary: a live rollout that divides the name's traffic, and its canary if that may serve.
+    arm: of requests that no rollout divides. rollout, canary: a live rollout that divides the name's traffic, and its
+    canary if that may serve.
     """
 
     version: Version
     permission: Permission
-    pinned: bool
+    arm: str = "stable"
     rollout: Rollout | None = None
     canary: Version | None = None
 
@@ -152,7 +153,7 @@ class Router:
         if not choice.permission.granted:
             raise _not_serving(model, version, choice.permission)
         if rollout is None:
-            return Route(version, "pinned" if choice.pinned else "stable")
+            return Route(version, choice.arm)
         if choice.canary is not None and goes_to_canary(rollout.id, rollout.weight, key):
             return Route(choice.canary, "canary", rollout.id, rollout.step, stable=version)
         return Route(version, "stable", rollout.id, rollout.step)
@@ -224,13 +225,13 @@ class Router:
             permission = standing(session, stable, scope)
             rollout = live_rollout(session, name, covering)
             if rollout is None or rollout.stable != stable.digest:
-                return _Choice(stable, permission, pinned=False)
+                return _Choice(stable, permission)
             # The controller will abort a canary that may not serve. Until then stable answers its requests.
             canary = None
             with contextlib.suppress(Refused):
                 loaded = load_version(self._store, rollout.canary, session)
                 canary = loaded if standing(session, loaded, scope).granted else None
-            return _Choice(stable, permission, pinned=False, rollout=rollout, canary=canary)
+            return _Choice(stable, permission, rollout=rollout, canary=canary)
         raise no_such_model(model)
 
     def _pinned(self, session: Session, version: Version, scope: Scope) -> _Choice:
@@ -240,7 +241,7 @@ class Router:
                 self._require_approved(session, version)
             except (Refused, UsageError) as error:
                 permission = Permission("not_approved", error.what, error.fix)
-        return _Choice(version, permission, pinned=True)
+        return _Choice(version, permission, arm="pinned")
 
     def _require_approved(self, session: Session, version: Version) -> None:
         """Read the files of a version's approvals, as a rollout does before it starts, and its weights only once.

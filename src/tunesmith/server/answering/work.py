@@ -9,6 +9,7 @@ it, or, if the engine hangs, the coroutine that waited for it.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +27,12 @@ from tunesmith.engines.protocol import Completion, Generation, Scored
 from tunesmith.holding.rules import Holder
 from tunesmith.models.call_format import CallFormat
 from tunesmith.monitoring.features import request_features
-from tunesmith.server.answering.job import ChatJob, Event, HeldCompletion
+from tunesmith.server.answering.job import ChatJob, Event, HeldCompletion, ToolAnswer
 from tunesmith.server.answering.recording import LOG, Recorder
-from tunesmith.server.answering.request import own_fault
+from tunesmith.server.answering.request import ChatRequest
 from tunesmith.server.answering.routing import ReadyVersions, Router, TriedLately, load_may_pass
-from tunesmith.server.answering.tools import ToolAnswer
 from tunesmith.server.errors import (
+    INVALID_SCHEMA,
     ApiError,
     bad_request,
     busy,
@@ -162,7 +163,12 @@ class AnsweringThreads:
         return late or not all(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
+        while True:
+            with self._change:
+                while (job := self._turns.begin()) is None:
+                    if self._stopping:
+                        return
+                    self._change.wait()
             self._busy_since[job] = time.monotonic()
             try:
                 self._answer(job)
@@ -173,15 +179,6 @@ class AnsweringThreads:
                 del self._busy_since[job]
                 with self._change:  # the place that is free now is this thread's, which takes the next job
                     self._turns.end(job.user.name)
-
-    def _next(self) -> ChatJob | None:
-        """The job whose turn it is, or None when the server stops. Waits for one."""
-        with self._change:
-            while (job := self._turns.begin()) is None:
-                if self._stopping:
-                    return None
-                self._change.wait()
-            return job
 
     def _answer(self, job: ChatJob) -> None:
         if job.left:
@@ -195,7 +192,7 @@ class AnsweringThreads:
         except ApiError as error:
             self._refuse(job, error)
         except Exception as error:  # noqa: BLE001 - tokeniser, index or engine: this request alone fails
-            if (own := own_fault(error)) is not None:
+            if (own := _own_fault(error)) is not None:
                 self._refuse(job, own)
                 return
             LOG.exception("the engine failed on request %s", job.id)
@@ -360,3 +357,18 @@ class AnsweringThreads:
         """Send an error that is not the arm's failure, so the request is not recorded."""
         if job.claim():
             job.send(error)
+
+
+def _own_fault(error: Exception) -> ApiError | None:
+    """The answer to an error that the request caused, whichever version answers it: it counts against no arm.
+
+    None for every other error, such as one of the version's schema.
+    """
+    field = re.match(r"\w+", error.where or "") if isinstance(error, UsageError) else None
+    if field is None or field[0] not in ChatRequest.model_fields:
+        return None
+    assert isinstance(error, UsageError)
+    if not str(error.where).startswith(("response_format", "tool")):
+        return bad_request(error.what, error.where)
+    code = INVALID_SCHEMA if error.where == "response_format.json_schema" else "invalid_value"
+    return bad_request(f"{error.what} ({error.fix})" if error.fix else error.what, error.where, code=code)

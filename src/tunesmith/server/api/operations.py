@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server import limits
-from tunesmith.server.access import Calling, needs, read
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
 from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text, document
 from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import bad_request, missing, unknown_request
 from tunesmith.server.openapi import answers, body
+from tunesmith.server.serving import Calling, needs, read
 from tunesmith.services import (
     audit,
     held,

@@ -14,8 +14,8 @@ from tunesmith.core.view import View
 from tunesmith.data.dataset import DatasetSummary
 from tunesmith.data.governance.difference import Difference
 from tunesmith.evaluation.report.evidence import EvidenceReport
-from tunesmith.server.access import Calling
 from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
+from tunesmith.server.serving import Calling
 from tunesmith.services import datasets, evaluation_lookups, held_out_requests, review
 from tunesmith.services import lineage as lineages
 from tunesmith.services import versions as service

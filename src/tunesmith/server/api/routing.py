@@ -18,10 +18,9 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError
 
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
-from tunesmith.server.access import Call, Calling, needs, read, taking
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored, sentence
 from tunesmith.server.openapi import BEARER, answers, body, errors
-from tunesmith.server.serving import FIELD
+from tunesmith.server.serving import FIELD, Call, Calling, needs, read, taking
 from tunesmith.services.actions import Action, all_actions
 from tunesmith.store.people.roles import TokenScope
 

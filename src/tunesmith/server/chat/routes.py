@@ -20,7 +20,6 @@ from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion, Scored
 from tunesmith.holding.queue import HeldAnswer, QueueFull, TooManyOfCaller, UnknownAnswer, get, put, response_of
 from tunesmith.registry.versions import Version
-from tunesmith.server.access import Calling, PlainRoute, bearer, caller, in_turn, needs
 from tunesmith.server.answering.job import ChatJob, Event, HeldCompletion
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.answering.request import ChatRequest
@@ -36,7 +35,7 @@ from tunesmith.server.errors import (
 )  # fmt: skip
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import answers, body, errors
-from tunesmith.server.serving import CHAT_JOB, Serving
+from tunesmith.server.serving import CHAT_JOB, Calling, PlainRoute, Serving, bearer, caller, in_turn, needs
 from tunesmith.store import database
 
 routes = APIRouter(prefix="/v1", dependencies=[needs("chat")])

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as made
 from functools import partial
-from typing import Final
 from urllib.parse import urlencode
 
 from fastapi import Request, Response
@@ -33,10 +32,10 @@ from tunesmith.services.evaluation_lookups import EvaluationPage
 from tunesmith.services.evaluations import READ_PERMISSION, report_sections
 
 routes = Pages()
-_AT: Final = "/console/evidence"
-_ROWS: Final = 50  # requests on a page of the matrix
-_FILTER: Final = ("focus", "rival", "metric", "show", "group", "label", "search")
-SHOWN: Final = {
+_AT = "/console/evidence"
+_ROWS = 50  # requests on a page of the matrix
+_FILTER = ("focus", "rival", "metric", "show", "group", "label", "search")
+SHOWN = {
     "all": "all requests",
     "flips": "wins and losses",
     "losses": "losses",
@@ -44,11 +43,11 @@ SHOWN: Final = {
     "invalid": "answer not valid",
     "long": "long, or cut off",
 }
-_MOST_TOKENS: Final = 256  # of one answer in the playground
-_MOST_CHARACTERS: Final = 4000  # of a question
-_MOST_CANDIDATES: Final = 6  # that one question is put to
-_MOST_SECONDS: Final = 120.0  # for all answers to one question, with its wait for a place
-CHANGES: Final = {"loss": "loss", "win": "win", "differs": "others differ", "same": "all alike"}
+_MOST_TOKENS = 256  # of one answer in the playground
+_MOST_CHARACTERS = 4000  # of a question
+_MOST_CANDIDATES = 6  # that one question is put to
+_MOST_SECONDS = 120.0  # for all answers to one question, with its wait for a place
+CHANGES = {"loss": "loss", "win": "win", "differs": "others differ", "same": "all alike"}
 
 
 @routes.shows(_AT)

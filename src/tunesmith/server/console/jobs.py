@@ -11,8 +11,7 @@ from fastapi import Path, Query, Response
 
 from tunesmith.core.errors import Forbidden
 from tunesmith.server.api.routing import Page
-from tunesmith.server.console.charts import Chart, Line, chart
-from tunesmith.server.console.rendering import pages
+from tunesmith.server.console.rendering import Chart, Line, chart, pages
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import capital
 from tunesmith.services import jobs, training, worker

@@ -20,7 +20,6 @@ from fastapi import Request, Response
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.server.access import PUBLIC
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.console.rendering import html
 from tunesmith.server.console.routing import (
@@ -36,7 +35,7 @@ from tunesmith.server.console.routing import (
     set_cookie,
 )
 from tunesmith.server.errors import ApiError, missing
-from tunesmith.server.serving import serving_of
+from tunesmith.server.serving import PUBLIC, serving_of
 from tunesmith.store.people import sessions
 
 if TYPE_CHECKING:

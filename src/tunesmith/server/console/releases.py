@@ -17,14 +17,13 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from tunesmith.server.api.records import REPORT_POLICY
 from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.console.changes import changes_of
-from tunesmith.server.console.charts import BAD, CANARY, GOOD, STABLE, Chart, Line, chart
 from tunesmith.server.console.evidence import lost
-from tunesmith.server.console.rendering import PRIVATE, private, rendered
+from tunesmith.server.console.rendering import BAD, CANARY, GOOD, PRIVATE, STABLE, Chart, Line, chart, private, rendered
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import ApiError
 from tunesmith.services import lineage, rollouts, versions
 from tunesmith.services import rollout_course as courses
-from tunesmith.services.rollout_course import Evidence, StartableVersion, StepView, Traffic
+from tunesmith.services.rollout_course import Evidence, Traffic
 from tunesmith.services.rollouts import RolloutView
 
 routes = Pages()
@@ -109,9 +108,10 @@ def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
     """The rollouts of this person's tenant and region, newest first. version: label of one to start with."""
     found = courses.list_page(viewer.store, viewer.user, page)
     project = viewer.serving.project
-    startable, steps = tuple[StartableVersion, ...](), tuple[StepView, ...]()
-    if project is not None and viewer.user.may("rollout.start"):
-        startable, steps = courses.startable(project, viewer.user), courses.steps_of(project.settings.rollout.steps)
+    if project is None or not viewer.user.may("rollout.start"):
+        return viewer.page("rollouts.html.jinja", found=found, startable=(), chosen=version)
+    steps = courses.steps_of(project.settings.rollout.steps)
+    startable = courses.startable(project, viewer.user)
     return viewer.page("rollouts.html.jinja", found=found, startable=startable, steps=steps, chosen=version)
 
 

@@ -17,12 +17,11 @@ from fastapi.responses import FileResponse, RedirectResponse
 from pydantic import BaseModel
 
 from tunesmith.core.errors import UsageError
-from tunesmith.server.access import PUBLIC
 from tunesmith.server.console import changes, evidence, jobs, login, operations, releases, rows
 from tunesmith.server.console.rendering import FILES, HEADERS, has_template
 from tunesmith.server.console.routing import Changing, Pages, field, form, gone_to, local_page
 from tunesmith.server.errors import missing
-from tunesmith.server.serving import FIELD
+from tunesmith.server.serving import FIELD, PUBLIC
 from tunesmith.services.actions import Action, all_actions
 
 _KEPT = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}

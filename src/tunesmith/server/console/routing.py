@@ -24,12 +24,11 @@ from starlette.exceptions import HTTPException
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.server.access import decides, taking
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.console.rendering import html
 from tunesmith.server.errors import ApiError, bad_request, passes
 from tunesmith.server.intake.body import read_bytes
-from tunesmith.server.serving import Serving, serving_of
+from tunesmith.server.serving import Serving, decides, serving_of, taking
 from tunesmith.store.people import sessions
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store

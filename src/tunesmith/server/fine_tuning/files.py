@@ -19,12 +19,12 @@ from starlette.requests import ClientDisconnect
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.server import limits
-from tunesmith.server.access import Call, Calling, in_turn, needs
 from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbidden, not_stored
 from tunesmith.server.fine_tuning.objects import FileDeleted, FileList, FileObject, ends, file_object, page_limit
 from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.limits import ServerSettings
 from tunesmith.server.openapi import BEARER, answers, errors, form
+from tunesmith.server.serving import Call, Calling, in_turn, needs
 from tunesmith.services.fine_tuning import PURPOSE
 from tunesmith.store import uploads
 from tunesmith.store.tables import FileRow

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.server import limits
-from tunesmith.server.access import Call, Calling, in_turn, needs, read, who_has
 from tunesmith.server.errors import (
     ApiError,
     bad_request,
@@ -28,7 +27,7 @@ from tunesmith.server.errors import (
 from tunesmith.server.fine_tuning import objects
 from tunesmith.server.fine_tuning.objects import FineTuningJob, FineTuningRequest, event_id, event_object, job_object
 from tunesmith.server.openapi import answers, body
-from tunesmith.server.serving import Serving
+from tunesmith.server.serving import Call, Calling, Serving, in_turn, needs, read, who_has
 from tunesmith.services import fine_tuning as service
 from tunesmith.services import jobs as changing
 from tunesmith.services.actions import Action

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any, Final
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.server.limits import ServerSettings
 
-_OPEN_FILES: Final = 65_536
+_OPEN_FILES = 65_536
 
 
 class BoundedConnection(H11Protocol):

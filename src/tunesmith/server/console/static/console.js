@@ -63,12 +63,6 @@ document.addEventListener("click", async (event) => {
   }
 });
 
-// A form asks before it does what cannot be undone: <form data-confirm="...">.
-document.addEventListener("submit", (event) => {
-  const asked = event.target.dataset.confirm;
-  if (asked && !window.confirm(asked)) event.preventDefault();
-});
-
 // What went wrong is said next to the button that was pressed, or in the place of the part that a page waits for.
 function noticeAt(by) {
   const notice = document.getElementById("notice");
