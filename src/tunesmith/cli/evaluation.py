@@ -248,18 +248,16 @@ def _draw_leaderboard(found: Leaderboard) -> Drawn:
         yield "no version is registered yet; `tunesmith run` registers what passes its gates"
 
 
-def _measured(found: MetricInterval) -> Text:
-    return _two_lines(f"{found.mean:.1%}", f"[{found.low * 100:.1f}, {found.high * 100:.1f}]")
+def _measured(found: MetricInterval, sign: str = "", unit: str = "%") -> Text:
+    """A mean in percent, and its interval in the line below."""
+    from rich.text import Text
+
+    mean, low, high = (f"{each * 100:{sign}.1f}" for each in (found.mean, found.low, found.high))
+    return Text.assemble(f"{mean}{unit}\n", (f"[{low}, {high}]", "dim"))
 
 
 def _gap(found: MetricInterval) -> Text:
-    return _two_lines(f"{found.mean * 100:+.1f}", f"[{found.low * 100:+.1f}, {found.high * 100:+.1f}]")
-
-
-def _two_lines(number: str, interval: str) -> Text:
-    from rich.text import Text
-
-    return Text.assemble(number, "\n", (interval, "dim"))
+    return _measured(found, "+", "")
 
 
 def _draw_advice(found: EvidenceReport) -> Drawn:

@@ -151,20 +151,14 @@ class SchemaRules:
         if "anyOf" in schema:
             self._only(schema, {"anyOf"}, path)
             return self._any([self._value(part, path) for part in schema["anyOf"]])
-        return self._any([self._typed(schema, kind, path) for kind in self._kinds(schema, path)])
-
-    def _kinds(self, schema: Schema, path: str) -> list[str]:
-        if not (found := types_of(schema)):
+        if not (kinds := types_of(schema)):
             raise _unsupported("a schema without type", path)
-        return found
+        return self._any([self._typed(schema, kind, path) for kind in kinds])
 
     def _typed(self, schema: Schema, kind: str, path: str) -> str | None:
-        if kind == "object":
+        if kind in ("object", "array"):
             self._only(schema, _HELD, path)
-            return self._object(schema, path)
-        if kind == "array":
-            self._only(schema, _HELD, path)
-            return self._array(schema, path)
+            return self._object(schema, path) if kind == "object" else self._array(schema, path)
         if kind == "string" and path in self._fields:
             return self._copied(schema)
         return self._plain({**schema, "type": kind}, path)
