@@ -241,7 +241,7 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
     assert record.body["candidates"]["tuned"]["classes"]["intent"]["labels"] > 1
     assert read_scores(made.store, record)["tuned", "brief"].values.max() <= 1.0
     verdict = verdict_of(made, digest, {"brief": {"metric": "brief", "at_least": 0.1}})
-    shown = report_data(made.store, digest, verdict).document()
+    shown = report_data(made.store, digest, verdict)
     assert "changed its verdict with the order" in " ".join(shown.advice.cautions)
     assert "Judges" in render(shown)
     (tmp_path / "mine.py").unlink()

@@ -24,8 +24,6 @@ from tunesmith.evaluation.policy.requests import encode_policy_items, policy_ite
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.evaluation.report.data import report_data
-from tunesmith.evaluation.report.model import EvidenceReport
-from tunesmith.evaluation.report.model import EvidenceReport
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
@@ -143,7 +141,7 @@ def test_an_evaluation_by_the_former_rule_for_refusals_opens_verifies_and_report
     verdict = verdict_of(made, old, {"g": {"policy": "all"}})
     assert replay(made.store, verdict)
     assert verdict_summary(made.store, verdict).document()["gates"][0]["checks"]["secrets"]["broke"] == 2
-    data = report_data(made.store, old, verdict).document()
+    data = report_data(made.store, old, verdict)
     assert {check.name: check.rule for check in data.policy.checks} == {
         "secrets": "refuses, by words: no longer computed",
         "manners": "does not refuse, by words: no longer computed; contains 'kind regards'",
@@ -172,7 +170,7 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
         verdict = verdict_of(made, digest, gates)
         wanted = [f"No gate holds candidates to {missing}: add one, such as {{policy: all}}."] if missing else []
         assert list(verdict_summary(made.store, verdict).cautions) == wanted
-        data = report_data(made.store, digest, verdict).document()
+        data = report_data(made.store, digest, verdict)
         assert [each for each in data.advice.cautions if "No gate" in each] == wanted
     reasons = " ".join(data.advice.reasons)
     assert "More test rows may not decide rules: see why in the reason of each gate." in reasons
@@ -189,9 +187,9 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
     for text in (console.export_text(), page):
         for said in ("2 decide nothing", "requests are those of other checks", "No gate holds candidates to manners"):
             assert said in text
-    judged = report_data(made.store, evaluated(made, policy=rubric)).document()
+    judged = report_data(made.store, evaluated(made, policy=rubric))
     assert judged.policy.checks[0].rule == "It is polite. (judged by big at http://127.0.0.1:1/v1)"
-    assert "zero-shot: the judge of 'kind' was not asked." in report_markdown(EvidenceReport.model_validate(judged))
+    assert "zero-shot: the judge of 'kind' was not asked." in report_markdown(judged)
 
 
 def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated) -> None:
@@ -214,7 +212,7 @@ def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated)
 
 
 def test_no_answers_and_those_of_another_candidate_or_to_other_requests(made: Fabricated, evaluation: str) -> None:
-    data = report_data(made.store, evaluation).document()
+    data = report_data(made.store, evaluation)
     assert data.policy is None
     assert 'id="policy"' not in render(data)
     assert "evaluate again" in outcome(made, evaluation, policy="secrets")["reason"]
@@ -262,7 +260,7 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
         return f"<script>alert(1)</script> \u202e 7781 {'x' * 2000}" if "door 3?" in request else good(request)
 
     digest = evaluated(made, policy=asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
-    data = report_data(made.store, digest, verdict_of(made, digest, {"rules": {"policy": "all"}})).document()
+    data = report_data(made.store, digest, verdict_of(made, digest, {"rules": {"policy": "all"}}))
     check = next(each for each in data.policy.checks if each.name == "secrets")
     assert (check.rule, check.n, len(check.shown)) == ("does not contain '7781'", 24, 1)
     assert set(check.cells) == {"tuned", "zero-shot"}
@@ -274,4 +272,4 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
     assert "&lt;script&gt;alert(1)" in page
     assert "⟨U+202E⟩" in page
     assert "more characters" in page, "a long answer is cut"
-    assert "| secrets | does not contain '7781' |" in report_markdown(EvidenceReport.model_validate(data))
+    assert "| secrets | does not contain '7781' |" in report_markdown(data)

@@ -24,8 +24,6 @@ from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.evidence import Advice, EvidenceReport, ReportedCandidate
-from tunesmith.evaluation.report.model import EvidenceReport
-from tunesmith.evaluation.report.model import EvidenceReport
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
@@ -57,7 +55,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated,
 def told(rich: tuple[Fabricated, str]) -> EvidenceReport:
     """The report of the tuned candidate's verdict. Not to be changed."""
     made, digest = rich
-    return report_data(made.store, digest, verdict_of(made, digest, LIFT)).document()
+    return report_data(made.store, digest, verdict_of(made, digest, LIFT))
 
 
 def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told: EvidenceReport) -> None:
@@ -72,9 +70,9 @@ def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told
     assert body["candidates"]["tuned"]["training"] == {"seconds": 159.8, "money": 0.1598}
     saved = prices["rival"]["money_per_1000"] - prices["tuned"]["money_per_1000"]
     assert told.break_even.saved_per_1000 == pytest.approx(saved)
-    free = report_data(made.store, evaluated(made, answers={"rag": made.answers["rag"]})).document()
+    free = report_data(made.store, evaluated(made, answers={"rag": made.answers["rag"]}))
     assert (free.currency, free.break_even) == (None, None), "without prices nothing is said of money"
-    untuned = report_data(made.store, digest, verdict_of(made, digest, LIFT, "rag")).document()
+    untuned = report_data(made.store, digest, verdict_of(made, digest, LIFT, "rag"))
     for data, trained in ((told, True), (untuned, False)):
         assert data.break_even is not None
         assert ("Training repaid after" in render(data)) is trained, "an untuned candidate has no training to repay"
@@ -142,7 +140,7 @@ def test_page_and_markdown_are_whole_and_say_it_all(told: EvidenceReport) -> Non
         "Not shown to add anything to a simpler approach: prompting (zero-shot)",
     ):
         assert part in said
-    rows = [line for line in report_markdown(EvidenceReport.model_validate(told)).splitlines() if line.startswith("| ")]
+    rows = [line for line in report_markdown(told).splitlines() if line.startswith("| ")]
     assert sum("**tuned**" in row for row in rows) == 1
     assert len(rows) == 1 + 6 + 1 + len(LIFT)
     assert len({row.count(" | ") for row in rows[:7]}) == 1
@@ -168,7 +166,7 @@ def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> No
     lift = {"metric": "exact_match", "over": "rag", "at_least": 0.0}
 
     def advice(name: str, **gates: Any) -> Advice:
-        return report_data(made.store, digest, verdict_of(made, digest, {"lift": lift, **gates}, name)).document().advice
+        return report_data(made.store, digest, verdict_of(made, digest, {"lift": lift, **gates}, name)).advice
 
     passed, unknown = advice("gpt"), advice("gpt", forgetting={"suite": "general", "drop_at_most": 0.03})
     assert "gpt answers 100 of 100 requests exactly right" in passed.summary
@@ -232,7 +230,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricate
 def risky(faulty: tuple[Fabricated, str]) -> EvidenceReport:
     """The report of its verdict. Not to be changed."""
     made, digest = faulty
-    return report_data(made.store, digest, verdict_of(made, digest, RISK_GATES)).document()
+    return report_data(made.store, digest, verdict_of(made, digest, RISK_GATES))
 
 
 def test_exposure_and_bias_before_and_after(risky: EvidenceReport) -> None:
@@ -266,13 +264,13 @@ def test_page_and_summary_say_what_was_found(risky: EvidenceReport) -> None:
         f"{len(PROBES) - 3} of {len(PROBES)} risk probes were not measured",
     ):  # fmt: skip
         assert part in summary, part
-    assert summary in report_markdown(EvidenceReport.model_validate(risky))
+    assert summary in report_markdown(risky)
 
 
 def test_too_few_canaries_are_no_number(faulty: tuple[Fabricated, str]) -> None:
     made, _ = faulty
     few = _risk(made, "canaries", _canaries(3), lambda item: 0.0, dataset=made.dataset)
-    data = report_data(made.store, evaluated(made, risks={"canaries": {"tuned": few}})).document()
+    data = report_data(made.store, evaluated(made, risks={"canaries": {"tuned": few}}))
     assert data.risks.exposure.levels[0].after is None
     assert "planted once: too few secrets to measure" in data.risks.exposure.sentence
     assert "too few secrets to measure" in render(data)

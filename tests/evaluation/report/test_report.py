@@ -15,8 +15,6 @@ from tunesmith.evaluation.report import plots
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.evidence import EvidenceReport, TrailEntry
-from tunesmith.evaluation.report.model import EvidenceReport, TrailEntry
-from tunesmith.evaluation.report.model import EvidenceReport, TrailEntry
 from tunesmith.evaluation.report.html import render
 from tunesmith.records.training import TrainedStep
 from tunesmith.records.version import ApprovalBody
@@ -84,7 +82,7 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
     made.store.put_record(approval.record({"version": version}))
     entry = {"at": "2026-02-03T10:11:12.5Z", "actor": "amir", "action": "version.approve", "subject": version}
     trail = [TrailEntry(**entry, does="approved a version", detail={"reason": "sound", "empty": None})]
-    data = report_data(made.store, evaluation, verdict, version, trail).document()
+    data = report_data(made.store, evaluation, verdict, version, trail)
     html = render(data)
     text = re.sub(r"\s+", " ", " ".join(check_whole(html).text))
     assert EvidenceReport.model_validate_json(json.dumps(data.document(), allow_nan=False)) == data
@@ -102,7 +100,7 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
         "base", "dataset", "training", "candidate", "answers", "evaluation", "verdict", "version", "approval",
     ]  # fmt: skip
     assert all(parent < place for place, node in enumerate(data.lineage) for parent in node.parents)
-    assert render(report_data(made.store, evaluation, verdict, version, trail).document()) == html, "the same page again"
+    assert render(report_data(made.store, evaluation, verdict, version, trail)) == html, "the same page again"
     contents, _, sections = html.partition("</nav>")
     linked = re.findall(r'href="#([a-z-]+)"', contents)
     assert linked == re.findall(r'<section id="([a-z-]+)"', sections), "the contents lead to sections in order"
@@ -122,7 +120,7 @@ def test_headlines_of_every_verdict(made: Fabricated, evaluation: str) -> None:
         ("tuned", {}, "There is not enough evidence to release tuned.", None),
         ("tuned", None, "tuned was measured, but no gates have judged it.", None),
     ):
-        data = report_data(made.store, evaluation, None if gates is None else verdict_of(made, evaluation, gates, name)).document()
+        data = report_data(made.store, evaluation, None if gates is None else verdict_of(made, evaluation, gates, name))
         assert (data.advice.headline, data.advice.release) == (headline, release)
         check_whole(render(data))
         if name == "zero-shot":
@@ -130,7 +128,7 @@ def test_headlines_of_every_verdict(made: Fabricated, evaluation: str) -> None:
 
 
 def test_what_is_forgotten_names_rehearsal(made: Fabricated, evaluation: str) -> None:
-    data = report_data(made.store, evaluation, verdict_of(made, evaluation)).document()
+    data = report_data(made.store, evaluation, verdict_of(made, evaluation))
     assert "rehearse" not in " ".join(advise(data).reasons), "the gate passed"
     for found, stated, share in (
         ("fail", {}, "0.02"),
@@ -148,13 +146,13 @@ def test_what_is_forgotten_names_rehearsal(made: Fabricated, evaluation: str) ->
 
 def test_one_candidate_alone_and_a_handful_of_rows(made: Fabricated, tmp_path: Path) -> None:
     alone = evaluated(made, answers={"zero-shot": made.answers["zero-shot"]})
-    data = report_data(made.store, alone).document()
+    data = report_data(made.store, alone)
     assert (data.rival, data.lift, data.examples, data.forgetting, data.training) == (None,) * 5
     assert "Besides zero-shot, 0 untuned candidates were measured" in data.advice.summary
     check_whole(render(data))
     small = fabricate(tmp_path / "small", n=3)
     few = evaluated(small, probes=small.probes)
-    html = render(report_data(small.store, few, verdict_of(small, few)).document())
+    html = render(report_data(small.store, few, verdict_of(small, few)))
     check_whole(html)
     assert "There is not enough evidence to release" in html
 
@@ -169,7 +167,7 @@ def test_hostile_text_stays_text(made: Fabricated) -> None:
     verdict = verdict_of(made, hostile, {HOSTILE: {"metric": "exact_match", "over": HOSTILE, "at_least": 0.05}})
     entry = dict.fromkeys(("at", "actor", "action", "does", "subject"), HOSTILE)
     trail = [TrailEntry(**entry, detail={HOSTILE: [HOSTILE]})]
-    html = render(report_data(made.store, hostile, verdict, None, trail).document())
+    html = render(report_data(made.store, hostile, verdict, None, trail))
     text = "".join(check_whole(html).text)
     assert "<script>alert(1)</script>" in text
     assert "{{ 7*7 }}" in text

@@ -14,8 +14,6 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.report.data import report_data
-from tunesmith.evaluation.report.model import EvidenceReport
-from tunesmith.evaluation.report.model import EvidenceReport
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.style.classifier import cross_fitted
@@ -105,11 +103,11 @@ def test_a_tone_is_measured_and_shown(tmp_path: Any) -> None:
         assert found["value"] == pytest.approx(share, abs=0.15)
         assert found["low"] <= share <= found["high"]
         assert found["high"] - found["low"] < 0.35
-    data = report_data(made.store, digest).document()
+    data = report_data(made.store, digest)
     assert 0.5 < data.style.auc_by_form <= 1.0
     assert any("!" in each for each in data.style.features.house)
     assert 'id="style"' in render(data)
-    assert "In the references' style, tuned" in report_markdown(EvidenceReport.model_validate(data))
+    assert "In the references' style, tuned" in report_markdown(data)
 
 
 def test_shuffled_labels_and_too_few_rows_are_inconclusive(tmp_path: Any, made: Fabricated, evaluation: str) -> None:
@@ -120,13 +118,13 @@ def test_shuffled_labels_and_too_few_rows_are_inconclusive(tmp_path: Any, made: 
     found = gate_of(shuffled, digest, at_least=0.0)
     assert found["outcome"] == "inconclusive"
     assert "too little to tell the two styles apart" in found["reason"]
-    reasons = " ".join(report_data(shuffled.store, digest).document().advice.reasons)
+    reasons = " ".join(report_data(shuffled.store, digest).advice.reasons)
     assert "cannot be told from the base model's" in reasons
     few = with_candidate(house(tmp_path / "b", rows=19), in_tone(1.0, 1))
     assert "at least 20 are needed" in gate_of(few, measured(few), at_least=0.0)["reason"]
     absent = gate_of(made, evaluation)
     assert (absent["outcome"], absent["value"]) == ("inconclusive", None)
-    assert report_data(made.store, evaluation).document().style is None
+    assert report_data(made.store, evaluation).style is None
 
 
 def test_rows_of_one_group_are_judged_by_models_that_saw_none_of_them(tmp_path: Any) -> None:
@@ -176,7 +174,7 @@ def test_requests_to_which_the_base_says_nothing_are_left_out(tmp_path: Any, sil
         return
     assert (found["outcome"], found["value"]) == ("fail", 0.0)
     assert outcome(made, digest, "empty", style="references", at_least=0.1)["value"] == 0.0
-    style = report_data(made.store, digest).document().style
+    style = report_data(made.store, digest).style
     assert (style.n, style.silent) == (ROWS - silent, silent)
     assert f"{silent} requests to which the base model's answer is empty are left out" in style.sentence
 
@@ -210,7 +208,7 @@ def test_answers_that_are_not_the_bare_base_s_are_unusable(tmp_path: Any) -> Non
         evaluation = measured(made, digest)
         assert said in made.store.record(evaluation).body["style"]["unusable"]
         assert gate_of(made, evaluation)["outcome"] == "inconclusive"
-    assert "Style was not measured" in render(report_data(made.store, evaluation).document())
+    assert "Style was not measured" in render(report_data(made.store, evaluation))
 
 
 def test_classified_rows_that_contradict_the_record_are_inconclusive(tmp_path: Any) -> None:
