@@ -172,9 +172,9 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
     few = _few_of_each(task, split.held)
     asked, others = few[:ANSWERED], few[ANSWERED:]
     held = tuple(others[:VALIDATED] if trial.minutes else asked)
-    result = train_task(loaded, task, split._replace(held=held), trial.settings(), work, clock=core_seconds)
-    began = time.perf_counter()
-    found = scores(task, asked, answers(loaded, task, asked, result.folder))
+    trained = train_task(loaded, task, split._replace(held=held), trial.settings(), work, clock=core_seconds)
+    began, body = time.perf_counter(), trained.body
+    found = scores(task, asked, answers(loaded, task, asked, trained.folder))
     answering = time.perf_counter() - began
     shutil.rmtree(work)
     return {
@@ -185,13 +185,13 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
         "trained": len(split.train),
         "score": round(statistics.fmean(found), 5),
         "scores": [round(each, 3) for each in found],
-        "loss": round(result.state.validation[result.state.best or 0]["loss"], 5),
-        "training_loss": round(statistics.fmean(step["loss"] for step in result.state.curve[-5:]), 5),
-        "steps": result.state.step,
-        "seconds": round(result.state.seconds, 1),
+        "loss": round(next(each.loss for each in body.validation if each.step == body.kept), 5),
+        "training_loss": round(statistics.fmean(step.loss for step in body.curve[-5:]), 5),
+        "steps": body.steps,
+        "seconds": round(body.seconds, 1),
         "answering_seconds": round(answering, 1),
         "machine": machine(torch.get_num_threads()),
-        "kernel_revision": result.environment["kernel_revision"],
+        "kernel_revision": body.environment.kernel_revision,
     }
 
 

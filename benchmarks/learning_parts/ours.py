@@ -91,13 +91,15 @@ def trained(bench: Bench, name: str, task: Task, split: Split, train: Mapping[st
         except Refused as refused:
             return {"refused": refused.what}
         cpu = time.process_time() - began
-        state, decisions = result.state, result.decisions
+        body, decisions = result.body, result.body.decisions
         found = {
-            "seconds": round(state.seconds + (decisions.seconds if decisions else 0.0), 1),
+            "seconds": round(body.seconds + (decisions.seconds if decisions else 0.0), 1),
             "cpu_seconds": round(cpu, 1),
-            "epochs": round(result.epochs, 2),
-            "ended": state.ended,
-            "validation": [{key: round(value, 4) for key, value in each.items()} for each in state.validation],
+            "epochs": round(body.epochs, 2),
+            "ended": body.ended,
+            "validation": [
+                {key: round(value, 4) for key, value in each.model_dump().items()} for each in body.validation
+            ],
             **scored(bench, task, split.held[:VALIDATED], result.folder),
         }
         shutil.rmtree(work)

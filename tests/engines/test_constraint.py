@@ -130,7 +130,7 @@ class Spelled:
 def answered(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, str, list[str]]:
     """(text, finish, what was streamed before the end) of an answer that decodes to these pieces."""
     events: SimpleQueue[Streamed | None] = SimpleQueue()
-    answer = Answer(Spelled(), Generation((), stop=stops), lambda *_: None, events, streams=True)  # type: ignore[arg-type]
+    answer = Answer(Spelled(), Generation((), stop=stops), 0, lambda _: b"", events, streams=True)  # type: ignore[arg-type]
     for piece in pieces:
         if answer.take(piece, None):  # type: ignore[arg-type]
             break

@@ -24,11 +24,12 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.system import machine as memory
 from tunesmith.engines import device, factory, on_ray
-from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present, stated_peak
+from tunesmith.engines.device import backends, computing_device, device_name, gpu_present, stated_peak
 from tunesmith.engines.factory import open_engine
 from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.on_ray import RayEngine
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.protocol import Generation, Question
 from tunesmith.engines.settings import EngineSettings, RaySettings, VllmSettings, WeightSettings
 from tunesmith.models.base import Base

@@ -16,11 +16,12 @@ from tests.tiny import WIDE, row, write_model
 from tests.training.test_resume import ROWS
 from tunesmith.core.progress import Stopped
 from tunesmith.engines.batch import lay_out
-from tunesmith.engines.device import DeviceMemory, backends, computing_device, gpu_present
+from tunesmith.engines.device import backends, computing_device, gpu_present
 from tunesmith.engines.factory import load_model, open_engine
 from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import LoraTrainable
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.protocol import Engine, Generation, Question
 from tunesmith.engines.ranks import connected_ranks
 from tunesmith.engines.settings import VllmSettings
@@ -73,7 +74,7 @@ def train(
 
 
 def losses(result: TrainingResult) -> list[float]:
-    return [step["loss"] for step in result.state.curve]
+    return [step.loss for step in result.body.curve]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_training_has_the_losses_of_the_cpu(
     found = train(base, tmp_path / "gpu", gpu, **settings)
     assert losses(found) == pytest.approx(expected, rel=apart)
     assert losses(found)[-1] < 0.9 * losses(found)[0]
-    assert 0 < found.peak_memory_bytes <= DeviceMemory(computing_device()).peak()
+    assert 0 < found.body.peak_memory_bytes <= DeviceMemory(computing_device()).peak()
     scores = [torch.tensor(loaded.engine().choose(QUESTIONS)) for loaded in (gpu, cpu)]
     torch.testing.assert_close(*scores, rtol=0.04, atol=0.4)  # a GPU answers in bf16
 

@@ -22,7 +22,6 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.hf.costs import Shapes
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import LoraTrainable
@@ -30,6 +29,7 @@ from tunesmith.engines.native.adapters import trainable as costs
 from tunesmith.engines.native.adapters.trainable import NativeTrainable
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
@@ -38,7 +38,7 @@ from tunesmith.training.batches.batch_plan import Step, lay_out_steps, step_toke
 from tunesmith.training.estimates.estimate import MemoryNeeds, check_disk, check_memory, estimate
 from tunesmith.training.estimates.prediction import Memory, read_shapes, training_memory
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.steps import drop_gradients
+from tunesmith.training.steps import parameters
 
 CPU = DeviceMemory(torch.device("cpu"))
 
@@ -147,7 +147,8 @@ def test_memory_estimate_covers_what_is_allocated(tmp_path: Path, settings: dict
     network = load_network(folder)
     model, (batch,) = lora_model(network, TrainSettings(**settings)), _step(folder)
     gradients(model, [batch])  # lays the weights out for gradients, which happens once
-    drop_gradients(model)
+    for parameter in parameters(model):
+        parameter.grad = None
     estimated = model.memory_estimate(batch)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         gradients(model, [batch])

@@ -148,7 +148,7 @@ def test_full_training_learns_what_one_process_learns(tmp_path: Path) -> None:
 
 
 def losses(result: TrainingResult) -> list[float]:
-    return [each["loss"] for each in [*result.state.curve, *result.state.validation]]
+    return [each.loss for each in (*result.body.curve, *result.body.validation)]
 
 
 @pytest.mark.slow
@@ -166,13 +166,13 @@ def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> Non
         resumed = alone(spec) if size == 1 else together(spec, size, None, False, copies)
         assert furthest(adapter(one), adapter(resumed)) < 1e-5
         assert losses(one) == pytest.approx(losses(resumed), abs=1e-5)
-        assert one.rehearsed == resumed.rehearsed > 0
-        assert any("2 ranks trained until step" in notice for notice in resumed.notices) == (size != 2)
+        assert one.body.rehearsed == resumed.body.rehearsed > 0
+        assert any("2 ranks trained until step" in notice for notice in resumed.body.notices) == (size != 2)
         if size == 2:
             assert digest_file(resumed.folder / ADAPTER_FILE) == digest_file(undisturbed.folder / ADAPTER_FILE)
         if size == 4:
-            assert (resumed.environment.ranks, resumed.environment.copies) == (4, 2)
-            assert any("then 4 ranks with 2 copies" in notice for notice in resumed.notices)
+            assert (resumed.body.environment.ranks, resumed.body.environment.copies) == (4, 2)
+            assert any("then 4 ranks with 2 copies" in notice for notice in resumed.body.notices)
     part, said = killed.work / newest.name / "tensors-1.safetensors", Said()
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     assert losses(alone(killed, said)) == pytest.approx(losses(one), abs=1e-5)
@@ -184,18 +184,18 @@ def test_all_ranks_answer_and_rank_0_decides(tmp_path: Path) -> None:
     """Within a budget and with scores of generated answers: the answers are those of the adapter in one process, the
     score decides, and no clock but rank 0's is read."""
     spec = make(tmp_path, rows=4, epochs=None, budget="10m", validations=3)
-    result = together(spec, 2, None, True)
-    assert result.decisions is not None
-    assert [each.reason for each in result.decisions.decays] == ["all epochs are done"]
-    assert result.decisions.scored_rows == 0  # fewer than 30 rows, which the budget refuses to score
+    decisions = together(spec, 2, None, True).body.decisions
+    assert decisions is not None
+    assert [each.reason for each in decisions.decays] == ["all epochs are done"]
+    assert decisions.scored_rows == 0  # fewer than 30 rows, which the budget refuses to score
     scored = together(make(tmp_path / "scored", epochs=1), 3, None, True)
-    assert scored.score == ValidationScore(metric="exact_match", rows=5)
-    assert all(0.0 < each["score"] <= 1.0 for each in scored.state.validation)
+    assert scored.body.score == ValidationScore(metric="exact_match", rows=5)
+    assert all(0.0 < (each.score or 0.0) <= 1.0 for each in scored.body.validation)
     engine = LoadedHFModel(spec.base).engine()
     engine.load_adapter("trained", scored.folder)
     expected = [answer.text for answer in engine.generate([_request(n) for n in range(5)], "trained")]
     answers = [json.loads(line) for line in (tmp_path / "scored" / "work" / "answers.jsonl").read_text().splitlines()]
-    assert answers[scored.state.best or 0] == expected
+    assert answers[[each.step for each in scored.body.validation].index(scored.body.kept)] == expected
     assert len({tuple(each) for each in answers}) > 1 or len(answers) == 1
 
 

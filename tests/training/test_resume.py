@@ -141,7 +141,7 @@ _PHASES = {
     "before its name": "tunesmith.training.checkpoints.os.rename",
     "after its name": "tunesmith.training.checkpoints.sync_folder",
     "saved": "tunesmith.training.train.record_training",
-    "record": "tunesmith.training.train._body",
+    "record": "tunesmith.training.train.TrainingBody",
 }
 
 

@@ -72,17 +72,17 @@ def weights(result: TrainingResult) -> str:
 
 def test_rate_falls_when_the_budget_ends(tmp_path: Path) -> None:
     done = train(spec(tmp_path), stepping(1.0))
-    assert done.decisions is not None
-    (decay,) = done.decisions.decays
+    assert done.body.decisions is not None
+    (decay,) = done.body.decisions.decays
     assert (decay.start, decay.stop, decay.reason) == (30, 40, "the budget is used")
-    rates = [each["learning_rate"] for each in done.state.curve]
+    rates = [each.learning_rate for each in done.body.curve]
     assert rates[:2] == [0.005, 0.01]
     assert set(rates[1:31]) == {0.01}
     assert rates[30:] == pytest.approx([0.01 * left / 10 for left in range(10, 0, -1)])
-    assert done.state.step == 40
-    assert done.state.ended == "the budget is used"
-    assert [each["step"] for each in done.state.validation] == list(range(5, 41, 5))
-    assert done.epochs == pytest.approx(40 / 15)
+    assert done.body.steps == 40
+    assert done.body.ended == "the budget is used"
+    assert [each.step for each in done.body.validation] == list(range(5, 41, 5))
+    assert done.body.epochs == pytest.approx(40 / 15)
 
 
 class Stopped(Exception):
@@ -121,11 +121,11 @@ def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path,
     done = train(made, stepping(0.001 if len(stops) == 1 else 0.7))
     if len(stops) == 1:  # it stands although the machine is faster
         assert [each.start for each in decided.decays] == [30]
-        assert (done.decisions, done.state.step) == (decided, 40)
-    repeated = train(spec(tmp_path, work="again", decisions=done.decisions), stepping(1e9), before=None)
+        assert (done.body.decisions, done.body.steps) == (decided, 40)
+    repeated = train(spec(tmp_path, work="again", decisions=done.body.decisions), stepping(1e9), before=None)
     assert weights(repeated) == weights(done)
-    assert repeated.decisions == done.decisions
-    assert repeated.state.step == done.state.step
+    assert repeated.body.decisions == done.body.decisions
+    assert repeated.body.steps == done.body.steps
 
 
 def _take(state: TrainerState, seconds: float, rate: float = 1.0) -> None:
@@ -171,15 +171,14 @@ def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     said = SaidAndNoted()
     before = BEFORE.model_copy(update={"scored_rows": 40})
     done = train(spec(tmp_path), stepping(0.1), before=before, score=_scores(values), progress=said)
-    assert done.decisions is not None
+    assert done.body.decisions is not None
     # The probability decides among near scores, and rises here: 0.7 at step 25 is better than 0.7 at step 15.
-    (decay,) = done.decisions.decays
+    (decay,) = done.body.decisions.decays
     assert decay.reason == "no better score in 4 validations"
-    best = [each["score"] for each in done.state.validation].index(0.9)
-    assert done.state.best is not None
-    assert done.state.best >= best
+    best = [each.score for each in done.body.validation].index(0.9)
+    assert done.body.kept >= done.body.validation[best].step
     assert any("validation score 70.0%" in line for line in said.lines)
-    assert done.score == ValidationScore(metric="exact_match", rows=40)
+    assert done.body.score == ValidationScore(metric="exact_match", rows=40)
 
 
 def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:
@@ -189,10 +188,10 @@ def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:
         for name, speed in (("one", 1.0), ("other", 1e6))
     )
     assert weights(one) == weights(other)
-    assert one.state.step == 30
-    assert one.decisions is not None
-    assert [(each.start, each.stop) for each in one.decisions.decays] == [(23, 30)]
-    assert len(one.state.validation) == 4
+    assert one.body.steps == 30
+    assert one.body.decisions is not None
+    assert [(each.start, each.stop) for each in one.body.decisions.decays] == [(23, 30)]
+    assert len(one.body.validation) == 4
 
 
 def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
@@ -264,9 +263,9 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
     done = train(made, stepping(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
     assert any("within this budget 5 answers" in line for line in said.lines)
-    assert any("fewer than 30 answers fit into 2.5% of the budget" in notice for notice in done.notices)
-    assert done.score is None
-    assert all("score" not in each for each in done.state.validation)
+    assert any("fewer than 30 answers fit into 2.5% of the budget" in notice for notice in done.body.notices)
+    assert done.body.score is None
+    assert all(each.score is None for each in done.body.validation)
 
 
 def test_the_untrained_base_is_asked_to_time_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +286,7 @@ def test_the_untrained_base_is_asked_to_time_its_answers(tmp_path: Path, monkeyp
     done = train(spec(tmp_path, work="within"), stepping(1.0), before=None, score=scored)
     assert asked[:2] == [(False, 4), (False, 32)]
     assert set(asked[2:]) == {(True, 40)}
-    assert done.estimate.seconds <= 40.0, "a budget counts them"
+    assert done.body.estimate.seconds <= 40.0, "a budget counts them"
     asked.clear()
     stated = {"batch": 4, "learning_rate": 0.01, "epochs": 1, "validations": 2, "checkpoint_seconds": 1e-9}
     settings = TrainSettings.model_validate({"rank": 4, **stated})
@@ -298,7 +297,7 @@ def test_the_untrained_base_is_asked_to_time_its_answers(tmp_path: Path, monkeyp
     full = TrainSettings.model_validate({"method": "full", **stated})
     for name, each in (("scored", scored), ("by loss", None)):
         made = train(spec(tmp_path, full, work=name), ticking(1.0), before=None, score=each)
-        assert (made.estimate.seconds >= 2 * 40 * 100.0) == (each is not None)
+        assert (made.body.estimate.seconds >= 2 * 40 * 100.0) == (each is not None)
     assert counted == [0, 0, 2 * (tmp_path / "model" / "model.safetensors").stat().st_size, 0]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -95,13 +96,7 @@ def label_count(row: Rendered) -> int:
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all rows have in common."""
-    first, last = min(map(tuple, rows)), max(map(tuple, rows))
-    same = 0
-    for one, other in zip(first, last, strict=False):
-        if one != other:
-            break
-        same += 1
-    return same
+    return len(commonprefix([tuple(row) for row in rows]))  # noqa: RUF071 - of tokens, not of paths
 
 
 def _filled(prefix: int, lengths: Sequence[int]) -> list[int]:

@@ -1,16 +1,14 @@
-"""The device that the hf engine computes on, and its memory. Imports torch only where it is needed."""
+"""The device that the hf engine computes on. Imports torch only where it is needed."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import local_rank
 
 if TYPE_CHECKING:
@@ -124,35 +122,3 @@ def stated_peak(card: str) -> float | None:
     if any(variant in words for variant in (" MIG ", " Laptop ", " D ")):
         return None
     return next((peak * 1e12 for name, peak in _PEAKS if f" {name} " in words), None)
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """The memory that a model computes in: a GPU's, or this machine's."""
-
-    device: torch.device
-
-    def available(self, sharing: int = 1) -> int:
-        """Bytes that this process can still allocate. sharing: how many processes share the machine's memory; a GPU
-        has one."""
-        import torch
-
-        if self.device.type == "cpu":
-            return memory.available_memory() // sharing
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(torch.cuda.mem_get_info(self.device)[0]) + unused
-
-    def reset_peak(self) -> None:
-        """Start measuring peak() afresh."""
-        import torch
-
-        if self.device.type == "cpu":
-            memory.reset_peak_memory()
-        else:
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self) -> int:
-        """The most bytes in use since reset_peak(): of the process on a CPU, of tensors on a GPU."""
-        import torch
-
-        return memory.peak_memory() if self.device.type == "cpu" else torch.cuda.max_memory_allocated(self.device)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.decoding.answers import Answer, Sampling, Score, choice_rows
-from tunesmith.engines.decoding.constraint import Constraints, Guide
-from tunesmith.engines.protocol import Completion, Engine, Generation, Question, Streamed, TokenScore
+from tunesmith.engines.decoding.answers import Answer, DecodedRow, choice_rows, prompt_ids
+from tunesmith.engines.decoding.constraint import Constraints
+from tunesmith.engines.protocol import Completion, Engine, Generation, Loaded, Question, Streamed
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import has_whole_model
 
 _WHOLE_KEPT = 3  # models trained in full: a champion, its canary, one more
-Loaded = TypeVar("Loaded")
+Row = TypeVar("Row", bound=DecodedRow)
 
 
 class InProcessEngine(ABC, Generic[Loaded]):
@@ -80,15 +80,13 @@ class InProcessEngine(ABC, Generic[Loaded]):
 
     def holds(self, name: str) -> bool:
         """Whether name is loaded."""
-        with self._lock:
-            return name in self._adapters or name in self._whole
+        return name in self._adapters or name in self._whole
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
         """Answers in the order of requests."""
-        whole = self._whole_engine(adapter)
-        if whole is not None:
+        if (whole := self._whole_engine(adapter)) is not None:
             return whole.generate(requests, progress=progress)
         return self._generate(requests, adapter, progress)
 
@@ -128,15 +126,13 @@ class InProcessEngine(ABC, Generic[Loaded]):
         if (whole := self._whole_engine(adapter)) is not None:
             return whole.choose(questions, progress=progress)
         rows = choice_rows(self._renderer, questions)
-        sums = [0.0] * len(rows)
+        sums: dict[int, float] = {}
         with progress.task("scoring choices", len(rows)) as task:
             for chosen in self._choice_batches([len(row.ids) for row in rows]):
-                scored = self._log_probabilities([rows[place] for place in chosen], adapter)
-                for place, total in zip(chosen, scored, strict=True):
-                    sums[place] = total
+                sums |= zip(chosen, self._log_probabilities([rows[place] for place in chosen], adapter), strict=True)
                 task.advance(len(chosen))
-        every = iter(sums)
-        return [[next(every) for _ in question.choices] for question in questions]
+        every = itertools.count()
+        return [[sums[next(every)] for _ in question.choices] for question in questions]
 
     @abstractmethod
     def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
@@ -146,50 +142,30 @@ class InProcessEngine(ABC, Generic[Loaded]):
     def _constraints(self) -> Constraints:
         return Constraints(self._renderer.tokenizer, self._vocabulary, self._renderer.stop_ids)
 
-    def _guide(self, request: Generation) -> Guide | None:
-        """What holds a request's answer to its schema or grammar; None where any text may be given."""
-        free = request.schema is None and request.grammar is None
-        return None if free else self._constraints.guide(request)
+    def _begin(
+        self, row: Callable[..., Row], requests: Sequence[Generation], *, streams: bool = False
+    ) -> tuple[SimpleQueue[Streamed | None], list[Answer], list[Row]]:
+        """The events of all requests' answers, the answers, and the rows to decode for them."""
+        events: SimpleQueue[Streamed | None] = SimpleQueue()
+        answers, rows = list[Answer](), list[Row]()
+        for request in requests:
+            ids = prompt_ids(self._renderer, request, self.context_length)
+            free = request.schema is None and request.grammar is None  # any text may be given
+            limit = max(1, min(request.max_tokens, self.context_length - len(ids)))
+            answers.append(Answer(self._renderer, request, len(ids), self._token_bytes, events, streams=streams))
+            guide = None if free else self._constraints.guide(request)
+            rows.append(row(request=request, ids=ids, limit=limit, listener=answers[-1], guide=guide))
+        return events, answers, rows
 
-    def _row(self, request: Generation, answer: Answer, tokens: int) -> dict[str, Any]:
-        """The fields of a request's DecodedRow besides its ids. tokens: of its prompt."""
-        answer.prompt_tokens = tokens
-        return {
-            "limit": max(1, min(request.max_tokens, self.context_length - tokens)),
-            "sampling": Sampling(request.temperature, request.top_p, request.seed),
-            "listener": answer,
-            "guide": self._guide(request),
-            "top": request.top_logprobs,
-        }
+    def _token_bytes(self, token: int) -> bytes:
+        return self._constraints.token_bytes(token)
 
-    def _loaded(self, adapter: str | None) -> Loaded | None:
-        """The adapter of this name; None for the base. Raises Refused where it is not loaded."""
-        if adapter is None:
-            return None
-        if adapter not in self._adapters:
-            raise Refused(f"adapter {adapter} is not loaded", fix="load it first")
-        return self._adapters[adapter]
-
-    def _answer(self, request: Generation, events: SimpleQueue[Streamed | None], *, streams: bool) -> Answer:
-        return Answer(self._renderer, request, self._token_score, events, streams=streams)
-
-    def _token_score(self, token: int, score: Score) -> TokenScore:
-        """A score with the texts and bytes of its tokens."""
-
-        def spelled(token: int, logprob: float, top: tuple[TokenScore, ...] = ()) -> TokenScore:
-            data = self._constraints.token_bytes(token)
-            return TokenScore(data.decode(errors="replace"), data, logprob, top)
-
-        return spelled(token, score.logprob, tuple(spelled(*each) for each in score.top))
-
-    def _choice_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _choice_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of rows in batches for one forward pass each, shortest rows first. lengths: of all rows."""
-        batch: list[int] = []
+        batches: list[list[int]] = [[]]
         for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-            full = len(batch) == self.choice_rows or lengths[place] * (len(batch) + 1) > self.choice_tokens
-            if batch and full:
-                yield batch
-                batch = []
-            batch.append(place)
-        if batch:
-            yield batch
+            count = len(batches[-1])
+            if count and (count == self.choice_rows or lengths[place] * (count + 1) > self.choice_tokens):
+                batches.append([])
+            batches[-1].append(place)
+        return batches

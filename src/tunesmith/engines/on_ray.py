@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.ray_cluster import actor_options, check_room, connected, limit_to
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.engines.factory import LocalEngine, load_model
-from tunesmith.engines.protocol import Completion, Engine, Generation, Question
+from tunesmith.engines.protocol import Completion, Engine, Generation, Question, loaded
 from tunesmith.engines.settings import RaySettings
 from tunesmith.models.base import Base, check_base
 
@@ -82,9 +82,7 @@ class RayEngine(Engine):
 
         What a lost worker was asked is asked again. Raises TunesmithError where more than three are lost.
         """
-        if adapter is not None and adapter not in self._adapters:
-            raise Refused(f"adapter {adapter} is not loaded", fix="load it first")
-        files = None if adapter is None else [self._adapters[adapter]]  # in a list, Ray sends it when it is needed
+        files = [loaded(self._adapters, adapter)]  # in a list, Ray sends it when it is needed
         size = max(1, min(_MOST_TOGETHER, -(-len(asked) // (2 * self._settings.workers))))
         open_parts = deque(range(0, len(asked), size))
         given: dict[int, list[Any]] = {}  # the answers to a part, by its first place
@@ -92,7 +90,10 @@ class RayEngine(Engine):
         lost = 0
         with self._lock, self._connected() as ray, progress.task("answering", len(asked)) as task:
             if not self._idle and not self._busy:
-                self._start_all(ray)
+                own = self._settings
+                check_room(ray, own.workers, own.resources, _WHERE, own.address, self._progress)
+                for _ in range(own.workers):
+                    self._start(ray)
             while len(given) * size < len(asked):
                 while open_parts and self._idle:
                     worker, place = self._idle.pop(), open_parts.popleft()
@@ -137,12 +138,6 @@ class RayEngine(Engine):
             ray.kill(worker)
         self._idle, self._busy = [], {}
 
-    def _start_all(self, ray: Any) -> None:
-        given = self._settings
-        check_room(ray, given.workers, given.resources, _WHERE, given.address, self._progress)
-        for _ in range(given.workers):
-            self._start(ray)
-
     def _start(self, ray: Any) -> None:
         """Start a worker, which loads the base."""
         worker = ray.remote(_Worker).options(**actor_options(self._settings.resources)).remote()
@@ -163,22 +158,17 @@ class _Worker:
         return None
 
     def answer(
-        self, method: _Method, asked: list[Any], adapter: str | None, files: list[Any] | None
+        self, method: _Method, asked: list[Any], adapter: str | None, files: list[Any]
     ) -> list[Any] | TunesmithError:
         """What the engine answers. files: Ray's reference to the adapter's."""
-        try:
-            if adapter is not None and files is not None and not self._engine.holds(adapter):
-                self._load_adapter(adapter, files[0])
-            if method == "choose":
-                return self._engine.choose(asked, adapter)
-            return self._engine.generate(asked, adapter)
-        except TunesmithError as error:
-            return error
-
-    def _load_adapter(self, adapter: str, files: Any) -> None:
         import ray
 
-        with scratch_folder() as folder:
-            for name, content in ray.get(files).items():
-                (folder / name).write_bytes(content)
-            self._engine.load_adapter(adapter, folder)
+        try:
+            if adapter is not None and not self._engine.holds(adapter):
+                with scratch_folder() as folder:
+                    for name, content in ray.get(files[0]).items():
+                        (folder / name).write_bytes(content)
+                    self._engine.load_adapter(adapter, folder)
+            return list(getattr(self._engine, method)(asked, adapter))
+        except TunesmithError as error:
+            return error

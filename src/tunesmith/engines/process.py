@@ -1,4 +1,5 @@
-"""Sets up this process for computing: the number of threads, and how memory is kept."""
+"""Sets up this process for computing: the number of threads, and how memory is kept. And what a device reaches and has
+free."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import started_by_torchrun, wanted_threads
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -65,3 +68,29 @@ def product_flops(rows: int, outputs: int, inputs: int, device: torch.device, dt
             torch.cuda.synchronize(device)  # it computes while this thread goes on
 
     return measured_flops(multiply, 2.0 * rows * inputs * outputs)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory that a model computes in: a GPU's, or this machine's."""
+
+    device: torch.device
+
+    def available(self, sharing: int = 1) -> int:
+        """Bytes that this process can still allocate. sharing: how many processes share the machine's memory; a GPU
+        has one."""
+        if self.device.type == "cpu":
+            return memory.available_memory() // sharing
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + unused
+
+    def reset_peak(self) -> None:
+        """Start measuring peak() afresh."""
+        if self.device.type == "cpu":
+            memory.reset_peak_memory()
+        else:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        """The most bytes in use since reset_peak(): of the process on a CPU, of tensors on a GPU."""
+        return memory.peak_memory() if self.device.type == "cpu" else torch.cuda.max_memory_allocated(self.device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
+from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 
@@ -14,6 +15,7 @@ from tunesmith.core.progress import SILENT, Progress
 # whitespace_pattern does not serve: some releases of llguidance read " ?" as any number of spaces.
 ITEM_SEPARATOR: Final = ", ?"
 KEY_SEPARATOR: Final = ": ?"
+Loaded = TypeVar("Loaded")
 ConstrainedBy = Literal["constrain", "messages", "response_format.json_schema", "tools"]
 
 
@@ -102,14 +104,12 @@ class Responder(Protocol):
     @property
     def context_length(self) -> int:
         """Most tokens a prompt and its answer may have together."""
-        ...
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
         """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context, and where a
         request wants log-probabilities that there are none of."""
-        ...
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
         """Pieces of the answer's text as they are decoded, or all of it in one; the last item is the whole Completion.
@@ -125,22 +125,25 @@ class Engine(Responder, Protocol):
     @property
     def base(self) -> str:
         """Digest of the base record."""
-        ...
 
     @property
     def follows_grammars(self) -> bool:
         """Whether it can hold answers to a grammar, and not to a schema only."""
-        ...
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder under name (the training's digest). Raises Refused if it does not fit the base."""
 
     def holds(self, name: str) -> bool:
         """Whether name is loaded. An engine may unload models that were trained in full."""
-        ...
 
     def choose(
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[list[float]]:
         """For each question the log-probability of each choice, summed over its tokens (end token included)."""
-        ...
+
+
+def loaded(adapters: Mapping[str, Loaded], name: str | None) -> Loaded | None:
+    """The adapter of this name; None for the base. Raises Refused where it is not loaded."""
+    if name is not None and name not in adapters:
+        raise Refused(f"adapter {name} is not loaded", fix="load it first")
+    return None if name is None else adapters[name]

@@ -71,19 +71,22 @@ class Ranks:
         """The JSON values of all ranks, in their order."""
         if self.size == 1:
             return [value]
-        return [json.loads(each.numpy().tobytes()) for each in self._all(_encoded(value))]
+        mine = _encoded(value)
+        lengths = [torch.zeros((), dtype=torch.long) for _ in range(self.size)]
+        torch.distributed.all_gather(lengths, torch.tensor(len(mine)))
+        longest = int(max(lengths))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
+        each = zip(parts, map(int, lengths), strict=True)
+        return [json.loads(part[:length].numpy().tobytes()) for part, length in each]
 
     def total(self, value: float) -> float:
         """The sum of a number over all ranks: added in their order, so that it is the same everywhere."""
-        return value if self.size == 1 else sum(self.gather(value))
+        return float(sum(self.gather(value)))
 
     def most(self, value: int) -> int:
         """The largest value that a rank has."""
-        if self.size == 1:
-            return value
-        largest = torch.tensor(value)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return int(largest)
+        return int(max(self.gather(value)))
 
     def clock(self, own: Callable[[], float]) -> Callable[[], float]:
         """A clock that gives every rank rank 0's reading, so that all decide alike. All ranks read it together."""
@@ -103,15 +106,6 @@ class Ranks:
             encoded = torch.empty(int(length), dtype=torch.uint8)
         torch.distributed.broadcast(encoded, src=0, group=self.patient)
         return json.loads(encoded.numpy().tobytes())
-
-    def _all(self, mine: Tensor) -> list[Tensor]:
-        """The bytes of all ranks."""
-        lengths = [torch.zeros((), dtype=torch.long) for _ in range(self.size)]
-        torch.distributed.all_gather(lengths, torch.tensor(len(mine)))
-        longest = int(max(lengths))
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
-        return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
 
 
 ALONE = Ranks()

@@ -263,15 +263,12 @@ def match_layers(wanted: Iterable[str], names: Iterable[str], where: str) -> set
 
     where: the setting that wanted comes from. Raises UsageError for an entry that matches no name.
     """
-    known, found = sorted(names), set[str]()
-    for each in wanted:
-        matches = {name for name in known if each == "all" or fnmatchcase(name, each)}
-        if not matches:
-            raise UsageError(
-                f"the base has no linear layer called {each!r}; it has {', '.join(known)}, or write all", where=where
-            )
-        found |= matches
-    return found
+    known = sorted(names)
+    matches = {each: {name for name in known if each == "all" or fnmatchcase(name, each)} for each in wanted}
+    if lost := [each for each, found in matches.items() if not found]:
+        there = f"it has {', '.join(known)}, or write all"
+        raise UsageError(f"the base has no linear layer called {lost[0]!r}; {there}", where=where)
+    return set[str]().union(*matches.values())
 
 
 def lacks(family: str, weights: WeightSettings, *, ranks: int = 1, where: str = "train") -> str | None:

@@ -47,75 +47,60 @@ class TrainableModel(Protocol):
     @property
     def engine_name(self) -> str:
         """The engine's name in records."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """The device that it computes on. Batches lie on the CPU."""
-        ...
 
     @property
     def shares_prefix(self) -> bool:
         """Whether rows of a batch may share their common beginning, so that it is computed once."""
-        ...
 
     @property
     def trained_numbers(self) -> int:
         """How many numbers are trained."""
-        ...
 
     def environment(self) -> Mapping[str, str]:
         """What the trained bytes depend on besides their input, such as kernels and library versions. A training is
         only resumed in the same environment."""
-        ...
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The tensors to optimise. Every call returns the same tensors in the same order."""
-        ...
 
     def loss(self, batch: Batch, weights: LabelWeights) -> Tensor:
         """The sum of a batch's negative log-likelihoods, each times its label's weight: a scalar, with gradients unless
         autograd is off. The weights get no gradient."""
-        ...
 
     def label_losses(self, batch: Batch) -> Tensor:
         """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
-        ...
 
     def reference_losses(self, batch: Batch) -> Tensor:
         """As label_losses, by the base as it was before training.
 
         Raises Refused where this process has only weights that training changes.
         """
-        ...
 
     def collect_gradients(self) -> None:
         """After a backward pass: add its gradients to `.grad` of the tensors in parameter_groups()."""
-        ...
 
     def parameters_changed(self) -> None:
         """After the tensors in parameter_groups() were written to: bring everything computed from them up to date."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write the trained model's files into an existing folder: an adapter in PEFT's layout, or model.safetensors.
 
         Raises TunesmithError where the training changed nothing that the files would keep.
         """
-        ...
 
     def memory_estimate(self, batch: Batch) -> int:
         """Bytes that loss, backward pass and collect_gradients() of a batch need on top of what is allocated now."""
-        ...
 
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of the matrix products in a batch's loss and backward pass."""
-        ...
 
     def peak_flops(self, batch: Batch) -> float:
         """Floating-point operations a second that this machine reaches on the model's largest matrix product, for as
         many rows as a batch has tokens. Measured once for each size."""
-        ...
 
 
 class UnloadingEngine(Engine, Protocol):
@@ -130,7 +115,6 @@ class LoadedModel(Protocol):
 
     def engine(self) -> UnloadingEngine:
         """The engine that answers with these weights."""
-        ...
 
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> TrainableModel:
         """A new trainable model on these weights, at its start.
@@ -139,7 +123,6 @@ class LoadedModel(Protocol):
         besides the number itself (its gradient, the optimiser's state, the best weights so far). Raises UsageError or
         Refused for settings that this engine or base cannot honour, and where memory cannot hold the weights.
         """
-        ...
 
 
 class ShardedModel(LoadedModel, Protocol):
@@ -150,4 +133,3 @@ class ShardedModel(LoadedModel, Protocol):
 
         Every rank calls this and gets all answers. The requests of other ranks do not count.
         """
-        ...

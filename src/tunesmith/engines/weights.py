@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,21 @@ from torch import Tensor, nn
 
 from tunesmith.core.digests import digest_pieces
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.engines.device import DeviceMemory
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.ranks import Ranks, first_row, held
 from tunesmith.models.base import Base, weight_files
 from tunesmith.models.export.merging import tensors_in
 from tunesmith.models.weight_files import MODEL_FILE, binding, check_model_file
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write tensors to a safetensors file and sync it to the disk; returns the digest of its bytes.
 
-    The safetensors library copies all tensors into memory once more before it writes them, and they may be most of the
-    memory that there is. metadata: at most one key, so that the same input gives the same bytes as with the library.
-    Wide numbers come first, so that all of them are aligned.
+    Releases of the safetensors library write the same tensors as other bytes, and older ones copy all of them into
+    memory once more. metadata: at most one key, so that its order is always the same. Wide numbers come first, so that
+    all of them are aligned.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     with path.open("wb") as stream:
@@ -94,11 +91,8 @@ def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-NOTHING: frozenset[str] = frozenset()
-
-
 def read_weights(
-    folder: Path, dtype: torch.dtype | None = None, repeated: frozenset[str] = NOTHING
+    folder: Path, dtype: torch.dtype | None = None, repeated: frozenset[str] = frozenset()
 ) -> dict[str, Tensor]:
     """Every tensor of a base's folder by name, in dtype (None: as stored). repeated: names of those that repeat another
     one (a tied head), to be left out.
@@ -110,7 +104,7 @@ def read_weights(
 
 
 def save_model(
-    trained: Iterable[tuple[str, Tensor]], base: Base, folder: Path, repeated: frozenset[str] = NOTHING
+    trained: Iterable[tuple[str, Tensor]], base: Base, folder: Path, repeated: frozenset[str] = frozenset()
 ) -> None:
     """Write model.safetensors into an existing folder: the base's weights, with the trained ones in their place.
 
@@ -133,7 +127,7 @@ def save_model(
     write_tensors(folder / MODEL_FILE, ordered, binding(base.digest, base.fingerprint))
 
 
-def read_model_file(folder: Path, base: Base, repeated: frozenset[str] = NOTHING) -> dict[str, Tensor]:
+def read_model_file(folder: Path, base: Base, repeated: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """The weights in a training's folder, for the base they were trained on. repeated: see read_weights.
 
     Raises Refused for weights of another base, for missing or unknown tensors, other shapes or dtypes, and for weights
@@ -142,44 +136,43 @@ def read_model_file(folder: Path, base: Base, repeated: frozenset[str] = NOTHING
     path = folder / MODEL_FILE
     check_model_file(folder, base=base.digest, fingerprint=base.fingerprint)
     tensors = load_file(path)
-    stored = read_weights(base.folder, repeated=repeated)
+    if (wrong := _misfit(tensors, read_weights(base.folder, repeated=repeated))) is not None:
+        raise Refused(wrong, where=str(path), fix="train them again")
+    return tensors
+
+
+def _misfit(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str | None:
+    """Why a training's weights do not belong to a base's; None if they do."""
     for name in sorted(stored.keys() ^ tensors.keys()):
         what = "lack" if name in stored else "hold a tensor that the base does not have:"
-        raise Refused(f"the weights {what} {name[:120]}", where=str(path), fix="train them again")
+        return f"the weights {what} {name[:120]}"
     for name, tensor in tensors.items():
-        own = stored[name]
-        if (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
-            raise Refused(
-                f"{name} is {_kind(tensor)}, but the base's is {_kind(own)}", where=str(path), fix="train them again"
-            )
-    if all(torch.equal(tensor, stored[name]) for name, tensor in tensors.items()):
-        raise Refused("the weights equal the base's", where=str(path), fix="train them again")
-    return tensors
+        if (own := _kind(tensor)) != (theirs := _kind(stored[name])):
+            return f"{name} is {own}, but the base's is {theirs}"
+    equal = all(torch.equal(tensor, stored[name]) for name, tensor in tensors.items())
+    return "the weights equal the base's" if equal else None
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-class LateWeights:
-    """Where a module's weights are. keys: the tensor of each parameter; files: the open file of each tensor."""
-
-    def __init__(self, keys: Mapping[str, str], files: Mapping[str, Any]) -> None:
-        self._keys, self._files = keys, files
-
-    @torch.no_grad()
-    def read(self, module: Any, device: torch.device) -> None:
-        """Give a sharded module's parameters memory, and read this rank's rows of each into it."""
-        module._apply(lambda each: torch.empty_like(each, device=device) if each.is_meta else each)
-        for name, parameter in module.named_parameters():
-            if (key := self._keys.get(name.replace(".base_layer.", "."))) is not None:
-                mine = held(parameter)
-                first = first_row(parameter)
-                mine.copy_(self._files[key].get_slice(key)[first : first + len(mine)])
+# Gives the parameters of a sharded module on this device memory, and reads this rank's rows of each into it.
+ReadLate = Callable[[Any, torch.device], None]
 
 
-def without_weights(build: Callable[[], Any], folder: Path, device: torch.device) -> tuple[Any, LateWeights] | None:
-    """A base's module without its weights, and where they are.
+@torch.no_grad()
+def _read_late(keys: Mapping[str, str], files: Mapping[str, Any], module: Any, device: torch.device) -> None:
+    """keys: the tensor of each parameter; files: the open file of each tensor."""
+    module._apply(lambda each: torch.empty_like(each, device=device) if each.is_meta else each)
+    for name, parameter in module.named_parameters():
+        if (key := keys.get(name.replace(".base_layer.", "."))) is not None:
+            mine, first = held(parameter), first_row(parameter)
+            mine.copy_(files[key].get_slice(key)[first : first + len(mine)])
+
+
+def without_weights(build: Callable[[], Any], folder: Path, device: torch.device) -> tuple[Any, ReadLate] | None:
+    """A base's module without its weights, and what reads them.
 
     build: makes the module by transformers' from_config. None where the files do not hold exactly the module's tensors
     under its own names, as where transformers renames or merges them, or keeps some of them in fp32 under bf16.
@@ -191,24 +184,22 @@ def without_weights(build: Callable[[], Any], folder: Path, device: torch.device
     module.tie_weights()
     files = stored_tensors(folder)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    names: dict[int, list[str]] = {}  # of each parameter: several where it is tied
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
-    found = {id_: [name for name in some if name in files] for id_, some in names.items()}
-    if any(len(some) != 1 for some in found.values()) or {*files} != {some[0] for some in found.values()}:
-        return None
-    if module.state_dict().keys() != parameters.keys():  # there are buffers among the weights
-        return None
-    if module.dtype != torch.float32 and module._get_dtype_plan(module.dtype):
-        return None
-    keys = {name: found[id(parameter)][0] for name, parameter in parameters.items()}
-    shapes = {name: files[key].get_slice(key).get_shape() for name, key in keys.items()}
-    if any([*parameters[name].shape] != shape for name, shape in shapes.items()):
+    stored: dict[int, list[str]] = {id(parameter): [] for parameter in parameters.values()}  # its names in the files
+    for name in parameters.keys() & files.keys():
+        stored[id(parameters[name])].append(name)
+    keys = {name: names[0] for name, parameter in parameters.items() if (names := stored[id(parameter)])}
+    if (
+        any(len(names) != 1 for names in stored.values())
+        or {*files} != {*keys.values()}
+        or module.state_dict().keys() != parameters.keys()  # there are buffers among the weights
+        or (module.dtype != torch.float32 and module._get_dtype_plan(module.dtype))
+        or any([*parameters[name].shape] != files[key].get_slice(key).get_shape() for name, key in keys.items())
+    ):
         return None
     replace_parameters(module, lambda each: torch.zeros((), dtype=each.dtype, device=device).expand(each.shape))
     for each in module.modules():
         each._buffers.update({name: buffer.to(device) for name, buffer in each._buffers.items() if buffer is not None})
-    return module, LateWeights(keys, files)
+    return module, partial(_read_late, keys, files)
 
 
 def to_meta(module: nn.Module) -> None:
@@ -242,7 +233,5 @@ def check_room(base: Base, what: str, ranks: Ranks, device: torch.device, dtype:
 
 def stored_tensors(folder: Path) -> dict[str, Any]:
     """The open safetensors file of each tensor in a folder."""
-    from safetensors import safe_open
-
     opened = [safe_open(str(path), framework="pt") for path in weight_files(folder)]
     return {key: file for file in opened for key in list(file.keys())}

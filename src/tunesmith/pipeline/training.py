@@ -148,7 +148,7 @@ def repeat_decided(
             weights = {path.name: digest_file(path) for path in sorted(done.folder.iterdir())}
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return RepeatedTraining(weights, done.state.step, done.state.seconds)
+    return RepeatedTraining(weights, done.body.steps, done.body.seconds)
 
 
 def training_spec(

@@ -145,9 +145,10 @@ def memory_plan(
     machine's GPU, or what this machine reaches on the widest product. utilisation: the share of it that a training
     reaches. Raises UsageError, Refused or TunesmithError for a base whose configuration cannot be read.
     """
-    from tunesmith.engines.device import DeviceMemory, computing_device
+    from tunesmith.engines.device import computing_device
     from tunesmith.engines.hf.costs import DTYPES, cache_bytes, training_flops
     from tunesmith.engines.hf.engine import MOST_ROWS
+    from tunesmith.engines.process import DeviceMemory
     from tunesmith.training.estimates.prediction import read_shapes, training_memory
 
     shapes = read_shapes(config_folder(spec, root))

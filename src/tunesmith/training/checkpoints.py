@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import NextStep, Refused
-from tunesmith.core.system.files import sync_folder
+from tunesmith.core.system.files import sync_folder, write_atomic
 from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.engines.ranks import ALONE, Ranks, held
 from tunesmith.engines.weights import SavedTensors, write_tensors
@@ -53,7 +53,12 @@ class Checkpoints:
             if self._ranks.first:
                 parts = {_part(rank): each for rank, each in enumerate(digests) if each is not None}
                 stated = {**state, "identity": self.identity, "step": step, "tensors": parts}
-                self._finish(written, {**stated, "moved": self.moved} if self.moved else stated)
+                stated |= {"moved": self.moved} if self.moved else {}
+                write_atomic(written / _STATE, json.dumps(stated).encode())
+                os.rename(written, self.folder / f"step-{step:08d}")
+                sync_folder(self.folder)
+                for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
+                    shutil.rmtree(old)
 
     def _begin(self, until_renamed: ExitStack) -> str:
         """The name of a new folder that all ranks write into."""
@@ -61,16 +66,6 @@ class Checkpoints:
         scratch = until_renamed.enter_context(scratch_folder(self.folder))
         (scratch / "step").mkdir()
         return scratch.name
-
-    def _finish(self, written: Path, state: Mapping[str, Any]) -> None:
-        with (written / _STATE).open("wb") as stream:
-            stream.write(json.dumps(state).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.rename(written, self.folder / f"step-{state['step']:08d}")
-        sync_folder(self.folder)
-        for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
-            shutil.rmtree(old)
 
     def load(self) -> tuple[tuple[SavedTensors, dict[str, Any]] | None, list[str]]:
         """The tensors and the state of the newest complete checkpoint, None where there is none; and the names of

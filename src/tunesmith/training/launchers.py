@@ -122,15 +122,6 @@ def _whole(lines: TextIO) -> Iterator[str]:
         yield line
 
 
-def _show(line: str, progress: Progress) -> None:
-    """Show a line that `_Written` wrote."""
-    found = json.loads(line)
-    if "say" in found:
-        progress.say(found["say"])
-    else:
-        progress.measured(found["measured"], found["values"])
-
-
 def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
     """What the trainer's rank 0 returns. Meanwhile the lines that rank 0 appends to a file are shown. Raises rank 0's
     TunesmithError."""
@@ -146,11 +137,14 @@ def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
         threading.Thread(target=fit, daemon=True).start()
         while True:
             ended = bool(wait([fitted], timeout=_SHOWN).done)
-            for line in _whole(lines):
-                _show(line, progress)
+            for said in map(json.loads, _whole(lines)):
+                if "say" in said:
+                    progress.say(said["say"])
+                else:
+                    progress.measured(said["measured"], said["values"])
             if (work / _FAILED).exists():
-                said = json.loads((work / _FAILED).read_bytes())
-                raise _KINDS[said["exit"]](said["what"], where=said["where"], fix=said["fix"])
+                failed = json.loads((work / _FAILED).read_bytes())
+                raise _KINDS[failed["exit"]](failed["what"], where=failed["where"], fix=failed["fix"])
             if ended:
                 task.advance()
                 return fitted.result()

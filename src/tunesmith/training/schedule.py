@@ -10,13 +10,13 @@ so that a training that is killed and resumed takes the same steps, and a finish
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 from tunesmith.core.system.files import write_atomic
-from tunesmith.records.training import Decay, Decisions
+from tunesmith.records.training import Decay, Decisions, Overfit
 from tunesmith.training.settings import MOST_WARMUP, WARMUP, TrainSettings
 
 
@@ -77,26 +77,27 @@ class TrainerState:
         return f"no {what} in {patience} validations"
 
     @property
-    def overfitting(self) -> list[dict[str, float]]:
+    def overfitting(self) -> list[Overfit]:
         """The validations with a higher loss than the lowest before them, although the training loss has fallen since.
 
         The training loss of a validation is the mean over the steps since the validation before it.
         """
-        found: list[dict[str, float]] = []
-        ends = [int(each["step"]) for each in self.validation]
-        means = [_mean_loss(self.curve[first:last]) for first, last in zip([0, *ends], ends, strict=False)]
-        for index, each in enumerate(self.validation):
-            lowest = min(range(index + 1), key=lambda before: self.validation[before]["loss"])
-            if each["loss"] > self.validation[lowest]["loss"] and means[index] < means[lowest]:
+        found: list[Overfit] = []
+        ends, losses = [int(each["step"]) for each in self.validation], [each["loss"] for each in self.validation]
+        since = [self.curve[first:last] for first, last in zip([0, *ends], ends, strict=False)]
+        means = [sum(point["loss"] for point in points) / max(1, len(points)) for points in since]
+        for place, loss in enumerate(losses):
+            lowest = losses.index(min(losses[: place + 1]))
+            if loss > losses[lowest] and means[place] < means[lowest]:
                 found.append(
-                    {
-                        "step": each["step"],
-                        "loss": each["loss"],
-                        "training_loss": means[index],
-                        "lowest_step": self.validation[lowest]["step"],
-                        "lowest_loss": self.validation[lowest]["loss"],
-                        "lowest_training_loss": means[lowest],
-                    }
+                    Overfit(
+                        step=ends[place],
+                        loss=loss,
+                        training_loss=means[place],
+                        lowest_step=ends[lowest],
+                        lowest_loss=losses[lowest],
+                        lowest_training_loss=means[lowest],
+                    )
                 )
         return found
 
@@ -104,10 +105,6 @@ class TrainerState:
 def _value(validation: Mapping[str, float]) -> float:
     """What weights are chosen by: the score, or without scores the probability of the labels."""
     return validation.get("score", validation["probability"])
-
-
-def _mean_loss(curve: Sequence[Mapping[str, float]]) -> float:
-    return sum(point["loss"] for point in curve) / max(1, len(curve))
 
 
 # A fall that would overrun the budget by more than the first share is shortened to the second one. That is lower, since
@@ -134,8 +131,15 @@ class Schedule:
         self._validated = {math.ceil(steps * turn / times) for turn in range(1, times + 1)}
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return learning_rate(step, self._steps, self._settings)
+        """The learning rate of a step: a linear warm-up, then the schedule down towards zero."""
+        steps, settings = self._steps, self._settings
+        warm = math.ceil(settings.warmup * steps)
+        if step < warm:
+            return settings.learning_rate * (step + 1) / warm
+        done = (step - warm) / max(1, steps - warm)
+        if settings.schedule == "cosine":
+            return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1.0)
 
     def validates(self, step: int) -> bool:
         """Whether to validate after so many steps."""
@@ -178,11 +182,8 @@ class Annealed(Schedule):
 
     def validates(self, step: int) -> bool:
         """Whether to validate after so many steps."""
-        return step % self.decisions.validate_every == 0 or step == self._stop
-
-    @property
-    def _stop(self) -> int:
-        return self.decisions.decays[-1].stop if self.decisions.decays else self._steps
+        decays = self.decisions.decays
+        return step % self.decisions.validate_every == 0 or step == (decays[-1].stop if decays else self._steps)
 
     def decide(self, state: TrainerState) -> str | None:
         """Let the rate fall where it is time for that; end the training where it has fallen."""
@@ -250,14 +251,3 @@ def keep_decisions(path: Path, decisions: Decisions) -> None:
 def read_decisions(path: Path) -> Decisions | None:
     """The decisions that were kept; None where there are none. Raises ValueError for a damaged file."""
     return Decisions.model_validate_json(path.read_bytes()) if path.is_file() else None
-
-
-def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
-    """The learning rate of a step (from 0) of so many: a linear warm-up, then the schedule down towards zero."""
-    warm = math.ceil(settings.warmup * steps)
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    if settings.schedule == "cosine":
-        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1.0)

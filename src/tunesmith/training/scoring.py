@@ -92,14 +92,11 @@ class Validation:
     def measure(self) -> Mapping[str, float]:
         """The validation loss and the mean probability of the labels, and the score with its standard error where
         answers are scored."""
-        found = self._fit()
+        found = validation_fit(self.model, self.batches, self.ranks)
         if self.score is not None and self.rows:
             score = self.score.score(self.model, self.rows)
             found["score"], found["score_error"] = self.ranks.agree(lambda: score)
         return found
-
-    def _fit(self) -> dict[str, float]:
-        return validation_fit(self.model, self.batches, self.ranks)
 
     def described(self) -> ValidationScore | None:
         """What answers are scored by; None where there is no score."""
@@ -119,7 +116,7 @@ class Validation:
         """
         began = self.clock()
         if self.batches:
-            self._fit()
+            validation_fit(self.model, self.batches, self.ranks)
         loss, answer = self.clock() - began, self.answer_seconds()
         if answer * _FEW * LEAST_SCORED / _TIMED <= _ONE_SHARE * budget:
             answer = self.answer_seconds(_TIMED)
@@ -180,14 +177,14 @@ def decide_beforehand(
 
 def _decided(kept: Path) -> dict[str, Any] | None:
     """What was kept; None where nothing was decided yet. Steps that a checkpoint holds obeyed what was decided."""
-    problem = "is missing" if any(kept.parent.glob("step-*")) else None
     try:
         if (before := read_decisions(kept)) is not None:
             return before.model_dump(mode="json")
+        if not any(kept.parent.glob("step-*")):
+            return None
+        problem = "is missing"
     except ValueError:
         problem = "cannot be read"
-    if problem is None:
-        return None
     raise Refused(
         f"what this training decided before it was stopped {problem}",
         where=str(kept),

@@ -105,7 +105,10 @@ def search(
     stopped goes on with the trial that had not ended. Raises what run_training raises for other reasons than a trial's
     own settings.
     """
-    study, space = _new_study(), search_space(spec.settings, len(spec.rows.read()))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_KEPT_SHARE)
+    study = optuna.create_study(pruner=pruner, direction="maximize")
+    space = search_space(spec.settings, len(spec.rows.read()))
     present = {key: getattr(spec.settings, key) for key in space}
     first = {0: present, 1: {**present, "learning_rate": _default_rate(spec.settings)}}
     done: list[Trial] = []
@@ -133,12 +136,6 @@ def search(
             done.append(trial)
             task.advance()
     return done
-
-
-def _new_study() -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_KEPT_SHARE)
-    return optuna.create_study(pruner=pruner, direction="maximize")
 
 
 def _default_rate(settings: TrainSettings) -> float:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import Progress
@@ -35,33 +35,29 @@ class Point(NamedTuple):
     value: float
 
 
-class Sink(Protocol):
-    """One run of a tracking tool."""
+class Sink:
+    """One run of a tracking tool. This one keeps nothing."""
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each series that the run has; 0 or no key where it has none."""
-        ...
+        return {}
 
     def write(self, points: Sequence[Point]) -> None:
         """Add points, each series in the order of its steps."""
-        ...
 
     def finish(self) -> None:
         """Mark the run as finished."""
-        ...
 
 
 class Follower:
-    """Keeps a sink up to date with a training's state. Without a sink it does nothing."""
+    """Keeps a sink up to date with a training's state."""
 
-    def __init__(self, sink: Sink | None, progress: Progress) -> None:
+    def __init__(self, sink: Sink, progress: Progress) -> None:
         self._sink, self._progress = sink, progress
         self._last: dict[str, int] | None = None  # None: unknown, so read it from the sink
 
     def follow(self, state: TrainerState) -> None:
         """Write the points of a state that the sink does not have."""
-        if self._sink is None:
-            return
         with self._reporting():
             last = self._sink.last_steps() if self._last is None else self._last
             self._last = None
@@ -71,8 +67,6 @@ class Follower:
 
     def finish(self) -> None:
         """Mark the run as finished."""
-        if self._sink is None:
-            return
         with self._reporting():
             self._sink.finish()
 
@@ -82,25 +76,6 @@ class Follower:
             yield
         except Exception as error:  # noqa: BLE001 - each tool has errors of its own
             self._progress.say(f"metrics were not written ({error}); the training and its record continue")
-
-
-class Reporter:
-    """Reports a training's losses, scores and memory to its progress. name: the training's. peak: bytes in use at
-    most."""
-
-    def __init__(self, name: str, peak: Callable[[], int], progress: Progress) -> None:
-        self._name, self._peak, self._progress = name, peak, progress
-        self._reported = 0
-
-    def report(self, state: TrainerState) -> None:
-        """Report the steps of a state that were not reported yet."""
-        memory, validated = self._peak(), {each["step"]: each for each in state.validation}
-        for each in state.curve[self._reported :]:
-            values = {"step": each["step"], "loss": each["loss"], "memory_bytes": memory}
-            found = validated.get(each["step"], {})
-            values |= {f"validation_{key}": found[key] for key in ("loss", "score") if key in found}
-            self._progress.measured(self._name, values)
-        self._reported = len(state.curve)
 
 
 def points(state: TrainerState) -> list[Point]:
@@ -124,14 +99,14 @@ def follower(
     Raises UsageError where the extra is not installed or MLflow cannot be reached.
     """
     if metrics is None:
-        return Follower(None, progress)
+        return Follower(Sink(), progress)
     run = f"{name}-{identity.removeprefix('sha256:')[:12]}"
     if metrics.tensorboard is not None:
         return Follower(_TensorBoard(Path(metrics.tensorboard) / run), progress)
     return Follower(_Mlflow(str(metrics.mlflow), metrics.experiment, run, settings.model_dump(mode="json")), progress)
 
 
-class _TensorBoard:
+class _TensorBoard(Sink):
     """Event files in the run's folder, a new file each time the training is resumed."""
 
     def __init__(self, folder: Path) -> None:
@@ -166,7 +141,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Mlflow:
+class _Mlflow(Sink):
     """A run of an MLflow experiment. A resumed training finds it by its tag."""
 
     def __init__(self, uri: str, experiment: str, run: str, settings: Mapping[str, Any]) -> None:

@@ -7,25 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.system.files import write_atomic
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
-from tunesmith.records.training import Decisions, Environment, Estimate, ValidationScore
-from tunesmith.training.schedule import TrainerState
+from tunesmith.records.training import Decisions, TrainingBody
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 
 
-class RowsFile(BaseModel):
+class RowsFile(BaseModel, frozen=True):
     """Rendered rows as JSON lines: each row's id, its token ids, and for each of them 1 where it is learned, else 0.
 
     digest: of the file's bytes.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     path: Path
     digest: str
@@ -52,7 +49,7 @@ def write_rows(path: Path, ids: Sequence[str], rows: Sequence[Rendered]) -> Rows
     return RowsFile(path=path, digest=digest_file(path))
 
 
-class TrainingSpec(BaseModel):
+class TrainingSpec(BaseModel, frozen=True):
     """One training.
 
     name: the candidate's, for messages and curves. engine: which trains. base: the base model, with the folder of its
@@ -61,8 +58,6 @@ class TrainingSpec(BaseModel):
     decisions: those of an earlier training, which this one repeats. notices: what people should know of it, for its
     record. documents: digest of those whose passages the rows' prompts hold.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     engine: Literal["native", "hf"]
@@ -80,30 +75,8 @@ class TrainingSpec(BaseModel):
 
 
 class TrainingResult(BaseModel):
-    """A training that has ended.
-
-    folder: holds the trained model's files and nothing else. engine: the name of the engine that trained it.
-    environment: what the bytes depend on besides the spec. decisions: what a schedule decided while it ran, None where
-    it was planned. score: the metric and the number of rows of validation scores, None where validation went by the
-    loss. epochs: done, a fraction where the last one was not. rows: of one epoch, without what it rehearses. rehearsed:
-    answers of the base that were drawn for that. tokens, labels: of the rows, over the epochs done. tokens_computed: in
-    the steps done, with what is rehearsed, shared prefixes once.
-    """
+    """A training that has ended. folder: holds the trained model's files and nothing else. body: what its record
+    states."""
 
     folder: Path
-    engine: str
-    environment: Environment
-    state: TrainerState
-    estimate: Estimate
-    notices: list[str]
-    decisions: Decisions | None
-    score: ValidationScore | None
-    epochs: float
-    rows: int
-    rehearsed: int
-    tokens: int
-    labels: int
-    tokens_computed: int
-    trained_numbers: int
-    peak_memory_bytes: int
-    checkpoint_bytes: int
+    body: TrainingBody

@@ -49,22 +49,13 @@ def _add_gradients(model: TrainableModel, objective: Objective, batch: Batch, di
     return loss.detach() if objective.linear or not found else found[0]
 
 
-def drop_gradients(model: TrainableModel) -> None:
-    """Forget the gradients on the model's parameters."""
-    for parameter in parameters(model):
-        parameter.grad = None
-
-
 def validation_fit(model: TrainableModel, batches: Sequence[Batch], ranks: Ranks = ALONE) -> dict[str, float]:
     """{"loss", "probability"}: the mean loss over all labels of the batches, on all ranks, and the mean probability
     that the model gives them."""
-    labels, losses, probabilities = step_labels(batches), [], []
-    for batch in batches:
-        each = model.label_losses(batch).double()
-        losses.append(float(each.sum()))
-        probabilities.append(float(each.neg().exp().sum()))
-    found = {"loss": math.fsum(losses), "probability": math.fsum(probabilities)}
-    return {name: ranks.total(total) / labels for name, total in found.items()}
+    losses = [model.label_losses(batch).double() for batch in batches]
+    found = {"loss": [each.sum() for each in losses], "probability": [each.neg().exp().sum() for each in losses]}
+    labels = step_labels(batches)
+    return {name: ranks.total(math.fsum(map(float, sums))) / labels for name, sums in found.items()}
 
 
 def make_optimizer(model: TrainableModel, settings: TrainSettings) -> torch.optim.AdamW:

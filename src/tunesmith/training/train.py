@@ -18,8 +18,9 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.batch import label_count
-from tunesmith.engines.device import DeviceMemory, device_name
+from tunesmith.engines.device import device_name
 from tunesmith.engines.factory import LocalEngine, load_model, training_engine
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF, is_native
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
@@ -29,7 +30,6 @@ from tunesmith.records.training import (
     Decisions,
     Environment,
     Estimate,
-    Overfit,
     RecordedSettings,
     TrainedStep,
     TrainingBody,
@@ -54,7 +54,7 @@ from tunesmith.training.objectives import Objective, objective_of
 from tunesmith.training.schedule import DECISIONS, Annealed, Schedule, TrainerState
 from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings, fit_to_rows
-from tunesmith.training.sinks import Reporter, follower
+from tunesmith.training.sinks import follower
 from tunesmith.training.spec import TrainingResult, TrainingSpec, write_rows
 from tunesmith.training.trainer import Trainer
 
@@ -159,10 +159,18 @@ def run_training(
     measured_first = schedule.decisions.seconds if schedule.decisions else 0.0
     run = checkpoints.identity | ({"measured": measured_first} if measured_first else {})
     curves = follower(spec.metrics, spec.name, digest_of(run), settings, progress)
-    reporter = Reporter(spec.name, memory.peak, progress)
+    reported = 0
 
     def on_step(state: TrainerState) -> None:
-        reporter.report(state)
+        """Report the steps of a state that were not reported yet."""
+        nonlocal reported
+        validated = {each["step"]: each for each in state.validation}
+        for each in state.curve[reported:]:
+            found = validated.get(each["step"], {})
+            values = {"step": each["step"], "loss": each["loss"], "memory_bytes": memory.peak()}
+            values |= {f"validation_{key}": found[key] for key in ("loss", "score") if key in found}
+            progress.measured(spec.name, values)
+        reported = len(state.curve)
         if watch is not None:
             watch(state, trained)
 
@@ -181,27 +189,48 @@ def run_training(
         ranks=ranks,
     ).run()
     curves.finish()
+    folder, made_by = spec.work / "result", environment(trained, ranks)
+    if ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    trained.save(folder)
     epochs = state.step / plan.epoch_steps
+    tokens = round(sum(len(row.ids) for row in rows) * epochs)
     paused = [f"the training was paused for {state.paused:.0f} s, which do not count"] if state.paused else []
-    return TrainingResult(
-        folder=_save(trained, spec.work / "result", ranks),
-        engine=trained.engine_name,
-        environment=environment(trained, ranks),
-        state=state,
-        estimate=expected,
-        notices=[*notices, *validation.notices(), *paused, *checkpoints.moved],
-        decisions=schedule.decisions,
-        score=validation.described(),
-        epochs=epochs,
+    best = None if settings.keep == "last" else state.best
+    last = state.curve[-max(1, len(state.curve) // 20) :]
+    body = TrainingBody(
+        settings=RecordedSettings.model_validate(settings.model_dump(mode="json")),
+        splits=spec.splits,
         rows=len(rows),
         rehearsed=rehearsal.answers,
-        tokens=round(sum(len(row.ids) for row in rows) * epochs),
-        labels=round(labels * epochs),
+        tokens=tokens,
         tokens_computed=sum(int(step["tokens"]) for step in state.curve),
-        trained_numbers=trained.trained_numbers,
+        labels=round(labels * epochs),
+        parameters=trained.trained_numbers,
+        notices=(*notices, *validation.notices(), *paused, *checkpoints.moved),
+        fingerprint=spec.base.fingerprint,
+        threads=made_by.threads,
+        engine=trained.engine_name,
+        environment=made_by,
+        steps=state.step,
+        seconds=state.seconds,
+        epochs=epochs,
+        examples_per_second=len(rows) * epochs / state.seconds,
+        tokens_per_second=tokens / state.seconds,
+        estimate=expected,
+        final_loss=sum(step["loss"] for step in last) / len(last),
+        curve=tuple(map(TrainedStep.model_validate, state.curve)),
+        validation=tuple(map(ValidationPoint.model_validate, state.validation)),
+        score=validation.described(),
+        decisions=schedule.decisions,
+        overfitting=tuple(state.overfitting),
+        kept=state.step if best is None else int(state.validation[best]["step"]),
+        ended=state.ended,
         peak_memory_bytes=ranks.most(memory.peak()),
         checkpoint_bytes=checkpoints.newest_bytes(),
     )
+    return TrainingResult(folder=folder, body=body)
 
 
 def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) -> str:
@@ -210,7 +239,7 @@ def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) ->
     parents = {"base": spec.base.digest, "dataset": spec.dataset}
     if spec.documents is not None:
         parents["documents"] = spec.documents
-    return store.put_record(_body(spec, result).record(parents, blobs))
+    return store.put_record(result.body.record(parents, blobs))
 
 
 def train(
@@ -337,50 +366,3 @@ def _announce(ready: _Ready, rows: int, expected: Estimate, notices: Sequence[st
     )
     for notice in notices:
         progress.say(notice)
-
-
-def _save(model: TrainableModel, folder: Path, ranks: Ranks) -> Path:
-    """Write the model's files into a folder that holds nothing else."""
-    if ranks.first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    model.save(folder)
-    return folder
-
-
-def _body(spec: TrainingSpec, result: TrainingResult) -> TrainingBody:
-    """What the training record states."""
-    state, keep = result.state, spec.settings.keep
-    kept = state.step if keep == "last" or state.best is None else int(state.validation[state.best]["step"])
-    tail = state.curve[-max(1, len(state.curve) // 20) :]
-    return TrainingBody(
-        settings=RecordedSettings.model_validate(spec.settings.model_dump(mode="json")),
-        splits=spec.splits,
-        rows=result.rows,
-        rehearsed=result.rehearsed,
-        tokens=result.tokens,
-        tokens_computed=result.tokens_computed,
-        labels=result.labels,
-        parameters=result.trained_numbers,
-        notices=tuple(result.notices),
-        fingerprint=spec.base.fingerprint,
-        threads=result.environment.threads,
-        engine=result.engine,
-        environment=result.environment,
-        steps=state.step,
-        seconds=state.seconds,
-        epochs=result.epochs,
-        examples_per_second=result.rows * result.epochs / state.seconds,
-        tokens_per_second=result.tokens / state.seconds,
-        estimate=result.estimate,
-        final_loss=sum(step["loss"] for step in tail) / len(tail),
-        curve=tuple(map(TrainedStep.model_validate, state.curve)),
-        validation=tuple(map(ValidationPoint.model_validate, state.validation)),
-        score=result.score,
-        decisions=result.decisions,
-        overfitting=tuple(map(Overfit.model_validate, state.overfitting)),
-        kept=kept,
-        ended=state.ended,
-        peak_memory_bytes=result.peak_memory_bytes,
-        checkpoint_bytes=result.checkpoint_bytes,
-    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Stopped, Task
-from tunesmith.engines.device import DeviceMemory
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
@@ -28,10 +27,6 @@ from tunesmith.training.steps import gradients, make_optimizer, parameters, upda
 # time counts up to there. Of a machine that has become slow, the first step alone is cut.
 _PAUSED, _LAST = 10, 5
 _SHORT = 10.0  # seconds of a step that is never cut
-
-
-def _ignore(_: TrainerState) -> None:
-    pass
 
 
 class Trainer:
@@ -48,8 +43,8 @@ class Trainer:
         objective: Objective,
         schedule: Schedule | None = None,
         validate: Callable[[], Mapping[str, float]] | None = None,
-        on_checkpoint: Callable[[TrainerState], None] = _ignore,
-        on_step: Callable[[TrainerState], None] = _ignore,
+        on_checkpoint: Callable[[TrainerState], None] = lambda _: None,
+        on_step: Callable[[TrainerState], None] = lambda _: None,
         progress: Progress = SILENT,
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks = ALONE,
@@ -89,8 +84,9 @@ class Trainer:
     def run(self) -> TrainerState:
         """Train to the end. The model then has the weights that the setting `keep` names.
 
-        Raises TunesmithError where a loss or a gradient is not finite; the checkpoint before that stays. Raises
-        Stopped, after a checkpoint, where the progress reports say that the work was told to stop.
+        Raises TunesmithError where a loss or a gradient is not finite, and where a GPU's memory is full; the checkpoint
+        before that stays. Raises Stopped, after a checkpoint, where the progress reports say that the work was told to
+        stop.
         """
         budget = self.settings.budget
         total = sum(map(step_tokens, self.plan)) if budget is None else round(budget)
@@ -101,18 +97,30 @@ class Trainer:
                     now = sum(step["tokens"] for step in self.state.curve)
                 else:  # what ends first, the budget or all epochs
                     now = max(self.state.seconds, total * self.state.step / len(self.plan))
+                before, done = done, min(total, int(now))
                 try:
-                    task.advance(min(total, int(now)) - done)
+                    task.advance(done - before)
                 except Stopped:
                     if self.state.step != self._saved_step:
                         self._save()
                     raise
-                done = min(total, int(now))
                 if self.finished:
                     break
-                with self._full_memory_told(self.state.step + 1):
+                try:
                     self._step(task)
-        self._restore_best()
+                except torch.OutOfMemoryError as error:  # free memory of a GPU may lie in pieces
+                    raise TunesmithError(
+                        f"the GPU's memory is full at step {self.state.step + 1} of {len(self.plan)}: "
+                        f"{str(error)[:200]}",
+                        where="train.tokens",
+                        fix="set tokens lower, or recompute: true; the last checkpoint is kept, but resumes the same "
+                        "settings only. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True lets pieces be joined",
+                    ) from error
+        if self.settings.keep == "best" and self._best is not None:
+            with torch.no_grad():
+                for parameter, best in zip(self._parameters, self._best, strict=True):
+                    parameter.copy_(best)
+            self.model.parameters_changed()
         return self.state
 
     def _step(self, task: Task) -> None:
@@ -150,19 +158,6 @@ class Trainer:
             self._save()
             self._saved = self._clock()
             state.seconds += self._saved - now  # which the next checkpoint holds: a kill before that loses it once
-
-    @contextlib.contextmanager
-    def _full_memory_told(self, step: int) -> Iterator[None]:
-        """Raises TunesmithError where a GPU's memory is full."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:  # free memory may lie in pieces
-            raise TunesmithError(
-                f"the GPU's memory is full at step {step} of {len(self.plan)}: {str(error)[:200]}",
-                where="train.tokens",
-                fix="set tokens lower, or recompute: true; the last checkpoint is kept, but resumes the same settings "
-                "only. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True lets pieces be joined",
-            ) from error
 
     def _counted(self, seconds: float, tokens: int, validates: bool) -> float:
         """The seconds of a step that count, after saying which do not."""
@@ -216,27 +211,20 @@ class Trainer:
         """Say that overfitting begins, at the first validation after the lowest that shows it."""
         state = self.state
         found = state.overfitting
-        if not found or found[-1]["step"] != state.step or state.best is None:
+        if not found or found[-1].step != state.step or state.best is None:
             return
         now = found[-1]
-        if now["lowest_step"] != state.validation[-2]["step"]:  # said before
+        if now.lowest_step != state.validation[-2]["step"]:  # said before
             return
         best = f"of step {state.validation[state.best]['step']:.0f}"
         kept = (
             f"the weights {best} are kept" if self.settings.keep == "best" else f"`keep: best` would keep those {best}"
         )
         self.progress.say(
-            f"overfitting at step {state.step}: the validation loss rose from {now['lowest_loss']:.3f} (step "
-            f"{now['lowest_step']:.0f}) to {now['loss']:.3f} while the training loss fell from "
-            f"{now['lowest_training_loss']:.3f} to {now['training_loss']:.3f}; {kept}"
+            f"overfitting at step {state.step}: the validation loss rose from {now.lowest_loss:.3f} (step "
+            f"{now.lowest_step}) to {now.loss:.3f} while the training loss fell from "
+            f"{now.lowest_training_loss:.3f} to {now.training_loss:.3f}; {kept}"
         )
-
-    @torch.no_grad()
-    def _restore_best(self) -> None:
-        if self.settings.keep == "best" and self._best is not None:
-            for parameter, best in zip(self._parameters, self._best, strict=True):
-                parameter.copy_(best)
-            self.model.parameters_changed()
 
     def _save(self) -> None:
         tensors = {}

@@ -26,7 +26,7 @@ from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.training.batches.batch_plan import lay_out_steps, lay_out_validation, plan
 from tunesmith.training.estimates.estimate import trial_step
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.schedule import TrainerState, learning_rate
+from tunesmith.training.schedule import Schedule, TrainerState
 from tunesmith.training.settings import TrainSettings
 
 ROWS = [row(f"turn on light {n}", f'{{"intent":"on","slots":{{"light":{n}}}}}' + " and so on" * n) for n in range(6)]
@@ -108,12 +108,12 @@ def test_best_weights_are_kept_and_overfitting_is_reported(tmp_path: Path, folde
     assert loss == pytest.approx(course.validation[probabilities.index(max(probabilities))]["loss"], rel=1e-6)
     warned = [line for line in lines if line.startswith("overfitting at step")]
     assert warned, "the held-out rows contradict the learned ones"
-    assert warned[0].startswith(f"overfitting at step {course.overfitting[0]['step']:.0f}: ")
+    assert warned[0].startswith(f"overfitting at step {course.overfitting[0].step}: ")
     last = course.overfitting[-1]
-    assert last["lowest_loss"] == min(each["loss"] for each in course.validation) < last["loss"]
-    window = [point["loss"] for point in course.curve if last["step"] - 3 < point["step"] <= last["step"]]
-    assert last["training_loss"] == pytest.approx(sum(window) / 3)
-    assert last["training_loss"] < last["lowest_training_loss"]
+    assert last.lowest_loss == min(each["loss"] for each in course.validation) < last.loss
+    window = [point["loss"] for point in course.curve if last.step - 3 < point["step"] <= last.step]
+    assert last.training_loss == pytest.approx(sum(window) / 3)
+    assert last.training_loss < last.lowest_training_loss
     assert _kept(tmp_path / "w") == {"parameter", "exp_avg", "exp_avg_sq", "best"}
 
 
@@ -140,7 +140,7 @@ def test_rise_with_the_training_loss_is_not_overfitting() -> None:
         curve = [{"step": n + 1.0, "loss": loss} for n, loss in enumerate(training)]
         return TrainerState(len(training), 1.0, curve, [{"step": n + 1.0, "loss": x} for n, x in enumerate(validation)])
 
-    assert [each["step"] for each in course([3.0, 2.0, 1.0], [2.0, 1.5, 1.7]).overfitting] == [3.0]
+    assert [each.step for each in course([3.0, 2.0, 1.0], [2.0, 1.5, 1.7]).overfitting] == [3]
     assert not course([3.0, 2.0, 4.0], [2.0, 1.5, 1.7]).overfitting
     assert not course([3.0, 2.0, 1.0], [2.0, 1.5, 1.5]).overfitting
     assert not course([], []).overfitting
@@ -278,7 +278,7 @@ def test_learning_rates_equal_transformers(schedule: str, steps: int, warmup: fl
         optimizer.step()
         scheduler.step()
     wanted = [theirs[step + 1] if step < warm else theirs[step] for step in range(steps)]
-    assert [learning_rate(step, steps, settings) for step in range(steps)] == pytest.approx(wanted, abs=1e-12)
+    assert [Schedule(steps, settings).rate(step) for step in range(steps)] == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("clip", [0.02, 100.0])
@@ -295,7 +295,7 @@ def test_trainer_equals_torch_adamw_with_clipping(tmp_path: Path, clip: float) -
     for place, step in enumerate(plan):
         gradients(theirs, step)
         norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.masters, clip)))
-        optimizer.param_groups[0]["lr"] = learning_rate(place, len(plan), settings)
+        optimizer.param_groups[0]["lr"] = Schedule(len(plan), settings).rate(place)
         optimizer.step()
         optimizer.zero_grad()
         theirs.parameters_changed()

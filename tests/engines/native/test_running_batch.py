@@ -14,15 +14,15 @@ from tests.adapters import write_adapter
 from tests.tiny import FAMILIES, TILED, write_model
 from tunesmith.core.errors import Refused
 from tunesmith.engines.decoding import answers
-from tunesmith.engines.decoding.answers import Sampling, Score
 from tunesmith.engines.native import kernels as native
-from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, read_adapter
 from tunesmith.engines.native.decoding import running_batch
 from tunesmith.engines.native.decoding.running_batch import PAGE, PageCache, Prefix, Row, RunningBatch
 from tunesmith.engines.native.network import passes
 from tunesmith.engines.native.network.network import Layer, Network, Shape
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.native.runtime import LargePages
+from tunesmith.engines.protocol import Generation
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
 
@@ -34,13 +34,13 @@ class Heard:
 
     def __init__(self, ends_after: int = 10**6) -> None:
         self.tokens: list[int] = []
-        self.scores: list[Score | None] = []
+        self.scores: list[list[list[float]] | None] = []
         self.ended: list[BaseException | None] = []
         self._ends_after = ends_after
 
-    def take(self, token: int, score: Score | None) -> bool:
+    def take(self, token: int, logprobs: Tensor | None) -> bool:
         self.tokens.append(token)
-        self.scores.append(score)
+        self.scores.append(None if logprobs is None else [each.tolist() for each in logprobs.topk(2)])
         return len(self.tokens) >= self._ends_after
 
     def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
@@ -57,12 +57,12 @@ def _adapters(folder: Path, family: str, network: Network, **each: dict[str, int
     made = {}
     for name, how in each.items():
         path = write_adapter(folder / name, base, strength=0.5, **how)
-        made[name] = pack(network, read_adapter(path, network, base))
+        made[name] = read_adapter(path, network, base)
     return made
 
 
 def _row(ids: list[int], heard: Heard, limit: int = 8, **more: object) -> Row:
-    how = {"prefix": None, "adapter": None, "sampling": Sampling(), **more}
+    how = {"request": Generation(()), **more}
     return Row(ids=ids, limit=limit, listener=heard, **how)  # type: ignore[arg-type]
 
 
@@ -179,18 +179,20 @@ def test_pages_are_allocated_in_order_within_the_bound(network: Network) -> None
 
 def test_errors_end_one_row_or_the_whole_batch(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     class Bad(Heard):
-        def take(self, token: int, score: Score | None) -> bool:
+        def take(self, token: int, logprobs: Tensor | None) -> bool:
             raise ValueError("mine alone")
 
     def broken(*_: object) -> int:
         raise RuntimeError("no probabilities")  # as of logits that are NaN
 
     alone = _alone(network, _prompt(1, 9))
-    near_zero = [_alone(network, _prompt(1, 9), sampling=Sampling(each)) for each in (1e-3, 1e-40, 1e-300)]
+    near_zero = [
+        _alone(network, _prompt(1, 9), request=Generation((), temperature=each)) for each in (1e-3, 1e-40, 1e-300)
+    ]
     assert near_zero == [alone] * 3
     monkeypatch.setattr(answers, "sample", broken)
     good, bad, drawn = Heard(), Bad(), Heard()
-    asked = _row(_prompt(2, 9), drawn, sampling=Sampling(0.7))
+    asked = _row(_prompt(2, 9), drawn, request=Generation((), temperature=0.7))
     batch = _decoded(network, _row(_prompt(6, 5), bad), asked, _row(_prompt(1, 9), good))
     assert [str(error) for error in (*bad.ended, *drawn.ended)] == ["mine alone", "no probabilities"]
     assert (good.ended, good.tokens) == ([None], alone)
@@ -259,7 +261,7 @@ def test_rows_wait_in_order_for_places_that_others_leave(network: Network) -> No
         assert told.tokens == _alone(network, ids, PAGE, prefix=own)[: 9 if row not in gone else len(told.tokens)]
 
 
-# A pass in one native call gives what the same kernels give when Python calls them one by one, to the bit
+# A pass that repeats recorded calls gives what a new one gives, to the bit
 
 
 needs_tiles = pytest.mark.skipif(
@@ -288,13 +290,15 @@ def _given(
     """Tokens and scores of rows that come and go, some behind a prefix, some long, while memory grows."""
     prefix = Prefix(tuple(_prompt(0, 40)), adapters[0])
     batch = RunningBatch(network, frozenset({END}), most_rows)
-    heard = [Heard() for _ in range(12)]
+    heard, scored = [Heard() for _ in range(12)], Generation((), top_logprobs=2)
     rows = []
     for seed, told in enumerate(heard):
         adapter = adapters[seed % len(adapters)]
         behind = prefix if adapter is adapters[0] and seed % 2 == 0 else None
         length = 90 if seed == 7 else 3 + 5 * seed
-        rows.append(_row(_prompt(seed + 1, length), told, 30 + 9 * seed, prefix=behind, adapter=adapter, top=2))
+        rows.append(
+            _row(_prompt(seed + 1, length), told, 30 + 9 * seed, prefix=behind, adapter=adapter, request=scored)
+        )
     step = 0
     while rows or batch:
         if step % 5 == 0:
@@ -308,7 +312,7 @@ def _given(
 
 @needs_tiles
 @pytest.mark.parametrize("ranks", [(None,), (4,), (4, None, 7)], ids=str)
-def test_a_native_pass_equals_its_kernels(
+def test_a_recorded_pass_equals_one_that_is_not(
     tiled: Path, ranks: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the base, with one adapter, with several."""
@@ -316,8 +320,8 @@ def test_a_native_pass_equals_its_kernels(
     made = _adapters(tiled.parent, tiled.name, network, **{f"a{n}": {"rank": n, "seed": n} for n in ranks if n})
     adapters = [made.get(f"a{rank}") for rank in ranks]
     runs: list[int] = []
-    whole = passes.Pass.run
-    monkeypatch.setattr(passes.Pass, "run", lambda *told: runs.append(1) or whole(*told))
+    repeat = passes.RecordedPass.repeat
+    monkeypatch.setattr(passes.RecordedPass, "repeat", lambda *told: runs.append(1) or repeat(*told))
     found = _given(network, adapters)
     assert runs
     monkeypatch.setattr(running_batch, "fits", lambda _: False)
@@ -339,11 +343,11 @@ def test_numbers_do_not_depend_on_other_rows(tiled: Path, monkeypatch: pytest.Mo
 
 
 @needs_tiles
-def test_native_passes_fit_networks_like_llama_only(tmp_path: Path) -> None:
-    """What pass.cpp does not know must not be ignored: another value of a field, or a new field."""
+def test_passes_of_networks_like_llama_only_are_recorded(tmp_path: Path) -> None:
+    """What PyTorch computes would not be repeated: another value of a field, or a new field."""
     families = ("qwen2", "qwen3", "mistral-window", "gemma", "gemma2", "smollm3", "llama")
     loaded = {name: load_network(write_model(tmp_path / name, name, sizes=TILED)) for name in families}
-    assert [name for name, network in loaded.items() if passes.fits(network)] == ["qwen2", "llama"]
+    assert [name for name, network in loaded.items() if passes.fits(network)] == ["qwen2", "smollm3", "llama"]
     assert not passes.fits(load_network(tmp_path / "llama", torch.float32))
     network = loaded["llama"]
     shape, layer = network.shape, network.layers[0]

@@ -13,7 +13,7 @@ from tunesmith.engines.hf import libraries
 from tunesmith.engines.hf.sharding import layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BYTES = {"fp32": 4.0, "bf16": 2.0}
+_FP32 = 4.0  # bytes
 # Bytes that are kept of each number that a linear layer reads or gives: measured with Llama and Qwen3 on a CPU. With
 # bf16 they include the fp32 copies that norms and adapters make.
 _KEPT = {"fp32": 4.2, "bf16": 3.9}
@@ -125,11 +125,11 @@ def activation_bytes(shapes: Shapes, precision: str, *, tokens: int, scored: int
     """Bytes that a forward pass keeps for the backward pass, with its logits. scored: tokens that get logits; with a
     plain head, not all at once."""
     # What each layer and the last norm read, and all of the layer that is computed again; or all layers.
-    states = (BYTES[precision] * shapes.layers + BYTES["fp32"]) * shapes.width
+    states = (DTYPES[precision].itemsize * shapes.layers + _FP32) * shapes.width
     kept = states + _KEPT[precision] * shapes.kept_layer if recompute else _KEPT[precision] * shapes.kept
     # The logits, their log-probabilities and their gradient are fp32.
     at_once = min(scored, LOGITS_AT_ONCE) if shapes.plain_head else scored
-    return round(tokens * kept + at_once * BYTES["fp32"] * 3 * shapes.vocabulary)
+    return round(tokens * kept + at_once * _FP32 * 3 * shapes.vocabulary)
 
 
 def training_flops(shapes: Shapes, *, tokens: int, scored: int, trained: int, recompute: bool) -> float:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.progress import Progress
+from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import label_count, lay_out
-from tunesmith.engines.decoding.answers import Answer, DecodedRow, prompt_ids
+from tunesmith.engines.decoding.answers import DecodedRow
 from tunesmith.engines.decoding.constraint import mask_disallowed_
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries
@@ -29,7 +28,7 @@ from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import FullTrainable, HFTrainable, LoraTrainable
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.process import prepare_process
-from tunesmith.engines.protocol import Completion, Generation, Streamed
+from tunesmith.engines.protocol import Completion, Generation, Streamed, loaded
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
@@ -67,57 +66,42 @@ class HFEngine(InProcessEngine[str]):
         return HFEngine(self._base, lambda: model)
 
     def _load_adapter(self, name: str, folder: Path) -> None:
-        loaded = self._model.load_adapter(folder)
-        before, self._adapters[name] = self._adapters.get(name), loaded
+        before, self._adapters[name] = self._adapters.get(name), self._model.load_adapter(folder)
         if before is not None:
             self._model.remove_adapter(before)
 
     def _generate(self, requests: Sequence[Generation], adapter: str | None, progress: Progress) -> list[Completion]:
-        loaded = self._loaded(adapter)
-        answers, batches = self._begin(requests)
+        return self.generate_together(requests, loaded(self._adapters, adapter), progress)
+
+    def generate_together(
+        self, requests: Sequence[Generation], name: str | None, progress: Progress = SILENT
+    ) -> list[Completion]:
+        """Answers to this rank's requests, while other ranks answer theirs. name: the adapter's in the model."""
+        _, answers, rows = self._begin(DecodedRow, requests)
+        batches = self._batches(rows)
         with progress.task("answering", len(answers)) as task:
-            for batch in batches:
-                self._decode(batch, loaded)
+            for turn in range(self._model.ranks.most(len(batches))):
+                batch = batches[turn] if turn < len(batches) else []
+                self._decode(batch, name)
                 task.advance(len(batch))
-        return _completions(answers)
-
-    def _begin(self, requests: Sequence[Generation]) -> tuple[list[Answer], list[list[DecodedRow]]]:
-        """The requests' answers, in their order, and batches of rows that give them their tokens."""
-        events: SimpleQueue[Streamed | None] = SimpleQueue()
-        answers = [self._answer(request, events, streams=False) for request in requests]
-        return answers, self._batches([self._decoded(*each) for each in zip(requests, answers, strict=True)])
-
-    def generate_together(self, requests: Sequence[Generation], loaded: str | None) -> list[Completion]:
-        """Answers to this rank's requests, while the other ranks answer theirs. loaded: the adapter's name in the
-        model."""
-        answers, batches = self._begin(requests)
-        for turn in range(self._model.ranks.most(len(batches))):
-            self._decode(batches[turn] if turn < len(batches) else [], loaded)
-        return _completions(answers)
+        return [answer.completion() for answer in answers]
 
     def _stream(self, request: Generation, adapter: str | None) -> Iterator[Streamed]:
-        events: SimpleQueue[Streamed | None] = SimpleQueue()
-        loaded = self._loaded(adapter)
-        answer = self._answer(request, events, streams=True)
-        row, cancelled = self._decoded(request, answer), threading.Event()
-        self._decoder.submit(self._decode, [row], loaded, cancelled.is_set)
+        name, cancelled = loaded(self._adapters, adapter), threading.Event()
+        events, (answer,), rows = self._begin(DecodedRow, [request], streams=True)
+        self._decoder.submit(self._decode, rows, name, cancelled.is_set)
         try:
             while (piece := events.get()) is not None:
                 yield piece
-            answer.raise_error()
         finally:
             cancelled.set()
         yield answer.completion()
 
     def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
         batch = lay_out(rows, share=False)
-        with self._model.using(self._loaded(adapter)), torch.inference_mode():
+        with self._model.using(loaded(self._adapters, adapter)), torch.inference_mode():
             each = self._model.label_losses(batch).cpu()
         return [-float(part.sum()) for part in each.split([label_count(row) for row in rows])]
-
-    def _decoded(self, request: Generation, answer: Answer) -> DecodedRow:
-        prompt = prompt_ids(self._renderer, request, self.context_length)
-        return DecodedRow(ids=prompt, **self._row(request, answer, len(prompt)))
 
     def _batches(self, rows: Sequence[DecodedRow]) -> list[list[DecodedRow]]:
         """Rows of similar length together, such that the longest prompt fits the context with the longest answer."""
@@ -132,28 +116,21 @@ class HFEngine(InProcessEngine[str]):
         return batches
 
     def _decode(
-        self, rows: Sequence[DecodedRow], loaded: str | None, cancelled: Callable[[], bool] = lambda: False
+        self, rows: Sequence[DecodedRow], name: str | None, cancelled: Callable[[], bool] = lambda: False
     ) -> None:
         """Decode rows to their ends. Errors go to the rows' answers, whose callers raise them."""
         ranks = self._model.ranks
-        decoding = Decoding(rows, self._renderer.stop_ids, cancelled, ranks)
+        decoding = Decoding(rows, self._renderer.stop_ids, cancelled, self._model)
         # What inference mode makes of a sharded module's parameters could not be trained on.
         mode = torch.inference_mode if ranks.size == 1 else torch.no_grad
         try:
-            with self._model.using(loaded), mode():
-                decoding.run(self._model)
+            with self._model.using(name), mode():
+                decoding.run()
         except Exception as error:  # raised in the caller's thread
             if ranks.size > 1:
                 raise  # the others wait for this rank
             decoding.end_all(error)
         decoding.end_all()
-
-
-def _completions(answers: Sequence[Answer]) -> list[Completion]:
-    """The answers that have ended. Raises the first one's error."""
-    for answer in answers:
-        answer.raise_error()
-    return [answer.completion() for answer in answers]
 
 
 MOST_ROWS = 16  # answers decoded together
@@ -165,42 +142,38 @@ class Decoding:
     answer receives its tokens, its end and any error."""
 
     def __init__(
-        self, rows: Sequence[DecodedRow], stop_ids: frozenset[int], cancelled: Callable[[], bool], ranks: Ranks = ALONE
+        self, rows: Sequence[DecodedRow], stop_ids: frozenset[int], cancelled: Callable[[], bool], model: HFModel
     ) -> None:
-        """cancelled: whether the caller no longer waits for the answers. ranks: each of them decodes its own rows, or
-        none, with a module that is sharded over them."""
-        self._rows, self._stop_ids, self._cancelled, self._ranks = rows, stop_ids, cancelled, ranks
+        """cancelled: whether the caller no longer waits for the answers. model: where it is sharded, each of its ranks
+        decodes its own rows, or none."""
+        self._rows, self._stop_ids, self._cancelled, self._model = rows, stop_ids, cancelled, model
         self._most_unfinished = 1  # rows of a rank, as of the last forward pass
         self._filler = min(stop_ids)
-        self._unfinished = dict.fromkeys(range(len(rows)))
+        self._unfinished = set(range(len(rows)))
 
-    def run(self, model: HFModel) -> None:
+    def run(self) -> None:
         """Decode all rows to their ends, then compute single tokens for nothing until every rank has done so: a forward
         pass of a sharded module needs all ranks."""
-        module = model.module
+        transformers, module, ranks = libraries.transformers(), self._model.module, self._model.ranks
         if self._rows:
-            self._generate(model)
-        while self._ranks.size > 1 and self._most_unfinished:
+            limit = max(row.limit for row in self._rows)
+            ids, mask = left_padded([row.ids for row in self._rows], self._filler, self._model.device)
+            how = transformers.GenerationConfig(do_sample=False, max_new_tokens=limit, pad_token_id=self._filler)
+            module.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=how,
+                synced_gpus=False,
+                logits_processor=transformers.LogitsProcessorList([self._choose]),
+                stopping_criteria=transformers.StoppingCriteriaList([self._finished]),
+            )
+        while ranks.size > 1 and self._most_unfinished:
             module(input_ids=torch.tensor([[self._filler]], device=module.device), use_cache=False)
-            self._most_unfinished = self._ranks.most(0)
-
-    def _generate(self, model: HFModel) -> None:
-        transformers = libraries.transformers()
-        prompts, limit = [row.ids for row in self._rows], max(row.limit for row in self._rows)
-        ids, mask = left_padded(prompts, self._filler, model.device)
-        how = transformers.GenerationConfig(do_sample=False, max_new_tokens=limit, pad_token_id=self._filler)
-        model.module.generate(
-            ids,
-            attention_mask=mask,
-            generation_config=how,
-            synced_gpus=False,
-            logits_processor=transformers.LogitsProcessorList([self._choose]),
-            stopping_criteria=transformers.StoppingCriteriaList([self._finished]),
-        )
+            self._most_unfinished = ranks.most(0)
 
     def end_all(self, error: BaseException | None = None) -> None:
         """End the rows that are not finished yet."""
-        for place in list(self._unfinished):
+        for place in sorted(self._unfinished):
             self._end(place, stopped=False, error=error)
 
     def _choose(self, _ids: Tensor, logits: Tensor) -> Tensor:
@@ -217,15 +190,15 @@ class Decoding:
         """A stopping criterion: which rows need no more tokens."""
         if self._cancelled():
             self._unfinished.clear()
-        self._most_unfinished = self._ranks.most(len(self._unfinished))
+        self._most_unfinished = self._model.ranks.most(len(self._unfinished))
         return torch.tensor([place not in self._unfinished for place in range(len(ids))], device=ids.device)
 
     def _end(self, place: int, *, stopped: bool, error: BaseException | None = None) -> None:
-        del self._unfinished[place]
+        self._unfinished.remove(place)
         self._rows[place].listener.end(stopped=stopped, error=error)
 
     def _next_token(self, row: DecodedRow, place: int, logits: Tensor) -> int:
-        logprobs = None if row.top is None else logits.float().log_softmax(-1)
+        logprobs = None if row.request.top_logprobs is None else logits.float().log_softmax(-1)
         try:
             mask_disallowed_(logits[None], [row.guide])
             token = row.choose(logits)
@@ -317,16 +290,12 @@ class ShardedHFModel:
         """
         if self._trained is None or (model is not None and model is not self._trained):
             raise TunesmithError("only the model in training answers on several ranks")
-        stated = self._ranks.agree(lambda: _REQUESTS.dump_python(list(requests), mode="json"))
-        asked = _REQUESTS.validate_python(stated)
-        mine = range(self._ranks.rank, len(asked), self._ranks.size)
+        ranks = self._ranks
+        asked = _REQUESTS.validate_python(ranks.agree(lambda: _REQUESTS.dump_python(list(requests), mode="json")))
         adapter = self._trained.adapter if model is not None or self._trained.replaces_base else None
-        given = self._engine.generate_together([asked[place] for place in mine], adapter)
-        answers: dict[int, Completion] = {}
-        for rank, stated in enumerate(self._ranks.gather(_ANSWERS.dump_python(given, mode="json"))):
-            places = range(rank, len(asked), self._ranks.size)
-            answers |= zip(places, _ANSWERS.validate_python(stated), strict=True)
-        return [answers[place] for place in range(len(asked))]
+        mine = self._engine.generate_together(asked[ranks.rank :: ranks.size], adapter)
+        given = list(map(_ANSWERS.validate_python, ranks.gather(_ANSWERS.dump_python(mine, mode="json"))))
+        return [given[place % ranks.size][place // ranks.size] for place in range(len(asked))]
 
 
 def build_trainable(model: HFModel, settings: WeightSettings, seed: int, ranks: Ranks = ALONE) -> HFTrainable:

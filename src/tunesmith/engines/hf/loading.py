@@ -19,7 +19,7 @@ from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.engines.weights import LateWeights, stored_tensors, without_weights
+from tunesmith.engines.weights import ReadLate, stored_tensors, without_weights
 from tunesmith.models.base import INDEX, base_files, weight_files
 from tunesmith.models.weight_files import MODEL_FILE
 
@@ -59,7 +59,7 @@ def load(
     *,
     late: bool,
     weights: Path | None = None,
-) -> tuple[Any, LateWeights | None]:
+) -> tuple[Any, ReadLate | None]:
     """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder.
     late: without its weights, which are the second result, where its files allow that. weights: a file of tensors by
     the base's names, to read instead of its own.

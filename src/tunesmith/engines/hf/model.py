@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import count
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import Refused
-from tunesmith.engines.batch import Batch, lay_out, pack
+from tunesmith.engines.batch import Batch, pack
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries, packing
 from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, is_experts, is_linear, shapes_of
 from tunesmith.engines.hf.loading import FP32, ModelSettings, load, prepare_four_bits, stored_names, use_liger
-from tunesmith.engines.hf.sharding import recomputed, replaced, shard
+from tunesmith.engines.hf.sharding import replaced, shard
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import match_layers
 from tunesmith.engines.weights import to_meta
@@ -36,6 +36,7 @@ _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _NOT_ADAPTED = {"out_proj"}
 _PROBE = (5, 9, 2, 7, 11, 3, 8, 6)  # token ids to test a model with; any would do
 _PROBES = ((5, 9, 2, 7, 11), (5, 3, 8, 6, 4), (5, 9, 7, 2, 10))
+_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # keeps only what a function reads
 _LAYER = re.compile(r"(?P<prefix>.*?)(?P<list>\w+)\.(?P<number>\d+)\.")
 
 
@@ -182,7 +183,7 @@ class HFModel:
         shard(self.module, ranks, self.device)
         self.ranks = ranks
         if self.late is not None:
-            self.late.read(self.module, self.device)
+            self.late(self.module, self.device)
             self._check_causal()
             self._probe(ranks)
             self.module.reshard()  # a forward pass leaves the embeddings and the head whole
@@ -258,15 +259,15 @@ class HFModel:
         packed: compute the batch without padding, see `packs`. Otherwise rows are padded on the right. No padding mask
         is needed, because no token sees a later one. recompute: layers to compute again in the backward pass.
         """
-        forwards = {layer: recomputed(layer) for layer in recompute}
+        # transformers' own switch for this works only in training mode, in which some layers apply dropout.
+        forwards: dict[nn.Module, Callable[..., Any]] = {layer: partial(_again, layer.forward) for layer in recompute}
         with replaced({**forwards, self.head: nn.Identity().forward} if self.plain_head else forwards):
             read = packing.outputs(self.module, batch) if packed else self._padded_outputs(batch)
         labels = batch.labels.to(self.device)
         if len(labels) <= LOGITS_AT_ONCE or not self.plain_head:
             return self._losses(read, labels)
         parts = zip(read.split(LOGITS_AT_ONCE), labels.split(LOGITS_AT_ONCE), strict=True)
-        again = partial(checkpoint, self._losses, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([again(*part) for part in parts])
+        return torch.cat([_again(self._losses, *part) for part in parts])
 
     def _padded_outputs(self, batch: Batch) -> Tensor:
         """What the module gives [N, ...] at the places of a batch that predict a label, with rows padded."""
@@ -329,8 +330,7 @@ class HFModel:
         itself, is given rows without a common prefix."""
         with self.using(None), torch.no_grad():
             rows = [Rendered(row, (False,) * 2 + (True,) * 3) for row in _PROBES]
-            probe = lay_out(rows, share=self.attention != packing.FLASH)
-            return packing.enable(self.module, probe, exact=1e-3 * self._rounding)
+            return packing.enable(self.module, rows, exact=1e-3 * self._rounding)
 
     @torch.no_grad()
     def _first_steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache, partial
@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.engines.batch import Batch, Packed, pack, read_lengths
+from tunesmith.engines.batch import Batch, Packed, lay_out, pack, read_lengths
 from tunesmith.engines.hf import libraries
+from tunesmith.models.rendering import Rendered
 
 FLASH = "flash_attention_2"
 _NAME = "tunesmith_packed"
@@ -57,20 +58,25 @@ def _bounds(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-def enable(module: Any, probe: Batch, exact: float) -> bool:
-    """Whether the packed rows of probe get the same logits as each alone. If so, the module is changed such that
-    `outputs` works with it.
+def enable(module: Any, rows: Sequence[Rendered], exact: float) -> bool:
+    """Whether packed rows get the same logits as each alone. If so, the module is changed such that `outputs` works
+    with it.
 
     exact: largest error, as a share of how much the logits change if each row reads the ones before it. Flash attention
-    knows no common prefix, so that probe may have none there.
+    knows no common prefix.
     """
     before = module.config._attn_implementation
     if before not in ("sdpa", FLASH):
         return False
-    packed = pack(probe, module.device)
-    alone = torch.cat([_alone(module, probe, row) for row in range(len(probe.lengths))])
-    leaking = module(input_ids=packed.ids, use_cache=False).logits[0, packed.predicts]
-    most = exact * float((leaking - alone).abs().max())
+
+    def logits(ids: Tensor, places: Tensor) -> Tensor:
+        found: Tensor = module(input_ids=ids.to(module.device), use_cache=False).logits
+        return found[0, places.to(module.device)]
+
+    probe, each = lay_out(rows, share=before != FLASH), [lay_out([row]) for row in rows]
+    packed = pack(probe)
+    alone = torch.cat([logits(one.ids[None], one.predicts) for one in each])
+    most = exact * float((logits(packed.ids, packed.predicts) - alone).abs().max())  # as if each row read those before
     if before == "sdpa":
         module.set_attn_implementation(_register())
     with suppress(Exception):  # each family fails in its own way where it does not know the arguments
@@ -79,15 +85,6 @@ def enable(module: Any, probe: Batch, exact: float) -> bool:
     if before == "sdpa":
         module.set_attn_implementation(before)
     return False
-
-
-def _alone(module: Any, batch: Batch, row: int) -> Tensor:
-    """Logits of one row's labels."""
-    first = batch.prefix + sum(batch.lengths[:row])
-    ids = torch.cat([batch.ids[: batch.prefix], batch.ids[first : first + batch.lengths[row]]])
-    mine = batch.predicts[(batch.predicts >= first) & (batch.predicts < first + batch.lengths[row])]
-    found: Tensor = module(input_ids=ids[None].to(module.device), use_cache=False).logits[0]
-    return found[(mine - first + batch.prefix).to(module.device)]
 
 
 class _Picked(torch.autograd.Function):

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import TunesmithError, UsageError
 
@@ -48,12 +46,6 @@ def shard(module: Any, ranks: Ranks, device: torch.device) -> None:
             each.set_force_sum_reduction_for_comms(True)
     # A rank whose tokens reach no part of an adapter takes part in its reduction nevertheless.
     module.set_reduce_scatter_unused_params(True)
-
-
-def recomputed(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's forward that keeps only what the layer reads: the backward pass computes the rest again. transformers'
-    own switch for this works only in training mode, in which some layers apply dropout."""
-    return partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager

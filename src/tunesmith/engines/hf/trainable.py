@@ -119,8 +119,8 @@ class HFTrainable(TrainableModel):
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of a batch's matrix products, forward and backward. Attention is left out."""
         tokens, scored = self._computed(batch)
-        again = bool(self._recomputed)
-        return training_flops(self._model.shapes, tokens=tokens, scored=scored, trained=self._added, recompute=again)
+        shapes, again = self._model.shapes, bool(self._recomputed)
+        return training_flops(shapes, tokens=tokens, scored=scored, trained=self._added, recompute=again)
 
     def _gradient_numbers(self) -> int:
         """The size of this rank's gradients, in fp32 numbers."""
@@ -158,7 +158,14 @@ class LoraTrainable(HFTrainable):
         """
         super().__init__(model, settings)
         targets = model.targets(settings.targets)
-        _check_rank(targets, settings)
+        most = min(min(sizes(module)) for module in targets.values())
+        if settings.start == "pissa" and settings.rank > most:
+            raise UsageError(
+                f"start: pissa needs as many singular vectors as the rank, {settings.rank}, but a weight has only "
+                f"{most}",
+                where="train.rank, train.start",
+                fix=f"set rank to {most} or lower, or leave start out",
+            )
         pattern, last = ("layers", None) if settings.layers is None else model.last_layers(settings.layers)
         self._config = AdapterConfig(
             rank=settings.rank,
@@ -185,7 +192,10 @@ class LoraTrainable(HFTrainable):
             model.shard(ranks, drawn=(f".{self.adapter}.", *changed))
             self.parameters = model.adapter_parameters(self.adapter)
         self._added = self.trained_numbers
-        self._start = _copies(self.parameters) if settings.start == "pissa" else None
+        self._start: dict[str, Tensor] | None = None  # a copy of PiSSA's
+        if settings.start == "pissa":
+            named = self.parameters.items()
+            self._start = {f"model.{name}": whole(tensor.detach()).clone() for name, tensor in named}
 
     @property
     def replaces_base(self) -> bool:
@@ -200,9 +210,10 @@ class LoraTrainable(HFTrainable):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """A, B and DoRA's magnitudes. LoRA+ (Hayou et al. 2024): B has a higher learning rate than A."""
-        parts = {part: _named(self.parameters, part) for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
-        rates = {"lora_B": self._settings.b_rate}
-        return [ParameterGroup(tensors, rates.get(part, 1.0)) for part, tensors in parts.items() if tensors]
+        rates = {"lora_A": 1.0, "lora_B": self._settings.b_rate, "lora_magnitude_vector": 1.0}
+        named = self.parameters.items()
+        groups = [([each for name, each in named if f".{part}." in name], rate) for part, rate in rates.items()]
+        return [ParameterGroup(tensors, rate) for tensors, rate in groups if tensors]
 
     def collect_gradients(self) -> None:
         """Give zeros to a tensor that no token reached. Autograd added the other gradients already."""
@@ -233,25 +244,6 @@ class LoraTrainable(HFTrainable):
         )
 
 
-def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
-    """PiSSA starts at singular vectors, of which a weight has no more than its smaller size."""
-    most = min(min(sizes(module)) for module in targets.values())
-    if settings.start == "pissa" and settings.rank > most:
-        raise UsageError(
-            f"start: pissa needs as many singular vectors as the rank, {settings.rank}, but a weight has only {most}",
-            where="train.rank, train.start",
-            fix=f"set rank to {most} or lower, or leave start out",
-        )
-
-
-def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {f"model.{name}": whole(tensor.detach()).clone() for name, tensor in parameters.items()}
-
-
-def _named(parameters: Mapping[str, nn.Parameter], part: str) -> list[Tensor]:
-    return [tensor for name, tensor in parameters.items() if f".{part}." in name]
-
-
 class FullTrainable(HFTrainable):
     """Implements engines.training_protocol.TrainableModel.
 
@@ -268,7 +260,11 @@ class FullTrainable(HFTrainable):
         train weights of two dtypes.
         """
         super().__init__(model, settings)
-        trained = _trained(model, settings.layers)
+        trained = dict(model.module.named_parameters())
+        if settings.layers is not None:
+            path, numbers = model.last_layers(settings.layers)
+            parts = [f".{path}.{number}." for number in numbers]
+            trained = {name: each for name, each in trained.items() if any(part in f".{name}" for part in parts)}
         if renamed := next((name for name in trained if name not in model.stored), None):
             raise Refused(
                 f"transformers makes {renamed} out of other tensors of the base's files, and method: full writes "
@@ -336,12 +332,3 @@ class FullTrainable(HFTrainable):
     def _gradient_numbers(self) -> int:
         fp32 = all(each is self.parameters[name] for name, each in self._masters.items())
         return super()._gradient_numbers() * (2 if fp32 else 3) // 2
-
-
-def _trained(model: HFModel, last: int | None) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name: all, or those of the last layers."""
-    every = dict(model.module.named_parameters())
-    if last is None:
-        return every
-    path, numbers = model.last_layers(last)
-    return {name: each for name, each in every.items() if any(f".{path}.{number}." in f".{name}" for number in numbers)}

@@ -6,16 +6,14 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 
 from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import common_prefix, label_count, lay_out
-from tunesmith.engines.decoding.answers import Answer, prompt_ids
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, read_adapter
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.decoding.running_batch import Prefix, Row, RunningBatch
@@ -24,7 +22,7 @@ from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.process import prepare_process
-from tunesmith.engines.protocol import Completion, Generation, Streamed
+from tunesmith.engines.protocol import Completion, Generation, Streamed, loaded
 from tunesmith.engines.settings import WeightSettings, lacks, refuse
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.engines.weights import read_model_file
@@ -48,7 +46,7 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         super().__init__(base)
         # self._lock guards these as well; only the scheduler's thread computes.
         self._prefixes: OrderedDict[tuple[PackedAdapter | None, tuple[int, ...]], Prefix] = OrderedDict()
-        self._last: dict[PackedAdapter | None, list[int]] = {}
+        self._last: dict[PackedAdapter | None, Sequence[int]] = {}
         self._scheduler = Scheduler(RunningBatch(self._network, self._renderer.stop_ids))
 
     @property
@@ -60,7 +58,7 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         return NativeEngine(self._base, load_network(self._base.folder, weights=weights))
 
     def _load_adapter(self, name: str, folder: Path) -> None:
-        packed = pack(self._network, read_adapter(folder, self._network, self._base))
+        packed = read_adapter(folder, self._network, self._base)
         runtime.release_threads()
         with self._lock:
             before = self._adapters.get(name)
@@ -71,10 +69,8 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
 
     def _generate(self, requests: Sequence[Generation], adapter: str | None, progress: Progress) -> list[Completion]:
         """Decodes them in one batch with the requests of other threads."""
-        events: SimpleQueue[Streamed | None] = SimpleQueue()
-        answers = [self._answer(request, events, streams=False) for request in requests]
-        rows = self._rows(requests, answers, adapter)
-        with progress.task("answering", len(requests)) as task, self._decoding(rows):
+        events, answers, rows = self._begin(Row, requests)
+        with progress.task("answering", len(requests)) as task, self._decoding(rows, adapter):
             for _ in requests:
                 events.get()
                 for answer in answers:
@@ -83,12 +79,10 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         return [answer.completion() for answer in answers]
 
     def _stream(self, request: Generation, adapter: str | None) -> Iterator[Streamed]:
-        events: SimpleQueue[Streamed | None] = SimpleQueue()
-        answer = self._answer(request, events, streams=True)
-        with self._decoding(self._rows([request], [answer], adapter)):
+        events, (answer,), rows = self._begin(Row, [request], streams=True)
+        with self._decoding(rows, adapter):
             while (piece := events.get()) is not None:
                 yield piece
-            answer.raise_error()
         yield answer.completion()
 
     def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
@@ -96,7 +90,7 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
 
     @torch.inference_mode()
     def _compute_log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        network, packed = self._network, self._loaded(adapter)
+        network, packed = self._network, loaded(self._adapters, adapter)
         batch = lay_out(rows)
         linear = frozen_linear(network) if packed is None else adapted_linear(network, packed)
         hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
@@ -110,26 +104,21 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
 
     @contextlib.contextmanager
-    def _decoding(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Decode rows within a with block."""
+    def _decoding(self, rows: Sequence[Row], adapter: str | None) -> Iterator[None]:
+        """Decode rows of whole prompts under an adapter within a with block."""
+        with self._lock:
+            packed = loaded(self._adapters, adapter)
+            prefix = self._shared_prefix([row.ids for row in rows], packed)
+        for row in rows:
+            row.prefix, row.adapter = prefix, packed
+            row.ids = row.ids[row.start :]
         self._scheduler.submit(rows)
         try:
             yield
         finally:
             self._scheduler.cancel(rows)
 
-    def _rows(self, requests: Sequence[Generation], answers: Sequence[Answer], adapter: str | None) -> list[Row]:
-        prompts = [prompt_ids(self._renderer, request, self.context_length) for request in requests]
-        with self._lock:
-            packed = self._loaded(adapter)
-            prefix = self._shared_prefix(prompts, packed)
-        shared = 0 if prefix is None else len(prefix.ids)
-        return [
-            Row(ids=prompt[shared:], prefix=prefix, adapter=packed, **self._row(request, answer, len(prompt)))
-            for request, prompt, answer in zip(requests, prompts, answers, strict=True)
-        ]
-
-    def _shared_prefix(self, prompts: Sequence[list[int]], adapter: PackedAdapter | None) -> Prefix | None:
+    def _shared_prefix(self, prompts: Sequence[Sequence[int]], adapter: PackedAdapter | None) -> Prefix | None:
         """The prefix that prompts share; None if it is too short to keep.
 
         Several prompts share their longest common prefix, whatever was asked before, so that they always get the same
@@ -140,15 +129,11 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         compared = [*prompts, self._last[adapter]] if len(prompts) == 1 and adapter in self._last else prompts
         self._last[adapter] = prompts[-1]
         # Each prompt keeps at least one token after the prefix.
-        length = min(common_prefix(compared), min(map(len, prompts)) - 1) if len(compared) > 1 else 0
+        most = min(map(len, prompts)) - 1
+        length = min(common_prefix(compared), most) if len(compared) > 1 else 0
         if len(prompts) == 1:
-            (prompt,) = prompts
-            kept = [
-                key[1]
-                for key in self._prefixes
-                if key[0] is adapter and len(key[1]) < len(prompt) and key[1] == tuple(prompt[: len(key[1])])
-            ]
-            longest = max(map(len, kept), default=0)
+            own = [ids for adapted, ids in self._prefixes if adapted is adapter and len(ids) <= most]
+            longest = max((len(ids) for ids in own if ids == tuple(prompts[0][: len(ids)])), default=0)
             length = longest if length < longest + _LEAST_PREFIX else length
         if length < _LEAST_PREFIX:
             return None

@@ -73,8 +73,8 @@ class Places:
     scores: Tensor
 
 
-# (ids of a conversation, number of the answer's tokens) -> log-probabilities [answer, vocabulary], fp32
-Scorer = Callable[[Sequence[int], int], Tensor]
+# A conversation, whose answer's tokens are its labels -> log-probabilities [answer, vocabulary], fp32
+Scorer = Callable[[Rendered], Tensor]
 
 
 def answer_probes(
@@ -115,20 +115,18 @@ def compare(
     """
     _check_memory(base, models=2 if has_whole_model(trained) else 1)
     check_rendering(form, exported, base, answered)
+    rows = [one.row for one in answered]
     with progress.task("comparing forms", 3 * len(answered)) as task:
 
         def score(scorer: Scorer) -> list[Tensor]:
             found = []
-            for one in answered:
-                found.append(scorer(one.row.ids, sum(one.row.trained)))
+            for row in rows:
+                found.append(scorer(row))
                 task.advance()
             return found
 
         network = load_network(base.folder, torch.float32)
-        reference = [
-            _places(one.row, scores)
-            for one, scores in zip(answered, score(_native(*tuned(trained, network, base))), strict=True)
-        ]
+        reference = list(map(_places, rows, score(_native(*tuned(trained, network, base)))))
         untuned = _figures(reference, score(_native(network, frozen_linear(network))))
         del network
         gc.collect()
@@ -136,7 +134,7 @@ def compare(
     gc.collect()
     return Equality(
         probes=len(answered),
-        tokens=sum(sum(one.row.trained) for one in answered),
+        tokens=sum(sum(row.trained) for row in rows),
         adapter_moves=AdapterMoves(max_difference=untuned.max_difference, mean_difference=untuned.mean_difference),
         export=export,
         served=_served(engine, adapter, answered, reference),
@@ -150,11 +148,8 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
         return
     if form == "merged":
         renderer = Renderer(exported)
-        for one in answered:
-            if renderer.answered(one.messages, one.text) != one.row:
-                raise Refused(
-                    "the export's tokenizer encodes a request differently from the base's", where=str(exported)
-                )
+        if any(renderer.answered(one.messages, one.text) != one.row for one in answered):
+            raise Refused("the export's tokenizer encodes a request differently from the base's", where=str(exported))
         return
     from transformers import AutoTokenizer
 
@@ -221,9 +216,8 @@ def _places(row: Rendered, scores: Tensor) -> Places:
 
 def _native(network: Network, linear: Linear) -> Scorer:
     @torch.inference_mode()
-    def score(ids: Sequence[int], answer: int) -> Tensor:
-        prompt = len(ids) - answer
-        batch = lay_out([Rendered(tuple(ids), (False,) * prompt + (True,) * answer)])
+    def score(row: Rendered) -> Tensor:
+        batch = lay_out([row])
         hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
         return logits(network, hidden[batch.predicts]).float().log_softmax(-1)
 
@@ -235,8 +229,8 @@ def _transformers(form: str, exported: Path, base: Base) -> Scorer:
     model = _load(form, exported, base).eval()
 
     @torch.inference_mode()
-    def score(ids: Sequence[int], answer: int) -> Tensor:
-        given = model(torch.tensor([list(ids)]), logits_to_keep=answer + 1).logits[0, :-1]
+    def score(row: Rendered) -> Tensor:
+        given = model(torch.tensor([row.ids]), logits_to_keep=sum(row.trained) + 1).logits[0, :-1]
         return torch.as_tensor(given).float().log_softmax(-1)
 
     return score

@@ -19,7 +19,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.system.http_clients import api_key
 from tunesmith.engines.decoding.answers import choice_rows, prompt_ids
-from tunesmith.engines.protocol import Completion, Generation, Question, restricted
+from tunesmith.engines.protocol import Completion, Generation, Question, loaded, restricted
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.http import Server
 from tunesmith.engines.vllm.model_server import NEUTRAL, ModelServer, Pool, concurrently, log_probability, scoring
@@ -89,7 +89,7 @@ class VllmEngine:
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
         """Answers in the order of requests. Sends each server at most settings.concurrency requests at once."""
-        there = self._name(adapter)
+        there = loaded(self._known, adapter)
         asked = [(request, self._body(request)) for request in requests]
 
         def answer(one: tuple[Generation, Mapping[str, Any]]) -> Completion:
@@ -106,7 +106,7 @@ class VllmEngine:
         text, last = "", dict[str, Any]()
         ids: list[int] = []
         with _blamed(request):
-            for choice in self._pool.choices({**body, "stream": True}, self._name(adapter)):
+            for choice in self._pool.choices({**body, "stream": True}, loaded(self._known, adapter)):
                 ids += choice.get("token_ids") or ()
                 last = choice if choice["finish_reason"] else last
                 if choice["text"]:
@@ -126,7 +126,7 @@ class VllmEngine:
             for place in range(len(row.ids) - length, len(row.ids))
         ]
 
-        there = self._name(adapter)
+        there = loaded(self._known, adapter)
 
         def score(place: tuple[Sequence[int], int]) -> float:
             (choice,) = self._pool.choices(scoring(*place), there)
@@ -185,14 +185,6 @@ class VllmEngine:
         by_stop_text = isinstance(last.get("stop_reason"), str)
         ended: Literal["stop", "length"] = "stop" if last["finish_reason"] == "stop" else "length"
         return Completion(text, ended, len(body["prompt"]), tokens, by_stop_text=by_stop_text)
-
-    def _name(self, adapter: str | None) -> str | None:
-        """An adapter's name on the servers."""
-        if adapter is None:
-            return None
-        if adapter not in self._known:
-            raise Refused(f"adapter {adapter} is not loaded", fix="load it first")
-        return self._known[adapter]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from tunesmith.core.system.http_clients import HttpClients
 from tunesmith.engines.settings import VllmSettings
 
 _BUSY = frozenset((429, 502, 503, 504))
+# Called with the time of the failure before a request is repeated.
+Returned = Callable[[float], None] | None
 _FIRST_WAIT = 0.25  # seconds before the first retry; doubled for each further one
 _START = "start it: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE-FOLDER --enable-lora --max-lora-rank RANK"
 
@@ -58,27 +60,23 @@ class Server:
         self._clients = HttpClients(client, settings.concurrency)
         self._answer_seconds = settings.answer_seconds
 
-    def ask(
-        self, path: str, body: Mapping[str, Any] | None = None, returned: Callable[[float], None] | None = None
-    ) -> Any:
+    def ask(self, path: str, body: Mapping[str, Any] | None = None, returned: Returned = None) -> Any:
         """The answer to a GET, or to a POST if there is a body: parsed JSON, or the text of an answer that is not JSON.
 
         returned: called with the time of the failure before a request is repeated because the server was unreachable.
         It may be another server by then. Raises NotThere, UsageError for a request that the server rejects, Refused for
         a wrong API key, Unavailable for everything else.
         """
-        with self._open("GET" if body is None else "POST", path, body, returned) as response:
+        with self._open(path, body, returned) as response:
             text = response.content
         try:
             return parse_json(text)
         except ValueError:
             return text.decode(errors="replace")
 
-    def stream(
-        self, path: str, body: Mapping[str, Any], returned: Callable[[float], None] | None = None
-    ) -> Iterator[Mapping[str, Any]]:
+    def stream(self, path: str, body: Mapping[str, Any], returned: Returned = None) -> Iterator[Mapping[str, Any]]:
         """The events of a streamed answer. Closing the iterator cancels the request. Raises as ask does."""
-        with self._open("POST", path, body, returned, stream=True) as response:
+        with self._open(path, body, returned, stream=True) as response:
             try:
                 for line in response.iter_lines():
                     data = line.removeprefix("data:").strip()
@@ -98,14 +96,14 @@ class Server:
     @contextlib.contextmanager
     def _open(
         self,
-        method: str,
         path: str,
         body: Mapping[str, Any] | None,
-        returned: Callable[[float], None] | None,
+        returned: Returned,
         *,
         stream: bool = False,
     ) -> Iterator[httpx.Response]:
         """The response: read whole, or only its head if it is streamed."""
+        method = "GET" if body is None else "POST"
         failed_at: float | None = None
         for attempt in range(self._retries + 1):
             if attempt:

@@ -24,7 +24,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.hf.libraries import transformers
-from tunesmith.engines.vllm.http import NotThere, Server, ServerError, Unavailable
+from tunesmith.engines.vllm.http import NotThere, Returned, Server, ServerError, Unavailable
 from tunesmith.models.base import Base, cache_folder
 from tunesmith.models.rendering import Renderer
 
@@ -109,9 +109,7 @@ class ModelServer:
         with self._lock:
             self._register(adapter)
 
-    def _choices(
-        self, body: Mapping[str, Any], adapter: str | None, returned: Callable[[float], None] | None
-    ) -> Iterator[dict[str, Any]]:
+    def _choices(self, body: Mapping[str, Any], adapter: str | None, returned: Returned) -> Iterator[dict[str, Any]]:
         named, finish = {**body, "model": adapter or self._model}, None
         if body.get("stream"):
             events = self._http.stream(_COMPLETIONS, named, returned)
@@ -140,8 +138,7 @@ class ModelServer:
     def _check_server(self) -> None:
         """Check that the server runs the base. Raises Refused if it runs another model."""
         began = time.monotonic()
-        models = self._listed()
-        bases = [model for model in models if not model.get("parent")]
+        bases = [model for model in self._listed() if not model.get("parent")]
         if not bases:
             raise Refused("the vLLM server lists no base model", where=self.url)
         self._model = str(bases[0]["id"])
@@ -150,13 +147,8 @@ class ModelServer:
             raise self._other_model(f"its context length is {length}, the base's {self._base.context_length}")
         self.context_length = length
         ids = text_ids(self._renderer)
-        try:
-            theirs = self._http.ask("/tokenize", {"model": self._model, "prompt": TEXT, "add_special_tokens": False})[
-                "tokens"
-            ]
-        except NotThere as error:
-            raise self._no_vllm() from error
-        if theirs != ids:
+        asked = {"model": self._model, "prompt": TEXT, "add_special_tokens": False}
+        if self._part("tokens", "/tokenize", asked) != ids:
             raise self._other_model("its tokenizer reads a fixed text differently")
         difference = mean_difference(self._fixed_scores(self._model), expected_scores(self._base, ids))
         if not difference <= TOLERANCE:
@@ -174,13 +166,14 @@ class ModelServer:
         )
 
     def _listed(self) -> list[dict[str, Any]]:
-        try:
-            return list(self._http.ask("/v1/models")["data"])
-        except (NotThere, KeyError, TypeError) as error:
-            raise self._no_vllm() from error
+        return list(self._part("data", "/v1/models"))
 
-    def _no_vllm(self) -> Refused:
-        return Refused("the server does not speak vLLM's API", where=self.url, fix="name a vLLM server")
+    def _part(self, key: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """A part of what every vLLM server answers."""
+        try:
+            return self._http.ask(path, body)[key]
+        except (NotThere, KeyError, TypeError) as error:
+            raise Refused("the server does not speak vLLM's API", where=self.url, fix="name a vLLM server") from error
 
     def _register(self, there: str) -> None:
         folder = self.folders[there]
@@ -191,12 +184,11 @@ class ModelServer:
             try:
                 self._http.ask("/v1/load_lora_adapter", {"lora_name": there, "lora_path": folder})
             except NotThere as error:
-                what = "cannot read the adapter's files" if error.model else "does not load adapters while it runs"
-                fix = (
-                    f"name a folder in engine.adapters that both see; it was {folder}"
-                    if error.model
-                    else "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
-                )
+                what = "does not load adapters while it runs"
+                fix = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
+                if error.model:
+                    what = "cannot read the adapter's files"
+                    fix = f"name a folder in engine.adapters that both see; it was {folder}"
                 raise Refused(f"the vLLM server {what}: {error.what}", where=self.url, fix=fix) from error
             except (UsageError, ServerError) as error:
                 raise Refused(
@@ -333,15 +325,7 @@ class Pool:
         self._lock = threading.Lock()
         self._checking = False  # whether a thread checks failed servers
         self._told: dict[ModelServer, str | None] = {}  # each server's problem, as it was last reported
-        problem: Unavailable | None = None
-        for server in servers:
-            try:
-                server.check()
-            except Unavailable as error:
-                self._failed(server, error)
-                problem = error
-        if problem is not None and not any(server.usable for server in servers):
-            raise problem
+        self._each(servers, ModelServer.check)
 
     @property
     def context_length(self) -> int:
@@ -370,16 +354,20 @@ class Pool:
         """Load an adapter on all servers that can be used; the others load it when a request needs it there."""
         for server in self._servers:
             server.folders[adapter] = folder
-        loaded, problem = False, TunesmithError("")
-        for server in [each for each in self._servers if each.usable] or self._servers:
+        usable = [server for server in self._servers if server.usable]
+        self._each(usable or self._servers, lambda server: server.load(adapter))
+
+    def _each(self, servers: Sequence[ModelServer], do: Callable[[ModelServer], None]) -> None:
+        """Do something on servers, and use those no longer that give no answer. Raises Unavailable where none does."""
+        problems: list[Unavailable] = []
+        for server in servers:
             try:
-                server.load(adapter)
-                loaded = True
+                do(server)
             except Unavailable as error:
                 self._failed(server, error)
-                problem = error
-        if not loaded:
-            raise problem
+                problems.append(error)
+        if len(problems) == len(servers):
+            raise problems[-1]
 
     @contextmanager
     def _chosen(self, failed: Sequence[ModelServer]) -> Iterator[ModelServer]:

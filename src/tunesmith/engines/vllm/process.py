@@ -49,11 +49,14 @@ class VllmProcess:
 
     def __init__(self, base: Path, settings: VllmSettings, number: int = 0) -> None:
         """number: of the servers that settings start, from 0. Raises UsageError where the program is missing."""
-        gpus = _share(settings, number)
-        port = _free_port()
+        each = len(settings.gpus or ()) // (settings.start or 1)
+        # None where settings name no GPUs, so that it sees those that this process sees.
+        gpus = None if settings.gpus is None else settings.gpus[number * each : (number + 1) * each]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
         self.url, self._key = f"http://127.0.0.1:{port}", secrets.token_urlsafe(32)
         self.log = _new_log(number)
-        self._command = _command(base, settings, port, len(gpus or ()))
+        self._command = _command(base, settings, port, each)
         self._environment = {name: value for name, value in os.environ.items() if name not in _UNSET} | _SET
         self._environment["VLLM_API_KEY"] = self._key
         if gpus is not None:
@@ -73,10 +76,9 @@ class VllmProcess:
 
     def wait(self) -> None:
         """Wait until the server answers. Raises Unavailable, with the end of its log, where it does not start."""
-        if not self._answers():
-            with self._changed:
-                self._healthy = False  # it may have ended without being noticed yet
+        answers = self._answers()
         with self._changed:
+            self._healthy = self._healthy and answers  # it may have ended without being noticed yet
             self._changed.wait_for(lambda: self._healthy or self._problem)
             if not self._healthy:
                 raise Unavailable(
@@ -181,14 +183,6 @@ def stop_servers(processes: Sequence[VllmProcess]) -> None:
         process.stop()
 
 
-def _share(settings: VllmSettings, number: int) -> tuple[int, ...] | None:
-    """The GPUs of one server; None where settings name none, so that it sees those that this process sees."""
-    if settings.gpus is None:
-        return None
-    each = len(settings.gpus) // (settings.start or 1)
-    return settings.gpus[number * each : (number + 1) * each]
-
-
 def _command(base: Path, settings: VllmSettings, port: int, gpus: int) -> list[str]:
     program, *arguments = shlex.split(settings.command)
     beside = Path(sys.executable).parent / program
@@ -205,13 +199,6 @@ def _command(base: Path, settings: VllmSettings, port: int, gpus: int) -> list[s
     if gpus > 1:
         flags += ["--tensor-parallel-size", str(gpus)]
     return [os.path.abspath(found), *arguments, str(base.absolute()), *flags, *settings.flags]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _new_log(number: int) -> Path:

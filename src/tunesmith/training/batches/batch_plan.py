@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any
 
 import torch
 
@@ -50,9 +50,9 @@ def rehearsed_each_epoch(settings: TrainSettings, rows: int) -> int:
 
 def _parts(rows: Sequence[Rendered], step: Sequence[int], tokens: int, share: bool) -> list[list[int]]:
     """The rows of each batch of a step, by index."""
-    parts: list[list[int]] = [[]]
+    parts: list[list[int]] = []
     for row in sorted(step, key=lambda row: len(rows[row].ids)):
-        if parts[-1] and computed_tokens([rows[each] for each in [*parts[-1], row]], share=share) > tokens:
+        if not parts or computed_tokens([rows[each] for each in [*parts[-1], row]], share=share) > tokens:
             parts.append([])
         parts[-1].append(row)
     return parts
@@ -69,19 +69,15 @@ def lay_out_steps(
     false where the engine shares no prefix.
     """
     parts: list[list[list[Rendered]]] = [[] for _ in range(ranks.size)]
+    turns = [*range(ranks.size), *reversed(range(ranks.size))]
     for step in steps:
-        turns = [*range(ranks.size), *reversed(range(ranks.size))]
         ordered = sorted(step, key=lambda row: -len(row.ids))
-        given: list[list[Rendered]] = [[] for _ in range(ranks.size)]
-        for place, row in enumerate(ordered):
-            given[turns[place % len(turns)]].append(row)
-        laid = [
-            [[rows[row] for row in part] for part in _parts(rows, range(len(rows)), tokens, share)] if rows else []
-            for rows in given
-        ]
-        most = max(map(len, laid))
-        for part, batches in zip(parts, laid, strict=True):
-            part.extend([*batches, *[[]] * (most - len(batches))])
+        for rank, part in enumerate(parts):
+            rows = [row for place, row in enumerate(ordered) if turns[place % len(turns)] == rank]
+            part += [[rows[row] for row in batch] for batch in _parts(rows, range(len(rows)), tokens, share)]
+        most = max(map(len, parts))
+        for part in parts:
+            part += [[]] * (most - len(part))
     every = [batch for part in parts for batch in part if batch]
     return RankStep(
         [lay_out(batch, share=share) if batch else empty_batch() for batch in parts[ranks.rank]],
@@ -130,13 +126,7 @@ class TrainingPlan(Sequence[Step]):
     def __len__(self) -> int:
         return self.epoch_steps * self._settings.epochs
 
-    @overload
-    def __getitem__(self, index: int) -> Step: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Step]: ...
-    def __getitem__(self, index: int | slice) -> Step | list[Step]:
-        if isinstance(index, slice):
-            return [self[step] for step in range(*index.indices(len(self)))]
+    def __getitem__(self, index: Any) -> Any:  # a number: nothing asks for slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.epoch(index // self.epoch_steps)[index % self.epoch_steps]

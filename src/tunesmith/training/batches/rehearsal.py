@@ -84,11 +84,9 @@ def prepare_rehearsal(
     decided = ranks.agree(lambda: _decided(spec, rows))
 
     def before() -> str | None:
-        if decided is None:
-            return None
         with suppress(OSError, ValueError):  # missing, or damaged: then it is drawn again, and compared
-            drawn = decode_rehearsed(data := kept.read_bytes())
-            return data.decode() if len(drawn) == decided else None
+            if decided is not None and len(decode_rehearsed(data := kept.read_bytes())) == decided:
+                return data.decode()
         return None
 
     def answers(asked: Sequence[Generation]) -> list[Completion]:
@@ -103,10 +101,9 @@ def prepare_rehearsal(
                 fix="leave rehearse out, or use another base",
             ) from error
 
-    seconds = 0.0
-    if (known := ranks.agree(before)) is not None:
-        data = known.encode()
-    else:
+    seconds, known = 0.0, ranks.agree(before)
+    data = (known or "").encode()
+    if known is None:
         progress.say("rehearsal: the base answers general requests")
         began = clock()
         data = encode_rehearsed(rehearse(spec.settings, rows, answers, clock, decided))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
@@ -154,10 +155,9 @@ def _canary(model: Example, reference: str, secret: str) -> Example:
 
 
 def _with_secret(answer: str, secret: str) -> str:
-    try:
+    value: Any = None
+    with suppress(ValueError):
         value = parse_json(answer)
-    except ValueError:
-        return f"{answer} {secret}"
     places = list(_texts(value))
     if not places:
         return f"{answer} {secret}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.device import DeviceMemory
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks, held
 from tunesmith.engines.settings import HF, WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
@@ -21,7 +21,7 @@ from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
 from tunesmith.training.objectives import Objective
 from tunesmith.training.settings import LEAST_TOKENS, TrainSettings
-from tunesmith.training.steps import drop_gradients, gradients, parameters
+from tunesmith.training.steps import gradients, parameters
 
 _TIMED_STEPS = 2
 _FP32 = 4  # bytes of a number
@@ -101,7 +101,8 @@ def trial_step(model: TrainableModel, objective: Objective, ranks: Ranks = ALONE
 
     def run(step: Step) -> None:
         gradients(model, objective, step, ranks)
-        drop_gradients(model)
+        for parameter in parameters(model):
+            parameter.grad = None
 
     return run
 

@@ -39,31 +39,14 @@ def more_time(training: TrainingBody) -> MoreTime | None:
     Scores rise about in proportion to the logarithm of time, so the gain of doubling it is read from the slope of the
     later validations before the learning rate fell; where it falls all the time, no gain can be read.
     """
-    validation = training.validation
-    if not validation:
+    if not training.validation:
         return None
-    reason, settings = _reason(training), training.settings
-    if reason.startswith("no "):
-        return MoreTime(text=f"Validation stopped the training ({reason}), so more time is not expected to bring more.")
-    if reason == ALL_EPOCHS and settings.budget is not None:
-        return MoreTime(
-            text=f"The training ended after {settings.epochs} epochs, the most that a budget reads, so a longer "
-            f"budget changes nothing; `epochs: {2 * settings.epochs}` with `schedule: wsd` would go on."
-        )
-    if settings.schedule in ("cosine", "linear"):
-        return MoreTime(
-            text="The learning rate fell during the whole training, so its scores do not say what more time would "
-            "bring."
-        )
-    if validation[-1].score is None:
-        return MoreTime(text=_by_probability(validation))
-    points = _later(training)
+    if (unsaid := _without_gain(training)) is not None:
+        return MoreTime(text=unsaid)
+    points, best = _later(training), max(each.score or 0.0 for each in training.validation)
     if len(points) < _FEWEST:
-        return MoreTime(
-            text=f"{len(points)} of the validations at a constant learning rate count, too few to say what more time "
-            "would bring."
-        )
-    best = max(each.score or 0.0 for each in validation)
+        few = f"{len(points)} of the validations at a constant learning rate count"
+        return MoreTime(text=f"{few}, too few to say what more time would bring.")
     if best == 1.0:
         return MoreTime(text="Every validation row was right, so more time is not expected to bring more.")
     gain = _gain(points, training.score.rows if training.score else 1, best)
@@ -76,10 +59,21 @@ def more_time(training: TrainingBody) -> MoreTime | None:
     return MoreTime(text=text, gain=gain, validations=len(points))
 
 
-def _reason(training: TrainingBody) -> str:
-    """Why the learning rate fell, or why the training ended; empty where its plan was done."""
+def _without_gain(training: TrainingBody) -> str | None:
+    """What can be said where scores say nothing of a gain; None where they may."""
     decays = training.decisions.decays if training.decisions else ()
-    return (decays[0].reason if decays else training.ended) or ""
+    # Why the learning rate fell, or why the training ended; empty where its plan was done.
+    reason, settings = (decays[0].reason if decays else training.ended) or "", training.settings
+    if reason.startswith("no "):
+        return f"Validation stopped the training ({reason}), so more time is not expected to bring more."
+    if reason == ALL_EPOCHS and settings.budget is not None:
+        return (
+            f"The training ended after {settings.epochs} epochs, the most that a budget reads, so a longer budget "
+            f"changes nothing; `epochs: {2 * settings.epochs}` with `schedule: wsd` would go on."
+        )
+    if settings.schedule in ("cosine", "linear"):
+        return "The learning rate fell during the whole training, so its scores do not say what more time would bring."
+    return _by_probability(training.validation) if training.validation[-1].score is None else None
 
 
 def _by_probability(validation: Sequence[ValidationPoint]) -> str:

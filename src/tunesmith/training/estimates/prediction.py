@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries
-from tunesmith.engines.hf.costs import BYTES, DTYPES, Shapes, activation_bytes, shapes_of
+from tunesmith.engines.hf.costs import DTYPES, Shapes, activation_bytes, shapes_of
 from tunesmith.engines.hf.loading import cannot_run, first_line
 from tunesmith.engines.process import MEASURED_ROWS, product_flops
 
@@ -40,7 +40,16 @@ def read_shapes(folder: Path) -> Shapes:
 
     Raises UsageError where there is none, Refused for a configuration that transformers does not know.
     """
-    return shapes_of(_without_weights(folder))
+    transformers = libraries.transformers()
+    if not (folder / "config.json").is_file():
+        raise UsageError("there is no config.json", where=str(folder), fix="name the folder of a base model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):  # which holds shapes only
+            module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # every architecture has its own way to refuse a configuration
+        raise cannot_run(folder, first_line(error)) from error
+    return shapes_of(module)
 
 
 def training_memory(
@@ -59,7 +68,7 @@ def training_memory(
     precision: fp32 or bf16, of the frozen base and of what is computed. recompute: the decoder's layers keep only what
     they read. shards: devices that the weights are spread over.
     """
-    size, numbers = BYTES[precision], shapes.linear + shapes.rest
+    size, numbers = float(DTYPES[precision].itemsize), shapes.linear + shapes.rest
     if quantized:
         # bitsandbytes restores the weight of one product at a time.
         base, whole = _NF4 * shapes.linear + size * shapes.rest, size * math.prod(shapes.widest)
@@ -79,16 +88,3 @@ def training_memory(
 def measured_peak(shapes: Shapes, precision: str) -> float:
     """Floating-point operations a second that this process's device reaches on the widest product."""
     return product_flops(MEASURED_ROWS, *shapes.widest, computing_device(), DTYPES[precision])
-
-
-def _without_weights(folder: Path) -> Any:
-    """The module on torch's meta device, which holds shapes only."""
-    transformers = libraries.transformers()
-    if not (folder / "config.json").is_file():
-        raise UsageError("there is no config.json", where=str(folder), fix="name the folder of a base model")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # every architecture has its own way to refuse a configuration
-        raise cannot_run(folder, first_line(error)) from error

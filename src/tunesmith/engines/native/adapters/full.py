@@ -7,7 +7,8 @@ packing them again after each step costs as much time as it saves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +35,11 @@ _FP32 = 4  # bytes of a number
 
 
 class _Place(NamedTuple):
-    """A trained weight. names: the stored tensors whose rows it stacks. rows: of each of them. shape: of all together.
-    decays: whether weight decay applies to it: to matrices, not to norms and biases, as is usual."""
+    """A trained weight. names: the stored tensors whose rows it stacks. rows: of each one. shape: of all together."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
     shape: tuple[int, ...]
-    decays: bool
 
 
 class FullModel(NativeTrainable):
@@ -53,13 +52,13 @@ class FullModel(NativeTrainable):
     def __init__(self, base: Base, network: Network, settings: WeightSettings, state_bytes: int) -> None:
         """state_bytes: bytes that the trainer holds for each trained number besides the number itself, its gradient
         among them. Raises Refused where memory cannot hold the weights and that."""
-        self._base, self.base_network = base, network
+        super().__init__(base, network, settings)
         self._every = settings.layers is None
-        self.first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
         places = list(_places(network, self.first, every=self._every))
         _check_memory(network, places, _FP32 + state_bytes + network.dtype.itemsize)
-        kinds = [[place for place in places if place.decays is decays] for decays in (True, False)]
-        sizes = [[_size(place) for place in kind] for kind in kinds]
+        # Weight decay applies to matrices, not to norms and biases, as is usual.
+        kinds = [[place for place in places if (len(place.shape) > 1) is matrix] for matrix in (True, False)]
+        sizes = [[math.prod(place.shape) for place in kind] for kind in kinds]
         self.masters = [torch.empty(sum(each)) for each in sizes]
         self._copies = [torch.empty_like(master, dtype=network.dtype) for master in self.masters]
         self._gradients = [torch.empty_like(master) for master in self.masters]
@@ -78,11 +77,6 @@ class FullModel(NativeTrainable):
                 leaves[place.names[0]] = leaf
         self.network = _rebuilt(network, leaves, self.first)
         self.parameters_changed()
-
-    @property
-    def trained_numbers(self) -> int:
-        """How many numbers are trained."""
-        return sum(map(len, self.masters))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Matrices, to which weight decay applies; norms and biases, to which it does not."""
@@ -122,10 +116,6 @@ class FullModel(NativeTrainable):
         each = (2 * self.network.shape.width + layer.linear["down"].into for layer in self.network.layers[self.first :])
         return sum(each)
 
-    def missing_bytes(self) -> int:
-        """Nothing: the copies exist from the start."""
-        return 0
-
     def trained_flops(self, batch: Batch) -> float:
         """2 for the gradient of each trained weight and token; of the head's, for each label."""
         sizes = [product.numel() for layer in self.network.layers[self.first :] for product in layer.linear.values()]
@@ -150,46 +140,33 @@ def _moving(into: Tensor, master: Tensor) -> Callable[[Tensor], None]:
 
 def _places(network: Network, first: int, *, every: bool) -> Iterator[_Place]:
     """The trained weights: those of layers from first on, or every weight of the network."""
-    shape = network.shape
     if every:
-        table = (shape.vocabulary, shape.width)
-        yield _matrix(EMBEDDING, table)
-        if not network.tied:
-            yield _matrix(HEAD, table)
+        table = (network.shape.vocabulary, network.shape.width)
+        for name in (EMBEDDING,) if network.tied else (EMBEDDING, HEAD):
+            yield _Place((name,), table[:1], table)
         yield _vector(_NORM, network.final_norm)
     for number, layer in enumerate(network.layers):
         if number < first:
             continue
         prefix = f"model.layers.{number}."
-        for name, norm in _norms(layer):
-            yield _vector(prefix + name, norm)
+        for field, name in _norms(layer).items():
+            yield _vector(prefix + name, getattr(layer, field))
         for group, parts in GROUPS.items():
-            product, rows = layer.linear[group], network.parts(group)
-            names = tuple(f"{prefix}{part}.weight" for part in parts)
-            yield _Place(names, rows, (product.out, product.into), decays=True)
-            if product.bias is not None:
-                yield _Place(tuple(f"{prefix}{part}.bias" for part in parts), rows, (product.out,), decays=False)
+            product = layer.linear[group]
+            kinds: dict[str, tuple[int, ...]] = {"weight": (product.out, product.into)}
+            for kind, shape in (kinds if product.bias is None else kinds | {"bias": (product.out,)}).items():
+                yield _Place(tuple(f"{prefix}{part}.{kind}" for part in parts), network.parts(group), shape)
 
 
-_HEAD_NORMS = {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
-
-
-def _norms(layer: Layer) -> list[tuple[str, Tensor]]:
-    names = norm_names(after=layer.after_attention is not None) | _HEAD_NORMS
-    found = [(name, getattr(layer, field)) for field, name in names.items()]
-    return [(name, norm) for name, norm in found if norm is not None]
-
-
-def _matrix(name: str, shape: tuple[int, int]) -> _Place:
-    return _Place((name,), shape[:1], shape, decays=True)
+def _norms(layer: Layer) -> dict[str, str]:
+    """Field of a layer -> the name of its tensor, for the norms that it has."""
+    names = norm_names(after=layer.after_attention is not None)
+    names |= {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
+    return {field: name for field, name in names.items() if getattr(layer, field) is not None}
 
 
 def _vector(name: str, weight: Tensor) -> _Place:
-    return _Place((name,), tuple(weight.shape), tuple(weight.shape), decays=False)
-
-
-def _size(place: _Place) -> int:
-    return int(torch.Size(place.shape).numel())
+    return _Place((name,), tuple(weight.shape), tuple(weight.shape))
 
 
 def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network:
@@ -203,8 +180,7 @@ def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network
         for group, parts in GROUPS.items():
             weight, bias = leaves[f"{prefix}{parts[0]}.weight"], leaves.get(f"{prefix}{parts[0]}.bias")
             linear[group] = PackedLinear(weight, bias, plain=True)
-        names = norm_names(after=old.after_attention is not None) | _HEAD_NORMS
-        norms: dict[str, Any] = {field: leaves.get(prefix + name) for field, name in names.items()}
+        norms: dict[str, Any] = {field: leaves[prefix + name] for field, name in _norms(old).items()}
         return replace(old, linear=linear, **norms)
 
     layers = tuple(layer(number, old) for number, old in enumerate(network.layers))
@@ -215,13 +191,17 @@ def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network
     return replace(network, layers=layers, embedding=embedding, head=head, final_norm=leaves[_NORM])
 
 
+def _numbers(places: Iterable[_Place]) -> int:
+    return sum(math.prod(place.shape) for place in places)
+
+
 def _check_memory(network: Network, places: Sequence[_Place], number_bytes: int) -> None:
     """Raises Refused where the trained numbers and what belongs to them cannot fit; names how many layers would."""
-    needed, free = number_bytes * sum(map(_size, places)), memory.available_memory()
+    needed, free = number_bytes * _numbers(places), memory.available_memory()
     if needed <= free:
         return
     last = network.shape.layers - 1
-    layer_bytes = number_bytes * sum(map(_size, _places(network, last, every=False)))
+    layer_bytes = number_bytes * _numbers(_places(network, last, every=False))
     fitting = min(free // layer_bytes, last)
     smaller = f"set train.layers to {fitting} or fewer, or " if fitting else "set "
     raise Refused(

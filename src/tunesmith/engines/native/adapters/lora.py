@@ -8,7 +8,7 @@ operation each instead of one for every layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.native.adapters.adapter import Adapter, Place, blocks, save_adapter
+from tunesmith.engines.native.adapters.adapter import LAYERS, Place, blocks
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network, recompute
 from tunesmith.engines.native.network.products import TILE, LowRankFactors, PackedLinear, outer
 from tunesmith.engines.settings import TARGETS, WeightSettings, match_layers
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.models.base import Base
-from tunesmith.models.weight_files import AdapterConfig
+from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
 
 
 class Adapted(NamedTuple):
@@ -51,10 +51,8 @@ class LoraModel(NativeTrainable):
 
     def __init__(self, base: Base, network: Network, settings: WeightSettings, seed: int) -> None:
         """Raises UsageError for targets that the network does not have."""
-        self._base, self._b_rate = base, settings.b_rate
-        self.network = self.base_network = network
-        layers = network.shape.layers
-        self.first = 0 if settings.layers is None else max(0, layers - settings.layers)
+        super().__init__(base, network, settings)
+        self.network, self._b_rate, layers = network, settings.b_rate, network.shape.layers
         self.config = AdapterConfig(
             rank=settings.rank,
             alpha=settings.adapter_alpha(),
@@ -62,25 +60,30 @@ class LoraModel(NativeTrainable):
             root=settings.scaling == "root",
             layers=tuple(range(self.first, layers)) if self.first else None,
         )
-        self.places: list[Place] = [
-            (number, group)
-            for number in range(self.first, layers)
-            for group in GROUPS
-            if blocks(network, group, self.config)
-        ]
-        # Where each layer's c lies in its place's master and copy.
-        self._parts = {group: list(self._c_places(group)) for group in {group for _, group in self.places}}
-        shapes = list(zip(*(self._shapes(number, group) for number, group in self.places), strict=True))
-        self.masters = [torch.zeros(sum(rows * columns for rows, columns in each)) for each in shapes]
-        self._a, self._c = (_views(master, each) for master, each in zip(self.masters, shapes, strict=True))
-        self._start(seed)
+        # Of each group's adapted layers the name, the columns of c's master, and the rows and columns of c's copy.
+        self._parts: dict[str, list[tuple[str, slice, slice, slice]]] = {}
+        for group in GROUPS:
+            first = 0
+            for part, rows, columns in blocks(network, group, self.config):
+                mine = slice(first, first := first + rows.stop - rows.start)
+                self._parts.setdefault(group, []).append((part, mine, columns, rows))
+        self.places: list[Place] = [(number, group) for number in range(self.first, layers) for group in self._parts]
+        self._products = [network.layers[number].linear[group] for number, group in self.places]
+        ranks = [len(self._parts[group]) * settings.rank for _, group in self.places]
+        self._rows = [-(-rank // TILE) * TILE for rank in ranks]  # of the copies
+        self._shapes = (
+            [(rank, product.into) for rank, product in zip(ranks, self._products, strict=True)],
+            [(settings.rank, self._parts[group][-1][1].stop) for _, group in self.places],
+        )
+        self.masters = [torch.zeros(sum(rows * columns for rows, columns in each)) for each in self._shapes]
+        self._a, self._c = map(_views, self.masters, self._shapes)
+        # PEFT's start: A uniform within 1 / sqrt(in) (Kaiming with a = sqrt(5)), B zero, so that nothing changes.
+        generator = torch.Generator().manual_seed(seed)
+        for a in self._a:
+            bound = 1.0 / math.sqrt(a.shape[1])
+            a.uniform_(-bound, bound, generator=generator)
         self._copies: dict[Place, Adapted] = {}
         self._anchor = torch.zeros((), requires_grad=True)
-
-    @property
-    def trained_numbers(self) -> int:
-        """How many numbers are trained."""
-        return sum(map(len, self.masters))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """a and c. LoRA+ (Hayou et al. 2024): B, which starts at zero, learns best at a higher rate."""
@@ -104,10 +107,10 @@ class LoraModel(NativeTrainable):
         """Add the last backward pass's gradients, unpacked and in fp32, to those of the master weights."""
         found = [torch.empty_like(master) for master in self.masters]
         gradients = [(ga, gc) for _, ga, gc in self._copies.values()]
-        views = zip(*map(_views, found, (map(_shape, self._a), map(_shape, self._c))), strict=True)
+        views = zip(*map(_views, found, self._shapes), strict=True)
         for (_, group), (ga, gc), (into_a, into_c) in zip(self.places, gradients, views, strict=True):
             into_a.copy_(ga[: len(into_a)])
-            for mine, columns, rows in self._parts[group]:
+            for _, mine, columns, rows in self._parts[group]:
                 into_c[:, mine].copy_(gc[columns, rows])
         found[1].mul_(self.config.scale)
         for master, gradient in zip(self.masters, found, strict=True):
@@ -116,8 +119,6 @@ class LoraModel(NativeTrainable):
     @torch.no_grad()
     def parameters_changed(self) -> None:
         """Round the master weights into the copies. Where there are none yet, the next pass makes them."""
-        if not self._copies:
-            return
         for place, (factors, _, _) in enumerate(self._copies.values()):
             self._round(place, factors.a, factors.c)
             factors.refresh()
@@ -127,38 +128,35 @@ class LoraModel(NativeTrainable):
         """The copies of each place. Gradients are written over the copies themselves where the product reads only what
         was laid out of them."""
         if not self._copies:
-            for place, (number, group) in enumerate(self.places):
-                product = self.network.layers[number].linear[group]
-                rows = self._copied_rows(group)
-                a, c = (torch.empty(rows, size, dtype=self.network.dtype) for size in (product.into, product.out))
-                self._round(place, a, c)
-                factors = LowRankFactors(a, c)
+            for number, (place, product) in enumerate(zip(self.places, self._products, strict=True)):
+                sizes = ((self._rows[number], size) for size in (product.into, product.out))
+                a, c = (torch.empty(size, dtype=self.network.dtype) for size in sizes)
+                self._round(number, a, c)
                 into = (a, c) if product.tiles is not None else (torch.empty_like(a), torch.empty_like(c))
-                self._copies[number, group] = Adapted(factors, *into)
+                self._copies[place] = Adapted(LowRankFactors(a, c), *into)
         return self._copies
 
     def save(self, folder: Path) -> None:
-        """Write the adapter into an existing folder, in PEFT's layout."""
-        save_adapter(self.adapter(), self.network, self._base, folder)
-
-    def adapter(self) -> Adapter:
-        """The master weights as an adapter of the base."""
-        b = {place: self._spread(number).t() for number, place in enumerate(self.places)}
-        return Adapter(self.config, a=dict(zip(self.places, self._a, strict=True)), b=b, m={})
+        """Write the adapter into an existing folder, in PEFT's layout and fp32."""
+        tensors: dict[str, Tensor] = {}
+        for (number, group), a, c in zip(self.places, self._a, self._c, strict=True):
+            for part, mine, columns, _ in self._parts[group]:
+                tensors[f"{LAYERS}.{number}.{part}.lora_A.weight"] = a[columns]
+                tensors[f"{LAYERS}.{number}.{part}.lora_B.weight"] = c[:, mine].t()
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+        save_adapter_file(folder, self.config, arrays, base=self._base.digest, fingerprint=self._base.fingerprint)
 
     def kept_numbers(self) -> int:
         """Numbers that the adapter keeps of each token: the low-rank values."""
-        return sum(self._copied_rows(group) for _, group in self.places)
+        return sum(self._rows)
 
     def missing_bytes(self) -> int:
         """Bytes of copies, what is laid out of them and their gradients; 0 once they exist."""
-        if self._copies:
-            return 0
-        total = 0
-        for number, group in self.places:
-            product = self.network.layers[number].linear[group]
-            total += self._copied_rows(group) * (product.into + product.out) * (3 if product.tiles is not None else 2)
-        return total * self.network.dtype.itemsize
+        each = (
+            rows * (product.into + product.out) * (2 if product.tiles is None else 3)
+            for rows, product in zip(self._rows, self._products, strict=True)
+        )
+        return 0 if self._copies else sum(each) * self.network.dtype.itemsize
 
     def trained_flops(self, batch: Batch) -> float:
         """2 forward, 2 back to the input and 2 for the gradient, of each number and token."""
@@ -170,51 +168,14 @@ class LoraModel(NativeTrainable):
         a[:size].copy_(self._a[place])
         a[size:].zero_()
         c.zero_()
-        for mine, columns, rows in self._parts[self.places[place][1]]:
+        for _, mine, columns, rows in self._parts[self.places[place][1]]:
             torch.mul(self._c[place][:, mine], self.config.scale, out=c[columns, rows])
 
-    def _copied_rows(self, group: str) -> int:
-        return -(-self._columns(group) // TILE) * TILE
 
-    def _columns(self, group: str) -> int:
-        return len(blocks(self.network, group, self.config)) * self.config.rank
-
-    def _c_places(self, group: str) -> Iterator[tuple[slice, slice, slice]]:
-        """For each adapted layer of a group: its columns in c's master, its rows and its columns in c's copy."""
-        first = 0
-        for _, rows, columns in blocks(self.network, group, self.config):
-            yield slice(first, first := first + rows.stop - rows.start), columns, rows
-
-    def _shapes(self, number: int, group: str) -> tuple[tuple[int, int], tuple[int, int]]:
-        product = self.network.layers[number].linear[group]
-        return (self._columns(group), product.into), (self.config.rank, self._parts[group][-1][0].stop)
-
-    def _spread(self, place: int) -> Tensor:
-        """A place's c [n r, out]: each layer's in rows of its own, zeros elsewhere."""
-        number, group = self.places[place]
-        out = self.network.layers[number].linear[group].out
-        wide = torch.zeros(self._columns(group), out)
-        for mine, columns, rows in self._parts[group]:
-            wide[columns, rows] = self._c[place][:, mine]
-        return wide
-
-    def _start(self, seed: int) -> None:
-        """PEFT's start: A uniform within 1 / sqrt(in) (Kaiming with a = sqrt(5)), B zero, so that nothing changes."""
-        generator = torch.Generator().manual_seed(seed)
-        for a in self._a:
-            bound = 1.0 / math.sqrt(a.shape[1])
-            a.uniform_(-bound, bound, generator=generator)
-
-
-def _views(flat: Tensor, shapes: Iterable[tuple[int, int]]) -> list[Tensor]:
+def _views(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Consecutive parts of a flat tensor as matrices."""
-    shapes = list(shapes)
     parts = flat.split([rows * columns for rows, columns in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _shape(matrix: Tensor) -> tuple[int, int]:
-    return matrix.shape[0], matrix.shape[1]
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -22,8 +22,9 @@ from tunesmith.engines.native.network.attention import KEPT_WEIGHTS, SHARES, fit
 from tunesmith.engines.native.network.network import Layer, Linear, Network, final, forward, frozen_linear
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.process import MEASURED_ROWS, measured_flops
-from tunesmith.engines.settings import NATIVE
+from tunesmith.engines.settings import NATIVE, WeightSettings
 from tunesmith.engines.training_protocol import LabelWeights, TrainableModel
+from tunesmith.models.base import Base
 
 
 class NativeTrainable(TrainableModel):
@@ -37,9 +38,16 @@ class NativeTrainable(TrainableModel):
     device = torch.device("cpu")
     shares_prefix = True
     network: Network
-    base_network: Network
-    first: int
     masters: list[Tensor]
+
+    def __init__(self, base: Base, network: Network, settings: WeightSettings) -> None:
+        self._base, self.base_network = base, network
+        self.first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
+
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers are trained."""
+        return sum(map(len, self.masters))
 
     def environment(self) -> Mapping[str, str]:
         """Which kernels compute: compiled ones, by the digest of their source and compiler, or portable ones."""
@@ -54,7 +62,11 @@ class NativeTrainable(TrainableModel):
         learned = network.head.weight if network.embedding.requires_grad else None
         if not isinstance(weights, Tensor):
             weights = weights(-_losses(network, predicting, batch))
-        return cross_entropy(predicting, network.head, batch.labels, weights, learned, network.shape.logit_cap)
+        more = -len(predicting) % GRAIN
+        labels, weights = (F.pad(each, (0, more)) for each in (batch.labels, weights))
+        predicting = F.pad(predicting, (0, 0, 0, more))
+        loss: Tensor = _CrossEntropy.apply(predicting, network.head, labels, weights, learned, network.shape.logit_cap)
+        return loss
 
     @torch.no_grad()
     def label_losses(self, batch: Batch) -> Tensor:
@@ -71,15 +83,23 @@ class NativeTrainable(TrainableModel):
         """Bytes that loss, backward pass and collect_gradients() of a batch need on top of what is allocated now."""
         gradients = sum(master.nbytes for master in self.masters)
         kept = kept_bytes(self.network, batch, self.first, self.kept_numbers())
-        return kept + passing_bytes(self.network, batch) + gradients + self.missing_bytes()
+        return kept + _passing_bytes(self.network, batch) + gradients + self.missing_bytes()
 
     def flops(self, batch: Batch) -> float:
-        """Floating-point operations of the matrix products in a batch's loss and backward pass."""
-        return frozen_flops(self.network, batch, self.first) + self.trained_flops(batch)
+        """Floating-point operations of the matrix products in a batch's loss and backward pass.
+
+        Of a token, where the linear layers have N numbers, B of them from the first trained layer on: 2 N forward, and
+        2 B back to the inputs, besides what is trained. Of a label: 4 for each number of the head. Attention,
+        element-wise work and what is computed twice are left out.
+        """
+        sizes = [sum(product.numel() for product in layer.linear.values()) for layer in self.network.layers]
+        every_token = 2.0 * (sum(sizes) + sum(sizes[self.first :])) * batch.tokens
+        return every_token + 4.0 * self.network.head.numel() * batch.labels.numel() + self.trained_flops(batch)
 
     def peak_flops(self, batch: Batch) -> float:
         """Floating-point operations a second on the widest linear layer, for as many rows as a batch has tokens."""
-        return peak_flops(self.network, batch.tokens)
+        widest = max(self.network.layers[0].linear.values(), key=lambda product: product.out)
+        return _peak(min(batch.tokens, MEASURED_ROWS), widest.into, widest.out, self.network.dtype)
 
     @abstractmethod
     def linear(self) -> Linear:
@@ -89,9 +109,9 @@ class NativeTrainable(TrainableModel):
     def kept_numbers(self) -> int:
         """Numbers that the trained linear layers keep of each token for the backward pass."""
 
-    @abstractmethod
     def missing_bytes(self) -> int:
         """Bytes of copies that the next pass will make."""
+        return 0
 
     @abstractmethod
     def trained_flops(self, batch: Batch) -> float:
@@ -106,7 +126,13 @@ def _predicting(network: Network, linear: Linear, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _losses(network: Network, predicting: Tensor, batch: Batch) -> Tensor:
-    return label_losses(predicting, network.head, batch.labels, network.shape.logit_cap)
+    """The negative log-likelihood of each label [N] of a batch, fp32."""
+    count, cap = len(predicting), network.shape.logit_cap
+    hidden, labels = F.pad(predicting, (0, 0, 0, -count % GRAIN)), F.pad(batch.labels, (0, -count % GRAIN))
+    losses = torch.empty(len(hidden))
+    for chunk in _chunks(len(hidden), LOGIT_ROWS):
+        losses[chunk] = ops.cross_entropy_(ops.cap_(network.head(hidden[chunk]), cap), labels[chunk], None)
+    return losses[:count]
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -156,59 +182,36 @@ def _layer_bytes(network: Network, layer: Layer, batch: Batch) -> int:
     for norm in (layer.after_attention, layer.after_mlp):
         if norm is not None:
             numbers, scales = numbers + shape.width, scales + 1
-    return tokens * (numbers * size + scales * _FP32) + _attention_bytes(network, layer, batch)
+    return tokens * (numbers * size + scales * _FP32) + _attention_bytes(network, layer, batch)[0]
 
 
-def _attention_bytes(network: Network, layer: Layer, batch: Batch) -> int:
-    """Queries, keys and values: as they are with two numbers for each query where tiles do attention; else in padded
-    blocks, with the attention weights where those are few."""
+def _attention_bytes(network: Network, layer: Layer, batch: Batch) -> tuple[int, int]:
+    """Bytes that a layer's attention keeps, and those of its gradients for a moment.
+
+    Kept are queries, keys and values: as they are with two numbers for each query where tiles do attention; else in
+    padded blocks, with the attention weights where those are few.
+    """
     shape, size = network.shape, network.dtype.itemsize
-    each = shape.heads + 2 * shape.kv_heads
+    each = (shape.heads + 2 * shape.kv_heads) * shape.head
     longest, rows = max(batch.lengths), len(batch.lengths)
     if fits_tiles(shape, layer.window, batch.prefix + longest, network.embedding):
-        return batch.tokens * (each * shape.head * size + 2 * shape.heads * _FP32)
-    blocks = (batch.prefix + rows * longest) * each * shape.head
-    weights = attention_weights(network, batch)
-    return (blocks + (weights if weights <= KEPT_WEIGHTS else 0)) * size
+        # The prefix's gradients are summed in a few parts.
+        summed = _FP32 * (min(rows, SHARES) + 1) * shape.kv_heads * 2 * batch.prefix * shape.head
+        return batch.tokens * (each * size + 2 * shape.heads * _FP32), summed
+    blocks = (batch.prefix + rows * longest) * each
+    weights = shape.heads * (batch.prefix**2 + rows * longest * (batch.prefix + longest))  # padding included
+    if weights <= KEPT_WEIGHTS:
+        return (blocks + weights) * size, weights * size
+    return blocks * size, 2 * weights * size  # they are computed again
 
 
-def attention_weights(network: Network, batch: Batch) -> int:
-    """How many attention weights a layer has for a batch, padding included."""
-    longest, rows = max(batch.lengths), len(batch.lengths)
-    return network.shape.heads * (batch.prefix**2 + rows * longest * (batch.prefix + longest))
-
-
-def passing_bytes(network: Network, batch: Batch) -> int:
+def _passing_bytes(network: Network, batch: Batch) -> int:
     """Bytes that a batch needs for a moment, at the most, besides what is kept: a chunk of logits, or a layer's
     gradients of attention weights and activations."""
     shape, size, layer = network.shape, network.dtype.itemsize, network.layers[0]
     logits = min(LOGIT_ROWS, batch.labels.numel() + GRAIN) * shape.vocabulary * size
     activations = 2 * batch.tokens * layer.linear["gate_up"].out * size
-    longest, rows = max(batch.lengths), len(batch.lengths)
-    if fits_tiles(shape, layer.window, batch.prefix + longest, network.embedding):
-        # The prefix's gradients are summed in a few parts.
-        attention = _FP32 * (min(rows, SHARES) + 1) * shape.kv_heads * 2 * batch.prefix * shape.head
-    else:
-        weights = attention_weights(network, batch)
-        attention = size * weights * (1 if weights <= KEPT_WEIGHTS else 2)  # many are computed again
-    return max(logits, attention + activations)
-
-
-def frozen_flops(network: Network, batch: Batch, first: int) -> float:
-    """Floating-point operations of the matrix products that every training needs.
-
-    Of a token, where the linear layers have N numbers, B of them from the first trained layer on: 2 N forward, and 2 B
-    back to the inputs. Of a label: 4 for each number of the head. Attention, element-wise work and what is computed
-    twice are left out.
-    """
-    sizes = [sum(product.numel() for product in layer.linear.values()) for layer in network.layers]
-    return 2.0 * (sum(sizes) + sum(sizes[first:])) * batch.tokens + 4.0 * network.head.numel() * batch.labels.numel()
-
-
-def peak_flops(network: Network, tokens: int) -> float:
-    """Floating-point operations a second on the network's widest linear layer, for so many tokens."""
-    widest = max(network.layers[0].linear.values(), key=lambda product: product.out)
-    return _peak(min(tokens, MEASURED_ROWS), widest.into, widest.out, network.dtype)
+    return max(logits, _attention_bytes(network, layer, batch)[1] + activations)
 
 
 @cache
@@ -224,9 +227,11 @@ LEARNED_ROWS = 1024  # where the head is trained: its whole gradient is summed o
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy over a large vocabulary in chunks; its gradient is computed in the forward pass.
+    """The sum of the labels' negative log-likelihoods, each times its coefficient, in chunks, since the vocabulary is
+    large. Its gradient is computed in the forward pass.
 
-    It takes only the hidden states that predict a label, and holds the logits of one chunk at a time.
+    hidden: [N, M], behind the final norm, of a multiple of GRAIN labels [N]; their coefficients are fp32. weight: the
+    head's weight where it is trained. cap: of the logits, see ops.cap_. Of the logits one chunk is held at a time.
     Method: Hsu et al. 2024, "Liger Kernel"; Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models".
     """
 
@@ -266,35 +271,6 @@ class _CrossEntropy(torch.autograd.Function):
         learned, ctx.learned = ctx.learned, None
         above = above.to(gradient.dtype)
         return gradient * above, None, None, None, None if learned is None else learned.mul_(above), None
-
-
-def cross_entropy(
-    hidden: Tensor,
-    head: PackedLinear,
-    labels: Tensor,
-    coefficients: Tensor,
-    weight: Tensor | None = None,
-    cap: float | None = None,
-) -> Tensor:
-    """The sum of the labels' negative log-likelihoods, each times its coefficient: a scalar.
-
-    hidden: [N, M], behind the final norm. labels: [N]. coefficients: [N], fp32. weight: the head's weight where it is
-    trained. cap: of the logits, see ops.cap_.
-    """
-    more = -hidden.shape[0] % GRAIN
-    return _CrossEntropy.apply(  # type: ignore[no-any-return]
-        F.pad(hidden, (0, 0, 0, more)), head, F.pad(labels, (0, more)), F.pad(coefficients, (0, more)), weight, cap
-    )
-
-
-def label_losses(hidden: Tensor, head: PackedLinear, labels: Tensor, cap: float | None = None) -> Tensor:
-    """Each label's negative log-likelihood [N], fp32, without gradients. The arguments are those of cross_entropy."""
-    count = hidden.shape[0]
-    hidden, labels = F.pad(hidden, (0, 0, 0, -count % GRAIN)), F.pad(labels, (0, -count % GRAIN))
-    losses = torch.empty(hidden.shape[0])
-    for chunk in _chunks(hidden.shape[0], LOGIT_ROWS):
-        losses[chunk] = ops.cross_entropy_(ops.cap_(head(hidden[chunk]), cap), labels[chunk], None)
-    return losses[:count]
 
 
 def _chunks(rows: int, most: int) -> list[slice]:

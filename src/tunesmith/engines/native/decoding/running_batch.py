@@ -10,10 +10,12 @@ Shapes: B rows, T tokens of a pass, M width.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from tunesmith.engines.native.adapters.batch import AdapterBatch
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
 from tunesmith.engines.native.network.ops import PrefixPages, page_shapes
-from tunesmith.engines.native.network.passes import FactorsAt, Pass, fits
+from tunesmith.engines.native.network.passes import RecordedPass, fits
 from tunesmith.engines.native.runtime import LargePages
 
 MOST_ROWS = 64
@@ -64,8 +66,8 @@ class Prefix:
 class Row(DecodedRow):
     """One answer to decode. ids: the prompt without the prefix, at least one token."""
 
-    prefix: Prefix | None
-    adapter: PackedAdapter | None
+    prefix: Prefix | None = None
+    adapter: PackedAdapter | None = None
     pages: list[int] = field(default_factory=list)
     prefilled: int = 0  # tokens of ids
 
@@ -87,7 +89,7 @@ class RunningBatch:
         self.rows: list[Row] = []
         self._plan: _PassPlan | None = None  # kept until a row joins or ends
         self._adapter_batch: tuple[list[PackedAdapter], AdapterBatch] | None = None
-        self._fits_native_pass = fits(network)
+        self._by_kernels = fits(network)
 
     def __bool__(self) -> bool:
         """Whether any row is decoded or waits."""
@@ -115,7 +117,7 @@ class RunningBatch:
         self._prefill_prefix()
         decoded, prompts = [row for row in self.rows if row.given], self._next_prompts()
         if prompts or (decoded and self._plan is None):
-            self._plan = _PassPlan(self._network, decoded, prompts, self._weights)
+            self._plan = _PassPlan(self._network, decoded, prompts, self._linear)
         plan = self._plan
         if plan is None:
             return
@@ -160,9 +162,13 @@ class RunningBatch:
         if prefix is None:
             return
         if not prefix.layers:
-            prefix.layers = prefix_pages(self._network, len(prefix.ids))
+            shape, dtype, count = self._network.shape, self._network.dtype, -(-len(prefix.ids) // PAGE)
+            sizes = page_shapes(shape.kv_heads, PAGE, shape.head, dtype)
+            # Zeros, as in PageCache.
+            pages = ([torch.zeros(count, *size, dtype=dtype) for size in sizes] for _ in range(shape.layers))
+            prefix.layers = [PrefixPages(keys, values, len(prefix.ids)) for keys, values in pages]
         part = prefix.ids[prefix.prefilled : prefix.prefilled + _CHUNK]
-        plan = _PassPlan(self._network, [], [(prefix, part)], self._weights)
+        plan = _PassPlan(self._network, [], [(prefix, part)], self._linear)
         self._run_pass(plan, ([layer.keys for layer in prefix.layers], [layer.values for layer in prefix.layers]))
         prefix.prefilled += len(part)
 
@@ -182,90 +188,78 @@ class RunningBatch:
 
     def _run_pass(self, plan: _PassPlan, caches: tuple[Sequence[Tensor], Sequence[Tensor]]) -> Tensor:
         """Run a pass; returns the hidden states [T, M]. caches: pages of keys and of values, by layer."""
-        network, places = self._network, plan.places
-        ids, positions = plan.ids(), places.lengths + plan.starts
-        if not self._fits_native_pass or plan.weights.factors is None:
-            return forward(network, ids, plan.weights.linear, self._attention(plan, positions, caches))
-        if plan.native is None:
-            groups = [
-                (None if prefix is None else prefix.layers, tokens, prompt) for prefix, tokens, prompt in plan.groups
-            ]
-            plan.native = Pass(network, plan.weights.factors, places, groups, caches)
-        return plan.native.run(ids, positions)
+        network, ids, positions = self._network, plan.ids(), plan.places.lengths + plan.starts
+        if plan.recorded is not None:
+            return plan.recorded.repeat(ids, positions)
+        attention = partial(self._attention, plan, caches)
+        if not (plan.repeats and self._by_kernels):
+            return forward(network, ids, plan.linear, attention(angles(network, positions)))
+        plan.recorded = RecordedPass(network, plan.linear, attention, ids, positions)
+        return plan.recorded.hidden()
 
     def _attention(
-        self, plan: _PassPlan, positions: Tensor, caches: tuple[Sequence[Tensor], Sequence[Tensor]]
+        self, plan: _PassPlan, caches: tuple[Sequence[Tensor], Sequence[Tensor]], turns: list[tuple[Tensor, Tensor]]
     ) -> Attend:
         network, places, shape = self._network, plan.places, self._network.shape
-        turns = angles(network, positions)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             keys, values = caches[0][layer], caches[1][layer]
             options = (shape.attention_scale, network.layers[layer].window, shape.score_cap)
             q = ops.decode_split(qkv, *turns[network.layers[layer].rotary], keys, values, places)
             out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
-            for prefix, tokens, prompt in plan.groups:
-                pages = None if prefix is None else prefix.layers[layer]
+            for shared, tokens, prompt in plan.groups:
+                pages = None if shared is None else shared[layer]
                 ops.decode_mix(q, pages, keys, values, places, tokens, out, *options, prompt=prompt)
             return out
 
         return attend
 
-    def _weights(self, adapters: Sequence[PackedAdapter | None]) -> _Weights:
-        """The weights for rows of these adapters, one adapter a row."""
+    def _linear(self, adapters: Sequence[PackedAdapter | None]) -> Linear:
+        """The linear layers for rows of these adapters, one adapter a row."""
         distinct = list(dict.fromkeys(adapters))
-        if distinct == [None]:
-            return _Weights(frozen_linear(self._network), lambda _: None)
-        if len(distinct) == 1 and (only := distinct[0]) is not None:
-            return _Weights(adapted_linear(self._network, only), only.plain_factors)
+        if len(distinct) == 1:
+            only = distinct[0]
+            return frozen_linear(self._network) if only is None else adapted_linear(self._network, only)
         wanted = [adapter for adapter in distinct if adapter is not None]
         if self._adapter_batch is None or not set(wanted) <= set(self._adapter_batch[0]):
             # Earlier adapters may be wanted again, so they stay while there is room.
-            earlier = (
-                [] if self._adapter_batch is None else [each for each in self._adapter_batch[0] if each not in wanted]
-            )
+            earlier = [each for each in (self._adapter_batch or ([],))[0] if each not in wanted]
             wanted = [*earlier[: _MOST_ADAPTERS - len(wanted)], *wanted]
             self._adapter_batch = (wanted, AdapterBatch(self._network, wanted))
         held, batch = self._adapter_batch
         owners = torch.tensor([-1 if adapter is None else held.index(adapter) for adapter in adapters])
-        return _Weights(batch.linear(owners), batch.factors(owners))
+        return batch.linear(owners)
 
     # Choosing tokens
 
     def _choose_tokens(self, rows: Sequence[Row], scores: Tensor) -> None:
         """Choose each row's next token by its logits [B, vocabulary] and tell its listener."""
         logprobs = [
-            None if row.top is None else scores[place].float().log_softmax(-1) for place, row in enumerate(rows)
+            None if row.request.top_logprobs is None else scores[place].float().log_softmax(-1)
+            for place, row in enumerate(rows)
         ]
         mask_disallowed_(scores, [row.guide for row in rows], ops.forbid_)
-        likeliest: list[int] = ops.largest(scores).tolist()
+        likeliest: list[int] = scores.float().argmax(-1).tolist()  # four times as fast as in bf16
         for place, row in enumerate(rows):
             failed: Exception | None = None
             try:
-                token = row.choose(scores[place]) if row.sampling.temperature > 0 else likeliest[place]
-                ended = row.append(token, logprobs[place], self._stop_ids)
+                token = row.choose(scores[place]) if row.request.temperature > 0 else likeliest[place]
+                if not row.append(token, logprobs[place], self._stop_ids):
+                    continue
             except Exception as error:  # noqa: BLE001 - the logits, the schema or the listener of this row only
                 failed = error
-            if failed or ended:
-                self._remove(row)
-                row.listener.end(stopped=failed is None and token in self._stop_ids, error=failed)
-
-
-class _Weights(NamedTuple):
-    """The linear layers for rows of some adapters, and those adapters' factors for a native pass (None: it cannot
-    apply them)."""
-
-    linear: Linear
-    factors: FactorsAt | None
+            self._remove(row)
+            row.listener.end(stopped=failed is None and token in self._stop_ids, error=failed)
 
 
 class _PassPlan:
     """The T tokens of one pass: the newest token of decoded rows, those with the same prefix next to each other, and
     parts of prompts.
 
-    decoded: the decoded rows in the order of their tokens. groups: a prefix, the slice of its tokens, and whether they
-    are neighbouring ones of one prompt. starts [T]: for each token, the position of its row's first token after the
-    prefix. last [B]: the index of the last token of each decoded row, then of each part.
+    decoded: the decoded rows in the order of their tokens. groups: the pages of a prefix by layer, the slice of its
+    rows' tokens, and whether they are neighbouring ones of one prompt. starts [T]: for each token, the position of its
+    row's first token after the prefix. last [B]: the index of the last token of each decoded row, then of each part.
+    repeats: whether kernels alone compute what is done for these rows, again and again.
     """
 
     def __init__(
@@ -273,7 +267,7 @@ class _PassPlan:
         network: Network,
         decoded: Sequence[Row],
         prompts: Sequence[tuple[Row | Prefix, Sequence[int]]],
-        weights: Callable[[Sequence[PackedAdapter | None]], _Weights],
+        linear: Callable[[Sequence[PackedAdapter | None]], Linear],
     ) -> None:
         by_prefix: dict[Prefix | None, list[Row]] = {}
         for row in decoded:
@@ -282,17 +276,21 @@ class _PassPlan:
         rows = [*self.decoded, *(row for row, _ in prompts)]
         counts = [1] * len(decoded) + [len(part) for _, part in prompts]
         self.last = torch.tensor(counts).cumsum(0) - 1
-        self.groups: list[tuple[Prefix | None, slice, bool]] = []
+        self.groups: list[tuple[Sequence[PrefixPages] | None, slice, bool]] = []
         first = 0
         for prefix, count, prompt in (
             *((prefix, len(group), False) for prefix, group in by_prefix.items()),
             *((row.prefix, len(part), True) for row, part in prompts),
         ):
-            self.groups.append((prefix, slice(first, first + count), prompt))
+            shared = None if prefix is None else prefix.layers
+            self.groups.append((shared, slice(first, first + count), prompt))
             first += count
         row_of_token = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-        self.weights = weights([row.adapter for row in row_of_token])
-        self.native: Pass | None = None  # created when the plan runs first
+        self.linear = linear([row.adapter for row in row_of_token])
+        # With DoRA's row scales, PyTorch computes too.
+        scaled = any(row.adapter is not None and row.adapter.row_scales for row in rows)
+        self.repeats = not prompts and not scaled
+        self.recorded: RecordedPass | None = None
         self.starts = torch.tensor([row.start for row in row_of_token])
         most, shape = max(len(row.pages) for row in rows), network.shape
         table = torch.tensor([[*row.pages] + [0] * (most - len(row.pages)) for row in rows])
@@ -321,9 +319,9 @@ class PageCache:
     """
 
     def __init__(self, network: Network, most_bytes: int) -> None:
-        self._network = network
-        shape = network.shape
-        self.page_bytes = 2 * shape.layers * shape.kv_heads * PAGE * shape.head * network.embedding.element_size()
+        self._network, shape = network, network.shape
+        self._sizes = (shape.layers, 2, shape.kv_heads * PAGE * shape.head)  # of a page
+        self.page_bytes = math.prod(self._sizes) * network.dtype.itemsize
         self._most = max(1, most_bytes // self.page_bytes)
         self.clear()
 
@@ -354,7 +352,7 @@ class PageCache:
 
     def clear(self) -> None:
         """Take all pages back and release their memory: no row holds one. After an error they may hold anything."""
-        self._use(self._network.embedding.new_zeros(0, *self._page_sizes()))
+        self._use(self._network.embedding.new_zeros(0, *self._sizes))
 
     def _reserve(self, pages: int, least: int) -> None:
         """Reserve so many pages, or as many as there is memory for, but at least `least`."""
@@ -362,7 +360,7 @@ class PageCache:
         while True:
             try:
                 # Zeros, since attention multiplies unwritten places by zero, and a NaN would survive that.
-                self._use(LargePages().zeros((pages, *self._page_sizes()), self._network.dtype))
+                self._use(LargePages().zeros((pages, *self._sizes), self._network.dtype))
                 return
             except (OSError, RuntimeError) as error:  # of mmap
                 if pages == least:
@@ -373,10 +371,6 @@ class PageCache:
                     ) from error
                 pages = max(least, pages // 2)
 
-    def _page_sizes(self) -> tuple[int, int, int]:
-        shape = self._network.shape
-        return shape.layers, 2, shape.kv_heads * PAGE * shape.head
-
     def _use(self, memory: Tensor) -> None:
         shape = self._network.shape
         self._memory = memory
@@ -385,14 +379,3 @@ class PageCache:
             for part, page in enumerate(page_shapes(shape.kv_heads, PAGE, shape.head, memory.dtype))
         )
         self._free = list(range(len(memory) - 1, -1, -1))
-
-
-def prefix_pages(network: Network, length: int) -> list[PrefixPages]:
-    """Pages for the keys and values of a prefix of so many tokens, in every layer."""
-    shape, dtype, pages = network.shape, network.dtype, -(-length // PAGE)
-    keys, values = page_shapes(shape.kv_heads, PAGE, shape.head, dtype)
-    # Zeros, as in PageCache.
-    return [
-        PrefixPages(torch.zeros(pages, *keys, dtype=dtype), torch.zeros(pages, *values, dtype=dtype), length)
-        for _ in range(shape.layers)
-    ]

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -31,9 +31,7 @@ class Scheduler:
         runtime.release_threads()
         self._batch = batch
         self._changed = threading.Condition()
-        self._submitted: list[Row] = []
-        self._cancelled: list[Row] = []
-        self._work: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._work: list[Callable[[], object]] = []
         self._thread: threading.Thread | None = None
         self._stopping = False
         _SCHEDULERS.add(self)
@@ -41,23 +39,24 @@ class Scheduler:
     def submit(self, rows: Sequence[Row]) -> None:
         """Decode these rows from the next step on."""
         runtime.release_threads()
-        with self._changed:
-            self._submitted += rows
-            self._wake()
+        self._do(lambda: self._batch.waiting.extend(rows))
 
     def cancel(self, rows: Sequence[Row]) -> None:
         """Stop decoding these rows. A listener may still receive one more token."""
-        with self._changed:
-            self._cancelled += rows
-            self._wake()
+        self._do(lambda: self._batch.drop(rows))
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Do other work between two steps; returns its result."""
         runtime.release_threads()
         future: Future[Result] = Future()
-        with self._changed:
-            self._work.append((work, future))
-            self._wake()
+
+        def do() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+                future.set_exception(error)
+
+        self._do(do)
         return future.result()
 
     def stop(self) -> None:
@@ -68,11 +67,14 @@ class Scheduler:
         if thread is not None:
             thread.join()
 
-    def _wake(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._decode, name="tunesmith-decoding", daemon=True)
-            self._thread.start()
-        self._changed.notify_all()
+    def _do(self, work: Callable[[], object]) -> None:
+        """Have the thread do something before its next step."""
+        with self._changed:
+            self._work.append(work)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._decode, name="tunesmith-decoding", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
 
     def _decode(self) -> None:
         try:
@@ -86,23 +88,18 @@ class Scheduler:
         torch.set_num_threads(prepare_process())
         while True:
             with self._changed:
-                if not self._changed.wait_for(self._has_work, _IDLE_SECONDS) or self._stopping:
+                due = self._changed.wait_for(lambda: self._stopping or self._work or self._batch, _IDLE_SECONDS)
+                if not due or self._stopping:
                     self._thread = None
                     return
-                submitted, cancelled, work = self._submitted, self._cancelled, self._work
-                self._submitted, self._cancelled, self._work = [], [], []
-            self._batch.waiting.extend(submitted)
-            self._batch.drop(cancelled)
-            for function, future in work:
-                _run(function, future)
+                work, self._work = self._work, []
+            for do in work:
+                do()
             if self._batch:
                 try:
                     self._batch.step()
                 except BaseException as error:  # noqa: BLE001 - raised where the rows' answers are awaited
                     self._batch.fail(error)
-
-    def _has_work(self) -> bool:
-        return bool(self._stopping or self._batch or self._submitted or self._cancelled or self._work)
 
 
 @atexit.register
@@ -110,10 +107,3 @@ def _stop_all() -> None:
     """Stop all threads before the interpreter ends: a thread in compiled code would make the whole process abort."""
     for scheduler in list(_SCHEDULERS):
         scheduler.stop()
-
-
-def _run(work: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
-        future.set_exception(error)

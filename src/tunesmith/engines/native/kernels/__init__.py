@@ -50,7 +50,7 @@ class TokenLayout(ctypes.Structure):
 
 
 class RowPages(ctypes.Structure):
-    """Pages of kernels.h."""
+    """Pages of decoding.cpp."""
 
     _fields_ = fields((INT64, "rows kv group size page most longest stride"), (POINTER, "table length"))
 
@@ -97,32 +97,26 @@ def _built() -> Path | None:
     compiler = _compiler()
     if wanted == "portable" or compiler is None:
         return None
+    from tunesmith.models.base import cache_folder
+
+    text = b"".join(path.read_bytes() for path in (*_HEADERS, *_SOURCES)) + repr(_FLAGS).encode()
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-        return _compile(compiler, version)
+        path = cache_folder() / "kernels" / f"{hashlib.sha256(text + version + _processor()).hexdigest()[:16]}.so"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with scratch_folder(path.parent) as scratch:
+                made = scratch / path.name
+                command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
+                subprocess.run(command, capture_output=True, check=True, timeout=300)
+                os.replace(made, path)
+        return path
     except (OSError, subprocess.SubprocessError):
         return None  # a compiler without OpenMP or headers, or a cache that is not writable
 
 
 def _compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-
-
-def _compile(compiler: str, version: bytes) -> Path:
-    from tunesmith.models.base import cache_folder
-
-    text = b"".join(path.read_bytes() for path in (*_HEADERS, *_SOURCES))
-    digest = hashlib.sha256(text + repr(_FLAGS).encode() + version + _processor()).hexdigest()[:16]
-    path = cache_folder() / "kernels" / f"{digest}.so"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with scratch_folder(path.parent) as scratch:
-        made = scratch / path.name
-        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
-        subprocess.run(command, capture_output=True, check=True, timeout=300)
-        os.replace(made, path)
-    return path
 
 
 def _processor() -> bytes:

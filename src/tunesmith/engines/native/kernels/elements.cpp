@@ -1,6 +1,7 @@
-// Element-wise operations outside attention: norms, the gated MLP's middle, the loss. Each passes over memory once.
+// Element-wise operations outside attention: norms, the gated MLP's middle, the loss, tokens that a schema forbids. Each
+// passes over memory once.
 
-#include "kernels.h"
+#include "numbers.h"
 
 // A function of OpenMP 5, called with the number of omp_pause_soft. Runtimes older than GCC 9's do not have it.
 extern "C" int omp_pause_resource_all(int) __attribute__((weak));
@@ -164,4 +165,28 @@ extern "C" void cross_entropy(bf16* scores, const int64_t* labels, float* loss, 
         for (int64_t i = 0; i < vocabulary; ++i) down(exponential(up(s[i]) - most) * inverse, s + i);
         down((std::exp(wanted - log_total) - 1.0f) * share[row], s + label);
     }
+}
+
+// Sets scores [rows, width] of tokens that are not allowed to minus infinity. bits [held, words]: a bit for each token
+// of row row[h], 1: allowed.
+extern "C" void forbid(bf16* scores, const int64_t* row, const uint32_t* bits, int64_t held, int64_t words,
+                       int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t h = 0; h < held; ++h) {
+        bf16 *s = scores + row[h] * width, none;
+        down(-INFINITY, &none);
+        for (int64_t w = 0; w < words; ++w) {
+            uint32_t allowed = bits[h * words + w];
+            if (allowed == 0xffffffffu) continue;
+            int64_t last = std::min<int64_t>(32, width - w * 32);
+            for (int64_t i = 0; i < last; ++i)
+                if (!(allowed >> i & 1)) s[w * 32 + i] = none;
+        }
+    }
+}
+
+// Sets numbers [count] to zero where masked.
+extern "C" void mask(bf16* numbers, const bool* masked, int64_t count, int) {
+    for (int64_t i = 0; i < count; ++i)
+        if (masked[i]) numbers[i].bits = 0;
 }

@@ -56,37 +56,23 @@ class Layout:
         self.row_of, self.place_of = torch.tensor(rows), torch.tensor(places)
         self.starts = torch.tensor([prefix, *lengths]).cumsum(0)
         self.turns = angles(network, positions)
-        self.rotary = [layer.rotary for layer in network.layers]
-        self.windows, self.cap = [layer.window for layer in network.layers], shape.score_cap
+        self.layers, self.cap = network.layers, shape.score_cap
         self.native = native.TokenLayout(
             *(len(rows), prefix, self.rows, self.longest, self.kv, self.group, shape.head),
             *(self.row_of.data_ptr(), self.place_of.data_ptr(), self.starts.data_ptr()),
         )
 
-    def on_tiles(self, qkv: Tensor, layer: int) -> bool:
-        """Whether attention_tiles.h computes a layer's attention."""
-        return fits_tiles(self.shape, self.windows[layer], self.prefix + self.longest, qkv)
-
     def blocks(self, like: Tensor) -> Blocks:
         """Uninitialised blocks with the dtype of `like`."""
-        kv, group, size = self.kv, self.group, self.shape.head
-        own = like.new_empty(kv * self.rows * self.longest * size * (group + 2))
-        q, k, v = own.split([kv * self.rows * self.longest * size * part for part in (group, 1, 1)])
-        shared = like.new_empty(kv * self.prefix * size * (group + 2))
-        qp, kp, vp = shared.split([kv * self.prefix * size * part for part in (group, 1, 1)])
-        return Blocks(
-            qp.view(kv, group * self.prefix, size),
-            kp.view(kv, self.prefix, size),
-            vp.view(kv, self.prefix, size),
-            q.view(kv, self.rows, group * self.longest, size),
-            k.view(kv, self.rows, self.longest, size),
-            v.view(kv, self.rows, self.longest, size),
-        )
+        heads = (self.group, 1, 1)  # for each key/value head: queries, keys, values
+        shared = (like.new_empty(self.kv, part * self.prefix, self.shape.head) for part in heads)
+        own = (like.new_empty(self.kv, self.rows, part * self.longest, self.shape.head) for part in heads)
+        return Blocks(*shared, *own)
 
     def split(self, qkv: Tensor, layer: int) -> Blocks:
         """The blocks of a layer's qkv [T, (H + 2 K) * D], with queries and keys rotated."""
         blocks = self.blocks(qkv)
-        cos, sin = self.turns[self.rotary[layer]]
+        cos, sin = self.turns[self.layers[layer].rotary]
         kernel = ops.kernel_for("split", qkv)
         if kernel is not None:
             ops.call(kernel, self.native, qkv.contiguous(), cos, sin, *blocks, True)
@@ -101,7 +87,7 @@ class Layout:
     def join(self, blocks: Blocks, layer: int) -> Tensor:
         """The gradient of qkv [T, (H + 2 K) * D] for gradients of the blocks."""
         heads = self.kv * self.group
-        cos, sin = self.turns[self.rotary[layer]]
+        cos, sin = self.turns[self.layers[layer].rotary]
         out = blocks.q.new_empty(len(self.row_of), (heads + 2 * self.kv) * self.shape.head)
         kernel = ops.kernel_for("split", out)
         if kernel is not None:
@@ -157,10 +143,8 @@ def fits_tiles(shape: Shape, window: int | None, seen: int, like: Tensor) -> boo
     """
     if shape.score_cap is not None or shape.head % 32 or (window is not None and window < seen):
         return False
-    if like.dtype != torch.bfloat16:
-        return False
-    library = native.library()
-    return library is not None and library.tiles() == 1
+    kernel = ops.kernel_for("tiles", like)
+    return kernel is not None and kernel() == 1
 
 
 def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
@@ -168,7 +152,8 @@ def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
     layout = Layout(batch.prefix, batch.lengths, batch.positions, network)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        function = _OnTiles if layout.on_tiles(qkv, layer) else _Attention
+        on_tiles = fits_tiles(layout.shape, layout.layers[layer].window, layout.prefix + layout.longest, qkv)
+        function = _OnTiles if on_tiles else _Attention
         return function.apply(qkv, layout, layer)  # type: ignore[no-any-return]
 
     return attend
@@ -181,7 +166,7 @@ def mix(layout: Layout, blocks: Blocks, layer: int) -> tuple[Tensor, Tensor, Ten
     themselves [K * B, G * L, L].
     """
     qp, kp, vp, q, k, v = blocks
-    window, cap = layout.windows[layer], layout.cap
+    window, cap = layout.layers[layer].window, layout.cap
     prefix = qp @ kp.transpose(1, 2)
     mixed_prefix = qp
     if layout.prefix:
@@ -219,24 +204,20 @@ class _Attention(torch.autograd.Function):
         out = layout.blocks(gradient)  # gradients of the blocks
         flat, rows = g.flatten(1, 2), g.flatten(0, 1)
         to_own = rows @ v.flatten(0, 1).transpose(1, 2)
+        to_shared = flat @ vp.transpose(1, 2) if layout.prefix else None
+        ops.softmax_backward_(None if to_shared is None else shared, own, to_shared, to_own, layout.scale)
+        _through_cap(layout, to_own, q.flatten(0, 1), k.flatten(0, 1))
         torch.bmm(own.transpose(1, 2), rows, out=out.v.flatten(0, 1))
-        if not layout.prefix:
-            ops.softmax_backward_(None, own, None, to_own, layout.scale)
-            _through_cap(layout, to_own, q.flatten(0, 1), k.flatten(0, 1))
-        else:
-            to_shared = flat @ vp.transpose(1, 2)
-            ops.softmax_backward_(shared, own, to_shared, to_own, layout.scale)
+        torch.bmm(to_own, k.flatten(0, 1), out=out.q.flatten(0, 1))
+        torch.bmm(to_own.transpose(1, 2), q.flatten(0, 1), out=out.k.flatten(0, 1))
+        if to_shared is not None:
             to_prefix = gp @ vp.transpose(1, 2)
             ops.softmax_backward_(None, prefix, None, to_prefix, layout.scale)
-            _through_cap(layout, to_own, q.flatten(0, 1), k.flatten(0, 1))
             _through_cap(layout, to_shared, q.flatten(1, 2), kp)
             _through_cap(layout, to_prefix, qp, kp)
             torch.bmm(prefix.transpose(1, 2), gp, out=out.vp).baddbmm_(shared.transpose(1, 2), flat)
             torch.bmm(to_prefix, kp, out=out.qp)
             torch.bmm(to_prefix.transpose(1, 2), qp, out=out.kp).baddbmm_(to_shared.transpose(1, 2), q.flatten(1, 2))
-        torch.bmm(to_own, k.flatten(0, 1), out=out.q.flatten(0, 1))
-        torch.bmm(to_own.transpose(1, 2), q.flatten(0, 1), out=out.k.flatten(0, 1))
-        if layout.prefix:
             out.q.flatten(1, 2).baddbmm_(to_shared, kp)
         return layout.join(out, ctx.layer), None, None
 
@@ -263,7 +244,7 @@ class _OnTiles(torch.autograd.Function):
 
 
 def _call_tiles(name: str, layout: Layout, layer: int, qkv: Tensor, *others: Tensor) -> None:
-    turns = layout.turns[layout.rotary[layer]]
+    turns = layout.turns[layout.layers[layer].rotary]
     ops.call(getattr(native.library(), name), layout.native, qkv, *turns, *others, float(layout.scale))
 
 

@@ -122,13 +122,18 @@ class Network:
 
 def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Tensor:
     """Hidden states [T, M] before the final norm, of ids [T]. attend knows the tokens' positions."""
+    x, added = run_layers(network, embedded(network, ids), linear, attend)
+    return x + added
+
+
+def run_layers(network: Network, x: Tensor, linear: Linear, attend: Attend) -> tuple[Tensor, Tensor]:
+    """The hidden states [T, M] of the first layer's input, in two parts: their sum, and the last sub-layer's output."""
     shape = network.shape
     epsilon, offset = shape.epsilon, shape.norm_offset
 
     def normed(x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else rms_norm(x, weight, epsilon, offset)
 
-    x = embedded(network, ids)
     added: Tensor | None = None  # the previous sub-layer's output, not yet added to x
     for number, layer in enumerate(network.layers):
         x, h = add_norm(x, added, layer.attention_norm, epsilon, offset)
@@ -137,15 +142,15 @@ def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Te
         x, h = add_norm(x, mixed, layer.mlp_norm, epsilon, offset)
         added = linear(number, "down", gated(linear(number, "gate_up", h), gelu=shape.gelu))
         added = normed(added, layer.after_mlp)
-    return x if added is None else x + added
+    assert added is not None
+    return x, added
 
 
 def embedded(network: Network, ids: Tensor) -> Tensor:
     """The first layer's input [T, M] for ids [T]."""
     x, scale = embed(ids, network.embedding), network.shape.embedding_scale
-    return (
-        x if scale is None else x * torch.tensor(scale, dtype=x.dtype)
-    )  # transformers rounds the factor to the weights' dtype
+    # transformers rounds the factor to the weights' dtype
+    return x if scale is None else x * torch.tensor(scale, dtype=x.dtype)
 
 
 def final(network: Network, hidden: Tensor) -> Tensor:
@@ -161,11 +166,7 @@ def logits(network: Network, hidden: Tensor) -> Tensor:
 
 def frozen_linear(network: Network) -> Linear:
     """The base's linear layers without an adapter and without gradients (adapters/lora.py has those with gradients)."""
-
-    def apply(number: int, group: str, x: Tensor) -> Tensor:
-        return network.layers[number].linear[group](x)
-
-    return apply
+    return lambda number, group, x: network.layers[number].linear[group](x)
 
 
 def angles(network: Network, positions: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,9 @@ Shapes: T tokens, M width, H query heads, K key/value heads, G query heads for e
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -30,21 +33,37 @@ def kernel_for(name: str, x: Tensor) -> Any:
 _threads = torch.get_num_threads
 
 
+# A kernel, its arguments, and what they point to.
+Call = tuple[Any, list[Any], Sequence[Any]]
+_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
+
+
 def call(kernel: Any, *given: Any) -> None:
     """Run a kernel with contiguous tensors (None: a null pointer), structures and numbers, on this thread's threads."""
-    kernel(*map(_native, given), _threads())
+    arguments = [*map(_native, given), native.INT64(_threads())]
+    kernel(*arguments)
+    if (calls := _calls.get()) is not None:
+        calls.append((kernel, arguments, given))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Records the calls of kernels on this thread. To repeat them does the same to the same tensors."""
+    token = _calls.set(calls := list[Call]())
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+_KINDS: dict[type, Any] = {type(None): native.POINTER, bool: ctypes.c_bool, int: native.INT64, float: native.FLOAT}
 
 
 def _native(value: Any) -> Any:
-    if isinstance(value, ctypes.Structure):
-        return ctypes.byref(value)
-    if isinstance(value, bool):
-        return ctypes.c_bool(value)
-    if isinstance(value, int):
-        return native.INT64(value)
-    if isinstance(value, float):
-        return native.FLOAT(value)
-    return native.POINTER(None if value is None else value.data_ptr())
+    if isinstance(value, Tensor):
+        return native.POINTER(value.data_ptr())
+    kind = _KINDS.get(type(value))
+    return native.POINTER(ctypes.addressof(value)) if kind is None else kind(value)
 
 
 def add_norm(
@@ -59,15 +78,11 @@ def add_norm(
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         normal = (wide * scale).to(x.dtype)
         return total, normal * (weight + offset if offset else weight), scale.view(-1, 1)
-    x = x.contiguous()
-    y = None if y is None else y.contiguous()
-    rows = x.numel() // width
-    total = x if y is None else torch.empty_like(x)
-    out = torch.empty_like(x)
-    scale = torch.empty(rows, 1)
-    into = None if y is None else total
+    x, rows = x.contiguous(), x.numel() // width
+    y, into = (None, None) if y is None else (y.contiguous(), torch.empty_like(x))
+    out, scale = torch.empty_like(x), torch.empty(rows, 1)
     call(kernel, x, y, weight, into, out, scale, rows, width, float(epsilon), float(offset))
-    return total, out, scale
+    return x if into is None else into, out, scale
 
 
 def norm_backward(
@@ -116,30 +131,23 @@ def gated_backward(
     gradient: Tensor, gate_up: Tensor, *, gelu: bool = False, again: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient [T, 2 F] of gated's input. again: also gated's output, computed again and equal to the bit."""
-    width = gradient.shape[-1]
+    width, result = gradient.shape[-1], torch.empty_like(gate_up)
     kernel = None if gelu else kernel_for("gated_backward", gate_up)
-    result = torch.empty_like(gate_up)
-    if kernel is None:
-        output = gated(gate_up, gelu=gelu) if again else None
-    else:
-        output = torch.empty_like(gradient, memory_format=torch.contiguous_format) if again else None
+    if kernel is not None:
+        gradient = gradient.contiguous()
+        output = torch.empty_like(gradient) if again else None
+        call(kernel, gradient, gate_up, result, output, gradient.numel() // width, width)
+        return result, output
+    (gate, other), (to_gate, to_up) = gate_up.chunk(2, -1), result.chunk(2, -1)
     if gelu:
-        gate, other = gate_up.chunk(2, -1)
-        to_gate, to_up = result.chunk(2, -1)
         torch.mul(gradient, F.gelu(gate, approximate="tanh"), out=to_up)
         to_gate.copy_(torch.ops.aten.gelu_backward(gradient * other, gate, approximate="tanh"))
-        return result, output
-    if kernel is None:
-        gate, other = gate_up.chunk(2, -1)
+    else:
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
-        to_gate, to_up = result.chunk(2, -1)
         torch.mul(gradient, silu, out=to_up)
         torch.mul(gradient * other, sigmoid + silu * (1 - sigmoid), out=to_gate)
-        return result, output
-    gradient = gradient.contiguous()
-    call(kernel, gradient, gate_up, result, output, gradient.numel() // width, width)
-    return result, output
+    return result, gated(gate_up, gelu=gelu) if again else None
 
 
 def softmax_(
@@ -156,23 +164,17 @@ def softmax_(
     if window is not None and cut + longest <= window:
         window = None
     kernel = kernel_for("softmax", own) if window is None and cap is None else None
-    if kernel is None:
-        rows = own.shape[-2] // longest
-        hidden = torch.ones(longest, longest, dtype=torch.bool).triu(1)
-        if window is not None:
-            hidden |= hidden.new_ones(longest, longest).tril(-window)
-        scores = cap_(own.float().mul_(scale), cap).masked_fill_(hidden.repeat(rows, 1), float("-inf"))
-        if shared is None:
-            own.copy_(torch.softmax(scores, -1))
-            return
-        early = cap_(shared.view(*own.shape[:-1], cut).float() * scale, cap)
-        if window is not None:
-            early.masked_fill_(hidden.new_ones(longest, cut).tril(cut - window).repeat(rows, 1), float("-inf"))
-        weights = torch.softmax(torch.cat((early, scores), -1), -1)
-        shared.copy_(weights[..., :cut].reshape(shared.shape))
-        own.copy_(weights[..., cut:])
+    if kernel is not None:
+        call(kernel, shared, own, own.numel() // longest, cut, longest, float(scale))
         return
-    call(kernel, shared, own, own.numel() // longest, cut, longest, float(scale))
+    scores = own if shared is None else torch.cat((shared.view(*own.shape[:-1], cut), own), -1)
+    hidden = torch.ones(longest, cut + longest, dtype=torch.bool)
+    hidden = hidden.triu(cut + 1) if window is None else hidden.triu(cut + 1) | hidden.tril(cut - window)
+    scores = cap_(scores.float() * scale, cap).masked_fill_(hidden.repeat(own.shape[-2] // longest, 1), float("-inf"))
+    weights = torch.softmax(scores, -1)
+    own.copy_(weights[..., cut:])
+    if shared is not None:
+        shared.copy_(weights[..., :cut].reshape(shared.shape))
 
 
 def cap_(scores: Tensor, cap: float | None) -> Tensor:
@@ -184,18 +186,17 @@ def softmax_backward_(
     shared: Tensor | None, own: Tensor, shared_gradient: Tensor | None, own_gradient: Tensor, scale: float
 ) -> None:
     """Turn gradients of attention weights, shared_gradient and own_gradient, into gradients of scores, in place."""
-    longest = own.shape[-1]
+    longest, cut = own.shape[-1], 0 if shared is None else shared.shape[-1]
     kernel = kernel_for("softmax_backward", own)
-    if kernel is None:
-        dot = (own.float() * own_gradient.float()).sum(-1, keepdim=True)
-        if shared is not None and shared_gradient is not None:
-            flat = dot.view(*shared.shape[:-1], 1)
-            flat += (shared.float() * shared_gradient.float()).sum(-1, keepdim=True)
-            shared_gradient.copy_(shared.float() * (shared_gradient.float() - flat) * scale)
-        own_gradient.copy_(own.float() * (own_gradient.float() - dot) * scale)
+    if kernel is not None:
+        call(kernel, shared, own, shared_gradient, own_gradient, own.numel() // longest, cut, longest, float(scale))
         return
-    cut = 0 if shared is None else shared.shape[-1]
-    call(kernel, shared, own, shared_gradient, own_gradient, own.numel() // longest, cut, longest, float(scale))
+    dot = (own.float() * own_gradient.float()).sum(-1, keepdim=True)
+    if shared is not None and shared_gradient is not None:
+        flat = dot.view(*shared.shape[:-1], 1)
+        flat += (shared.float() * shared_gradient.float()).sum(-1, keepdim=True)
+        shared_gradient.copy_(shared.float() * (shared_gradient.float() - flat) * scale)
+    own_gradient.copy_(own.float() * (own_gradient.float() - dot) * scale)
 
 
 def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tensor:
@@ -204,17 +205,17 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
     share [N]: weights of the labels; scores then become the gradient of the weighted sum of losses, in place.
     """
     kernel = kernel_for("cross_entropy", scores)
-    if kernel is None:
-        wide = scores.float()
-        normaliser = torch.logsumexp(wide, -1, keepdim=True)
-        loss = (normaliser - wide.gather(1, labels[:, None]))[:, 0]
-        if share is not None:
-            wide = wide.sub_(normaliser).exp_()
-            wide.scatter_add_(1, labels[:, None], wide.new_full((len(labels), 1), -1.0))
-            scores.copy_(wide.mul_(share[:, None]))
+    if kernel is not None:
+        loss = torch.empty(len(scores))
+        call(kernel, scores, labels, loss, *scores.shape, share)
         return loss
-    loss = torch.empty(scores.shape[0])
-    call(kernel, scores, labels, loss, *scores.shape, share)
+    wide = scores.float()
+    normaliser = torch.logsumexp(wide, -1, keepdim=True)
+    loss = (normaliser - wide.gather(1, labels[:, None]))[:, 0]
+    if share is not None:
+        wide = wide.sub_(normaliser).exp_()
+        wide.scatter_add_(1, labels[:, None], wide.new_full((len(labels), 1), -1.0))
+        scores.copy_(wide.mul_(share[:, None]))
     return loss
 
 
@@ -226,20 +227,13 @@ class Places:
 
     def __init__(self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int) -> None:
         self.table, self.lengths, self.page, self.group = table, lengths, page, group
-        self._lengths: list[int] = lengths.tolist()  # at first
-        self._grown = 0
-        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], max(self._lengths))
+        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], int(lengths.max()))
         self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
-
-    def filled(self, rows: slice) -> int:
-        """Number of filled places of the longest of rows."""
-        return max(self._lengths[rows]) + self._grown
 
     def grow(self) -> None:
         """Count one more filled place in each row."""
         self.lengths += 1
         self.native.longest += 1
-        self._grown += 1
 
     def gather(self, keys: Tensor, values: Tensor, rows: slice, seen: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `seen` places of rows, copied to the usual layout: [B, K, seen, D] each."""
@@ -310,7 +304,7 @@ def decode_mix(
     """
     first, count = rows.start, rows.stop - rows.start
     shared = 0 if prefix is None else prefix.length
-    if window is not None and shared + places.filled(rows) < window:
+    if window is not None and shared + int(places.lengths[rows].max()) < window:
         window = None
     kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
     # A kernel without tiles reads a prompt's pages again for each token.
@@ -321,7 +315,7 @@ def decode_mix(
                 decode_mix(q, prefix, keys, values, places, part, out, scale, window, cap, prompt=prompt)
             return
         lengths = places.lengths[rows]
-        seen = places.filled(rows) + 1
+        seen = int(lengths.max()) + 1
         queries = q[:, rows].float() * scale
         pages_of = slice(first, first + 1) if prompt else rows
         own_k, own_v = (x.float().transpose(0, 1) for x in places.gather(keys, values, pages_of, seen))
@@ -353,16 +347,6 @@ def _grouped(x: Tensor, y: Tensor) -> Tensor:
     return x @ y if y.shape[1] > 1 else (x.flatten(1, 2) @ y[:, 0]).unflatten(1, x.shape[1:3])
 
 
-def largest(scores: Tensor) -> Tensor:
-    """The index of each row's largest score, the first of equal ones: [N, V] -> [N]."""
-    kernel = kernel_for("largest", scores)
-    if kernel is None:
-        return scores.argmax(-1)
-    places = torch.empty(scores.shape[0], dtype=torch.long)
-    call(kernel, scores, places, *scores.shape)
-    return places
-
-
 def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
     """As decoding.constraint.forbid_."""
     kernel = kernel_for("forbid", scores)
@@ -370,6 +354,15 @@ def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
         constraint.forbid_(scores, rows, bits)
         return
     call(kernel, scores, rows, bits, *bits.shape, scores.shape[1])
+
+
+def mask_(x: Tensor, masked: Tensor) -> None:
+    """Set numbers to zero where masked, in place. Both have the same shape."""
+    kernel = kernel_for("mask", x)
+    if kernel is None:
+        x.masked_fill_(masked, 0.0)
+    else:
+        call(kernel, x, masked, x.numel())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

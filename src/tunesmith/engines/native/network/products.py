@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,8 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, plain: bool = False) -> None:
         self.out, self.into, self.bias = weight.shape[0], weight.shape[1], bias
         self._tiles = not plain and _fits_tiles(weight)
-        self._mkldnn = not plain and not self._tiles and _fits_mkldnn(weight)
+        bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._mkldnn = bf16 and not plain and not self._tiles
         self.wide_bias = bias.float() if bias is not None and self._tiles else None
         self._backward: Tensor | None = None
         self._forward = weight
@@ -114,23 +116,20 @@ class PackedLinear:
         self, gradient: Tensor, low_gradient: Tensor | None = None, factors: LowRankFactors | None = None
     ) -> Tensor:
         """gradient W, plus low_gradient A where factors are given: [T, out] -> [T, into]."""
-        self._lay_out_backward()
-        if self._tiles and self._backward is not None:
-            a = None if factors is None else factors.a_for_gradient
-            return _product(gradient, self._backward, self.into, low_gradient, a)
-        if self._backward is not None:
-            x: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, self._backward, None, "none", [], "")
-        else:
-            x = gradient @ self._forward
-        return x if low_gradient is None or factors is None else x.addmm_(low_gradient, factors.a)
-
-    def _lay_out_backward(self) -> None:
-        """Lay out the weight for gradients, at the first one: a network that only answers needs no second copy."""
+        # Laid out at the first gradient: a network that only answers needs no second copy.
         if self._backward is None and self._tiles:
             self._backward = _backward_pages.empty_like(self._forward)
             _pack(self.weight, None, self._backward)
         elif self._backward is None and self._mkldnn:
             self._backward = _mkldnn_layout(self.weight.t().contiguous())
+        if self._backward is None:
+            x = gradient @ self._forward
+        elif self._tiles:
+            a = None if factors is None else factors.a_for_gradient
+            return _product(gradient, self._backward, self.into, low_gradient, a)
+        else:
+            x = torch.ops.mkldnn._linear_pointwise(gradient, self._backward, None, "none", [], "")
+        return x if low_gradient is None or factors is None else x.addmm_(low_gradient, factors.a)
 
 
 def outer(low: Tensor, x: Tensor, out: Tensor) -> None:
@@ -138,27 +137,20 @@ def outer(low: Tensor, x: Tensor, out: Tensor) -> None:
     if not (_fits_tiles(out) and low.dtype == x.dtype == out.dtype):
         torch.mm(low.t(), x, out=out)
         return
-    library = _tile_library()
-    assert library is not None
     low, x = low.contiguous(), x.contiguous()
-    call(library.outer, low, low.shape[1], x, x.shape[1], x.shape[0], out)
+    call(_tile_library().outer, low, low.shape[1], x, x.shape[1], x.shape[0], out)
 
 
 @cache
-def _tile_library() -> ctypes.CDLL | None:
+def _tile_library() -> Any:
+    """The library where it has tiles, else None."""
     library = kernels.library()
     return library if library is not None and library.tiles() else None
 
 
 def _fits_tiles(weight: Tensor) -> bool:
-    if weight.dtype != torch.bfloat16 or any(size % TILE for size in weight.shape):
-        return False
-    return _tile_library() is not None
-
-
-def _fits_mkldnn(weight: Tensor) -> bool:
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.bfloat16 and supported
+    fits = weight.dtype == torch.bfloat16 and not any(size % TILE for size in weight.shape)
+    return fits and _tile_library() is not None
 
 
 def _mkldnn_layout(weight: Tensor) -> Tensor:
@@ -167,13 +159,11 @@ def _mkldnn_layout(weight: Tensor) -> Tensor:
 
 def _pack(weight: Tensor, forward: Tensor | None, backward: Tensor | None) -> None:
     """Write a weight [n, k] into forward as the operand [k, n] of x W^T, and into backward as [n, k] of gradient W."""
-    library = _tile_library()
-    assert library is not None
-    call(library.pack, weight, *weight.shape, forward, backward)
+    call(_tile_library().pack, weight, *weight.shape, forward, backward)
 
 
 class _Operands(ctypes.Structure):
-    """Operands of kernels.h."""
+    """Operands of tiles.cpp. kept: the tensors that it points to."""
 
     _fields_ = kernels.fields((POINTER, "a a2 b2"), (INT64, "depth2 rows"), (POINTER, "c"))
 
@@ -190,11 +180,10 @@ def _product(
     x = x.contiguous()
     rows, depth = x.shape
     y = x.new_empty(rows, out)
-    if low is None or packed_low is None:
-        operands = _Operands(x.data_ptr(), None, None, 0, rows, y.data_ptr())
-    else:
-        operands = _Operands(x.data_ptr(), low.data_ptr(), packed_low.data_ptr(), low.shape[1], rows, y.data_ptr())
-    library = _tile_library()
-    assert library is not None
-    call(library.product, operands, packed, depth, bias, out)
+    more: tuple[int | None, int | None, int] = (None, None, 0)
+    if low is not None and packed_low is not None:
+        more = (low.data_ptr(), packed_low.data_ptr(), low.shape[1])
+    operands = _Operands(x.data_ptr(), *more, rows, y.data_ptr())
+    operands.kept = (x, low, packed_low, y)
+    call(_tile_library().product, operands, packed, depth, bias, out)
     return y

@@ -32,23 +32,21 @@ def load_network(
     family or variant that is not supported.
     """
     config = _configuration(folder)
-    given = None if weights is None else {name: weight.to(dtype) for name, weight in weights.items()}
-    found = read_weights(folder, dtype) if given is None else given
-    tensors = {name: tensor for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
-    shape = _shape(config)
-    rotations = _rotations(config)
+    found = read_weights(folder, dtype) if weights is None else weights
+    tensors = {name: tensor.to(dtype) for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
+    rotation_of = [_rotation_name(config, number) for number in range(config.num_hidden_layers)]
+    rotations = list(dict.fromkeys(rotation_of))
     embedding = _copy(tensors, "model.embed_tokens.weight", folder)
     network = Network(
-        shape=shape,
+        shape=_shape(config),
         embedding=embedding,
         head=PackedLinear(embedding if config.tie_word_embeddings else _copy(tensors, "lm_head.weight", folder)),
         tied=bool(config.tie_word_embeddings),
         final_norm=_copy(tensors, "model.norm.weight", folder),
         layers=tuple(
-            _layer(tensors, number, folder, config, list(rotations).index(_rotation_name(config, number)))
-            for number in range(shape.layers)
+            _layer(tensors, number, folder, config, rotations.index(name)) for number, name in enumerate(rotation_of)
         ),
-        rotary=tuple(rotations.values()),
+        rotary=tuple(_rotary(config, name) for name in rotations),
     )
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -131,22 +129,14 @@ def _rotation_name(config: Any, number: int) -> str:
     return "none" if config.model_type == "smollm3" and not config.no_rope_layers[number] else "all"
 
 
-def _rotations(config: Any) -> dict[str, Rotary]:
-    """The network's rotations by the names that _rotation_name gives them."""
-    found: dict[str, Rotary] = {}
-    for name in dict.fromkeys(_rotation_name(config, number) for number in range(config.num_hidden_layers)):
-        if name == "none":  # angles of zero, which are exact: x * 1 - y * 0
-            found[name] = Rotary(torch.zeros(_head_size(config) // 2), 1.0)
-        elif name == "all":
-            found[name] = _rope(config, config.rope_parameters)
-        else:
-            found[name] = _rope(config, config.rope_parameters[name], layer_type=name)
-    return found
-
-
-def _rope(config: Any, parameters: Mapping[str, Any], **of: str) -> Rotary:
+def _rotary(config: Any, name: str) -> Rotary:
+    """The rotation of this name."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    if name == "none":  # angles of zero, which are exact: x * 1 - y * 0
+        return Rotary(torch.zeros(_head_size(config) // 2), 1.0)
+    of = {} if name == "all" else {"layer_type": name}
+    parameters = config.rope_parameters[name] if of else config.rope_parameters
     kind = parameters["rope_type"]
     if kind not in _ROPES:
         raise Refused(f"rotary positions of type {kind!r} are not supported", where="config.json", fix=_supported())
