@@ -11,7 +11,6 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.core.settings import Settings
-from tunesmith.core.view import Frozen
 
 VALUES = 20_000  # JSON values in one body: objects, lists, texts, numbers
 MODEL = 200  # characters of a model's name
@@ -38,10 +37,6 @@ FORM_BOUNDARY = 70  # bytes, as RFC 2046 has it
 UPLOADS, UPLOADS_OF_USER = 8, 2  # uploads at once, of all users and of one
 UPLOAD_SECONDS = 3_600.0  # longest time for one upload
 FILE_ID = 80
-
-
-class Given(Frozen):
-    """What a client sends. A field that it does not have is an error."""
 
 
 class ServerSettings(Settings):

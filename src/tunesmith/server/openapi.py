@@ -8,7 +8,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.routing import BaseRoute
 
-from tunesmith.core.reading.strict_json import Fields, JsonObject
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.server.errors import ErrorDocument
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -63,12 +63,6 @@ def body(model: type[BaseModel], in_path: Collection[str] = ()) -> JsonObject:
         content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}}
         found["requestBody"] = {"required": bool(required), "content": content}
     return found
-
-
-def form(properties: Fields, required: Iterable[str]) -> JsonObject:
-    """Describe a multipart form that the route reads itself."""
-    schema = {"type": "object", "properties": dict(properties), "required": list(required)}
-    return {**BEARER, "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def document(routes: Iterable[BaseRoute], version: str) -> JsonObject:

@@ -146,5 +146,5 @@ class AwaitedDecisions:
 
     def end(self) -> None:
         """Wake every request, because the server stops."""
-        for waiting in self._waiting.values():
-            waiting.set()
+        for identifier in self._waiting:
+            self.tell(identifier)

@@ -15,6 +15,7 @@ from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, call_gramm
 from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
+from tunesmith.core.view import Frozen
 from tunesmith.models.call_format import CallFormat
 from tunesmith.server import limits
 from tunesmith.server.errors import INVALID_SCHEMA
@@ -49,7 +50,7 @@ class Only:
 Ignored = Annotated[str | None, Field(max_length=limits.USER)]
 
 
-class Function(limits.Given):
+class Function(Frozen):
     """A function that the model may call. parameters: JSON Schema of its arguments. strict: whether arguments are held
     to it; where the request forces a call, they are in any case."""
 
@@ -77,27 +78,27 @@ class Function(limits.Given):
         return {key: value for key in self._order if (value := getattr(self, key)) is not None}
 
 
-class Tool(limits.Given):
+class Tool(Frozen):
     """A tool: functions alone."""
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(limits.Given):
+class FunctionName(Frozen):
     """The name of a function."""
 
     name: Name
 
 
-class NamedChoice(limits.Given):
+class NamedChoice(Frozen):
     """The one function that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class FunctionCall(limits.Given):
+class FunctionCall(Frozen):
     """A function's name and its arguments, a JSON object as text."""
 
     name: Name
@@ -112,7 +113,7 @@ class FunctionCall(limits.Given):
         return json.dumps(found, ensure_ascii=False)
 
 
-class Call(limits.Given):
+class Call(Frozen):
     """A call of a function by the assistant."""
 
     id: Annotated[str, Field(min_length=1, max_length=limits.CALL_ID)]
@@ -124,14 +125,14 @@ class Call(limits.Given):
         return ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
 
 
-class TextPart(limits.Given):
+class TextPart(Frozen):
     """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(limits.Given):
+class ChatMessage(Frozen):
     """One message. content: text, or a list of text parts; an assistant's may be null or left out where it has
     tool_calls. tool_call_id: of a tool's message, the call that it answers. developer: means system. name: of the
     speaker, which no template writes. refusal, annotations, audio and function_call: as in answers, so that one can be
@@ -169,7 +170,7 @@ class ChatMessage(limits.Given):
         return Message(role=role, content=text, tool_calls=calls, tool_call_id=self.tool_call_id)
 
 
-class StreamOptions(limits.Given):
+class StreamOptions(Frozen):
     """Options of a stream. include_usage: send a last chunk with the token counts. include_obfuscation: has no effect,
     since nothing is added to hide the lengths of tokens."""
 
@@ -177,7 +178,7 @@ class StreamOptions(limits.Given):
     include_obfuscation: StrictBool | None = None
 
 
-class JsonSchema(limits.Given):
+class JsonSchema(Frozen):
     """A schema that the answer must fit. It is held whatever strict says; true also refuses what OpenAI's subset of
     JSON Schema does not have. name and description have no effect."""
 
@@ -197,7 +198,7 @@ class JsonSchema(limits.Given):
         return self
 
 
-class ResponseFormat(limits.Given):
+class ResponseFormat(Frozen):
     """The format of the answer: text as it comes, any JSON object, or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -210,7 +211,7 @@ class ResponseFormat(limits.Given):
         return self
 
 
-class ChatRequest(limits.Given):
+class ChatRequest(Frozen):
     """A chat completion request. A field that is null has its default.
 
     temperature is 0 by default: the likeliest token is taken. Equal requests then get equal answers, unless rounding

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,11 +18,6 @@ _LOG = logging.getLogger("tunesmith.server")
 _WAITING = 64  # rows that wait to be written; a thread that brings more waits
 
 
-class _Unwritten(NamedTuple):
-    row: Mapping[str, Any]
-    after: list[Callable[[], object]]
-
-
 class RequestRows:
     """Rows that are written as they come. Thread-safe. lost: called with how many rows could not be written.
 
@@ -32,19 +27,19 @@ class RequestRows:
     def __init__(self, store: Store, lost: Callable[[int], object]) -> None:
         self._store, self._lost = store, lost
         self._lock = threading.Lock()
-        self._waiting: list[_Unwritten] = []
+        self._waiting: list[tuple[Mapping[str, Any], list[Callable[[], object]]]] = []  # rows, and calls after each
         self._writing = False  # a thread writes
         self._writer = ThreadPoolExecutor(1, "tunesmith-recording")
 
     def write(self, row: Mapping[str, Any], *after: Callable[[], object]) -> None:
         """Write a row, then make calls, in any thread; they are made for a lost row too."""
-        mine, written = _Unwritten(row, list(after)), None
+        calls, written = list(after), None
         with self._lock:
             leads, self._writing = not self._writing, True
             if not leads and len(self._waiting) >= _WAITING:
                 written = threading.Event()
-                mine.after.append(written.set)
-            self._waiting.append(mine)
+                calls.append(written.set)
+            self._waiting.append((row, calls))
         if leads and self._write_waiting():
             # Other rows came meanwhile. They must not keep this thread from its next request.
             try:
@@ -72,11 +67,11 @@ class RequestRows:
         with self._lock:
             written, self._waiting = self._waiting, []
         try:
-            if lost := self.store([one.row for one in written]):
+            if lost := self.store([row for row, _ in written]):
                 self._lost(lost)
         finally:
-            for one in written:
-                for call in one.after:
+            for _, calls in written:
+                for call in calls:
                     call()
             with self._lock:
                 more = self._writing = bool(self._waiting)

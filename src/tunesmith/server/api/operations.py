@@ -10,6 +10,7 @@ from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 
+from tunesmith.core.view import Frozen
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server import limits
@@ -112,7 +113,7 @@ def held_answer(call: Calling, identifier: str) -> held.HeldAnswerView:
     return held.show(call.store, call.user, identifier, reviews=call.token.permits("decisions"))
 
 
-class Feedback(limits.Given):
+class Feedback(Frozen):
     """The expected text of an answer, or scores that were given elsewhere.
 
     request_id: a completion's id (`chatcmpl-...`) or the x-request-id header. keep: store the texts of the request, of

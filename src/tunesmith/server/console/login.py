@@ -135,10 +135,12 @@ async def done(request: Request) -> Response:
             claims |= more if more.get("sub") == claims.get("sub") else {}
     who = claims.get(login.claim)
     if login.claim == "email" and claims.get("email_verified") is not True:
-        raise _refused("The provider has not verified your e-mail address.")
+        raise ApiError(403, "The provider has not verified your e-mail address.")
     user = login.users.get(who) if isinstance(who, str) else None
     if user is None:
-        raise _refused("The provider knows you, but you are no user here. Ask an admin to add you to `login: users:`.")
+        raise ApiError(
+            403, "The provider knows you, but you are no user here. Ask an admin to add you to `login: users:`."
+        )
     opened = await asyncio.to_thread(sessions.open_session, serving_of(request).store, user, how="oidc")
     assert opened is not None
     assert opened.secret is not None
@@ -164,7 +166,7 @@ def _provider_asked() -> Iterator[None]:
         raise ApiError(503, "The identity provider does not answer. Try again.") from error
     except (AuthlibBaseError, JoseError, ValueError, KeyError, RuntimeError) as error:
         LOG.warning("a login by the identity provider failed: %s", error)
-        raise _refused("The identity provider did not confirm who you are. Log in again.") from error
+        raise ApiError(403, "The identity provider did not confirm who you are. Log in again.") from error
 
 
 async def _client(request: Request) -> tuple[LoginSettings, StarletteOAuth2App]:
@@ -215,7 +217,3 @@ def _remembered(cookie: str) -> JsonObject:
 def _name(login: LoginSettings) -> str:
     """The cookie's name. Browsers let only this very host set one that begins with __Host-."""
     return f"__Host-{_COOKIE}" if login.url.startswith("https:") else _COOKIE
-
-
-def _refused(what: str) -> ApiError:
-    return ApiError(403, what)

@@ -23,7 +23,7 @@ from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbid
 from tunesmith.server.fine_tuning.objects import FileDeleted, FileList, FileObject, ends, file_object, page_limit
 from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.limits import ServerSettings
-from tunesmith.server.openapi import BEARER, answers, errors, form
+from tunesmith.server.openapi import BEARER, answers, errors
 from tunesmith.server.serving import Call, Calling, in_turn, needs
 from tunesmith.services.fine_tuning import PURPOSE
 from tunesmith.store import uploads
@@ -38,13 +38,15 @@ _OTHER_PARTS = 1 << 16  # bytes of a form besides its file
 routes = APIRouter(prefix="/v1/files", dependencies=[needs("jobs")])
 
 
-_FORM: JsonObject = form(
-    {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [PURPOSE]}},
-    ("file", "purpose"),
-)
+_FIELDS: JsonObject = {
+    "type": "object",
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [PURPOSE]}},
+    "required": ["file", "purpose"],
+}
+_FORM: JsonObject = {"required": True, "content": {"multipart/form-data": {"schema": _FIELDS}}}
 
 
-@routes.post("", **answers(FileObject, 400, 408, 413, 503, 507, extra=_FORM))
+@routes.post("", **answers(FileObject, 400, 408, 413, 503, 507, extra={**BEARER, "requestBody": _FORM}))
 async def upload(request: Request, call: Calling) -> Response:
     """Keep a file of examples. It is written to the disk as it comes."""
     _allow(call, "file.change")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.core.view import View
+from tunesmith.core.view import Frozen, View
 from tunesmith.project import Project
 from tunesmith.server import limits
 from tunesmith.server.answering.request import MetadataKey, MetadataText, Number
@@ -23,10 +23,9 @@ from tunesmith.store.tables import FileRow, JobRow
 
 _NOT_SUPPORTED = "is not supported"
 Auto: TypeAlias = Literal["auto"] | None
-Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
-class AskedHyperparameters(limits.Given):
+class AskedHyperparameters(Frozen):
     """null and "auto" leave a value to the project's settings."""
 
     n_epochs: Annotated[StrictInt, Field(ge=1, le=100)] | Auto = None
@@ -34,13 +33,13 @@ class AskedHyperparameters(limits.Given):
     learning_rate_multiplier: Annotated[Number, Field(gt=0, le=1000)] | Auto = None
 
 
-class Supervised(limits.Given):
+class Supervised(Frozen):
     """Settings of the method `supervised`."""
 
     hyperparameters: AskedHyperparameters | None = None
 
 
-class Method(limits.Given):
+class Method(Frozen):
     """The method. Only `supervised` is there."""
 
     type: Literal["supervised"]
@@ -54,7 +53,7 @@ class Method(limits.Given):
         return value
 
 
-class FineTuningRequest(limits.Given):
+class FineTuningRequest(Frozen):
     """Create a fine-tuning job.
 
     hyperparameters: deprecated, as with OpenAI; either it or method.supervised.hyperparameters is given. suffix:
@@ -81,15 +80,17 @@ class FineTuningRequest(limits.Given):
 
     @model_validator(mode="after")
     def _once(self) -> FineTuningRequest:
-        inside = self.method.supervised if self.method else None
-        if self.hyperparameters is not None and inside is not None and inside.hyperparameters is not None:
+        if self.hyperparameters is not None and self._inside() is not None:
             raise ValueError("give either hyperparameters or method.supervised.hyperparameters")
         return self
 
+    def _inside(self) -> AskedHyperparameters | None:
+        supervised = self.method.supervised if self.method else None
+        return supervised.hyperparameters if supervised else None
+
     def arguments(self) -> Arguments:
         """What a job needs to know."""
-        inside = self.method.supervised if self.method else None
-        asked = self.hyperparameters or (inside.hyperparameters if inside else None) or AskedHyperparameters()
+        asked = self.hyperparameters or self._inside() or AskedHyperparameters()
         given = {name: None if value == "auto" else value for name, value in asked.model_dump().items()}
         return Arguments.of(self, settings="", hyperparameters=Hyperparameters(**given))
 
@@ -131,7 +132,7 @@ class FineTuningJob(View):
     created_at: int
     finished_at: int | None
     estimated_finish: int | None
-    status: Status
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
     error: JobError | None
     model: str
     fine_tuned_model: str | None
