@@ -32,9 +32,10 @@ from tunesmith.records.candidate import Retrieve
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MeasuredCandidate, MetricInterval
 from tunesmith.records.training import TrainingBody
 from tunesmith.records.version import Decision, VersionBody
-from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
+from tunesmith.registry.approvals import prepare_approval, submit_approval
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import seal
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.audit import Head
@@ -481,7 +482,7 @@ def approve(store: Store, version: Version, *, approver: str, reason: str = "", 
     """Prepare, sign and submit an approval, or a refusal; returns its record's digest."""
     request = prepare_approval(store, version, approver, reason, decision)
     key = keys.load_signing_key(store, keys.ensure_key(store, approver))
-    return submit_approval(store, sign(request, key)).digest
+    return submit_approval(store, seal(request, key)).digest
 
 
 # An installation: ann (admin, engineer) registers, bob approves, olga operates, stu is the steward

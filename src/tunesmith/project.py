@@ -26,7 +26,8 @@ from tunesmith.evaluation.gates.settings import Gates, check_gates
 from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.holding.settings import HoldSettings
-from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings, RetrainingSettings
+from tunesmith.monitoring.causes import RetrainingSettings
+from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings
 from tunesmith.registry.risk import RiskSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store.people.login_settings import LoginSettings
@@ -187,6 +188,11 @@ class ProjectSettings(Settings):
         return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold", "login"})
 
     @property
+    def tuned(self) -> list[str]:
+        """Names of the candidates that are trained, without the controls whose answers are shuffled."""
+        return [name for name, each in self.candidates.items() if each.train and not each.train.permute_answers]
+
+    @property
     def server(self) -> VllmSettings | None:
         """The server that answers; None where this process does."""
         return self.engine if isinstance(self.engine, VllmSettings) else None
@@ -244,11 +250,11 @@ def _check_fine_tuning(project: ProjectSettings) -> None:
             "add fine_tuning.split, such as {test: 0.2, validation: 0.1}"
         )
     named = project.fine_tuning.candidate
-    trained = [name for name, each in project.candidates.items() if each.train and not each.train.permute_answers]
-    if named is not None and named not in trained:
-        raise ValueError(f"fine_tuning.candidate: {named!r} is not trained here; {', '.join(trained) or 'none'} is")
-    if named is None and len(trained) != 1:
-        raise ValueError(f"fine_tuning: {len(trained)} candidates are trained: name one with fine_tuning.candidate")
+    tuned = project.tuned
+    if named is not None and named not in tuned:
+        raise ValueError(f"fine_tuning.candidate: {named!r} is not trained here; {', '.join(tuned) or 'none'} is")
+    if named is None and len(tuned) != 1:
+        raise ValueError(f"fine_tuning: {len(tuned)} candidates are trained: name one with fine_tuning.candidate")
     others = [name for name, base in project.fine_tuning.models.items() if base not in (None, project.base)]
     if others and project.server is not None and project.server.start is None:
         raise ValueError(

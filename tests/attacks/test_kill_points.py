@@ -29,11 +29,11 @@ from tests.statements import share_compiled
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
+from tunesmith.registry.approvals import prepare_approval, submit_approval
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.registry.signing.attestations import public_pem, seal
 from tunesmith.registry.verification import verify_version
 from tunesmith.rollout import commands
 from tunesmith.rollout.settings import Step
@@ -136,7 +136,7 @@ def make(folder: Path) -> dict[str, Operation]:
         live = commands.start(store, name="home", version=third, steps=steps, actor=OWNER)
         verdict = put_chain(store, seed=7, base=scene.base, dataset=scene.dataset).verdict
         request = prepare_approval(store, unapproved, "ivy")
-        envelope = sign(request, keys.load_signing_key(store, identities.get_user(store, "ivy")))
+        envelope = seal(request, keys.load_signing_key(store, identities.get_user(store, "ivy")))
         file = keep(store, "file-kept")
         pem = public_pem(ec.generate_private_key(ec.SECP256R1()).public_key())
         store.engine.dispose()

@@ -139,7 +139,7 @@ def test_a_moved_alias_counts_from_the_next_request(served: Served, versions: Ve
     store = Store(served.scene.store.root)
     for expected, version in ((1, versions[2]), (2, None), (3, versions[1])):
         with store.change(OWNER, "test.point", NAME, {}) as session:
-            set_alias(session, name=NAME, alias="champion", version=version, expected=expected, actor=OWNER)
+            set_alias(session, name=NAME, version=version, expected=expected, actor=OWNER)
         answer = served.post()
         if version is None:
             assert answer.json()["error"]["code"] == "model_not_found"

@@ -18,7 +18,6 @@ from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.store import database
 
 __all__ = ["made", "scene", "versions"]
 
@@ -79,7 +78,7 @@ def test_a_reviewer_lists_shows_and_decides(waiting: Scene) -> None:
 
 def test_an_edited_answer_may_be_spelled_in_any_way(waiting: Scene) -> None:
     """Of copied fields there is a grammar, which holds the spelling of what is decoded."""
-    with database.reading(waiting.store.engine) as session:
+    with waiting.store.reading() as session:
         before = queue.get(session, "a" * 32)
     held = queue.HeldAnswer(
         id="c" * 32, name=NAME, version=before.version, scope=Scope(before.tenant, before.region), caller=OPERATOR,
@@ -92,5 +91,5 @@ def test_an_edited_answer_may_be_spelled_in_any_way(waiting: Scene) -> None:
     with pytest.raises(UsageError, match="does not fit the grammar"):
         queue.decide(waiting.store, held.id, "replace", answer='{"who": "Mario"}', **how)
     queue.decide(waiting.store, held.id, "replace", answer=spelled, **how)
-    with database.reading(waiting.store.engine) as session:
+    with waiting.store.reading() as session:
         assert queue.get(session, held.id).texts["edited"] == spelled

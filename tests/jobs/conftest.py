@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
+from tunesmith.jobs import queue
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -28,6 +29,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 @pytest.fixture
-def clock(store: Store) -> SetClock:
+def olive(store: Store) -> None:
     identities.ensure_owner(store)
-    return SetClock()
+
+
+@pytest.fixture
+def clock(olive: None, monkeypatch: pytest.MonkeyPatch) -> SetClock:
+    monkeypatch.setattr(queue, "database_time", clock := SetClock())
+    return clock

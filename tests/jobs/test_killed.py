@@ -17,7 +17,6 @@ import pytest
 from sqlalchemy import Connection, Engine, event, update
 
 from tests.forked import forkserver
-from tests.jobs.conftest import SetClock
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
@@ -56,7 +55,7 @@ def work(root: Path, url: str) -> None:
 
 
 @pytest.mark.attack("crash", "kill -9 of workers again and again")
-def test_no_job_is_lost_or_ends_twice(store: Store, clock: SetClock) -> None:
+def test_no_job_is_lost_or_ends_twice(store: Store, olive: None) -> None:
     numbers = [queue.add(store, "run", {}, project="p", actor="olive", attempts=100).id for _ in range(JOBS)]
     url = store.engine.url.render_as_string(hide_password=False)
     chosen = random.Random(1)
@@ -125,7 +124,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
         file = uploads.put(store, work / "rows", **given)
     asked = Arguments(settings="", model=MODEL, training_file=file.file, hyperparameters=Hyperparameters(n_epochs=1))
     number = fine_tuning.create(project, asked, user=owner).id
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.execute(update(JobRow).values(most_attempts=100))
     killed = 0
     while queue.get(store, number).ended is None:
@@ -146,7 +145,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
     assert verify_version(store, version.label).ok
     files = [each.file for each in uploads.list_files(store, Scope(), most=9, oldest_first=True)]
     assert files == [file.file, *job.result[KIND]["result_files"]]
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         effects = Counter((entry.action, entry.subject) for entry in audit.entries(session))
     assert set(effects.values()) == {1}, effects.most_common(3)
     assert verify_log(store) == []

@@ -36,7 +36,7 @@ from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -96,7 +96,7 @@ def test_a_worker_outlasts_a_database_that_is_stopped_at_once(
     thread.join(300)
     assert not thread.is_alive()
     assert [queue.get(store, number).state for number in numbers] == ["succeeded"] * 3
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         effects = [entry.subject for entry in audit.entries(session) if entry.action == "test.effect"]
         assert sorted(effects) == sorted(map(str, numbers))
         assert audit.verify(session) == []

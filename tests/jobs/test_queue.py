@@ -18,7 +18,7 @@ from tunesmith.jobs import leases, performing, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.queue import JobError
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, JobRow, MemoRow
@@ -26,16 +26,16 @@ from tunesmith.store.tables import AuditRow, JobRow, MemoRow
 ERROR = JobError(code="failed", what="the disk is full")
 
 
-def add(store: Store, clock: SetClock, **options: Any) -> JobRow:
-    return queue.add(store, "run", {"n": 1}, **{"project": "p", "actor": "olive", "clock": clock, **options})
+def add(store: Store, **options: Any) -> JobRow:
+    return queue.add(store, "run", {"n": 1}, **{"project": "p", "actor": "olive", **options})
 
 
-def claim(store: Store, clock: SetClock, worker: str = "w", project: str = "p") -> Lease | None:
-    return leases.claim(store, worker, ["run"], project=project, seconds=10, clock=clock)
+def claim(store: Store, worker: str = "w", project: str = "p") -> Lease | None:
+    return leases.claim(store, worker, ["run"], project=project, seconds=10)
 
 
-def claimed(store: Store, clock: SetClock, worker: str = "w") -> Lease:
-    lease = claim(store, clock, worker)
+def claimed(store: Store, worker: str = "w") -> Lease:
+    lease = claim(store, worker)
     assert lease is not None
     return lease
 
@@ -53,23 +53,23 @@ def at_once(count: int, work: Callable[[], object]) -> None:
 
 
 def test_the_highest_priority_is_taken_first_and_then_the_oldest(store: Store, clock: SetClock) -> None:
-    numbers = [add(store, clock, priority=priority).id for priority in (0, 5, 0, 5, -1)]
-    assert claim(store, clock, project="other") is None
-    taken = [claimed(store, clock).job for _ in numbers]
+    numbers = [add(store, priority=priority).id for priority in (0, 5, 0, 5, -1)]
+    assert claim(store, project="other") is None
+    taken = [claimed(store).job for _ in numbers]
     assert taken == [numbers[place] for place in (1, 3, 0, 2, 4)]
-    assert claim(store, clock) is None
+    assert claim(store) is None
 
 
 def test_a_clock_that_is_set_back_keeps_no_job_waiting(store: Store, clock: SetClock) -> None:
-    number = add(store, clock).id
+    number = add(store).id
     clock.at -= 3600
-    assert claimed(store, clock).job == number
+    assert claimed(store).job == number
 
 
 def test_jobs_of_a_kind_that_is_gone_end_with_a_reason(store: Store, clock: SetClock) -> None:
-    gone = [queue.add(store, "distil", {"n": 1}, project=name, actor="olive", clock=clock).id for name in "ppo"]
-    number = add(store, clock, priority=-1).id
-    assert claimed(store, clock).job == number
+    gone = [queue.add(store, "distil", {"n": 1}, project=name, actor="olive").id for name in "ppo"]
+    number = add(store, priority=-1).id
+    assert claimed(store).job == number
     for each in gone[:2]:
         job = queue.get(store, each)
         assert (job.state, job.attempts, job.ended, job.error["code"]) == ("failed", 0, clock.at, "unknown_kind")
@@ -77,33 +77,33 @@ def test_jobs_of_a_kind_that_is_gone_end_with_a_reason(store: Store, clock: SetC
         assert "performs run" in job.error["fix"]
         assert log(store, each) == [f"failed: {job.error['what']}"]
     assert queue.get(store, gone[2]).state == "queued", "it is another project's"
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         ends = [entry.subject for entry in audit.entries(session) if entry.action == "job.end"]
         assert ends == [f"job {each}" for each in gone[:2]]
 
 
 def test_an_idempotency_key_gives_the_same_job_again(store: Store, clock: SetClock) -> None:
-    first = add(store, clock, key="k")
-    assert add(store, clock, key="k").id == first.id
-    assert add(store, clock, key="l").id != first.id
+    first = add(store, key="k")
+    assert add(store, key="k").id == first.id
+    assert add(store, key="l").id != first.id
     with pytest.raises(UsageError, match="other arguments"):
-        queue.add(store, "run", {"n": 2}, project="p", actor="olive", key="k", clock=clock)
+        queue.add(store, "run", {"n": 2}, project="p", actor="olive", key="k")
     identities.add_user(store, "eve", ["engineer"], actor="olive")
-    assert add(store, clock, key="k", actor="eve").id != first.id, "each person has keys of their own"
+    assert add(store, key="k", actor="eve").id != first.id, "each person has keys of their own"
     for key in ("", "x" * 129, "a\nb"):
         with pytest.raises(UsageError, match="idempotency key"):
-            add(store, clock, key=key)
+            add(store, key=key)
     assert len(queue.list_jobs(store)) == 3
 
 
 def test_many_at_once_make_one_job_of_a_key_and_take_each_job_once(store: Store, clock: SetClock) -> None:
     found, taken = list[int](), list[int]()
-    at_once(6, lambda: found.append(add(store, clock, key="k").id))
+    at_once(6, lambda: found.append(add(store, key="k").id))
     assert (len(found), len(set(found))) == (6, 1)
-    numbers = {found[0], *(add(store, clock).id for _ in range(11))}
+    numbers = {found[0], *(add(store).id for _ in range(11))}
 
     def work() -> None:
-        while (lease := claim(store, clock)) is not None:
+        while (lease := claim(store)) is not None:
             taken.append(lease.job)
 
     at_once(4, work)
@@ -113,116 +113,116 @@ def test_many_at_once_make_one_job_of_a_key_and_take_each_job_once(store: Store,
 def test_a_lease_that_ran_out_goes_to_another_worker_and_the_first_can_record_nothing(
     store: Store, clock: SetClock
 ) -> None:
-    number = add(store, clock).id
-    old = claimed(store, clock, "first")
+    number = add(store).id
+    old = claimed(store, "first")
     clock.at += 9
-    leases.renew(store, old, {}, clock=clock)
+    leases.renew(store, old, {})
     clock.at += 9
-    assert claim(store, clock, "second") is None, "it was renewed"
+    assert claim(store, "second") is None, "it was renewed"
     clock.at += 2
-    new = claimed(store, clock, "second")
+    new = claimed(store, "second")
     assert new.job == number
     assert new.fence > old.fence
     for attempt in (
-        lambda: leases.renew(store, old, {}, clock=clock),
-        lambda: leases.log(store, old, "still here", clock=clock),
-        lambda: leases.finish(store, old, {"by": "first"}, clock=clock),
-        lambda: leases.fail(store, old, ERROR, retry=True, clock=clock),
-        lambda: leases.stop(store, old, "stop", clock=clock),
+        lambda: leases.renew(store, old, {}),
+        lambda: leases.log(store, old, "still here"),
+        lambda: leases.finish(store, old, {"by": "first"}),
+        lambda: leases.fail(store, old, ERROR, retry=True),
+        lambda: leases.stop(store, old, "stop"),
     ):
         with pytest.raises(LeaseLost):
             attempt()
-    leases.finish(store, new, {"by": "second"}, clock=clock)
+    leases.finish(store, new, {"by": "second"})
     with pytest.raises(LeaseLost):
-        leases.finish(store, new, {"by": "second again"}, clock=clock)
+        leases.finish(store, new, {"by": "second again"})
     assert queue.get(store, number).result == {"by": "second"}
     assert "still here" not in log(store, number)
 
 
 def test_a_fenced_store_writes_nothing_once_the_lease_is_lost(store: Store, clock: SetClock) -> None:
-    add(store, clock)
-    old = claimed(store, clock)
+    add(store)
+    old = claimed(store)
     with store.fenced(lambda session: leases.check(session, old)):
         store.keep_memo("before", "x")
         clock.at += 11
         other = Store(store.root)  # another worker's
-        assert claim(other, clock, "second") is not None
+        assert claim(other, "second") is not None
         with pytest.raises(LeaseLost):
             store.keep_memo("after", "x")
         with pytest.raises(LeaseLost), store.change("olive", "test.effect", "x", {}):
             pass
     store.keep_memo("unfenced", "x")
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert set(session.scalars(select(MemoRow.key))) == {"before", "unfenced"}
         assert "test.effect" not in set(session.scalars(select(AuditRow.action)))
 
 
 def test_errors_are_tried_again_later_and_later_until_no_attempt_is_left(store: Store, clock: SetClock) -> None:
-    number = add(store, clock, attempts=3).id
+    number = add(store, attempts=3).id
     waited = []
     for _ in range(3):
-        lease = claimed(store, clock)
-        leases.fail(store, lease, ERROR, retry=True, clock=clock)
+        lease = claimed(store)
+        leases.fail(store, lease, ERROR, retry=True)
         job = queue.get(store, number)
         waited.append(job.due - clock.at if job.state == "queued" else job.state)
-        assert claim(store, clock) is None
+        assert claim(store) is None
         clock.at = max(clock.at, job.due)
     assert waited == [10.0, 20.0, "failed"]
     assert queue.get(store, number).error == {"code": "failed", "what": "the disk is full"}
-    final, vanishing = add(store, clock, priority=1).id, add(store, clock, attempts=2).id
-    leases.fail(store, claimed(store, clock), ERROR, retry=False, clock=clock)
+    final, vanishing = add(store, priority=1).id, add(store, attempts=2).id
+    leases.fail(store, claimed(store), ERROR, retry=False)
     assert queue.get(store, final).state == "failed"
     for _ in range(2):
-        claimed(store, clock)
+        claimed(store)
         clock.at += 11
-    assert claim(store, clock) is None
+    assert claim(store) is None
     assert queue.get(store, vanishing).error["code"] == "worker_lost"
 
 
 def test_stopping_a_worker_uses_up_no_attempt(store: Store, clock: SetClock) -> None:
-    number = add(store, clock, attempts=1).id
+    number = add(store, attempts=1).id
     for _ in range(3):
-        leases.stop(store, claimed(store, clock), "told to", clock=clock)
-    leases.stop(store, claimed(store, clock), "somebody works on it", busy=True, clock=clock)
-    assert claim(store, clock) is None, "not at once"
+        leases.stop(store, claimed(store), "told to")
+    leases.stop(store, claimed(store), "somebody works on it", busy=True)
+    assert claim(store) is None, "not at once"
     clock.at += 6
-    leases.finish(store, claimed(store, clock), {}, clock=clock)
+    leases.finish(store, claimed(store), {})
     assert queue.get(store, number).state == "succeeded"
 
 
 def test_what_people_ask_for(store: Store, clock: SetClock) -> None:
-    number = add(store, clock).id
+    number = add(store).id
     identities.add_user(store, "ann", ["approver"], actor="olive")
     for command in (queue.cancel, queue.pause, queue.resume):
         with pytest.raises(Refused, match="may not do this"):
-            command(store, number, actor="ann", clock=clock)
+            command(store, number, actor="ann")
     with pytest.raises(Refused, match="may not do this"):
-        add(store, clock, actor="ann")
-    assert queue.pause(store, number, actor="olive", clock=clock).state == "paused"
-    assert claim(store, clock) is None
+        add(store, actor="ann")
+    assert queue.pause(store, number, actor="olive").state == "paused"
+    assert claim(store) is None
     with pytest.raises(Refused, match="paused already"):
-        queue.pause(store, number, actor="olive", clock=clock)
-    assert queue.resume(store, number, actor="olive", clock=clock).state == "queued"
+        queue.pause(store, number, actor="olive")
+    assert queue.resume(store, number, actor="olive").state == "queued"
     with pytest.raises(Refused, match="not paused"):
-        queue.resume(store, number, actor="olive", clock=clock)
-    lease = claimed(store, clock)
-    assert queue.pause(store, number, actor="olive", clock=clock).wanted == "paused"
-    assert leases.renew(store, lease, {}, clock=clock) == "paused"
-    leases.stop(store, lease, "stop", clock=clock)
+        queue.resume(store, number, actor="olive")
+    lease = claimed(store)
+    assert queue.pause(store, number, actor="olive").wanted == "paused"
+    assert leases.renew(store, lease, {}) == "paused"
+    leases.stop(store, lease, "stop")
     assert queue.get(store, number).state == "paused"
-    queue.resume(store, number, actor="olive", clock=clock)
-    lease = claimed(store, clock)
-    assert queue.cancel(store, number, actor="olive", clock=clock).wanted == "cancelled"
+    queue.resume(store, number, actor="olive")
+    lease = claimed(store)
+    assert queue.cancel(store, number, actor="olive").wanted == "cancelled"
     with pytest.raises(Refused, match="cancelled already"):
-        queue.pause(store, number, actor="olive", clock=clock)
+        queue.pause(store, number, actor="olive")
     clock.at += 11
-    assert claim(store, clock) is None, "a job to be cancelled is not tried again"
+    assert claim(store) is None, "a job to be cancelled is not tried again"
     assert queue.get(store, number).state == "cancelled"
     with pytest.raises(Refused, match="has ended"):
-        queue.cancel(store, number, actor="olive", clock=clock)
+        queue.cancel(store, number, actor="olive")
     with pytest.raises(UsageError, match="no job 99"):
-        queue.cancel(store, 99, actor="olive", clock=clock)
-    with database.reading(store.engine) as session:
+        queue.cancel(store, 99, actor="olive")
+    with store.reading() as session:
         assert audit.verify(session) == []
         actions = list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))
     changes = ["pause", "resume", "pause", "resume", "cancel", "end"]
@@ -230,9 +230,9 @@ def test_what_people_ask_for(store: Store, clock: SetClock) -> None:
 
 
 def test_a_job_that_a_person_performs_is_taken_on_by_nobody(store: Store, clock: SetClock) -> None:
-    lease = leases.begin(store, "here", "run", {}, project="p", actor="olive", seconds=10, clock=clock)
+    lease = leases.begin(store, "here", "run", {}, project="p", actor="olive", seconds=10)
     clock.at += 11
-    assert claim(store, clock) is None
+    assert claim(store) is None
     assert queue.get(store, lease.job).error["code"] == "worker_lost"
     identities.add_user(store, "otto", ["operator"], actor="olive")
     with pytest.raises(Forbidden, match="otto may not do this"):
@@ -240,7 +240,7 @@ def test_a_job_that_a_person_performs_is_taken_on_by_nobody(store: Store, clock:
 
 
 def test_pages_of_the_list(store: Store, clock: SetClock) -> None:
-    numbers = [add(store, clock).id for _ in range(5)]
+    numbers = [add(store).id for _ in range(5)]
     assert [job.id for job in queue.list_jobs(store, most=2)] == numbers[:2:-1]
     assert [job.id for job in queue.list_jobs(store, before=numbers[3], most=2)] == [numbers[2], numbers[1]]
     assert queue.list_jobs(store, states=["failed"]) == []
@@ -250,9 +250,8 @@ STEPS = 10_000
 
 
 @pytest.fixture
-def lease(store: Store, clock: SetClock) -> Lease:
-    clock.at = time.time()
-    add(store, clock)
+def lease(store: Store, olive: None) -> Lease:
+    add(store)
     taken = leases.claim(store, "w", ["run"], project="p")
     assert taken is not None
     return taken
@@ -346,7 +345,7 @@ def test_work_whose_lease_was_taken_back_stops_and_records_nothing(
     thread = ended(store, lease, endless)
     other = Store(store.root)
     until(lambda: queue.get(other, lease.job).progress)
-    with database.writing(other.engine) as session:  # as if the lease had run out
+    with other.writing() as session:  # as if the lease had run out
         session.execute(update(JobRow).values(state="queued", fence=JobRow.fence + 1, until=None))
     new = leases.claim(other, "second", ["run"], project="p")
     assert new is not None

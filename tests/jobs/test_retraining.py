@@ -27,7 +27,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases
 from tunesmith.jobs.queue import JobError
 from tunesmith.monitoring import cases
-from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.monitoring import recall as recalls
+from tunesmith.monitoring.causes import CAUSES, Cause
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.champions import list_champions, note_champions
@@ -37,13 +38,11 @@ from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.services import held, jobs, monitoring, retraining, training, worker
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.webhooks import Deliverer
-from tunesmith.store import database
 from tunesmith.store.people import identities
 from tunesmith.store.tables import WebhookRow
 
 __all__ = ["receiver"]
 
-CAUSES = ["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
 HELD = {"prompt": "prompt.txt", "max_tokens": 40, "constrain": True}
 CHAMPION = {"version": "champion"}
 NOT_WORSE = {"kept": {"metric": "json_valid", "not_below": "champion", "drop_at_most": 0.2}}
@@ -74,7 +73,7 @@ def folder(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy of the served project, with every cause on."""
     monkeypatch.setenv("TUNESMITH_USER", "olive")
     shutil.copytree(served, tmp_path / "p", symlinks=True)
-    change(tmp_path / "p", retraining={"causes": CAUSES})
+    change(tmp_path / "p", retraining={"causes": list(CAUSES)})
     return tmp_path / "p"
 
 
@@ -216,7 +215,7 @@ def test_a_cause_that_cannot_be_looked_for_hides_no_other(folder: Path, monkeypa
     def failing(_seen: object) -> None:
         raise UsageError("the server of the rows does not answer")
 
-    monkeypatch.setattr(retraining, "_CAUSES", {**retraining._CAUSES, "rows": failing})
+    monkeypatch.setitem(CAUSES, "rows", Cause("", failing))
     change(folder, retraining={"causes": ["rows", "schedule"]})
     with pytest.raises(UsageError, match="rows does not answer"):
         look(folder)
@@ -302,15 +301,16 @@ def test_a_champion_that_cannot_be_measured_is_refused_by_name(folder: Path, tmp
 def test_other_systems_hear_what_happened_to_a_project(folder: Path, receiver: Receiver) -> None:
     change(folder, webhooks={"ops": {"url": receiver.url, "secret": "HOOK_SECRET"}})
     project = Project.load(folder)
-    with database.writing(project.store.engine) as session:  # a webhook that has seen nothing yet
+    with project.store.writing() as session:  # a webhook that has seen nothing yet
         session.add(WebhookRow(project="tiny", name="ops", seq=0))
     drifting(folder)
     look(folder)
     (version,) = list_versions(project.store, "tiny")
     approve(project.store, version, approver="ann", reason="private", decision="refuse")
     identities.add_user(project.store, "sue", ["steward"], actor="olive")
-    recall(project.store, Cause(kind="version", value=version.digest), reason="private", actor="sue")
-    with database.reading(project.store.engine) as session:
+    cause = recalls.Cause(kind="version", value=version.digest)
+    recalls.recall(project.store, cause, reason="private", actor="sue")
+    with project.store.reading() as session:
         champions = list_champions(session, project.store)
     assert note_champions(project.store, champions)
     Deliverer(project).turn()

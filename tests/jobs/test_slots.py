@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.conftest import SetClock
 from tests.jobs.processes import keep, meet
 from tests.tiny_project import settings, write_project
 from tunesmith.core.errors import UsageError
@@ -100,7 +99,7 @@ def start(root: Path, lease: Lease, held: HeldSlot) -> BaseProcess:
 
 
 def test_two_jobs_at_once_compute_on_different_cores_and_gpus(
-    store: Store, clock: SetClock, monkeypatch: pytest.MonkeyPatch
+    store: Store, olive: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cores = slots.usable_cores()
     if len(cores) < 2:
@@ -117,7 +116,7 @@ def test_two_jobs_at_once_compute_on_different_cores_and_gpus(
     taken(divide(1, cores, ["0", "1"])[0]).release()
 
 
-def test_a_worker_waits_for_jobs_of_others(store: Store, clock: SetClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_waits_for_jobs_of_others(store: Store, olive: None, monkeypatch: pytest.MonkeyPatch) -> None:
     number, said = queue.add(store, "run", {}, project="p", actor="olive").id, list[str]()
     (slot,), ended = divide(1, slots.usable_cores(), ()), list[str]()
 

@@ -16,7 +16,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.queue import ENDED, JobError
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
 
@@ -32,10 +32,11 @@ class Machine(RuleBasedStateMachine):
     """Workers hold leases, the newest of each job and older ones, and try to record things with any of them."""
 
     store: Store
+    clock: SetClock
 
     @initialize()
     def set_out(self) -> None:
-        self.clock = SetClock()
+        self.clock.at = 1000.0
         self.project = f"p{next(_projects)}"  # so that one store serves all examples
         self.held: list[Lease] = []
         self.newest: dict[int, int] = {}
@@ -50,7 +51,7 @@ class Machine(RuleBasedStateMachine):
     def add(self, priority: int, key: str | None) -> None:
         job = queue.add(
             self.store, "run", {}, project=self.project, actor="olive", priority=priority,
-            key=key and f"{self.project}-{key}", attempts=ATTEMPTS, clock=self.clock,
+            key=key and f"{self.project}-{key}", attempts=ATTEMPTS,
         )  # fmt: skip
         assert key is not None or job.id not in self.added
         self.added.add(job.id)
@@ -58,7 +59,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def claim(self) -> None:
         before = self.jobs()
-        lease = leases.claim(self.store, "w", ["run"], project=self.project, seconds=10, clock=self.clock)
+        lease = leases.claim(self.store, "w", ["run"], project=self.project, seconds=10)
         lost = [job for job in before if job.state == "running" and (job.until or 0) < self.clock.at]
         due = [job for job in before if job.state == "queued" and job.due <= self.clock.at]
         due += [job for job in lost if not job.wanted and job.attempts < ATTEMPTS]
@@ -84,16 +85,16 @@ class Machine(RuleBasedStateMachine):
         store, clock = self.store, self.clock
         with contextlib.nullcontext() if holds else pytest.raises(LeaseLost):
             if what == "renew":
-                assert leases.renew(store, lease, {"at": clock.at}, clock=clock) == job.wanted
+                assert leases.renew(store, lease, {"at": clock.at}) == job.wanted
             elif what == "log":
-                leases.log(store, lease, "line", clock=clock)
+                leases.log(store, lease, "line")
             elif what == "finish":
-                leases.finish(store, lease, {"fence": lease.fence}, clock=clock)
+                leases.finish(store, lease, {"fence": lease.fence})
                 self.finished.append(lease.job)
             elif what in ("fail", "retry"):
-                leases.fail(store, lease, JobError(code="x", what="y"), retry=what == "retry", clock=clock)
+                leases.fail(store, lease, JobError(code="x", what="y"), retry=what == "retry")
             else:
-                leases.stop(store, lease, "told to", busy=what == "busy", clock=clock)
+                leases.stop(store, lease, "told to", busy=what == "busy")
                 now = queue.get(store, lease.job)
                 assert now.state == (job.wanted or "queued")
 
@@ -105,7 +106,7 @@ class Machine(RuleBasedStateMachine):
         before = queue.get(self.store, chosen)
         change = {"cancel": queue.cancel, "pause": queue.pause, "resume": queue.resume}[what]
         with contextlib.suppress(Refused):
-            after = change(self.store, chosen, actor="olive", clock=self.clock)
+            after = change(self.store, chosen, actor="olive")
             assert before.state not in ENDED
             if what == "cancel":
                 assert "cancelled" in (after.state, after.wanted)
@@ -133,8 +134,8 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_the_queue_holds_under_any_order_of_events(store: Store, clock: SetClock) -> None:
-    made = type("StoredMachine", (Machine,), {"store": store})
+    made = type("StoredMachine", (Machine,), {"store": store, "clock": clock})
     examples = settings(max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(made, settings=examples)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert audit.verify(session) == []

@@ -17,7 +17,6 @@ import pytest
 
 from tests.acting import do
 from tests.commands import Forked, call
-from tests.jobs.conftest import SetClock
 from tests.jobs.processes import obey
 from tests.tiny_project import settings, write_project
 from tests.waiting import SECONDS, gone, until
@@ -44,7 +43,7 @@ def places(root: Path) -> list[LocalPlace]:
     return [LocalPlace(slot, start) for slot in divide(min(2, len(cores)), cores, ())]
 
 
-def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock: SetClock) -> None:
+def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, olive: None) -> None:
     def add(attempts: int, **arguments: Any) -> int:
         return queue.add(store, "run", arguments, project="p", actor="olive", attempts=attempts).id
 

@@ -25,7 +25,7 @@ from tunesmith.monitoring.cases import (
     list_cases,
     put_case,
 )
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people.identities import acting, add_user
 from tunesmith.store.store import Store
 
@@ -81,7 +81,7 @@ def test_failed_cases_wait_until_they_are_added(store: Store, tmp_path: Path) ->
         "by": "ada",
         "at": "2026-01-01T00:00:00+00:00",
     }
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         entry = list(audit.entries(session))[-1]
     assert (entry.action, entry.subject) == ("cases.add", "cases.jsonl")
     assert entry.detail["requests"] == [case(1).request, case(2).request]
@@ -110,7 +110,7 @@ def test_what_has_expired_is_neither_shown_nor_added(store: Store, tmp_path: Pat
     assert delete_expired(store) == 1
     assert delete_expired(store) == 0
     assert not list((store.root / "cases").iterdir())
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         entry = list(audit.entries(session))[-1]
     assert (entry.actor, entry.action, entry.detail) == ("controller", "cases.expire", {"requests": [case(1).request]})
 

@@ -17,7 +17,6 @@ from tunesmith.monitoring.drift import Baseline, Report, ServedRequest, cap_tena
 from tunesmith.monitoring.features import measured_features, request_features
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.registry.versions import Version
-from tunesmith.store import database
 from tunesmith.store.tables import RequestRow
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -35,7 +34,7 @@ def serve(
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(6)
     at = (NOW - timedelta(hours=hours_ago)).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    with database.writing(scene.store.engine) as session:
+    with scene.store.writing() as session:
         for number, length in enumerate(characters):
             session.add(
                 RequestRow(

@@ -16,7 +16,7 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import rollback, start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.records import recalled
 from tunesmith.store.tables import AuditRow, RecallRow, RequestRow
 
@@ -29,12 +29,12 @@ def withdraw(scene: Scene, kind: str, value: str, **more: bool) -> set[str]:
 
 
 def why(scene: Scene, digest: str) -> str | None:
-    with database.reading(scene.store.engine) as session:
+    with scene.store.reading() as session:
         return recalled(session, digest)
 
 
 def audited(scene: Scene) -> list[AuditRow]:
-    with database.reading(scene.store.engine) as session:
+    with scene.store.reading() as session:
         return [row for row in audit.entries(session) if row.action == "recall.start"]
 
 
@@ -79,7 +79,7 @@ def test_recalls_of_a_version_and_of_a_base(scene: Scene, versions: dict[int, Ve
     for _ in range(2):  # it may be repeated
         assert withdraw(scene, "version", versions[2].digest) == {"version", "approval", "candidate", "training"}
     assert [each.detail["reached"][0]["digest"] for each in audited(scene)] == [versions[2].digest] * 2
-    with database.reading(scene.store.engine) as session:
+    with scene.store.reading() as session:
         assert audit.verify(session) == []
         assert session.query(RecallRow).count() == 4
     training = scene.store.record(versions[2].candidate).parents["training"]
@@ -96,7 +96,7 @@ def test_recalls_of_a_version_and_of_a_base(scene: Scene, versions: dict[int, Ve
 
 
 def test_a_recall_names_champions_and_tenants_and_aborts_rollouts(scene: Scene, versions: dict[int, Version]) -> None:
-    with database.writing(scene.store.engine) as session:
+    with scene.store.writing() as session:
         for n, tenant in enumerate(("acme", "acme", "zenith")):
             at = f"2026-01-0{n + 1}T00:00:00Z"
             which = {"version": versions[1].digest, "name": NAME, "arm": "stable", "ok": True, "seconds": 0.1}

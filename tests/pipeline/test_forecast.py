@@ -16,7 +16,6 @@ from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.progress import Silent, Stopped, Task
-from tunesmith.pipeline import training as training_module
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import lift_gate
 from tunesmith.services.forecast import ForecastView, forecast, newest_forecast
@@ -206,4 +205,4 @@ def test_without_an_untuned_candidate_there_is_no_decision(tmp_path: Path) -> No
     found = forecast(write_large(tmp_path / "p", value="0.5", candidates={"tuned": tuned}), rows=50)
     assert (found.decision, found.lift, found.rival, found.break_even) == (None, None, None, None)
     assert found.score.low < 0.5 < found.score.high
-    assert training_module.tuned_names(Project.load(tmp_path / "p")) == ["tuned"]
+    assert Project.load(tmp_path / "p").settings.tuned == ["tuned"]

@@ -21,7 +21,6 @@ from tunesmith.pipeline.candidates import answerer, better_settings, candidate, 
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stages
 from tunesmith.pipeline.training import composed_rows
-from tunesmith.store import database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecallRow
@@ -168,7 +167,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def _recall(store: Store, digest: str) -> None:
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.add(RecallRow(cause="row 1", digest=digest, reason="asked to", at=stamp()))
 
 

@@ -18,7 +18,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.project import parse_settings
 from tunesmith.records.version import ApprovalBody, Decision, Requirement
-from tunesmith.registry.approvals import LASTS, prepare_approval, require_approved, sign, submit_approval
+from tunesmith.registry.approvals import LASTS, prepare_approval, require_approved, submit_approval
 from tunesmith.registry.history import lost_signatures, verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.risk import RiskSettings, missing
@@ -28,7 +28,7 @@ from tunesmith.registry.signing.attestations import ENVELOPE, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
 from tunesmith.services.decisions import approvals_for
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.audit import Head
 from tunesmith.store.people import identities, user_keys
 from tunesmith.store.people.roles import Role
@@ -70,7 +70,7 @@ def put_approval(
 
 
 def approval_by(store: Store, user: str, **changes: object) -> ApprovalBody:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         stated = {"approver": user, "role": "approver", "decision": "approve", "reason": "", "override": None}
         times = {"at": stamp(), "until": stamp(LASTS), "nonce": secrets.token_hex(16)}
         return ApprovalBody.model_validate({**stated, **times, "audit": audit.newest(session), **changes})
@@ -88,7 +88,7 @@ def slip(store: Store, version: Version, user: str, *, logged: bool = True, **ch
 
 
 def approval_count(store: Store) -> int:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return session.query(AuditRow).filter_by(action="version.approve").count()
 
 
@@ -96,9 +96,9 @@ def approval_count(store: Store) -> int:
 def test_a_signed_statement_is_recorded_once(store: Store, version: Version) -> None:
     key = keys.load_signing_key(store, keys.ensure_key(store, "ann"))
     requests = [prepare_approval(store, version, "ann", "why", "refuse") for _ in range(2)]
-    nonces = {request.statement["predicate"]["nonce"] for request in requests}
+    nonces = {request["predicate"]["nonce"] for request in requests}
     assert len(nonces) == 2
-    signed = [sign(request, key) for request in requests]
+    signed = [seal(request, key) for request in requests]
     submit_approval(store, signed[0])
     first, kept = (envelope(store, version, "ann", "approve") for _ in range(2))
     submit_approval(store, first)  # the refusal no longer stands
@@ -149,7 +149,7 @@ def test_what_submit_refuses(store: Store, version: Version) -> None:
     with pytest.raises(Refused, match="ann may not do this"):
         submit_approval(store, signed)
     identities.set_roles(store, "ann", ["approver"], actor="olive")
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.add(RecallRow(digest=version.digest, cause="x", reason="withdrawn", at=stamp()))
     with pytest.raises(Refused, match="recalled: withdrawn"):
         submit_approval(store, signed)
@@ -241,11 +241,11 @@ def test_damage_or_a_recall_prevents_and_ends_an_approval(store: Store, version:
         (chain.dataset, lambda: approve(store, version, approver="ann")),
         (version.digest, lambda: require_approved(store, version)),
     ):
-        with database.writing(store.engine) as session:
+        with store.writing() as session:
             session.add(RecallRow(digest=digest, cause="row x", reason="withdrawn", at=stamp()))
         with pytest.raises(Refused, match="recalled"):
             use()
-        with database.writing(store.engine) as session:
+        with store.writing() as session:
             session.execute(delete(RecallRow))
         approve(store, version, approver="ann")
     (store.root / "versions" / "intents" / "v1" / "model.sig").write_bytes(b"")
@@ -258,7 +258,7 @@ def test_one_person_with_two_accounts_cannot_use_one_key(store: Store, version: 
     with pytest.raises(Refused, match="this key is olive's"):
         keys.enrol_public_key(store, "ann", public.encode(), actor="ann")
     # Nor by writing the table of keys: the owner that the release states is compared.
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.execute(update(KeyRow).values(user="ann"))
     os.link(store.root / "keys" / "olive.pem", store.root / "keys" / "ann.pem")
     with pytest.raises(Refused):
@@ -314,12 +314,12 @@ def test_a_doctored_approval_does_not_count(store: Store, version: Version, atta
 
 def envelope(store: Store, version: Version, user: str, decision: Decision, reason: str = "why") -> bytes:
     known = keys.ensure_key(store, user)
-    return sign(prepare_approval(store, version, user, reason, decision), keys.load_signing_key(store, known))
+    return seal(prepare_approval(store, version, user, reason, decision), keys.load_signing_key(store, known))
 
 
 def reason_of(store: Store, version: Version, override_by: str | None = None) -> str | None:
     """Why it may not serve, by the database; the files must say the same."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         permission = may_serve(session, version, override_by=override_by)
         if override_by is None:
             try:

@@ -21,7 +21,6 @@ from tunesmith.evaluation.policy.requests import encode_policy_items, policy_ite
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.pipeline.verdicts import changed_since
 from tunesmith.registry.versions import Version
-from tunesmith.store import database
 from tunesmith.store.people import tokens
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.store import Store
@@ -244,7 +243,7 @@ def test_the_audit_log_is_verified_and_read(store: Store, version: Version) -> N
     assert [entry["detail"]["version"]["number"] for entry in shown["entries"]] == [1]
     assert document(store, "audit", "show", "--limit", "1")["total"] == found["checked"]
     assert "version.register" in run(store, "audit", "show").stdout
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.get_one(AuditRow, 2).actor = "someone-else"
     broken = document(store, "audit", "verify", exit_code=3)
     assert broken["problems"] == [{"path": "audit log", "reason": "entry 2 was changed after it was written"}]

@@ -19,7 +19,7 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.engines.native import export_check
 from tunesmith.models.export import merging
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -157,7 +157,7 @@ def test_an_export_is_decided_again_at_its_end(
 
 def exports(store: Store) -> list[str]:
     """The exports in the audit log."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return [row.detail["record"] for row in audit.entries(session) if row.action == "version.export"]
 
 

@@ -21,7 +21,7 @@ from tunesmith.core.clock import now
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.records.version import ApprovalBody
-from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
+from tunesmith.registry.approvals import prepare_approval, require_approved, submit_approval
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.registration import register
@@ -32,7 +32,7 @@ from tunesmith.registry.signing.signatures import SIGNATURE, Untrusted, sign_fol
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
 from tunesmith.services.keys import revoke
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people import identities, user_keys
 from tunesmith.store.people.user_keys import Proof
 from tunesmith.store.store import Store
@@ -96,7 +96,7 @@ def test_keys_made_elsewhere_sign_under_any_label_and_from_any_folder(
     (mine / "ann@card.pem").chmod(0o600)
     approve(store, version, approver="ann")
     assert require_approved(store, version).approver == "ann"
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         entry = session.scalars(select(AuditRow).where(AuditRow.action == "version.approve")).one()
     assert entry.detail["signature"]["key"] == made.fingerprint
     assert sorted(file.name for file in (store.root / "trust").iterdir()) == [
@@ -117,7 +117,7 @@ def test_public_keys_are_p256_keys_in_one_spelling(store: Store) -> None:
 
 
 def serving(store: Store, version: Version) -> Permission:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return may_serve(session, version)
 
 
@@ -133,7 +133,7 @@ def another(store: Store, seed: int) -> Version:
 
 
 def head(store: Store) -> int:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return audit.newest(session).seq
 
 
@@ -159,7 +159,7 @@ def test_a_retired_key_counts_for_what_it_signed_before_alone(
     waiting = another(store, 1)
     prepared = prepare_approval(store, waiting, "ann")
     first = identities.get_user(store, "ann").fingerprint
-    old = sign(prepared, keys.load_signing_key(store, identities.get_user(store, "ann")))
+    old = seal(prepared, keys.load_signing_key(store, identities.get_user(store, "ann")))
     signer = keys.signing_key(store, identities.get_user(store, "olive"))
     rotate(store, "ann")
     rotate(store, "olive")
@@ -180,7 +180,7 @@ def test_a_retired_key_counts_for_what_it_signed_before_alone(
     with pytest.raises(Untrusted, match="ann's key key-1, which was retired before"):
         submit_approval(store, old)
     # The same, put into the store and its log by somebody who can write both.
-    put_approval(store, waiting, ApprovalBody.model_validate(prepared.statement["predicate"]), old, key=first)
+    put_approval(store, waiting, ApprovalBody.model_validate(prepared["predicate"]), old, key=first)
     assert "which was retired before" in serving(store, waiting).message
     with pytest.raises(Refused, match="which was retired before"):
         require_approved(store, waiting)
@@ -197,7 +197,7 @@ def test_a_retired_key_counts_for_what_it_signed_before_alone(
 @pytest.mark.attack("signing", "an old signature is passed off as the new key's")
 def test_an_old_signature_is_not_the_new_keys(store: Store, version: Version, happened: Happened) -> None:
     approve(store, version, approver="ann")
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         entry = session.scalars(select(AuditRow).where(AuditRow.action == "version.approve")).one()
     old = store.record(entry.detail["signature"]["digest"])
     rotate(store, "ann")
@@ -370,7 +370,7 @@ def test_a_changed_proof_shows_in_the_log(store: Store) -> None:
 
 
 def store_state(store: Store, name: str) -> dict[str, object]:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return identities.state(identities.user_row(session, name))
 
 

@@ -39,7 +39,6 @@ from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.store import database
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.people import identities
 from tunesmith.store.store import RELEASE, Store
@@ -47,7 +46,7 @@ from tunesmith.store.tables import AuditRow, LockRow
 
 
 def actions(store: Store) -> list[str]:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))
 
 
@@ -100,7 +99,7 @@ def test_a_failed_candidate_needs_an_admins_override(store: Store, outcome: str)
     found = verify_version(store, version.label)
     assert found.ok
     assert any("was overridden: a drill" in note for note in found.notes)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         newest = session.scalars(select(AuditRow).order_by(AuditRow.seq.desc())).first()
     assert newest is not None
     assert newest.detail["override"] == "a drill"
@@ -282,7 +281,7 @@ def test_who_lost_the_lock_registers_nothing(store: Store, chain: Chain) -> None
     second = put_chain(store, seed=1).verdict
 
     def overtake() -> None:
-        with database.writing(store.engine) as session:  # as if it could not be renewed in time
+        with store.writing() as session:  # as if it could not be renewed in time
             session.execute(delete(LockRow))
         register(store, name="intents", verdict=second, actor="olive")
 

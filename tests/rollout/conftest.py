@@ -16,7 +16,7 @@ from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecallRow
 
@@ -78,17 +78,17 @@ def serve(scene: Scene, *several: Version) -> None:
 
 def champion(scene: Scene) -> str:
     """The digest of the version that serves, or nothing."""
-    alias = get_alias(scene.store, NAME, "champion")
+    alias = get_alias(scene.store, NAME)
     return alias.version if alias else ""
 
 
 def logged(scene: Scene, action: str) -> list[dict[str, Any]]:
     """The details of the audit entries of an action."""
-    with database.reading(scene.store.engine) as session:
+    with scene.store.reading() as session:
         return [dict(entry.detail) for entry in audit.entries(session) if entry.action == action]
 
 
 def put_recall(scene: Scene, digest: str) -> None:
     """Recall a record, as by a licence that was withdrawn."""
-    with database.writing(scene.store.engine) as session:
+    with scene.store.writing() as session:
         session.add(RecallRow(digest=digest, cause="licence X", reason="a licence was withdrawn", at="2026"))

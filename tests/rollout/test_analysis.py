@@ -65,7 +65,7 @@ CUT_BY_C = Arm([1.0] * 600, 5600, cut=5000, groups={**GROUPS, **BY_C})
 )
 def test_what_decides(settings: dict[str, Any], canary: Arm, stable: Arm, outcome: str, says: str) -> None:
     found = judge(Analysis.model_validate({"metric": "exact_match", **settings}), canary, stable)
-    document = found.as_json()
+    document = found.document()
     assert (found.outcome, document["evidence"]["needed"]) == (outcome, 20)
     assert document["reason"].startswith(says)
     assert "allowed to be worse by 0." in document["reason"]

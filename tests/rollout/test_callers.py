@@ -13,12 +13,12 @@ from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import Versions, begin, logged
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.rollout import transitions
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.commands import abort
 from tunesmith.rollout.controller import look
 from tunesmith.rollout.settings import Analysis
 from tunesmith.rollout.traffic import END_USER_GROUPS, LEFT, STEP, arms, end_user, goes_to_canary, usual_callers
-from tunesmith.store import database
 from tunesmith.store.tables import RequestRow
 
 AT = datetime(2026, 1, 10, tzinfo=UTC)
@@ -50,7 +50,7 @@ def requests(
 
 
 def judged(scene: Scene, rows: list[RequestRow], main: tuple[str, ...] | None = None) -> Judgement:
-    with database.writing(scene.store.engine) as session:
+    with scene.store.writing() as session:
         session.add_all(rows)
     return judge(Analysis(metric=METRIC), *arms(scene.store, 1, 0, METRIC, main))
 
@@ -144,7 +144,7 @@ def test_failures_of_one_caller_at_stable_do_not_allow_more(scene: Scene) -> Non
 
 
 def kept(scene: Scene, *rows: RequestRow) -> tuple[str, ...] | None:
-    with database.writing(scene.store.engine) as session:
+    with scene.store.writing() as session:
         session.add_all(rows)
         session.flush()
         return usual_callers(session, NAME, Scope(), AT)
@@ -166,13 +166,16 @@ def test_a_flood_on_one_day_counts_as_one_day(scene: Scene) -> None:
     assert kept(scene, *usual, *day("mallory", 5000, 1)) == ("app",)
 
 
-def test_a_rollout_keeps_its_main_callers_and_the_audit_log_names_them(scene: Scene, versions: Versions) -> None:
+def test_a_rollout_keeps_its_main_callers_and_the_audit_log_names_them(
+    scene: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = {"setWeight": 50}, {"pause": {}}, {"setWeight": 100}
     with pytest.raises(UsageError, match="there is no user nobody"):
         begin(scene, versions[1], main_callers=["nobody"])
-    assert begin(scene, versions[1], clock=lambda: AT).main_callers is None
+    monkeypatch.setattr(transitions, "now", lambda: AT)
+    assert begin(scene, versions[1]).main_callers is None
     kept(scene, *day("app", 9, 1))
-    second = begin(scene, versions[2], *steps, clock=lambda: AT)
+    second = begin(scene, versions[2], *steps)
     assert (second.main_callers, look(scene.store, second)) == (("app",), None)
     abort(scene.store, second.id, actor=OPERATOR, reason="no")
     assert begin(scene, versions[2], *steps, main_callers=[OWNER]).main_callers == (OWNER,)
@@ -189,7 +192,7 @@ def test_only_the_requests_of_this_rollout_and_step_count(scene: Scene) -> None:
         return row
 
     ids = count()
-    with database.writing(scene.store.engine) as session:
+    with scene.store.writing() as session:
         session.add_all([one("canary", 1.0), one("canary", None, ok=False), one("stable", 0.0)])
         session.add_all([one("canary", 0.5, step=1), one("canary", 0.5, rollout=7), one("stable", 0.5, rollout=None)])
         session.add_all([one("canary", None, left=True), one("canary", None, left=True), one("stable", math.nan)])

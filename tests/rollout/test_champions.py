@@ -22,7 +22,6 @@ from tunesmith.rollout.champions import list_champions
 from tunesmith.rollout.commands import abort, promote, rollback
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.state import Rollout
-from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, deactivate, set_roles
 from tunesmith.store.store import Store
 
@@ -67,15 +66,15 @@ def test_an_override_of_a_rollback_is_an_admins_and_audited(scene: Scene, versio
     with pytest.raises(UsageError, match="needs a reason"):
         rollback(scene.store, name=NAME, actor="ada", reason="bad", override=" ")
     rollback(scene.store, name=NAME, actor="ada", reason="bad", override="worse otherwise")
-    alias = get_alias(scene.store, NAME, "champion")
+    alias = get_alias(scene.store, NAME)
     assert alias is not None
     assert (alias.version, alias.override_by) == (versions[1].digest, "ada")
     assert logged(scene, "rollout.override")[-1]["reason"] == "worse otherwise"
     assert verify_log(scene.store) == []
-    with database.reading(scene.store.engine) as session:
+    with scene.store.reading() as session:
         assert [one.refused for one in list_champions(session, scene.store)] == [None]
     set_roles(scene.store, "ada", ["operator"], actor=OWNER)
-    with database.reading(scene.store.engine) as session:
+    with scene.store.reading() as session:
         (one,) = list_champions(session, scene.store)
     assert "the override does not count: ada may not do this" in str(one.refused)
 
@@ -138,7 +137,7 @@ def test_a_promotion_under_an_override_serves_by_it(scene: Scene, versions: Vers
         promote(scene.store, rollout.id, actor=OWNER)
     assert f"could serve now: {NAME}@v1" in str(refused.value.fix)
     promoted = promote(scene.store, rollout.id, actor=OWNER, override="urgent")
-    alias = get_alias(scene.store, NAME, "champion")
+    alias = get_alias(scene.store, NAME)
     assert alias is not None
     assert (promoted.status, alias.version, alias.override_by) == ("promoted", versions[4].digest, OWNER)
     assert len(logged(scene, "rollout.override")) == 1
@@ -233,6 +232,6 @@ def test_a_deactivation_waits_for_a_rollback(scene: Scene, versions: Versions, m
     rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad")
     thread.join()
     assert order == ["checked", "deactivated"]
-    with database.reading(scene.store.engine) as session:
+    with scene.store.reading() as session:
         (one,) = list_champions(session, scene.store)
     assert (one.version, NO_APPROVER in str(one.refused)) == (f"{NAME}@v1", True)

@@ -24,7 +24,7 @@ from tunesmith.registry.registration import register
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
 from tunesmith.services.audit import backup, migrate, restore
-from tunesmith.store import copying, database, uploads
+from tunesmith.store import copying, uploads
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import keys_of
 from tunesmith.store.store import Store
@@ -145,7 +145,7 @@ def test_a_migration_names_the_uploads_whose_bytes_are_gone(
     moved = uploads.find(there, kept[1].file, Scope("acme"))
     assert moved is not None
     assert list(uploads.pieces(there, moved)) == [b"[]\n"]
-    with database.reading(there.engine) as session:
+    with there.reading() as session:
         entry = session.scalars(select(AuditRow).order_by(AuditRow.seq.desc())).first()
         assert entry is not None
         assert (entry.action, entry.detail["missing"]) == ("store.migrate", [kept[0].file])
@@ -241,6 +241,6 @@ def test_a_store_moves_to_postgresql_and_a_bucket_and_back(
     assert contents(back) == contents(there)
     assert verify_log(back) == []
     there.engine.dispose()
-    with database.reading(back.engine) as session:
+    with back.reading() as session:
         newest = list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))[-2:]
     assert newest == ["version.register", "store.restore"]

@@ -24,12 +24,13 @@ from tests.rollout.conftest import copied
 from tunesmith.core.errors import Refused
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import list_versions
+from tunesmith.rollout import transitions
 from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.commands import abort, promote, resume, rollback, start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import LIVE, Rollout, list_rollouts
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.tables import RecallRow
 
 PLAN = RolloutSettings.model_validate(
@@ -50,13 +51,14 @@ class Machine(RuleBasedStateMachine):
     """Commands on a real store; what must hold is stated as invariants over what was seen before."""
 
     made: Scene
+    at: datetime
 
     @initialize()
     def set_out(self) -> None:
         self.folder = tempfile.TemporaryDirectory(dir=self.made.store.root.parent)
         self.scene = copied(self.made, Path(self.folder.name) / "store")
         self.versions = {version.number: version for version in list_versions(self.scene.store)}
-        self.at = datetime(2026, 1, 1, tzinfo=UTC)
+        Machine.at = datetime(2026, 1, 1, tzinfo=UTC)
         self.recalled: set[str] = set()
         self.before: dict[int, Rollout] = {}
 
@@ -68,7 +70,7 @@ class Machine(RuleBasedStateMachine):
         return next(iter(list_rollouts(self.scene.store, live=True)), None)
 
     def champion(self) -> str:
-        alias = get_alias(self.scene.store, NAME, "champion")
+        alias = get_alias(self.scene.store, NAME)
         return alias.version if alias else ""
 
     @rule(number=st.sampled_from([1, 2, 3, 4]), override=st.sampled_from([None, "a drill"]))
@@ -81,20 +83,15 @@ class Machine(RuleBasedStateMachine):
             or version.digest == self.champion()
         )
         with pytest.raises(Refused) if blocked else contextlib.nullcontext():
-            start(
-                self.scene.store, name=NAME, version=version, steps=PLAN, actor=actor, override=override,
-                clock=lambda: self.at,
-            )  # fmt: skip
+            start(self.scene.store, name=NAME, version=version, steps=PLAN, actor=actor, override=override)
 
     @precondition(lambda self: self.live())
     @rule(evidence=st.sampled_from([PASSES, PASSES, FAILS, OPEN]), seconds=st.sampled_from([1, 1, 25, 60, -3, -1000]))
     def advance(self, evidence: Arm, seconds: int) -> None:
-        self.at += timedelta(seconds=seconds)
+        Machine.at += timedelta(seconds=seconds)
         current = self.live()
         assert current is not None
-        moved = advance(
-            self.scene.store, current.id, clock=lambda: self.at, measure=lambda *_: (evidence, Arm([1.0] * 200, 200))
-        )
+        moved = advance(self.scene.store, current.id, measure=lambda *_: (evidence, Arm([1.0] * 200, 200)))
         assert moved.revision - current.revision in (0, 1)
         assert moved.step - current.step in (0, 1)
         if moved.status == "promoted":
@@ -109,10 +106,10 @@ class Machine(RuleBasedStateMachine):
             return
         with contextlib.suppress(Refused):
             if what == "resume":
-                assert resume(store, current.id, actor=OPERATOR, clock=lambda: self.at).step == current.step + 1
+                assert resume(store, current.id, actor=OPERATOR).step == current.step + 1
                 assert current.step in (2, 3)
             elif what == "promote":
-                promote(store, current.id, actor=OPERATOR, clock=lambda: self.at)
+                promote(store, current.id, actor=OPERATOR)
                 assert current.step > 1, "an analysis was skipped without an override"
             else:
                 assert abort(store, current.id, actor=OPERATOR, reason="stop").status == "aborted"
@@ -121,7 +118,7 @@ class Machine(RuleBasedStateMachine):
     def rollback(self) -> None:
         live, standing = self.live(), self.champion()
         with contextlib.suppress(Refused):
-            rollback(self.scene.store, name=NAME, actor=OPERATOR, reason="back", clock=lambda: self.at)
+            rollback(self.scene.store, name=NAME, actor=OPERATOR, reason="back")
             assert (self.champion() == standing) == (live is not None)
             assert live is not None or self.champion() not in self.recalled
 
@@ -130,7 +127,7 @@ class Machine(RuleBasedStateMachine):
         digest = self.versions[number].digest
         if digest not in self.recalled:
             self.recalled.add(digest)
-            with database.writing(self.scene.store.engine) as session:
+            with self.scene.store.writing() as session:
                 session.add(RecallRow(digest=digest, cause="test", reason="withdrawn", at="2026"))
 
     @invariant()
@@ -148,7 +145,7 @@ class Machine(RuleBasedStateMachine):
                 assert self.champion() == one.canary
                 assert one.canary not in self.recalled
         self.before = {one.id: one for one in rollouts}
-        with database.reading(self.scene.store.engine) as session:
+        with self.scene.store.reading() as session:
             assert audit.verify(session) == []
 
 
@@ -156,6 +153,7 @@ class Machine(RuleBasedStateMachine):
 def machine(made: Scene, monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     monkeypatch.setenv("TUNESMITH_USER", OWNER)
     monkeypatch.setattr(Machine, "made", made, raising=False)
+    monkeypatch.setattr(transitions, "now", lambda: Machine.at)
     return Machine
 
 

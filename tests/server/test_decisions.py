@@ -24,8 +24,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.signing.attestations import ENVELOPE, public_pem, signed_bytes
-from tunesmith.registry.signing.keys import fingerprint_of
+from tunesmith.registry.signing.attestations import ENVELOPE, fingerprint_of, public_pem, signed_bytes
 from tunesmith.registry.versions import Version
 from tunesmith.services import decisions
 from tunesmith.services.actions import Action

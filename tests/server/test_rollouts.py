@@ -307,7 +307,7 @@ def test_what_the_caller_did_not_see_is_not_changed(served: Served, versions: Ve
     assert (status, f"rollout {other.id}, not {rollout.id}" in message) == (409, True)
     abort(store, other.id, actor=OPERATOR, reason="enough")
     assert sent("rollback", reason="it errs", champion=versions[2].digest)[0] == 200
-    champion = get_alias(store, NAME, "champion")
+    champion = get_alias(store, NAME)
     assert champion is not None
     assert champion.version == versions[1].digest
 

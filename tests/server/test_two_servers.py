@@ -129,7 +129,7 @@ def test_the_other_server_carries_the_rollout_on_and_makes_each_step_once(servin
     assert set(steps.values()) == {1}, "a step was made twice"
     with database.reading(serving.store.engine) as session:
         made = Counter(each.action for each in audit.entries(session) if each.detail.get("rollout") == rollout.id)
-        champion = get_alias(session, NAME, "champion")
+        champion = get_alias(session, NAME)
     assert made == {
         "rollout.start": 1,
         "rollout.weight": len(STEPS) // 2 + 1,

@@ -12,7 +12,7 @@ from sqlalchemy import delete, event, select, text
 
 from tests.forked import forkserver
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditHeadRow, AuditRow, MemoRow
@@ -25,7 +25,7 @@ def write(store: Store, count: int, actor: str = "olive") -> None:
 
 
 def problems(store: Store, *pins: Pin) -> list[str]:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return audit.verify(session, pins)
 
 
@@ -54,7 +54,7 @@ HEADLESS = "the log's head is missing, so a cut tail would not show"
 )  # fmt: skip
 def test_a_log_that_was_touched_says_where(store: Store, statement: str, found: list[str]) -> None:
     write(store, 5)
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.execute(text(statement))
     assert [one.partition(": Expecting")[0] for one in problems(store)] == found
     if found == [HEADLESS]:
@@ -64,7 +64,7 @@ def test_a_log_that_was_touched_says_where(store: Store, statement: str, found: 
 
 def test_an_entry_with_a_new_digest_shows_by_the_next_one(store: Store) -> None:
     write(store, 5)
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         row = session.get_one(AuditRow, 2)
         row.actor = "eve"
         row.digest = audit._digest(row)
@@ -73,7 +73,7 @@ def test_an_entry_with_a_new_digest_shows_by_the_next_one(store: Store) -> None:
 
 def test_the_next_entry_does_not_hide_a_cut_tail(store: Store) -> None:
     write(store, 5)
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.execute(delete(AuditRow).where(AuditRow.seq > 3))
     write(store, 1, actor="ann")
     assert problems(store) == [CUT]
@@ -83,7 +83,7 @@ def test_the_next_entry_does_not_hide_a_cut_tail(store: Store) -> None:
 
 def test_a_pin_kept_elsewhere_is_a_witness(store: Store) -> None:
     write(store, 3)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         head = audit.newest(session)
     birth = Pin(witness="birth", head=Head(seq=0, digest=audit.GENESIS))
     assert problems(store, Pin(witness="a note", head=head), birth) == []
@@ -108,7 +108,7 @@ def test_two_processes_write_one_chain(store: Store) -> None:
         worker.join(300)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert problems(store) == []
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert audit.newest(session).seq == session.scalar(select(AuditHeadRow.seq)) == 21
 
 
@@ -130,7 +130,7 @@ def test_a_change_that_fails_leaves_no_entry(store: Store, monkeypatch: pytest.M
         session.merge(MemoRow(key="key", digest="x"))
     event.remove(store.engine, "connect", limit)
     store.engine.dispose()
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert session.get(MemoRow, "key") is None
         assert audit.newest(session).seq == 1
     assert problems(store) == []

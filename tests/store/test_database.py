@@ -30,7 +30,7 @@ def row(number: str, **changes: Any) -> dict[str, Any]:
 def test_appended_rows_are_read_as_they_were_given(store: Store) -> None:
     rows = [row("a"), row("b", rollout=7, ok=False, scores={})]
     database.append(store.engine, RequestRow, rows)
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         assert session.execute(text("PRAGMA synchronous")).scalar_one() == FULL, (
             "what must not be lost waits for the disk"
         )
@@ -52,7 +52,7 @@ def test_a_row_that_does_not_fit_appends_nothing(store: Store, monkeypatch: pyte
         patch.setattr(database, "_DIRECT_PRAGMAS", ("max_page_count=1",))  # no more than it has now
         with pytest.raises(TunesmithError, match="disk is full"):
             database.append(store.engine, RequestRow, [row(str(number)) for number in range(500)])
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert sorted(session.scalars(select(RequestRow.id))) == ["a", "c"]
 
 
@@ -61,9 +61,9 @@ def test_the_log_is_emptied_while_connections_are_open_and_waits_for_nobody(stor
     log = store.root / "tunesmith.db-wal"
     database.append(store.engine, RequestRow, [row("secret-of-anna")])
     assert b"secret-of-anna" in log.read_bytes()
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.execute(delete(RequestRow))
-    with database.writing(store.engine):  # a writer keeps the log, and is not waited for
+    with store.writing():  # a writer keeps the log, and is not waited for
         database.empty_log(store.engine)
     database.empty_log(store.engine)
     assert log.read_bytes() == b""
@@ -80,5 +80,5 @@ def test_a_fence_holds_for_appended_rows(store: Store) -> None:
 
     with pytest.raises(Refused):
         database.append(database.fenced(store.engine, fence), MemoRow, [{"key": "k", "digest": "d"}])
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert session.scalars(select(MemoRow)).all() == []

@@ -17,7 +17,6 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.services import keys, users
-from tunesmith.store import database
 from tunesmith.store.people import identities, tokens, user_keys
 from tunesmith.store.people.roles import ACTIONS, ROLES
 from tunesmith.store.store import Store
@@ -33,7 +32,7 @@ def team(store: Store) -> Store:
 
 
 def details(store: Store) -> str:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.scalars(select(AuditRow))
         return json.dumps([[row.actor, row.action, row.subject, row.detail] for row in rows])
 
@@ -74,7 +73,7 @@ def test_many_first_comers_make_one_owner(store: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: identities.ensure_owner(Store(store.root)).name, range(4)))
     assert found == ["olive"] * 4
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert len(session.scalars(select(AuditRow)).all()) == 1
 
 
@@ -165,7 +164,7 @@ def test_a_token_is_shown_once_and_nothing_else_is_one(team: Store) -> None:
     found = tokens.authenticate(team, token)
     assert found is not None
     assert found.user.name == "the-engineer"
-    with database.reading(team.engine) as session:
+    with team.reading() as session:
         digest = session.scalars(select(TokenRow.digest)).one()
     pieces = [digest, token[:-1], token + "x", token.swapcase(), token.removeprefix("tsk_")]
     for guess in (*pieces, "", "tsk_", "x" * 10_000_000, "\0", "\ud800", "é", "' or 1=1 --"):

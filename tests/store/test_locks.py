@@ -29,12 +29,12 @@ with Store(Path(sys.argv[1])).lock("stage", "the training"):
 
 
 def row(store: Store) -> LockRow | None:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return session.get(LockRow, "stage")
 
 
 def change(store: Store, **values: object) -> None:
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.execute(update(LockRow).values(**values))
 
 

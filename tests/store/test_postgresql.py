@@ -86,5 +86,5 @@ def test_a_process_that_hangs_in_a_transaction_does_not_stop_the_others_for_ever
     finally:
         process.kill()
         process.join()
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert [entry.action for entry in audit.entries(session)] == ["test.other", "test.after"]

@@ -14,9 +14,9 @@ from tests.fabricate import APPROVER, OWNER, Scene
 from tests.rollout.conftest import made, scene, versions
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
+from tunesmith.registry.approvals import prepare_approval, submit_approval
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.registry.signing.attestations import public_pem, seal
 from tunesmith.registry.signing.signatures import Untrusted
 from tunesmith.registry.versions import Version
 from tunesmith.services import keys
@@ -37,7 +37,7 @@ def test_a_proposed_key_signs_once_another_person_confirmed_it(scene: Scene, ver
     key, fingerprint = proposal(store)
     request = prepare_approval(store, versions[4], APPROVER)
     with pytest.raises(Untrusted, match="not trusted here"):
-        submit_approval(store, sign(request, key))
+        submit_approval(store, seal(request, key))
     before = (store.root / "trust" / "keys.json").read_bytes()
     add_user(store, "amy", ["admin"], actor=OWNER, scope=Scope("acme"))  # an admin of one tenant only
     for actor, whose, told, why in (
@@ -58,7 +58,7 @@ def test_a_proposed_key_signs_once_another_person_confirmed_it(scene: Scene, ver
     done = do(store, keys.confirm, actor=OWNER, user=APPROVER, fingerprint=spoken)
     assert (done.fingerprint, get_user(store, APPROVER).fingerprint) == (fingerprint, fingerprint)
     assert not keys.waiting(store)
-    assert submit_approval(store, sign(request, key)).approval.approver == APPROVER
+    assert submit_approval(store, seal(request, key)).approval.approver == APPROVER
     assert verify_log(store) == []
     with pytest.raises(Refused, match="this key is bob's"):
         do(store, keys.propose, actor="olga", public_key=get_user(store, APPROVER).keys[-1].public_key)

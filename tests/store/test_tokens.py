@@ -9,7 +9,7 @@ from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.history import verify_log
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people import tokens
 from tunesmith.store.people.identities import add_user, deactivate, ensure_owner
 from tunesmith.store.people.tokens import authenticate, issue_token, list_tokens, note_use, revoke_token
@@ -114,7 +114,7 @@ def test_the_log_says_who_issued_and_revoked_which_token_and_no_use(owned: Store
         assert found is not None
         assert (found.user.name, found.token.name) == ("app", name)
     revoke_token(owned, "app", "ci", actor="app")
-    with database.reading(owned.engine) as session:
+    with owned.reading() as session:
         issued, revoked = audit.entries(session)[-2:]
         digest = session.scalars(select(TokenRow.digest).where(TokenRow.name == "ci")).one()
     assert (issued.actor, issued.action, issued.subject) == ("olive", "user.token", "app")
@@ -125,6 +125,6 @@ def test_the_log_says_who_issued_and_revoked_which_token_and_no_use(owned: Store
     note_use(owned, {digest: NOW, "sha256:gone": NOW})
     assert {each.name: each.used for each in list_tokens(owned)} == {"ci": NOW, "idle": None, "notes": None}
     assert names(owned, "eve") == {}
-    with database.reading(owned.engine) as session:
+    with owned.reading() as session:
         assert audit.newest(session).seq == revoked.seq, "a use leaves no entry"
     assert verify_log(owned) == []

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
-from tunesmith.store import database, uploads
+from tunesmith.store import uploads
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.tables import FileRow, LockRow
@@ -99,7 +99,7 @@ def left(store: Store, file: str, host: str, until: float) -> None:
     """What an upload leaves that is killed before the database knows its file."""
     store.blobs.put(f"files/{file}.jsonl", b"{}\n")
     row = LockRow(name=f"files/{file}.jsonl", owner=file, purpose="x", host=host, pid=1 << 30, started=0.0, until=until)
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         session.add(row)
 
 
@@ -112,7 +112,7 @@ def test_bytes_that_a_killed_upload_left_are_removed(store: Store) -> None:
     uploads.remove_leftovers(store)
     uploads.remove_leftovers(store)
     assert set(store.blobs.keys("files/")) == {f"files/{known.file}.jsonl", "files/file-c.jsonl"}
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         assert list(session.scalars(select(LockRow.owner))) == ["file-c"]
     with store.lock("files/file-d.jsonl", "an upload of this process"):
         store.blobs.put("files/file-d.jsonl", b"{}\n")

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunesmith.core.scope import Scope
+
 Value = TypeVar("Value")
 
 
@@ -37,6 +39,18 @@ class View(Frozen):
     def document(self) -> dict[str, Any]:
         """The result as JSON values, under the keys that scripts rely on."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+class ScopedView(View):
+    """A typed result about what is for a tenant and a region; "" stands for all."""
+
+    tenant: str
+    region: str
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
 
 
 class Problem(View):

@@ -28,7 +28,6 @@ from tunesmith.core.text.names import CONTROLLER
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.serving import standing_of
 from tunesmith.registry.versions import load_version
-from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import HeldRow
@@ -98,7 +97,7 @@ def put(store: Store, answer: HeldAnswer, settings: HoldSettings, of_caller: int
         "schemas": list(answer.schemas),
         "grammar": answer.grammar,
     }
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         if count_waiting(session) >= settings.at_most:
             raise QueueFull(f"{settings.at_most} answers wait for a reviewer already", fix="decide on some of them")
         mine = select(func.count()).where(HeldRow.caller == answer.caller, HeldRow.state == WAITING)
@@ -106,11 +105,8 @@ def put(store: Store, answer: HeldAnswer, settings: HoldSettings, of_caller: int
             raise TooManyOfCaller(f"{of_caller} answers of {answer.caller} wait for a reviewer already")
         session.add(
             HeldRow(
-                id=answer.id,
-                name=answer.name,
-                version=answer.version,
+                **{part: getattr(answer, part) for part in ("id", "name", "version", "caller")},
                 **answer.scope.fields(),
-                caller=answer.caller,
                 reasons=list(answer.reasons),
                 digest=digest_bytes(answer.text.encode(errors="surrogatepass")),
                 texts=texts,
@@ -147,7 +143,7 @@ def listed(session: Session, *conditions: ColumnElement[bool], most: int) -> Seq
 
 def decided_among(store: Store, identifiers: Sequence[str]) -> list[str]:
     """Which of these answers are decided, or gone."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         query = select(HeldRow.id).where(HeldRow.id.in_(identifiers), HeldRow.state == WAITING)
         waiting = set(session.scalars(query))
     return [one for one in identifiers if one not in waiting]
@@ -171,8 +167,7 @@ def decide(
         store.change(actor, f"answer.{decision}", identifier, detail) as session,
     ):
         row = get(session, identifier)
-        scope = Scope(row.tenant, row.region)
-        require(session, actor, "answer.review", scope=scope)
+        require(session, actor, "answer.review", scope=row.scope)
         if row.caller == actor:
             raise Forbidden(
                 f"{actor} made this request and cannot decide on its answer", fix="have another reviewer do it"
@@ -198,7 +193,7 @@ def expire_due(store: Store) -> list[State]:
 
     An answer that would be released goes on waiting while its version's record cannot be read.
     """
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         query = select(HeldRow.id, HeldRow.version, HeldRow.at_deadline)
         due = session.execute(query.where(HeldRow.state == WAITING, HeldRow.deadline <= time.time())).all()
     done: list[State] = []
@@ -241,10 +236,10 @@ def _readable(store: Store, version: str) -> bool:
 def delete_over(store: Store) -> None:
     """Delete the held answers whose time is over, with their texts."""
     over = HeldRow.until <= time.time()
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         found = session.scalars(select(HeldRow.id).where(over, HeldRow.state != WAITING).limit(1)).first()
     if found is not None:
-        with database.writing(store.engine) as session:
+        with store.writing() as session:
             session.execute(delete(HeldRow).where(over, HeldRow.state != WAITING))
 
 
@@ -293,7 +288,7 @@ def _about(row: HeldRow) -> JsonObject:
 
 def _require_standing(session: Session, store: Store, row: HeldRow) -> None:
     """Raise Refused where the version that answered may not serve any more: its answers may not leave either."""
-    standing_of(session, store, row.version, Scope(row.tenant, row.region)).require(row.name)
+    standing_of(session, store, row.version, row.scope).require(row.name)
 
 
 def _check_fits(row: HeldRow, answer: str) -> None:

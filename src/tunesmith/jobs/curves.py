@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobCurveRow
 
@@ -85,5 +84,5 @@ def note(session: Session, job: int, curves: Mapping[str, Curve]) -> None:
 def read(store: Store, job: int) -> dict[str, Curve]:
     """A job's curves by the names of its trainings."""
     found = select(JobCurveRow).where(JobCurveRow.job == job).order_by(JobCurveRow.training)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return {row.training: Curve(**row.curve) for row in session.scalars(found)}

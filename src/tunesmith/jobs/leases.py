@@ -17,9 +17,10 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.text.names import CONTROLLER
+from tunesmith.jobs import queue
 from tunesmith.jobs.curves import Curve, note
-from tunesmith.jobs.queue import Clock, JobError, add_event, database_time, new_row
-from tunesmith.store import audit, database
+from tunesmith.jobs.queue import JobError, add_event, new_row
+from tunesmith.store import audit
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow, JobState
@@ -63,21 +64,15 @@ class Lease:
 
 
 def claim(
-    store: Store,
-    worker: str,
-    kinds: Collection[str],
-    *,
-    project: str,
-    seconds: float = LEASE_SECONDS,
-    clock: Clock = database_time,
+    store: Store, worker: str, kinds: Collection[str], *, project: str, seconds: float = LEASE_SECONDS
 ) -> Lease | None:
     """Take the next job of a project: the oldest of the highest priority that is due. None where there is none.
 
     First takes back the jobs whose lease ran out. A job of none of these kinds ends as failed: an earlier version of
     tunesmith queued it.
     """
-    with database.writing(store.engine) as session:
-        now = clock(session)
+    with store.writing() as session:
+        now = queue.database_time(session)
         given = {"in_project": project, "now": now}
         rows = session.scalars(_NEXT_AND_LOST, given).all()
         if any(row.state == "running" for row in rows):
@@ -98,15 +93,14 @@ def begin(
     project: str,
     actor: str,
     seconds: float = LEASE_SECONDS,
-    clock: Clock = database_time,
 ) -> Lease:
     """Add a job that this process performs itself, and take it. Raises Forbidden where the actor may not add jobs."""
     detail: JsonObject = {}
     with store.change(actor, "job.add", kind, detail) as session:
         require(session, actor, "job.add")
-        now = clock(session)
+        now = queue.database_time(session)
         _take_back(session, project, now)
-        row = new_row(session, kind, arguments, project, actor, 1, clock)
+        row = new_row(session, kind, arguments, project, actor, 1)
         detail["job"] = row.id
         return _start(session, row, worker, now, seconds, own=True)
 
@@ -157,50 +151,41 @@ def renew(
     lease: Lease,
     progress: Fields | None = None,
     curves: Mapping[str, Curve] = MappingProxyType({}),
-    *,
-    clock: Clock = database_time,
 ) -> str:
     """Renew a lease and record the progress. Returns the state that a person asked for, "" where nobody did.
 
     progress: None leaves it as it is. curves: those that changed. Raises LeaseLost where the job was taken back.
     """
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         row = _mine(session, lease)
-        row.until = clock(session) + lease.seconds
+        row.until = queue.database_time(session) + lease.seconds
         if progress is not None:
             row.progress = dict(progress)
         note(session, lease.job, curves)
         return row.wanted
 
 
-def log(store: Store, lease: Lease, message: str, *, clock: Clock = database_time) -> None:
+def log(store: Store, lease: Lease, message: str) -> None:
     """Add a line to the job's log."""
-    with database.writing(store.engine) as session:
-        add_event(session, _mine(session, lease, JobRow.id), clock(session), message)
+    with store.writing() as session:
+        add_event(session, _mine(session, lease, JobRow.id), queue.database_time(session), message)
 
 
 # What came of it
 
 
-def finish(
-    store: Store,
-    lease: Lease,
-    result: Fields,
-    error: JobError | None = None,
-    *,
-    clock: Clock = database_time,
-) -> None:
+def finish(store: Store, lease: Lease, result: Fields, error: JobError | None = None) -> None:
     """Record the result of a job that was performed. error: it failed for this reason, and its result is kept."""
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         row = _mine(session, lease)
         row.result, row.error = dict(result), _stated(error)
-        _end(session, row, "failed" if error else "succeeded", clock(session))
+        _end(session, row, "failed" if error else "succeeded", queue.database_time(session))
 
 
-def fail(store: Store, lease: Lease, error: JobError, *, retry: bool, clock: Clock = database_time) -> None:
+def fail(store: Store, lease: Lease, error: JobError, *, retry: bool) -> None:
     """Record an error. retry: try the job again later, unless it was tried as often as it may be."""
-    with database.writing(store.engine) as session:
-        row, now = _mine(session, lease), clock(session)
+    with store.writing() as session:
+        row, now = _mine(session, lease), queue.database_time(session)
         if retry:
             delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** (row.attempts - 1))
             _try_again(session, row, error, now, delay=delay)
@@ -209,13 +194,13 @@ def fail(store: Store, lease: Lease, error: JobError, *, retry: bool, clock: Clo
             _end(session, row, "failed", now)
 
 
-def stop(store: Store, lease: Lease, why: str, *, busy: bool = False, clock: Clock = database_time) -> None:
+def stop(store: Store, lease: Lease, why: str, *, busy: bool = False) -> None:
     """Give a job back that was stopped: it goes to the state that a person asked for, else into the queue.
 
     Does not count as an attempt. busy: not at once, since another process is working on it.
     """
-    with database.writing(store.engine) as session:
-        row, now = _mine(session, lease), clock(session)
+    with store.writing() as session:
+        row, now = _mine(session, lease), queue.database_time(session)
         if row.wanted:
             _obey(session, row, now)
             return

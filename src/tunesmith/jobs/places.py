@@ -20,23 +20,18 @@ class JobProcess(Protocol):
 
     def is_alive(self) -> bool:
         """Whether it has not ended."""
-        ...
 
     def is_starting(self) -> bool:
         """Whether it may not renew its lease itself yet."""
-        ...
 
     def terminate(self) -> None:
         """Tell it to stop between two of its steps."""
-        ...
 
     def kill(self) -> None:
         """End it at once."""
-        ...
 
     def ending(self) -> TunesmithError:
         """How it ended; UsageError or Refused where it could not perform the job there. Waits for the end."""
-        ...
 
 
 class Place(Protocol):
@@ -44,15 +39,12 @@ class Place(Protocol):
 
     def take(self) -> bool:
         """Keep others from using it; False where they do."""
-        ...
 
     def start(self, lease: Lease) -> JobProcess:
         """Start a process that performs a job. Only after take."""
-        ...
 
     def leave(self) -> None:
         """Let others use it."""
-        ...
 
 
 class LocalPlace:

@@ -6,8 +6,8 @@ Every change is one transaction with an audit entry. Rows are returned as they w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
-from typing import Literal, TypeAlias
+from collections.abc import Collection
+from typing import Literal
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, insert, select
 from sqlalchemy.orm import Session
@@ -17,7 +17,6 @@ from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
-from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
@@ -26,8 +25,6 @@ from tunesmith.store.tables import JobEventRow, JobRow, JobState
 ATTEMPTS = 3
 _LONGEST_KEY = 128
 ENDED: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")
-# Seconds since 1970, read inside a transaction.
-Clock: TypeAlias = Callable[[Session], float]
 
 _NEXT_NUMBER = select(func.coalesce(func.max(JobEventRow.number), 0) + 1).where(JobEventRow.job == bindparam("of"))
 _ADD_EVENT = insert(JobEventRow.metadata.tables[JobEventRow.__tablename__]).values(
@@ -80,7 +77,6 @@ def add(
     key: str | None = None,
     scope: Scope = Scope(),
     attempts: int = ATTEMPTS,
-    clock: Clock = database_time,
 ) -> JobRow:
     """Add a job to the queue.
 
@@ -91,7 +87,7 @@ def add(
     """
     if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isprintable()):
         raise UsageError(f"an idempotency key has 1 to {_LONGEST_KEY} printable characters", where=repr(key[:40]))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         require(session, actor, "job.add", scope=scope)
         if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
             return known
@@ -101,7 +97,7 @@ def add(
         if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
             detail["job"] = known.id  # another process added it meanwhile
             return known
-        row = new_row(session, kind, arguments, project, actor, attempts, clock)
+        row = new_row(session, kind, arguments, project, actor, attempts)
         row.priority, row.key, row.tenant, row.region = priority, key, scope.tenant, scope.region
         session.flush()
         detail |= {"job": row.id, "arguments": digest_of(dict(arguments))}
@@ -115,10 +111,9 @@ def new_row(
     project: str,
     actor: str,
     attempts: int,
-    clock: Clock,
 ) -> JobRow:
     """A new row in the state queued, inside a write transaction."""
-    now = clock(session)
+    now = database_time(session)
     row = JobRow(
         project=project,
         kind=kind,
@@ -150,7 +145,7 @@ def _same_key(session: Session, kind: str, arguments: Fields, actor: str, key: s
 
 def get(store: Store, number: int) -> JobRow:
     """A job by its number. Raises NotThere where there is none."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return _row(session, number)
 
 
@@ -175,7 +170,7 @@ def list_jobs(
     )
     if before is not None:
         found = found.where(JobRow.id < before)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return list(session.scalars(found))
 
 
@@ -189,7 +184,7 @@ def count_jobs(
 ) -> int:
     """How many jobs `list_jobs` would list without an end."""
     query = select(func.count()).select_from(JobRow).where(*_chosen(states, kinds, by, scope))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return session.scalar(query) or 0
 
 
@@ -204,7 +199,7 @@ def _chosen(
 
 def is_waiting(store: Store, project: str) -> bool:
     """Whether a job of a project is queued, due or not."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         waiting = select(JobRow.id).where(JobRow.project == project, JobRow.state == "queued")
         return session.scalar(waiting.limit(1)) is not None
 
@@ -222,7 +217,7 @@ def newest_events(store: Store, number: int, *, before: int | None = None, most:
 
 
 def _events(store: Store, number: int, found: Select[JobEventRow]) -> list[JobEventRow]:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         _row(session, number)
         return list(session.scalars(found))
 
@@ -234,50 +229,50 @@ def add_event(session: Session, job: int, at: float, message: str) -> None:
 
 def time_now(store: Store) -> float:
     """The time by which leases end, in seconds since 1970."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return database_time(session)
 
 
 # Changes
 
 
-def cancel(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> JobRow:
+def cancel(store: Store, number: int, *, actor: str) -> JobRow:
     """End a job for good. A running one ends between two of its steps; its checkpoints are kept.
 
     Raises Refused for a job that ended, and where the actor may not change jobs.
     """
-    return _ask(store, number, "cancelled", actor, clock)
+    return _ask(store, number, "cancelled", actor)
 
 
-def pause(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> JobRow:
+def pause(store: Store, number: int, *, actor: str) -> JobRow:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps.
 
     Raises what cancel raises, and Refused for a job that is paused or about to be cancelled.
     """
-    return _ask(store, number, "paused", actor, clock)
+    return _ask(store, number, "paused", actor)
 
 
-def resume(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> JobRow:
+def resume(store: Store, number: int, *, actor: str) -> JobRow:
     """Put a paused job back into the queue. Raises Refused for a job that is not paused."""
     with store.change(actor, "job.resume", f"job {number}", {}) as session:
         row = _changeable(session, number, actor)
         if row.state == "running" and row.wanted == "paused":
             row.wanted = ""
         elif row.state == "paused":
-            row.state, row.due = "queued", clock(session)
+            row.state, row.due = "queued", database_time(session)
         else:
             raise Refused(f"job {number} is {row.state}, not paused")
-        add_event(session, number, clock(session), f"resumed by {actor}")
+        add_event(session, number, database_time(session), f"resumed by {actor}")
         return row
 
 
-def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor: str, clock: Clock) -> JobRow:
+def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor: str) -> JobRow:
     """Put a waiting job into a state, or ask the worker of a running one to do so."""
     action = {"cancelled": "job.cancel", "paused": "job.pause"}[state]
     detail: JsonObject = {}
     with store.change(actor, action, f"job {number}", detail) as session:
         row = _changeable(session, number, actor)
-        now = clock(session)
+        now = database_time(session)
         if row.state in ENDED:
             raise Refused(f"job {number} has ended: {row.state}")
         if state == "paused" and (row.state == "paused" or row.wanted == "cancelled"):
@@ -294,7 +289,7 @@ def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor
 
 def _changeable(session: Session, number: int, actor: str) -> JobRow:
     row = _row(session, number)
-    require(session, actor, "job.change", scope=Scope(row.tenant, row.region))
+    require(session, actor, "job.change", scope=row.scope)
     return row
 
 

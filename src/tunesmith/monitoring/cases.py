@@ -14,18 +14,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import CONTROLLER
-from tunesmith.core.view import Frozen
+from tunesmith.core.view import ScopedView
 from tunesmith.data.review.queue import forget_cases
 from tunesmith.data.settings import Split
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 
@@ -33,7 +31,7 @@ _LOG = logging.getLogger("tunesmith.cases")
 _FOLDER = "cases/"
 
 
-class Case(Frozen):
+class Case(ScopedView):
     """One served request. version: digest of the one that answered; by: the user whose request or feedback made it.
 
     expected: the right answer, None until somebody says it. answer: None where the request failed. at: the time of the
@@ -47,8 +45,6 @@ class Case(Frozen):
     version: str
     scores: dict[str, float]
     by: str
-    tenant: str
-    region: str
     at: str
     until: str
 
@@ -108,7 +104,7 @@ def delete_expired(store: Store) -> int:
     due = [case.request for case in _readable(store) if case.over]
     if not due:
         return 0
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         left = [request for request in due if store.blobs.exists(_key(request))]  # another process may do the same
         if left:
             audit.append(session, actor=CONTROLLER, action="cases.expire", subject="cases", detail={"requests": left})
@@ -186,7 +182,7 @@ def _key(request: str) -> str:
 def _read(store: Store, key: str) -> Case:
     try:
         return Case.model_validate_json(store.blobs.get(key))
-    except (ValidationError, ValueError):
+    except ValueError:
         # Without the cause, whose message repeats the text.
         raise Refused("not a valid case", where=store.blobs.where(key), fix="delete the file") from None
 

@@ -32,12 +32,12 @@ from sqlalchemy import select
 from tunesmith.core.clock import iso, now
 from tunesmith.core.view import View
 from tunesmith.monitoring.settings import MonitoringSettings
-from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow
 
 Verdict = Literal["stable", "drift", "inconclusive"]
 Array = NDArray[np.float64]
+Share = tuple[float, float, float]  # with its interval
 
 _RESAMPLES = 999
 _UNLIKE = 0.1  # share of the test rows that count as unlike the training rows
@@ -52,7 +52,7 @@ class Baseline:
     """
 
     features: Mapping[str, Sequence[float]]
-    json_valid: tuple[float, float, float] | None = None
+    json_valid: Share | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +185,8 @@ def compare_feature(
     ours, theirs = _numbers(served), _numbers(measured)
     finding = partial(DriftFinding, name=name, served=len(ours), measured=len(theirs), bound=settings.shift_at_most)
     unusable = len(served) - len(ours)
-    if len(ours) < settings.min_requests or len(theirs) < 10:
-        reason = f"{len(ours)} served requests ({unusable} unusable) and {len(theirs)} test rows are too few"
-        return finding(outcome="inconclusive", reason=reason)
-    if np.ptp(ours) == 0 and np.ptp(theirs) == 0 and ours[0] == theirs[0]:
-        return finding(outcome="constant", reason=f"always {ours[0]:g}, before and now, so it cannot show drift")
+    if (undecided := _undecided(ours, theirs, unusable, settings)) is not None:
+        return finding(**undecided)
     distance = _distance(ours, theirs)
     low, high = _interval(_thinned(ours), _thinned(theirs), settings.confidence)
     p_value = float(ks_2samp(ours, theirs).pvalue)
@@ -210,26 +207,38 @@ def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: Mo
     ours, theirs = _numbers(served), _numbers(measured)
     bound = settings.unlike_rise_at_most
     finding = partial(DriftFinding, name="unlike", served=len(ours), measured=len(theirs), bound=bound)
-    if len(ours) < settings.min_requests or len(theirs) < 10:
-        reason = f"{len(ours)} served requests and {len(theirs)} test rows are too few"
-        return finding(outcome="inconclusive", reason=reason)
-    if np.ptp(ours) == 0 and np.ptp(theirs) == 0 and ours[0] == theirs[0]:
-        return finding(outcome="constant", reason="every request is as similar to the training rows")
+    if (undecided := _undecided(ours, theirs, len(served) - len(ours), settings)) is not None:
+        return finding(**undecided)
     least_like = float(np.quantile(theirs, _UNLIKE))
-    before, before_low, before_high = _share(theirs < least_like, settings)
-    share, share_low, share_high = _share(ours < least_like, settings)
-    rise = share - before
-    low = rise - math.hypot(before_high - before, share - share_low)
-    high = rise + math.hypot(before - before_low, share_high - share)
+    before, today = _share(theirs < least_like, settings), _share(ours < least_like, settings)
+    rise, low, high = _difference(before, today)
     reason = (
-        f"requests unlike the training rows (similarity below {least_like:.3g}) {before:.3f} before, {share:.3f} "
+        f"requests unlike the training rows (similarity below {least_like:.3g}) {before[0]:.3f} before, {today[0]:.3f} "
         f"now: a rise of {rise:.3f} [{low:.3f}, {high:.3f}], allowed {bound:g}"
     )
     outcome: Verdict = "drift" if low > bound else "stable" if rise <= bound else "inconclusive"
     return finding(outcome=outcome, reason=reason, effect=rise, low=low, high=high)
 
 
-def _share(those: NDArray[Any], settings: MonitoringSettings) -> tuple[float, float, float]:
+def _undecided(ours: Array, theirs: Array, unusable: int, settings: MonitoringSettings) -> dict[str, Any] | None:
+    """The outcome and reason where two samples say nothing, else None."""
+    if len(ours) < settings.min_requests or len(theirs) < 10:
+        reason = f"{len(ours)} served requests ({unusable} unusable) and {len(theirs)} test rows are too few"
+        return {"outcome": "inconclusive", "reason": reason}
+    if np.ptp(ours) == 0 and np.ptp(theirs) == 0 and ours[0] == theirs[0]:
+        reason = f"always {ours[0]:g}, before and now, so it cannot show drift"
+        return {"outcome": "constant", "reason": reason}
+    return None
+
+
+def _difference(before: Share, after: Share) -> Share:
+    """After minus before, and Newcombe's interval of that."""
+    rise = after[0] - before[0]
+    low = rise - math.hypot(before[2] - before[0], after[0] - after[1])
+    return rise, low, rise + math.hypot(before[0] - before[1], after[2] - after[0])
+
+
+def _share(those: NDArray[Any], settings: MonitoringSettings) -> Share:
     """The share of values that are true, or 1, and its Wilson interval."""
     from scipy.stats import binomtest
 
@@ -237,21 +246,16 @@ def _share(those: NDArray[Any], settings: MonitoringSettings) -> tuple[float, fl
     return float(those.mean()), float(wilson.low), float(wilson.high)
 
 
-def _compare_valid(
-    served: Sequence[Any], measured: tuple[float, float, float], settings: MonitoringSettings
-) -> DriftFinding:
+def _compare_valid(served: Sequence[Any], measured: Share, settings: MonitoringSettings) -> DriftFinding:
     scores = _numbers(served)
     finding = partial(DriftFinding, name="json_valid", served=len(scores), bound=settings.valid_drop_at_most)
     if len(scores) < settings.min_requests:
         return finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored")
-    mean, low, high = measured
-    now_mean, now_low, now_high = _share(scores, settings)
-    drop = mean - now_mean
-    least = drop - math.hypot(mean - low, now_high - now_mean)
-    most = drop + math.hypot(high - mean, now_mean - now_low)
-    reason = f"valid JSON {mean:.3f} before, {now_mean:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
-    outcome = _outcome(least, most, settings.valid_drop_at_most)
-    return finding(outcome=outcome, reason=reason, effect=drop, low=least, high=most)
+    today = _share(scores, settings)
+    drop, low, high = _difference(today, measured)
+    reason = f"valid JSON {measured[0]:.3f} before, {today[0]:.3f} now: a drop of {drop:.3f} [{low:.3f}, {high:.3f}]"
+    outcome = _outcome(low, high, settings.valid_drop_at_most)
+    return finding(outcome=outcome, reason=reason, effect=drop, low=low, high=high)
 
 
 def _outcome(low: float, high: float, bound: float) -> Verdict:
@@ -296,7 +300,7 @@ def _served(store: Store, name: str, version: str, since: str, until: str, tenan
     )
     if tenant is not None:
         query = query.where(RequestRow.tenant == tenant)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.execute(query.order_by(RequestRow.at.desc(), RequestRow.id)).all()
     return [ServedRequest(owner, features, scores.get("json_valid")) for owner, features, scores in rows]
 

@@ -37,11 +37,7 @@ def measured_baseline(store: Store, version: Version) -> Baseline:
     nearest: Nearest | None = None
     if candidate.dataset is not None:
         index = example_index(load_dataset(store, candidate.dataset).examples("train"))
-
-        def similarity(messages: Sequence[Message]) -> float:
-            return index.similarity(last_request(messages))
-
-        nearest = similarity
+        nearest = lambda messages: index.similarity(last_request(messages))  # noqa: E731
     rows = load_dataset(store, evaluation.parents["dataset"]).examples("test")
     measured = [one for one in EvaluationBody.of(evaluation).candidates.values() if one.candidate == version.candidate]
     valid = measured[0].metrics.get("json_valid") if measured else None

@@ -7,22 +7,20 @@ A version that was recalled before it became champion leaves nothing pending.
 
 from __future__ import annotations
 
-import contextlib
-
-from pydantic import BaseModel, ConfigDict
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
+from tunesmith.core.view import ScopedView
+from tunesmith.records.version import VersionBody
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import check_may_serve
-from tunesmith.registry.opening import check_not_recalled
+from tunesmith.registry.opening import recall_of
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.state import live_rollout
-from tunesmith.store import database
 from tunesmith.store.records import causes
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, VersionRow
@@ -30,7 +28,7 @@ from tunesmith.store.tables import AuditRow, VersionRow
 _Place = tuple[str, Scope]  # a name, and for whom
 
 
-class PendingRetrain(BaseModel):
+class PendingRetrain(ScopedView):
     """A name, for a tenant and region, whose champion was recalled. version: the newest recalled champion.
 
     causes: of its recalls. serves: the version that is champion now, "" for none. answers: whether that one may be
@@ -38,11 +36,7 @@ class PendingRetrain(BaseModel):
     commands to run, in order.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     name: str
-    tenant: str
-    region: str
     version: str
     causes: tuple[str, ...]
     serves: str
@@ -50,15 +44,10 @@ class PendingRetrain(BaseModel):
     replacement: str | None
     next: tuple[str, ...]
 
-    @property
-    def scope(self) -> Scope:
-        """Whom the name serves."""
-        return Scope(self.tenant, self.region)
-
 
 def list_pending_retrains(store: Store, name: str | None = None) -> list[PendingRetrain]:
     """Pending retrains of one name, or of all, in the order of names, tenants and regions. Changes nothing."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         by_cause = causes(session)
         if not by_cause:
             return []
@@ -85,25 +74,18 @@ def _pending(
     store: Store, session: Session, place: _Place, champions: set[str], by_cause: dict[str, list[str]]
 ) -> PendingRetrain | None:
     name, scope = place
-    versions = [_read(store, digest) for digest in champions]
-    recalled = [version for version in versions if not _untouched(store, session, version)]
+    recalled = [each for each in (_read(store, digest) for digest in champions) if recall_of(session, *each)]
     if not recalled:
         return None
-    last = max(recalled, key=lambda version: version.number)
-    alias = get_alias(session, name, "champion", scope)
-    now = _read(store, alias.version) if alias is not None else None
-    answers = now is not None and _untouched(store, session, now)
+    last, statement = max(recalled, key=lambda each: each[0].number)
+    alias = get_alias(session, name, scope)
+    now, made_from = (None, None) if alias is None else _read(store, alias.version)
+    answers = now is not None and made_from is not None and recall_of(session, now, made_from) is None
     if now is not None and answers and now.number > last.number:
         return None
-    later = select(VersionRow).where(
-        VersionRow.name == name,
-        VersionRow.number > last.number,
-        VersionRow.tenant.in_(("", scope.tenant)),
-        VersionRow.region.in_(("", scope.region)),
-    )
-    newer = [_read(store, row.digest) for row in session.scalars(later.order_by(VersionRow.number.desc()))]
-    replacement = next((version for version in newer if _untouched(store, session, version)), None)
-    by = _causes(store, last, by_cause)
+    covering = (VersionRow.tenant.in_(("", scope.tenant)), VersionRow.region.in_(("", scope.region)))
+    replacement = newest_left(store, session, name, VersionRow.number > last.number, *covering)
+    by = _causes(last, statement, by_cause)
     return PendingRetrain(
         name=name,
         **scope.fields(),
@@ -116,22 +98,19 @@ def _pending(
     )
 
 
-def _read(store: Store, digest: str) -> Version:
-    return read_version(store.record(digest, kind="version"), short(digest))[0]
+def newest_left(store: Store, session: Session, name: str, *conditions: ColumnElement[bool]) -> Version | None:
+    """The newest version of a name, under these conditions, that was made from nothing recalled."""
+    query = select(VersionRow.digest).where(VersionRow.name == name, *conditions).order_by(VersionRow.number.desc())
+    read = (_read(store, digest) for digest in session.scalars(query))
+    return next((version for version, statement in read if recall_of(session, version, statement) is None), None)
 
 
-def _untouched(store: Store, session: Session, version: Version) -> bool:
-    """Whether neither the version nor a record that it was made from was recalled."""
-    statement = read_version(store.record(version.digest, kind="version"), version.label)[1]
-    with contextlib.suppress(Refused):
-        check_not_recalled(session, version, statement)
-        return True
-    return False
+def _read(store: Store, digest: str) -> tuple[Version, VersionBody]:
+    return read_version(store.record(digest, kind="version"), short(digest))
 
 
-def _causes(store: Store, version: Version, by_cause: dict[str, list[str]]) -> list[str]:
+def _causes(version: Version, statement: VersionBody, by_cause: dict[str, list[str]]) -> list[str]:
     """The recalls that reached a version. A recall of another version reaches it only through its weights."""
-    statement = read_version(store.record(version.digest, kind="version"), version.label)[1]
     own = {version.digest, version.candidate}
     everything = {*own, *statement.records, *statement.blobs}
     return [

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -21,27 +20,25 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.view import ScopedView, View
 from tunesmith.data.governance.licences import mentions
 from tunesmith.data.governance.withdrawn import TracedRows, reaches, recalled_values, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
-from tunesmith.records.candidate import BaseBody, CandidateBody
+from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DocumentsBody
 from tunesmith.records.version import VersionBody
-from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
+from tunesmith.store.tables import LIVE, AliasRow, RecallRow, RequestRow, RolloutRow
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
 _LONGEST = 256  # characters of a cause's label: what the tables' columns hold
 
 
-class Cause(BaseModel):
+class Cause(View):
     """What to recall. value: a row's id, a source, licence or subject as its rows name it, or a record's digest."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: CauseKind
     value: str
@@ -52,43 +49,33 @@ class Cause(BaseModel):
         return f"{self.kind} {same_name(self.kind, self.value)}"
 
 
-class Reached(BaseModel):
+class Reached(View):
     """A record that a recall reaches. rows: of a dataset version, how many of its rows are recalled, by split."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: str
     digest: str
     label: str = ""
-    rows: dict[str, int] = {}
+    rows: dict[str, int] = {}  # noqa: RUF012
 
 
-class RecalledAlias(BaseModel):
+class RecalledAlias(ScopedView):
     """An alias that points at a recalled version."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     alias: str
-    tenant: str
-    region: str
     version: str
 
 
-class AnsweredRequests(BaseModel):
+class AnsweredRequests(ScopedView):
     """Requests of one tenant that a recalled version answered. first, last: the times of the first and last one."""
 
-    model_config = ConfigDict(frozen=True)
-
-    tenant: str
-    region: str
     version: str
     requests: int
     first: str
     last: str
 
 
-class Recall(BaseModel):
+class Recall(View):
     """What a recall reaches. done: False if nothing was changed. rollouts: numbers of live ones with a recalled arm.
 
     adapters: digests of the weights that were trained on it. tenants: those that a recalled version was made for or
@@ -96,8 +83,6 @@ class Recall(BaseModel):
     licence but do not need it (`A OR B`), and were not recalled themselves: a person has to decide about them. near:
     names of other sources or subjects that may mean the same.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     cause: str
     reason: str
@@ -130,7 +115,7 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
         raise UsageError(f"a {cause.kind} has at most {_LONGEST} characters, this one has {len(cause.value)}")
     require(store, actor, "recall.start")
     if dry_run:
-        with database.reading(store.engine) as session:
+        with store.reading() as session:
             return find_reached(store, session, cause, reason, done=False)[0]
     detail: JsonObject = {"reason": reason}
     with store.change(actor, "recall.start", cause.label, detail) as session:
@@ -167,12 +152,10 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
         for _, kind, child in store.children(waiting.pop(0)):
             if child not in digests:
                 digests.add(child)
-                reached.append(Reached(kind=kind, digest=child, label=_label(store, session, kind, child)))
+                reached.append(_reached(store, kind, child))
                 waiting.append(child)
     pointing = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
-    aliases = tuple(
-        RecalledAlias.model_validate(row, from_attributes=True) for row in pointing if row.version in digests
-    )
+    aliases = tuple(RecalledAlias.of(row) for row in pointing if row.version in digests)
     live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(LIVE)))
     served = _served(session, digests)
     versions = [store.record(one.digest) for one in reached if one.kind == "version"]
@@ -245,27 +228,19 @@ def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
     Evaluations and verdicts are not reached: they stay valid for the other candidates that they measured.
     """
     record = store.record(version, kind="version")
-    reached = {version: Reached(kind="version", digest=version, label=VersionBody.of(record).line)}
+    kinds = {version: "version"}
     training = store.record(record.parents["candidate"]).parents.get("training")
     if training is not None:
-        reached[training] = Reached(kind="training", digest=training, label=short(training))
-        for _, kind, candidate in store.children(training):
-            if kind != "candidate":
-                continue
-            name = CandidateBody.read(store, candidate).name
-            reached[candidate] = Reached(kind=kind, digest=candidate, label=name)
-            for _, below, child in store.children(candidate):
-                if below == "version":
-                    label = VersionBody.read(store, child).line
-                    reached[child] = Reached(kind=below, digest=child, label=label)
-    for digest in [one.digest for one in reached.values() if one.kind == "version"]:
-        for _, kind, child in store.children(digest):
-            reached[child] = Reached(kind=kind, digest=child, label=short(child))
-    return list(reached.values())
+        kinds[training] = "training"
+        for candidate in (child for _, kind, child in store.children(training) if kind == "candidate"):
+            kinds[candidate] = "candidate"
+            kinds |= {child: kind for _, kind, child in store.children(candidate) if kind == "version"}
+    for digest in [digest for digest, kind in kinds.items() if kind == "version"]:
+        kinds |= {child: kind for _, kind, child in store.children(digest)}
+    return [_reached(store, kind, digest) for digest, kind in kinds.items()]
 
 
-def _label(store: Store, session: Session, kind: str, digest: str) -> str:
-    if kind == "version":
-        row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
-        return f"{row.name}@v{row.number}" if row else VersionBody.read(store, digest).line
-    return str(store.record(digest).body.get("name", "")) or short(digest)
+def _reached(store: Store, kind: str, digest: str) -> Reached:
+    record = store.record(digest)
+    label = VersionBody.of(record).line if kind == "version" else str(record.body.get("name", "")) or short(digest)
+    return Reached(kind=kind, digest=digest, label=label)

@@ -1,8 +1,8 @@
-"""When served traffic counts as drifted from the test split, and what makes a new version due."""
+"""When served traffic counts as drifted from the test split, and which requests are kept."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -48,26 +48,3 @@ class CaseSettings(Settings):
 
     days: Annotated[float, Field(gt=0, le=3650, description="days after a request until its text is deleted")] = 30.0
     at_most: Annotated[int, Field(ge=1, description="most requests that wait for a review; more are not kept")] = 1000
-
-
-RetrainCause = Literal["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
-
-
-class RetrainingSettings(Settings):
-    """When a worker queues a run by itself. What comes of it still needs its gates to pass and an approval to serve."""
-
-    causes: Annotated[
-        tuple[RetrainCause, ...],
-        Field(
-            description="causes that queue a run. drift: requests to the champion drifted; rows: a file of "
-            "data.sources changed; base: `base` names another model than the champion's; recall: the champion was "
-            "recalled; expiry: its use ends soon; evidence: it was measured long ago; schedule: it is so many days old"
-        ),
-    ]
-    expires_within_days: Annotated[float, Field(gt=0, description="expiry: how long before the end of its use")] = 30.0
-    evidence_days: Annotated[float, Field(gt=0, description="evidence: how old it may become")] = 180.0
-    every_days: Annotated[float, Field(gt=0, description="schedule: the days between two runs")] = 90.0
-    wait_hours: Annotated[
-        float, Field(ge=0, description="hours after such a run was queued in which no cause queues another")
-    ] = 24.0
-    runs_in_30_days: Annotated[int, Field(ge=1, description="most runs that causes queue in 30 days")] = 4

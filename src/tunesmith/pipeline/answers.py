@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
@@ -18,7 +18,7 @@ from tunesmith.evaluation.metrics.declared import JudgeScorer, make_scoring, met
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import decoding_inputs, forbidden_answers, tuned_names
+from tunesmith.pipeline.training import decoding_inputs, forbidden_answers
 
 _MOST_LABELS = 64
 
@@ -50,7 +50,19 @@ def answers_of(context: PipelineContext, digest: str, split: str, title: str | N
     def answer(work: Path) -> str:
         if split == "test":
             _show_plan(context)
-        return _ask(context, asked, named, parents, split, choices, work)
+        rows = context.dataset.examples(split)
+        if asked.endpoint is not None:
+            context.progress.say(f"{named}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
+        counted = count_prompts(asked, (row.request for row in rows))
+        context.progress.say(f"{named}: system prompt: {describe_prompts(counted)}")
+        forbidden, notices = forbidden_answers(context, asked, split)
+        for notice in notices:
+            context.progress.say(f"{named}: {notice}")
+        likelihoods = _likelihoods(context, asked, choices) if choices else None
+        title = f"{named} answers {len(rows)} rows"
+        given = ask_rows(answerer(context, asked), rows, work, title, context.progress, likelihoods)
+        body = given.body(split, engine=context.engine_of(asked), **forbidden)
+        return keep_answers(context.store, parents, given.lines, body)
 
     stage = f"answer {named}" if split == "test" else f"answer {named} {split}"
     return context.stages.run(stage, "answer", inputs, answer)
@@ -97,7 +109,7 @@ def _new_uses(context: PipelineContext, used: Collection[str]) -> int:
     project, new = context.project, 0
     for name, settings in project.settings.candidates.items():
         trains = settings.weights or name
-        if not settings.adapted or trains not in tuned_names(project):
+        if not settings.adapted or trains not in project.settings.tuned:
             continue
         try:
             found = trained_candidate(context, name)
@@ -118,31 +130,6 @@ def _show_plan(context: PipelineContext) -> None:
             return
         for gate in found.gates:
             context.progress.say(plan_sentence(found, gate))
-
-
-def _ask(
-    context: PipelineContext,
-    asked: Candidate,
-    name: str,
-    parents: Mapping[str, str],
-    split: str,
-    choices: Sequence[str],
-    work: Path,
-) -> str:
-    """Ask a candidate all rows of a split; returns the digest of its answers. name: for people."""
-    rows = context.dataset.examples(split)
-    if asked.endpoint is not None:
-        context.progress.say(f"{name}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
-    counted = count_prompts(asked, (row.request for row in rows))
-    context.progress.say(f"{name}: system prompt: {describe_prompts(counted)}")
-    forbidden, notices = forbidden_answers(context, asked, split)
-    for notice in notices:
-        context.progress.say(f"{name}: {notice}")
-    title = f"{name} answers {len(rows)} rows"
-    likelihoods = _likelihoods(context, asked, choices) if choices else None
-    found = ask_rows(answerer(context, asked), rows, work, title, context.progress, likelihoods)
-    body = found.body(split, engine=context.engine_of(asked), **forbidden)
-    return keep_answers(context.store, parents, found.lines, body)
 
 
 def _choices(context: PipelineContext) -> tuple[str, ...]:

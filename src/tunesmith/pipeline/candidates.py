@@ -32,11 +32,11 @@ from tunesmith.pipeline.training import (
 )
 from tunesmith.pipeline.training_search import search_settings
 from tunesmith.records.candidate import RemoteModel
-from tunesmith.registry.aliases import ALIASES
+from tunesmith.registry.aliases import CHAMPION
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import resolve
-from tunesmith.store import database
 from tunesmith.store.records import recalled
+from tunesmith.training.settings import TrainSettings
 
 
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:
@@ -79,11 +79,7 @@ def training(context: PipelineContext, name: str, restart: bool = False) -> str:
 
 def better_settings(context: PipelineContext, name: str, trials: int, within: float | None) -> str:
     """Digest of a search for better training settings of a candidate. Raises UsageError for one that is not trained."""
-    settings = context.settings_of(name)
-    if settings.train is None:
-        raise _no_training(context, name)
-    found = untrained_candidate(context, name, settings)
-    return search_settings(context, name, found, settings.train, trials, within)
+    return search_settings(context, name, *_trained(context, name), trials, within)
 
 
 def repeat_training(context: PipelineContext, name: str) -> tuple[str, RepeatedTraining]:
@@ -91,18 +87,23 @@ def repeat_training(context: PipelineContext, name: str) -> tuple[str, RepeatedT
 
     Raises UsageError for a candidate that is not trained, or whose training has not ended with what the project states.
     """
-    settings = context.settings_of(name)
-    if settings.train is None:
-        raise _no_training(context, name)
-    found = untrained_candidate(context, name, settings)
-    if context.stages.known("train", training_inputs(context, name, found, settings.train)) is None:
+    found, train = _trained(context, name)
+    if context.stages.known("train", training_inputs(context, name, found, train)) is None:
         raise UsageError(
             f"no training of {name!r} has ended with these rows, base and settings, so there is none to repeat",
             where=f"candidates.{name}.train",
             fix=NextStep("train it first", "train", candidate=name),
         )
-    digest = train_candidate(context, name, found, settings.train)
-    return digest, repeat_decided(context, name, found, settings.train, digest)
+    digest = train_candidate(context, name, found, train)
+    return digest, repeat_decided(context, name, found, train, digest)
+
+
+def _trained(context: PipelineContext, name: str) -> tuple[Candidate, TrainSettings]:
+    """A candidate before its training, and the settings of that. Raises UsageError where it is not trained."""
+    settings = context.settings_of(name)
+    if settings.train is None:
+        raise _no_training(context, name)
+    return untrained_candidate(context, name, settings), settings.train
 
 
 def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
@@ -185,7 +186,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
 
 def _refuse_recalled_base(context: PipelineContext) -> None:
     """Raise Refused where the project's base was recalled, before anything is trained on it or asked of it."""
-    with database.reading(context.store.engine) as session:
+    with context.store.reading() as session:
         reason = recalled(session, context.base.digest)
     if reason is not None:
         raise Refused(
@@ -202,12 +203,12 @@ def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
     """
     store, where = context.store, f"candidates.{name}.version"
     try:
-        named = f"{context.project.settings.name}@{text}" if text in ALIASES else text
+        named = f"{context.project.settings.name}@{text}" if text == CHAMPION else text
         version = resolve(store, named, scope=context.scope)
     except UsageError as error:
         fix = f"leave the candidate {name} out until there is one"
         raise UsageError(error.what, where=where, fix=fix) from error
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         may_load(session, version, context.scope).require(version.label)
     found = load_candidate(store, version.candidate)
     if found.base != context.base.digest:

@@ -11,7 +11,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Style
 from tunesmith.evaluation.policy.outcomes import SUITE, PolicyAnswers
-from tunesmith.evaluation.policy.requests import PolicyItem, encode_policy_items, policy_items
+from tunesmith.evaluation.policy.requests import PolicyItem, encode_policy_items
 from tunesmith.evaluation.policy.rubric_judge import judge_policy
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.probes.context import drawn
@@ -20,11 +20,6 @@ from tunesmith.evaluation.style import shares
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import decoding_inputs
-
-
-def read_requests(context: PipelineContext) -> list[PolicyItem]:
-    """The requests of all checks. Raises UsageError where a file or a request cannot be used."""
-    return policy_items(context.project.settings.policy, context.project.root)
 
 
 def policy(context: PipelineContext, names: Sequence[str], items: Sequence[PolicyItem]) -> PolicyAnswers | None:

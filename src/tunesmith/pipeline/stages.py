@@ -21,7 +21,6 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import room_for, write_atomic
 from tunesmith.project import Project
-from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.records import ancestor_recalled, recalled
 
@@ -43,25 +42,13 @@ REVISIONS = {
     "evaluate": 14,
     "gate": 9,
 }
-# The permission that running a stage needs.
-ACTIONS = {
+# The permission that running a stage needs, where it is not evaluation.run.
+_PERMISSIONS = {
     "data": "data.build",
     "documents": "data.build",
-    "search": "evaluation.run",
     "training_search": "training.run",
     "train": "training.run",
-    "forecast": "evaluation.run",
-    "answer": "evaluation.run",
-    "judge": "evaluation.run",
-    "probe": "evaluation.run",
-    "risk": "evaluation.run",
-    "policy": "evaluation.run",
-    "style": "evaluation.run",
-    "evaluate": "evaluation.run",
-    "gate": "evaluation.run",
 }
-
-
 _AGAIN = "again"  # in a work folder: the stage was told to run again, and has not ended
 
 
@@ -114,7 +101,7 @@ class Stages:
             # Another process may have finished the stage before this one took the lock.
             if (known := None if again else self._memo(name, key, work)) is not None:
                 return known
-            require(store, self.acting, ACTIONS[kind], scope=self.scope)
+            require(store, self.acting, _PERMISSIONS.get(kind, "evaluation.run"), scope=self.scope)
             work.mkdir(parents=True, exist_ok=True)
             if again:
                 write_atomic(work / _AGAIN, b"")
@@ -154,7 +141,7 @@ class Stages:
 
     def _refuse_recalled(self, name: str, digest: str) -> None:
         """Raise Refused where a record, or one that it was made from, was recalled: it may have been meanwhile."""
-        with database.reading(self.project.store.engine) as session:
+        with self.project.store.reading() as session:
             reason = recalled(session, digest) or ancestor_recalled(session, digest)
         if reason is not None:
             raise Refused(

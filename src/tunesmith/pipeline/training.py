@@ -431,14 +431,9 @@ def validation_rows(context: PipelineContext) -> list[Example]:
 def in_turns(rows: Sequence[Example]) -> list[Example]:
     """The rows, the first of each group before the second of any."""
     taken = Counter[str]()
-    turns = []
-    for row in rows:
-        turns.append((taken[row.group], row))
+
+    def turn(row: Example) -> int:
         taken[row.group] += 1
-    return [row for _turn, row in sorted(turns, key=lambda each: each[0])]
+        return taken[row.group]
 
-
-def tuned_names(project: Project) -> list[str]:
-    """Names of the candidates that are trained, without the controls whose answers are shuffled."""
-    candidates = project.settings.candidates.items()
-    return [name for name, settings in candidates if settings.train and not settings.train.permute_answers]
+    return sorted(rows, key=turn)

@@ -20,9 +20,8 @@ from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.style.shares import REVISION as STYLE_REVISION
 from tunesmith.pipeline.answers import answers, judged
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.policy import policy, read_requests, style
+from tunesmith.pipeline.policy import policy, style
 from tunesmith.pipeline.probes import check_probes, general, risks
-from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
 from tunesmith.records.body import Part
 from tunesmith.records.evaluation import EvaluationBody
@@ -34,7 +33,7 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
     project, settings, task = context.project, context.project.settings, context.project.settings.task
     chosen = _in_order(context, names)
     check_probes(context)
-    requests = read_requests(context)
+    requests = policy_items(settings.policy, project.root)  # before anything slow
     given = {name: answers(context, name) for name in chosen}
     probes = general(context, chosen)
     risky = risks(context, chosen)
@@ -156,7 +155,7 @@ def subject(context: PipelineContext, measured: str) -> str:
     settings = context.project.settings
     if settings.release is not None:
         return settings.release
-    tuned = tuned_names(context.project)
+    tuned = settings.tuned
     if len(tuned) == 1:
         return tuned[0]
     body = EvaluationBody.read(context.store, measured)

@@ -1,7 +1,7 @@
 """Approvals: a second person's signature over a version's digest, without which nothing is promoted. And refusals.
 
 Three steps, so that the signing can happen where the approver's key is and the rest where the store is:
-`prepare_approval` states what is to be signed, `sign` signs it, `submit_approval` checks and records it.
+`prepare_approval` states what is to be signed, `attestations.seal` signs it, `submit_approval` checks and records it.
 
 A refusal blocks the version until as many people who read it approve it again as its risk class takes: approvals older
 than the newest refusal count for nothing. So a decision must have been prepared after the one that it overturns, and an
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import takewhile
 
-from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -39,14 +38,12 @@ from tunesmith.registry.signing.attestations import (
     open_envelope,
     read_approval,
     read_statement,
-    seal,
-    signed_bytes,
     statement_of,
 )
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.audit import Head
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TrustedKey, signature_entry
@@ -56,18 +53,6 @@ from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
 LASTS = timedelta(hours=1)  # from preparing a decision to submitting it
 _NONCE_BYTES = 16
 _NONCE = re.compile(f"[0-9a-f]{{{2 * _NONCE_BYTES}}}")
-
-
-@dataclass(frozen=True, slots=True)
-class ApprovalRequest:
-    """What an approver is to sign, an approval or a refusal. statement: the in-toto statement, for a person to read.
-
-    payload: the bytes to sign, DSSE's pre-authentication encoding of the statement, for a signer that has its own
-    software.
-    """
-
-    statement: JsonObject
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +66,8 @@ class RecordedApproval:
 
 def prepare_approval(
     store: Store, version: Version, actor: str, reason: str = "", decision: Decision = "approve"
-) -> ApprovalRequest:
-    """State what actor signs to approve or to refuse a version. Changes nothing and needs no key.
+) -> JsonObject:
+    """The in-toto statement that actor signs to approve or to refuse a version. Changes nothing and needs no key.
 
     A version to approve is verified first, with every record that it was made from. Raises Refused if it does not
     verify or was recalled, if actor may not approve it or registered it; UsageError if there is no reason for a
@@ -90,7 +75,7 @@ def prepare_approval(
     """
     reason = reason.strip()
     _check_decidable(store, version, actor, reason, decision)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         head = audit.newest(session)
     approval = ApprovalBody(
         approver=actor,
@@ -103,13 +88,7 @@ def prepare_approval(
         until=clock.stamp(LASTS),
         nonce=secrets.token_hex(_NONCE_BYTES),
     )
-    statement = statement_of(version, approval)
-    return ApprovalRequest(statement, signed_bytes(statement))
-
-
-def sign(request: ApprovalRequest, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A DSSE envelope: the request's statement, signed with an approver's private key."""
-    return seal(request.statement, key)
+    return statement_of(version, approval)
 
 
 def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> RecordedApproval:
@@ -131,11 +110,12 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
     read_approval(record, envelope, version, signer, identities.trusted_keys(store))
     stated = {"version": version.label, "reason": approval.reason, "nonce": approval.nonce}
     detail: JsonObject = {**stated, "override": version.override}
-    with database.reading(store.engine) as reading:
+    with store.reading() as reading:
         _check_unused(reading, version, approval)
         counting, _ = _counting(store, reading, version, signer)
-    for recorded in _standing(counting):
-        if (recorded.approval.approver, recorded.approval.decision) == (approval.approver, approval.decision):
+    # Those that no later decision overturned.
+    for recorded in takewhile(lambda each: each.approval.decision == approval.decision, reversed(counting)):
+        if recorded.approval.approver == approval.approver:
             return recorded
     _check_time(approval)
     with store.change(key.user, f"version.{approval.decision}", version.digest, detail) as session:
@@ -183,7 +163,7 @@ def require_approved(
     approver may not approve any more, or who refused it since.
     """
     if session is None:
-        with database.reading(store.engine) as own:
+        with store.reading() as own:
             return require_approved(store, version, own, verified)
     verified = {} if verified is None else verified
     known = verified.get(version.digest)
@@ -222,26 +202,18 @@ def _check_decidable(store: Store, version: Version, actor: str, reason: str, de
     """The key that signed a version which actor may approve or refuse now. Raises as prepare_approval does."""
     identities.require(store, actor, "version.approve", scope=version.scope)
     check_not_signer(version, actor)
-    if decision == "refuse":
-        if not reason.strip():
-            raise UsageError(f"a refusal of {version.label} needs a reason", where="reason")
-        with open_release(store, version) as (_, release):
-            return release.signer
-    if version.override is not None and not reason.strip():
-        raise UsageError(
-            f"the gates of {version.label} were overridden ({version.override}): an approval of it needs a reason",
-            where="reason",
-        )
+    if not reason.strip() and decision == "refuse":
+        raise UsageError(f"a refusal of {version.label} needs a reason", where="reason")
+    if not reason.strip() and version.override is not None:
+        what = f"the gates of {version.label} were overridden ({version.override}): an approval of it needs a reason"
+        raise UsageError(what, where="reason")
     with open_release(store, version) as (_, release):
         signer = release.signer
-    found = verify_version(store, version.label, keys=identities.trusted_keys(store), whole_store=False)
-    if found.problems:
-        first = found.problems[0]
-        raise Refused(
-            f"{version.label} does not verify: {first.reason}",
-            where=first.path,
-            fix=NextStep("list every problem", "verify", version=version.label),
-        )
+    if decision == "approve":
+        keys = identities.trusted_keys(store)
+        for first in verify_version(store, version.label, keys=keys, whole_store=False).problems:
+            fix = NextStep("list every problem", "verify", version=version.label)
+            raise Refused(f"{version.label} does not verify: {first.reason}", where=first.path, fix=fix)
     return signer
 
 
@@ -301,13 +273,6 @@ def _check_newer(approval: ApprovalBody, counting: Sequence[RecordedApproval]) -
                 where=f"audit entry {recorded.seq}",
                 fix="read that, then prepare and sign yours again",
             )
-
-
-def _standing(counting: Sequence[RecordedApproval]) -> list[RecordedApproval]:
-    """The decisions that no later one overturned, oldest first: all approvals, or all refusals."""
-    newest = counting[-1].approval.decision if counting else None
-    standing = takewhile(lambda recorded: recorded.approval.decision == newest, reversed(counting))
-    return list(standing)[::-1]
 
 
 def _counting(

@@ -35,7 +35,6 @@ from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing.signatures import sync_files
-from tunesmith.store import database
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -79,7 +78,7 @@ def export_version(
     """
     identities.require(store, actor, "version.export", scope=version.scope)
     verified: Verified = {}
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         check_may_serve(session, store, version, version.scope, verified=verified)
     if not is_native(base.family):
         raise Refused(
@@ -109,7 +108,8 @@ def export_version(
             store, candidate, base=base, engine=engine, kind=engine_kind, adapter=adapter, form=form, folder=folder,
             progress=progress,
         )  # fmt: skip
-        tolerance = _tolerance(dtype)
+        check = export_check()
+        tolerance = Tolerance(export=dict(check.TOLERANCE[dtype]), served={"max": check.SERVED_TOLERANCE})
         outcome, reason = _judge(equality, tolerance)
         body = ExportBody(
             form=form,
@@ -237,11 +237,6 @@ def _compare(
         progress=progress,
     )
     return found
-
-
-def _tolerance(dtype: Dtype) -> Tolerance:
-    check = export_check()
-    return Tolerance(export=dict(check.TOLERANCE[dtype]), served={"max": check.SERVED_TOLERANCE})
 
 
 def _judge(equality: Equality, tolerance: Tolerance) -> tuple[Outcome, str]:

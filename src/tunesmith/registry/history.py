@@ -13,7 +13,7 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.records.version import ApprovalBody, VersionBody
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.audit import Pin
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
@@ -37,7 +37,7 @@ def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
             pins.append(Pin(witness=named, head=model.read(store, digest).audit))
         except TunesmithError as error:
             problems.append(f"{named} cannot be compared with the log: {error.what}")
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         problems += audit.verify(session, pins)
         if not problems:
             problems += _differences(_replay(session), _actual(session))
@@ -49,7 +49,7 @@ def lost_signatures(store: Store, fingerprints: Collection[str]) -> tuple[list[s
     """Labels of the versions that were signed, of those approved and of those refused with one of these keys after its
     end.
     """
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         keys = {key.fingerprint: key for key in identities.trusted_keys(session) if key.fingerprint in fingerprints}
         entries = select(AuditRow).where(AuditRow.action.in_(("version.register", *DECIDED)))
         labels: dict[str, str] = {}
@@ -103,7 +103,10 @@ def _replay(session: Session) -> State:
     for row in audit.entries(session):
         detail = row.detail
         if row.action.startswith("user."):
-            _replay_user(row, found)
+            if isinstance(user := detail.get("user"), dict):
+                found["user", row.subject] = user
+            for token in detail.get("tokens", []):
+                found["token", f"{token.get('name')} of {row.subject}"] = token
         elif row.action == "version.register" and isinstance(detail.get("version"), dict):
             version = detail["version"]
             found["version", f"{version.get('name')}@v{version.get('number')}"] = version
@@ -111,14 +114,6 @@ def _replay(session: Session) -> State:
             place = "/".join(str(detail.get(part, "")) for part in ("tenant", "region"))
             found["alias", f"{row.subject} for {place}"] = detail
     return found
-
-
-def _replay_user(row: AuditRow, found: State) -> None:
-    """Put what an entry says of a user and of their tokens into found."""
-    if isinstance(user := row.detail.get("user"), dict):
-        found["user", row.subject] = user
-    for token in row.detail.get("tokens", []):
-        found["token", f"{token.get('name')} of {row.subject}"] = token
 
 
 def _actual(session: Session) -> State:

@@ -14,7 +14,6 @@ from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInte
 from tunesmith.records.verdict import VerdictBody
 from tunesmith.registry.aliases import list_aliases
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.store import database
 from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 
@@ -100,7 +99,7 @@ def _board(store: Store, key: tuple[str, str, str], rows: list[tuple[Version, Bo
 def _row(store: Store, version: Version, body: EvaluationBody, alias: str | None) -> BoardRow:
     verdict = VerdictBody.read(store, version.verdict)
     stated = next(one for one in body.candidates.values() if one.candidate == version.candidate)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         withdrawn = recalled(session, version.digest)
     return BoardRow(
         version=version.label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
@@ -72,28 +72,24 @@ def tree(store: Store, digest: str) -> Node:
         record,
         body=record.body,
         blobs=dict(record.blobs),
-        parents=_up(store, record, {digest}),
-        children=_down(store, digest, {digest}),
+        parents=_branch(store, digest, record, {digest}, "parents"),
+        children=_branch(store, digest, record, {digest}, "children"),
     )
 
 
-def _up(store: Store, record: Record, seen: set[str]) -> tuple[Node, ...]:
+def _branch(
+    store: Store, digest: str, record: Record, seen: set[str], side: Literal["parents", "children"]
+) -> tuple[Node, ...]:
+    """The records on one side of a record. seen: those that the tree lists already."""
     nodes = []
-    for role, digest in sorted(record.parents.items()):
-        parent = store.record(digest)
-        again = digest in seen
-        seen.add(digest)
-        nodes.append(_node(role, digest, parent, seen=again, parents=() if again else _up(store, parent, seen)))
-    return tuple(nodes)
-
-
-def _down(store: Store, digest: str, seen: set[str]) -> tuple[Node, ...]:
-    nodes = []
-    for role, _, child in store.children(digest):
-        again = child in seen
-        seen.add(child)
-        below = () if again else _down(store, child, seen)
-        nodes.append(_node(role, child, store.record(child), seen=again, children=below))
+    links = sorted(record.parents.items())
+    if side == "children":
+        links = [(role, child) for role, _, child in store.children(digest)]
+    for role, other in links:
+        there, again = store.record(other), other in seen
+        seen.add(other)
+        below = () if again else _branch(store, other, there, seen, side)
+        nodes.append(_node(role, other, there, seen=again, **{side: below}))
     return tuple(nodes)
 
 

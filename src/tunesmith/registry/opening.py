@@ -16,11 +16,11 @@ from tunesmith.records.version import VersionBody
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.signing.release import Release, Version, check_release, check_signer, has_weights
 from tunesmith.registry.signing.signatures import Untrusted, private_copy
-from tunesmith.registry.versions import load_version, reading
+from tunesmith.registry.versions import load_version
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TrustedKey, find_key
-from tunesmith.store.records import recalled
-from tunesmith.store.store import Store
+from tunesmith.store.records import first_recalled
+from tunesmith.store.store import Store, session_of
 
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
@@ -58,13 +58,13 @@ def open_release(store: Store, version: Version, session: Session | None = None)
     registered = load_version(store, version.digest, session)
     if registered != version:
         raise Refused("this is not the version of that digest", where=version.label, fix="resolve it again")
-    with reading(store, session) as current:
+    with session_of(session or store) as current:
         may_load(current, version, version.scope).require(version.label)
     with private_copy(store.version_folder(version.ref)) as folder:
         release = check_release(folder, identities.trusted_keys(session or store))
         if release.version != registered:
             raise Refused(f"the folder holds {release.version.label}, not {version.label}", where=str(folder), fix=_FIX)
-        with reading(store, session) as current:
+        with session_of(session or store) as current:
             check_not_recalled(current, registered, release.statement)
         yield folder, release
 
@@ -91,13 +91,18 @@ def current_signer(session: Session, version: Version, fingerprint: str) -> Trus
     return signer
 
 
+def recall_of(session: Session, version: Version, statement: VersionBody) -> tuple[str, str] | None:
+    """The version, record or blob that was recalled of a version and what it was made from, and why; None if none."""
+    digests = (version.digest, *statement.records, *statement.blobs)
+    return first_recalled(session, digests, own=(version.digest, version.candidate))
+
+
 def check_not_recalled(session: Session, version: Version, statement: VersionBody) -> None:
     """Raise Refused if the version, or a record or blob that it was made from, was recalled."""
-    for digest in (version.digest, *statement.records, *statement.blobs):
-        reason = recalled(session, digest, as_evidence=digest not in (version.digest, version.candidate))
-        if reason is not None:
-            raise Refused(
-                f"{version.label} was recalled: {reason}",
-                where=f"{short(digest)}, which it was made from" if digest != version.digest else version.label,
-                fix="use a version that was made without it",
-            )
+    if (recall := recall_of(session, version, statement)) is not None:
+        digest, reason = recall
+        raise Refused(
+            f"{version.label} was recalled: {reason}",
+            where=f"{short(digest)}, which it was made from" if digest != version.digest else version.label,
+            fix="use a version that was made without it",
+        )

@@ -53,13 +53,13 @@ from tunesmith.registry.signing.release import (
 )
 from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
 from tunesmith.registry.versions import list_versions
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.trust import signature_entry
-from tunesmith.store.records import Record, recalled
-from tunesmith.store.store import Store
+from tunesmith.store.records import Record, first_recalled
+from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import VersionRow
 
 _RESTORE = "restore the file from a backup"
@@ -75,11 +75,11 @@ class _Plan:
     scope: Scope
     override: str | None
     expires_at: str | None
+    risk: Requirement | None
     parents: Mapping[str, str]
     records: Mapping[str, Record]
     blobs: Mapping[str, str]  # the weights' files and the notice
     duties: Duties | None
-    risk: Requirement | None
 
 
 def register(
@@ -106,8 +106,10 @@ def register(
     """
     check_name(name, "version name")
     identities.require(store, actor, "version.register", scope=scope)
-    plan = _plan(store, name, verdict, scope, _reason(override), _expiry(expires_at), risk, changed)
-    if plan.override is not None:
+    override = _reason(override)
+    expires_at = _expiry(expires_at)
+    plan = _Plan(name, scope, override, expires_at, risk, *_evidence(store, name, verdict, override, changed))
+    if override is not None:
         identities.require(store, actor, "version.override", scope=scope)
     with _alone(store, name):
         known = _find_registered(store, plan)
@@ -176,20 +178,14 @@ def _check_unchanged(session: Session, plan: _Plan, release: Release, taken: set
     current_signer(session, release.version, release.signer.fingerprint)
 
 
-def _plan(
-    store: Store,
-    name: str,
-    verdict: str,
-    scope: Scope,
-    override: str | None,
-    expires_at: str | None,
-    risk: Requirement | None,
-    changed: Sequence[str],
-) -> _Plan:
+def _evidence(
+    store: Store, name: str, verdict: str, override: str | None, changed: Sequence[str]
+) -> tuple[Mapping[str, str], Mapping[str, Record], Mapping[str, str], Duties | None]:
+    """The parents, records, blobs and duties of a plan, checked."""
     judged = store.record(verdict, kind="verdict")
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
     records = ancestors(store, parents.values())
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         _check_not_recalled(session, parents, records)
     check_evidence(records, parents, override)
     if changed and override is None:
@@ -211,17 +207,7 @@ def _plan(
         )
     duties = carried(records, parents["candidate"])
     notices = {} if duties is None else {NOTICE: store.put_bytes(notice(name, duties))}
-    return _Plan(
-        name=name,
-        scope=scope,
-        override=override,
-        expires_at=expires_at,
-        parents=parents,
-        records=records,
-        blobs={**weight_blobs(records, parents["candidate"]), **notices},
-        duties=duties,
-        risk=risk,
-    )
+    return parents, records, {**weight_blobs(records, parents["candidate"]), **notices}, duties
 
 
 def _check_not_recalled(session: Session, parents: Mapping[str, str], records: Mapping[str, Record]) -> None:
@@ -229,15 +215,15 @@ def _check_not_recalled(session: Session, parents: Mapping[str, str], records: M
 
     A recall of another version counts if it has the same candidate or weights, and not if it was only compared with.
     """
-    own = {parents["candidate"], records[parents["candidate"]].parents.get("training")}
-    for digest in records:
-        reason = recalled(session, digest, as_evidence=digest not in own)
-        if reason is not None:
-            raise Refused(
-                f"verdict {short(parents['verdict'])} was made from something that was recalled: {reason}",
-                where=f"{records[digest].kind} {short(digest)}",
-                fix=NextStep("make, measure and judge a candidate without it", "run"),
-            )
+    candidate = parents["candidate"]
+    own = [candidate, records[candidate].parents.get("training", candidate)]
+    if (recall := first_recalled(session, records, own)) is not None:
+        digest, reason = recall
+        raise Refused(
+            f"verdict {short(parents['verdict'])} was made from something that was recalled: {reason}",
+            where=f"{records[digest].kind} {short(digest)}",
+            fix=NextStep("make, measure and judge a candidate without it", "run"),
+        )
 
 
 def _find_registered(store: Store, plan: _Plan) -> Version | None:
@@ -287,7 +273,7 @@ def _make(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release:
     # Never the number of an existing folder: a restored older database must not overwrite a release.
     number = max({0, *taken, *_numbers(store, plan.name)}) + 1
     base = plan.records[plan.parents["candidate"]].parents["base"]
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         head = audit.newest(session)
     statement = VersionBody(
         name=plan.name,
@@ -327,10 +313,8 @@ def _numbers(store: Store, name: str) -> set[int]:
 
 
 def _rows(where: Store | Session, name: str) -> set[int]:
-    if not isinstance(where, Session):
-        with database.reading(where.engine) as session:
-            return _rows(session, name)
-    return set(where.scalars(select(VersionRow.number).where(VersionRow.name == name)))
+    with session_of(where) as session:
+        return set(session.scalars(select(VersionRow.number).where(VersionRow.name == name)))
 
 
 def _reason(override: str | None) -> str | None:

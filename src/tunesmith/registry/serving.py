@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name
-from tunesmith.registry.aliases import ALIASES, Alias, get_alias
+from tunesmith.registry.aliases import CHAMPION, Alias, get_alias
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
@@ -25,9 +25,9 @@ from tunesmith.registry.versions import load_version
 from tunesmith.store import audit
 from tunesmith.store.people.identities import require, trusted_keys
 from tunesmith.store.people.trust import TrustedKey, find_key
-from tunesmith.store.records import recalled
+from tunesmith.store.records import recalled, recalls_of
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, AliasRow, AuditRow, RecallRow, RolloutRow, VersionRow
+from tunesmith.store.tables import LIVE, AliasRow, AuditRow, RolloutRow, VersionRow
 
 Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "refused", "override"]
 # The audit log's actions for an approver's decision: an approval, a refusal.
@@ -91,12 +91,9 @@ def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Perm
     row = session.scalars(select(VersionRow).where(VersionRow.digest == version.digest)).first()
     if row is None:
         return Permission("unknown", "is not in the registry", NextStep("register it again", "register"))
-    if not (made_for := Scope(row.tenant, row.region)).covers(scope):
-        return Permission(
-            "wrong_scope",
-            f"is for {made_for}, not for {scope}",
-            "register it for that tenant and region",
-        )
+    if not row.scope.covers(scope):
+        what = f"is for {row.scope}, not for {scope}"
+        return Permission("wrong_scope", what, "register it for that tenant and region")
     return _usable(version, recalled(session, version.digest), trusted_keys(session), row.key)
 
 
@@ -123,7 +120,7 @@ def standing_of(
 def override_in_force(session: Session, version: Version, scope: Scope) -> str | None:
     """The user by whose override a version serves a scope as champion or live canary. None where nobody's does."""
     for covering in scope.covering():
-        alias = get_alias(session, version.name, "champion", covering)
+        alias = get_alias(session, version.name, covering)
         if alias is not None and alias.version == version.digest and alias.override_by:
             return alias.override_by
         live = select(RolloutRow.state).where(RolloutRow.status.in_(LIVE), RolloutRow.canary == version.digest)
@@ -141,10 +138,7 @@ def permissions(session: Session, versions: Sequence[Version]) -> dict[str, Perm
     keys, digests = trusted_keys(session), [version.digest for version in versions]
     rows = select(VersionRow.digest, VersionRow.key).where(VersionRow.digest.in_(digests))
     signed_with = {row.digest: row.key for row in session.execute(rows)}
-    recalls = select(RecallRow.digest, RecallRow.reason).where(RecallRow.digest.in_(digests))
-    reasons: dict[str, str] = {}
-    for digest, reason in session.execute(recalls.order_by(RecallRow.at, RecallRow.cause)):
-        reasons.setdefault(digest, reason)
+    reasons = recalls_of(session, digests, as_evidence=False)
     entries: dict[str, list[AuditRow]] = {}
     decided = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject.in_(digests))
     for entry in session.scalars(decided.order_by(AuditRow.seq.desc())):
@@ -185,28 +179,25 @@ def set_alias(
     session: Session,
     *,
     name: str,
-    alias: str,
     version: Version | None,
     expected: int,
     actor: str,
     scope: Scope = Scope(),
     override_by: str | None = None,
 ) -> Alias:
-    """Point an alias at a version, or nowhere (None), if its revision is still the expected one.
+    """Point a name's champion at a version, or nowhere (None), if its revision is still the expected one.
 
     session: a write transaction (Store.change). expected: revision_of when the caller decided. override_by: the user
     who lets the version serve without an approval. Raises Refused where another change came first, where the version
     is another name's, or where it may not serve this scope.
     """
-    if alias not in ALIASES:
-        raise UsageError(f"{alias[:80]!r} is not an alias", fix=f"the alias is {ALIASES[0]}")
     check_name(name, "version name")
     if version is not None:
         if version.name != name:
             raise Refused(f"{version.label} is not a version of {name}", fix="register it under that name")
         may_serve(session, version, scope=scope, override_by=override_by).require(version.label)
     points: dict[str, Any] = {"version": version.digest if version else "", "override_by": override_by or ""}
-    place: dict[str, Any] = {"name": name, "alias": alias, **scope.fields()}
+    place: dict[str, Any] = {"name": name, "alias": CHAMPION, **scope.fields()}
     if expected == 0 and session.get(AliasRow, tuple(place.values())) is None:
         session.add(AliasRow(**place, **points, revision=1))
         session.flush()
@@ -215,12 +206,12 @@ def set_alias(
         changed = session.execute(query.values(**points, revision=expected + 1))
         if changed.rowcount != 1:  # type: ignore[attr-defined]
             raise Refused(
-                f"{name}@{alias} was changed by somebody else",
+                f"{name}@{CHAMPION} was changed by somebody else",
                 where=f"revision {expected}",
                 fix="read the alias again, then decide again",
             )
     after = Alias(**place, **points, revision=expected + 1)
-    audit.append(session, actor=actor, action="alias.set", subject=f"{name}@{alias}", detail=after.model_dump())
+    audit.append(session, actor=actor, action="alias.set", subject=f"{name}@{CHAMPION}", detail=after.model_dump())
     return after
 
 

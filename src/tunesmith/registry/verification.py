@@ -6,18 +6,17 @@ verifier's copy of it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_file, digest_pieces, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.text.names import VersionRef
-from tunesmith.core.view import Problem
+from tunesmith.core.view import Problem, View
 from tunesmith.models.base import known_folder
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DatasetBody
@@ -40,10 +39,8 @@ from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
 
 
-class Verification(BaseModel):
+class Verification(View):
     """The result. checked: how many files were verified. notes: what else was or was not checked."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: str
     ok: bool
@@ -120,6 +117,14 @@ class _Findings:
         if found not in self.problems:
             self.problems.append(found)
 
+    @contextlib.contextmanager
+    def about(self, path: str | Path) -> Iterator[None]:
+        """Makes an error a problem of a file or record."""
+        try:
+            yield
+        except (TunesmithError, OSError, KeyError) as error:
+            self.problem(path, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")
+
 
 def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
     """The version's ancestors, each verified against its digest. They must be exactly those that the version states."""
@@ -129,14 +134,11 @@ def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
         digest = waiting.pop()
         if digest in records:
             continue
-        try:
+        with findings.about(digest), findings.about(findings.store.record_where(digest)):
             records[digest] = findings.store.record(digest, cached=False)
-        except TunesmithError as error:
-            findings.problem(findings.store.record_where(digest), error.what)
-            continue
-        findings.checked += 1
-        findings.seen.add(digest)
-        waiting += records[digest].parents.values()
+            findings.checked += 1
+            findings.seen.add(digest)
+            waiting += records[digest].parents.values()
     records.pop(release.version.digest, None)
     if not findings.problems:
         folder = findings.store.version_folder(release.version.ref)
@@ -155,31 +157,20 @@ def _check_blobs(findings: _Findings, records: Mapping[str, Record]) -> None:
     """Verify every blob against its digest, and the row counts of datasets against their records."""
     lines: dict[str, int] = {}
     for digest in sorted(blobs_of(records.values())):
-        try:
+        with findings.about(digest), findings.about(findings.store.blob_where(digest)):
             actual, lines[digest] = _digest_and_lines(findings.store.blob_pieces(digest))
-        except (TunesmithError, OSError) as error:
-            findings.problem(
-                error.where if isinstance(error, TunesmithError) and error.where else digest,
-                error.what if isinstance(error, TunesmithError) else str(error),
-            )
-            continue
-        findings.checked += 1
-        if actual == digest:
+            findings.checked += 1
+            if actual != digest:
+                raise Refused("its bytes do not match its digest")
             findings.seen.add(digest)
-        else:
-            findings.problem(findings.store.blob_where(digest), "its bytes do not match its digest")
     for name, record in records.items():
         if record.kind == "dataset":
             where = findings.store.record_where(name)
-            try:
-                splits = DatasetBody.of(record).splits
-            except Refused as error:
-                findings.problem(where, error.what)
-                continue
-            for split, count in splits.items():
-                found = lines.get(record.blobs.get(f"{split}.jsonl", ""))
-                if found is not None and found != count:
-                    findings.problem(where, f"says {count} rows in {split}, there are {found}")
+            with findings.about(where):
+                for split, count in DatasetBody.of(record).splits.items():
+                    there = lines.get(record.blobs.get(f"{split}.jsonl", ""))
+                    if there is not None and there != count:
+                        findings.problem(where, f"says {count} rows in {split}, there are {there}")
 
 
 def _check_evidence(findings: _Findings, release: Release, records: Mapping[str, Record]) -> None:
@@ -187,8 +178,7 @@ def _check_evidence(findings: _Findings, release: Release, records: Mapping[str,
     version = release.version
     if not set(release.statement.records) <= records.keys():
         return  # the missing records are reported already
-    folder = findings.store.version_folder(version.ref)
-    try:
+    with findings.about(findings.store.version_folder(version.ref) / RELEASE):
         check_evidence(records, release.record.parents, version.override)
         weights = {name: digest for name, digest in release.record.blobs.items() if name != NOTICE}
         if release.statement.duties != carried(records, version.candidate):
@@ -201,14 +191,10 @@ def _check_evidence(findings: _Findings, release: Release, records: Mapping[str,
             raise Refused("the release states another base or rendering than the candidate's")
         if version.marks != marks_of(records, version.candidate):
             raise Refused("the release does not state the marks of its training")
-    except (TunesmithError, KeyError) as error:
-        findings.problem(folder / RELEASE, error.what if isinstance(error, TunesmithError) else f"no record {error}")
     if version.evaluation in findings.seen and not findings.problems:  # damaged scores are reported already
-        try:
+        with findings.about(findings.store.record_where(version.verdict)):
             for gate, what in check_replay(findings.store, version.verdict).items():
                 findings.notes.append(f"its gate {gate} is no longer computed: {what} was removed")
-        except Refused as error:
-            findings.problem(error.where or str(folder), error.what)
     findings.notes.extend(f"it was {mark}" for mark in version.marks)
     if version.override is not None:
         findings.notes.append(f"its verdict is not a pass; it was overridden: {version.override}")
@@ -224,14 +210,11 @@ def _check_base(findings: _Findings, records: Mapping[str, Record], digest: str,
         return
     for name, file in BaseBody.of(records[digest]).files.items():
         path = folder / name
-        try:
+        with findings.about(path):
             whole = digest_file(path) == file.digest
-        except OSError as error:
-            findings.problem(path, f"cannot be read: {error.strerror}")
-            continue
-        findings.checked += 1
-        if not whole:
-            findings.problem(path, "its bytes differ from the base model that this version was evaluated on")
+            findings.checked += 1
+            if not whole:
+                raise Refused("its bytes differ from the base model that this version was evaluated on")
     findings.notes.append(f"the base model's files were checked in {folder}")
 
 
@@ -255,16 +238,13 @@ def _sweep(findings: _Findings) -> list[Record]:
 
 def _sweep_object(findings: _Findings, key: str, digest: str, approvals: list[Record] | None) -> None:
     where, pieces = findings.store.blobs.where(key), findings.store.blobs.pieces(key)
-    try:
+    with findings.about(where):
         if approvals is not None:
             record = decode(b"".join(pieces), digest, where)
             if record.kind == "approval":
                 approvals.append(record)
         elif digest_pieces(pieces) != digest:
             raise Refused("its bytes do not match its digest")
-    except (TunesmithError, OSError) as error:
-        findings.problem(where, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")
-    else:
         findings.checked += 1
 
 

@@ -12,11 +12,10 @@ from tunesmith.core.digests import is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
-from tunesmith.registry.aliases import ALIASES, get_alias
+from tunesmith.registry.aliases import CHAMPION, get_alias
 from tunesmith.registry.signing.release import Version as Version
 from tunesmith.registry.signing.release import read_version
-from tunesmith.store import database
-from tunesmith.store.store import Store
+from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import RecordRow, VersionRow
 
 
@@ -30,8 +29,8 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
         VersionRow.tenant.in_(("", scope.tenant)), VersionRow.region.in_(("", scope.region))
     )
     name, _, rest = text.partition("@")
-    if rest in ALIASES:
-        alias = get_alias(session or store, name, rest, scope)
+    if rest == CHAMPION:
+        alias = get_alias(session or store, name, scope)
         query = query.where(VersionRow.digest == (alias.version if alias else ""))
     elif rest:
         ref = VersionRef.parse(text)
@@ -41,7 +40,7 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
         if len(start) < 4 or not is_digest("sha256:" + start.ljust(64, "0")):
             raise UsageError(f"{text[:80]!r} is not a version", fix="write NAME@vNUMBER, NAME@champion or a digest")
         query = query.where(VersionRow.digest.startswith(f"sha256:{start}"))
-    with reading(store, session) as current:
+    with session_of(session or store) as current:
         found = list(current.scalars(query.limit(2)))
     if not found:
         raise NotThere(f"there is no version {text[:80]!r}", fix=NextStep("list the versions", "show"))
@@ -52,7 +51,7 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
 
 def load_version(store: Store, digest: str, session: Session | None = None) -> Version:
     """A registered version by its digest. Raises Refused if it is not registered, or its row contradicts its record."""
-    with reading(store, session) as current:
+    with session_of(session or store) as current:
         row = current.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
         raise Refused(f"{short(digest)} is not a registered version", fix=NextStep("register it", "register"))
@@ -99,14 +98,14 @@ def list_versions(
         query = query.where(VersionRow.digest.in_(last))
     else:
         query = query.where(VersionRow.digest.in_(_digests(name, containing)))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = list(session.scalars(query))
     return [version_of(store, row) for row in rows]
 
 
 def count_versions(store: Store, *, containing: str = "") -> int:
     """How many versions are registered. containing: only of names with this text in them."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return session.scalar(select(func.count()).select_from(_digests(None, containing).subquery())) or 0
 
 
@@ -115,7 +114,3 @@ def _digests(name: str | None, containing: str) -> Select[str]:
     if name is not None:
         query = query.where(VersionRow.name == name)
     return query.where(VersionRow.name.contains(containing, autoescape=True)) if containing else query
-
-
-def reading(store: Store, session: Session | None) -> contextlib.AbstractContextManager[Session]:
-    return database.reading(store.engine) if session is None else contextlib.nullcontext(session)

@@ -32,11 +32,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, field_serializer
 
+from tunesmith.core.view import View
 from tunesmith.rollout.settings import Analysis
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -46,6 +48,7 @@ Parts = Sequence[Array]  # scores by group of callers
 # The stakes: midpoint rule of the arcsine law on (0, 1). The means: ends of the intervals of m.
 _STAKES = np.sin(np.pi * (np.arange(24) + 0.5) / 48) ** 2
 _MEANS = np.linspace(0.0, 1.0, 501)
+_RATES = ("error_rate", "success_rate")
 _AT_ONCE = 32  # values whose gains are held in memory together
 _LARGEST = 1e12  # larger e-values are shown, and kept as JSON, as this one
 
@@ -69,29 +72,26 @@ class Arm:
     uncounted: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """The result of one evaluation. not_worse, worse: e-values; one decides once it reaches needed.
+Counts = dict[str, float | int | None]
 
-    Both are the smallest that remain when one group of callers is left out. needed: 1 / (1 - confidence). canary,
-    stable: the counts and means of the arms. exhausted: max_requests are used up without a decision.
+
+class Judgement(View):
+    """The result of an analysis. canary, stable: counts and means of the arms. evidence: the e-values `not_worse` and
+    `worse`, and `needed`, 1 / (1 - confidence): one decides once it reaches that. Both are the smallest that remain
+    when one group of callers is left out.
     """
 
     outcome: Outcome
     reason: str
     metric: str
-    canary: dict[str, float | int | None] = field(default_factory=dict)
-    stable: dict[str, float | int | None] = field(default_factory=dict)
-    not_worse: float = 1.0
-    worse: float = 1.0
-    needed: float = 20.0
-    exhausted: bool = False
+    canary: Counts
+    stable: Counts
+    evidence: dict[str, float]
+    exhausted: Annotated[bool, Field(exclude=True)]  # max_requests are used up without a decision
 
-    def as_json(self) -> dict[str, Any]:
-        """The document that the rollout's history keeps and `rollout status` shows."""
-        evidence = {name: round(getattr(self, name), 4) for name in ("not_worse", "worse", "needed")}
-        shown = {name: getattr(self, name) for name in ("outcome", "reason", "metric", "canary", "stable")}
-        return {**shown, "evidence": evidence}
+    @field_serializer("evidence")
+    def _rounded(self, evidence: dict[str, float]) -> dict[str, float]:
+        return {name: round(value, 4) for name, value in evidence.items()}
 
 
 def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
@@ -106,19 +106,22 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     Otherwise inconclusive. A score that is not a number in [0, 1] counts against a pass.
     """
     margin, groups = analysis.worse_by_at_most, sorted(canary.groups.keys() | stable.groups.keys())
-    ours, theirs = _parts(analysis.metric, canary, groups), _parts(analysis.metric, stable, groups)
+    # By group; all requests as one part where there are no groups.
+    ours, theirs = ([arm.groups.get(group, Arm()) for group in groups] or [arm] for arm in (canary, stable))
+    rate = analysis.metric in _RATES
     # Row 0 keeps every group, and each other row leaves one out.
     keep = np.vstack([np.ones(len(ours)), 1 - np.eye(len(groups))]) if groups else np.ones((1, 1))
-    our_scores, their_scores = [part.scores for part in ours], [part.scores for part in theirs]
+    our_scores, our_unusable = zip(*(_scores(analysis.metric, part) for part in ours), strict=True)
+    their_scores, their_unusable = zip(*(_scores(analysis.metric, part) for part in theirs), strict=True)
     compared = stable.requests > 0
     passes, fails = list[Array](), list[Array]()
     # For a pass, an unusable score counts as the worst case: 0 for the canary, 1 for stable.
-    worst = [np.append(part.scores, np.zeros(part.unusable)) for part in ours]
+    worst = [np.append(scores, np.zeros(n)) for scores, n in zip(our_scores, our_unusable, strict=True)]
     if compared:
-        best = [np.append(part.scores, np.ones(part.unusable)) for part in theirs]
+        best = [np.append(scores, np.ones(n)) for scores, n in zip(their_scores, their_unusable, strict=True)]
         passes.append(evidence_not_worse(worst, best, margin, keep))
         fails.append(evidence_worse(our_scores, their_scores, margin, keep))
-    if compared and not _is_rate(analysis.metric):
+    if compared and not rate:
         fails.append(evidence_worse([_answered(p) for p in ours], [_answered(p) for p in theirs], margin, keep))
     if analysis.at_least is not None:
         passes.append(_capital_at(worst, analysis.at_least, keep, above=True))
@@ -129,11 +132,10 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     worse = np.mean(fails, axis=0) if fails else np.ones(len(keep))
 
     needed = 1 / (1 - analysis.confidence)
-    scored = keep @ [len(part.scores) for part in ours]
+    scored = keep @ [len(scores) for scores in our_scores]
     passing = (not_worse >= needed) & (scored >= analysis.min_requests)
-    passing &= ~_more_often("failed", ours, theirs, margin, keep) & ~_more_often("left", ours, theirs, margin, keep)
-    if not _is_rate(analysis.metric):
-        passing &= ~_more_often("cut", ours, theirs, margin, keep)
+    for what in ("failed", "left", *(() if rate else ("cut",))):
+        passing &= ~_more_often(what, ours, theirs, margin, keep)
     outcome: Outcome = "inconclusive"
     if worse.min() >= needed:
         outcome = "fail"
@@ -151,10 +153,12 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
         metric=analysis.metric,
         canary=ours_shown,
         stable=theirs_shown,
-        not_worse=min(float(not_worse.min()), _LARGEST),
-        worse=min(float(worse.min()), _LARGEST),
-        needed=needed,
-        exhausted=exhausted and outcome == "inconclusive",
+        evidence={
+            "not_worse": min(float(not_worse.min()), _LARGEST),
+            "worse": min(float(worse.min()), _LARGEST),
+            "needed": needed,
+        },
+        exhausted=outcome == "inconclusive" and bool(exhausted),
     )
 
 
@@ -232,45 +236,23 @@ def _capital_at(parts: Parts, mean: float, keep: Array, *, above: bool) -> Array
 
 
 def _more_often(
-    what: Literal["failed", "cut", "left"], canary: Sequence[_Part], stable: Sequence[_Part], margin: float, keep: Array
+    what: str, canary: Sequence[Arm], stable: Sequence[Arm], margin: float, keep: Array
 ) -> NDArray[np.bool_]:
-    """Whether each row's canary has a larger share of such requests than allowed. They have no scores."""
+    """Whether each row's canary has a larger share of requests that failed, were cut or left than allowed. They have no
+    scores."""
     ours, theirs = keep @ [part.requests for part in canary], keep @ [part.requests for part in stable]
     allowed = (keep @ [getattr(part, what) for part in stable]) / np.maximum(theirs, 1)
     return np.asarray(keep @ [getattr(part, what) for part in canary] > (allowed + margin) * ours)
 
 
-def _is_rate(metric: str) -> bool:
-    return metric in ("error_rate", "success_rate")
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One group's requests in one arm. scores: the usable ones, higher is better."""
-
-    scores: Array
-    unusable: int
-    requests: int
-    failed: int
-    cut: int
-    left: int
-
-
-def _parts(metric: str, arm: Arm, groups: Sequence[str]) -> list[_Part]:
-    """The arm's requests by group; all of them as one part where there are no groups."""
-    arms = [arm.groups.get(group, Arm()) for group in groups] or [arm]
-    counts = ("requests", "failed", "cut", "left")
-    return [_Part(*_scores(metric, one), **{count: getattr(one, count) for count in counts}) for one in arms]
-
-
-def _answered(arm: Arm | _Part) -> Array:
+def _answered(arm: Arm) -> Array:
     """1 for an answered request, 0 for a failed one. Shape (requests that nobody left,)."""
     return np.concatenate([np.zeros(arm.failed), np.ones(arm.requests - arm.failed - arm.left)])
 
 
 def _scores(metric: str, arm: Arm) -> tuple[Array, int]:
     """(usable scores, higher is better; how many were unusable)."""
-    if _is_rate(metric):
+    if metric in _RATES:
         return _answered(arm), 0
     usable = [
         float(score)
@@ -280,13 +262,11 @@ def _scores(metric: str, arm: Arm) -> tuple[Array, int]:
     return np.array(usable, dtype=np.float64), len(arm.scores) - len(usable)
 
 
-def _summary(analysis: Analysis, arm: Arm) -> dict[str, float | int | None]:
+def _summary(analysis: Analysis, arm: Arm) -> Counts:
     """Counts, and the mean with its confidence sequence, in the metric's own direction (low is good for error_rate)."""
     scores, unusable = _scores(analysis.metric, arm)
-    mean: float | None = None
+    mean = float(scores.mean()) if len(scores) else None
     low, high = interval(scores, analysis.confidence)
-    if len(scores):
-        mean = float(scores.mean())
     if analysis.metric == "error_rate":
         mean = None if mean is None else 1 - mean
         low, high = 1 - high, 1 - low
@@ -295,26 +275,21 @@ def _summary(analysis: Analysis, arm: Arm) -> dict[str, float | int | None]:
         "mean": None if mean is None else round(mean, 6),
         "low": round(low, 6),
         "high": round(high, 6),
-        "requests": arm.requests,
-        "failed": arm.failed,
-        "cut": arm.cut,
-        "left": arm.left,
+        **{count: getattr(arm, count) for count in ("requests", "failed", "cut", "left")},
         "unusable": unusable,
         "uncounted": arm.uncounted,
     }
 
 
-def _reason(
-    analysis: Analysis,
-    outcome: Outcome,
-    canary: dict[str, float | int | None],
-    stable: dict[str, float | int | None],
-    rests_on: str | None,
-) -> str:
-    def shown(arm: dict[str, float | int | None]) -> str:
+def _reason(analysis: Analysis, outcome: Outcome, canary: Counts, stable: Counts, rests_on: str | None) -> str:
+    def shown(arm: Counts) -> str:
         if arm["mean"] is None:
             return f"nothing ({arm['requests']} requests, {arm['failed']} failed)"
         return f"{arm['mean']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}] on {arm['n']} ({arm['failed']} failed)"
+
+    def more_often(what: str) -> bool:
+        ours, theirs = ((arm[what] or 0) / (arm["requests"] or 1) for arm in (canary, stable))
+        return ours > analysis.worse_by_at_most + theirs
 
     numbers = f"{analysis.metric}: canary {shown(canary)}, stable {shown(stable)}"
     least = "" if analysis.at_least is None else f", at least {analysis.at_least:g}"
@@ -333,17 +308,15 @@ def _reason(
         why = "stable has no traffic to compare with, and at_least is not set"
     elif canary["failed"] and (canary["failed"] / canary["requests"]) > analysis.worse_by_at_most:
         why = f"{canary['failed']} of {canary['requests']} canary requests failed, too many for a pass"
-    elif (left := canary["left"] or 0) / canary["requests"] > analysis.worse_by_at_most + (
-        (stable["left"] or 0) / (stable["requests"] or 1)
-    ):
-        why = f"the clients of {left} of {canary['requests']} canary requests left before any text came, too many more "
-        why += "than of stable's for a pass"
-    elif (cut := canary["cut"] or 0) / (canary["requests"] or 1) > analysis.worse_by_at_most + (
-        (stable["cut"] or 0) / (stable["requests"] or 1)
-    ):
+    elif more_often("left"):
         why = (
-            f"{cut} of {canary['requests']} canary answers were cut by the requests' own max_tokens, stop texts, "
-            "formats or tools, too many more than of stable's for a pass"
+            f"the clients of {canary['left']} of {canary['requests']} canary requests left before any text came, too "
+            "many more than of stable's for a pass"
+        )
+    elif more_often("cut"):
+        why = (
+            f"{canary['cut']} of {canary['requests']} canary answers were cut by the requests' own max_tokens, stop "
+            "texts, formats or tools, too many more than of stable's for a pass"
         )
     elif canary["unusable"]:
         why = f"{canary['unusable']} scores are not numbers in [0, 1] and count against a pass"

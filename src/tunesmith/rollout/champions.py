@@ -13,11 +13,10 @@ from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
-from tunesmith.core.view import View
+from tunesmith.core.view import ScopedView
 from tunesmith.registry.serving import permissions, standing, standing_of
 from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import load_version, readable_versions
-from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
@@ -26,7 +25,7 @@ _LOG = logging.getLogger("tunesmith.rollout")
 _REFUSED, _RESTORED = "champion.refused", "champion.restored"
 
 
-class Champion(View):
+class Champion(ScopedView):
     """The champion of a name for a tenant and region. version: its label, empty if its record cannot be read.
 
     refused: why it may not serve now, None if it may. could_serve: labels of the versions that may serve in its place,
@@ -34,18 +33,11 @@ class Champion(View):
     """
 
     name: str
-    tenant: str
-    region: str
     version: str
     digest: str
     expires_at: str | None
     refused: str | None
     could_serve: tuple[str, ...]
-
-    @property
-    def scope(self) -> Scope:
-        """Whom it serves."""
-        return Scope(self.tenant, self.region)
 
     @property
     def expired(self) -> bool:
@@ -152,7 +144,7 @@ def note_champions(store: Store, champions: list[Champion]) -> list[Champion]:
 
     Several controllers may call it at once: each change is written once.
     """
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         changed = [champion for champion in champions if _news(session, champion) is not None]
     noted = []
     for champion in changed:

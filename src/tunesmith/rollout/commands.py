@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
@@ -16,23 +15,23 @@ from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.serving import standing_of
 from tunesmith.registry.versions import Version, load_version
-from tunesmith.rollout import traffic
+from tunesmith.rollout import traffic, transitions
 from tunesmith.rollout.preconditions import point_champion, promotions_to_undo, verify_files
 from tunesmith.rollout.settings import Step
-from tunesmith.rollout.state import NOT_SAID, Rollout, Seen, from_row, get_rollout, live_rollout
+from tunesmith.rollout.state import Rollout, Seen, from_row, get_rollout, live_rollout
 from tunesmith.rollout.transitions import (
-    Clock,
     Transition,
     apply,
     make_transition,
-    new_row,
     to_aborted,
     to_promoted,
     with_warning,
+    written,
 )
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people.identities import get_user, require
 from tunesmith.store.store import Store
+from tunesmith.store.tables import RolloutRow
 
 
 def start(
@@ -45,7 +44,6 @@ def start(
     main_callers: Sequence[str] | None = None,
     override: str | None = None,
     scope: Scope = Scope(),
-    clock: Clock = now,
 ) -> Rollout:
     """Start to move a name's traffic to a version. If nothing serves yet, the version becomes champion at once.
 
@@ -58,7 +56,7 @@ def start(
     _check_reason(override)
     override_by = None if override is None else actor
     verified: Verified = {}
-    with database.reading(store.engine) as before:
+    with store.reading() as before:
         require(before, actor, "rollout.start", scope=scope)
         check_may_serve(before, store, version, scope, override_by, verified)
     detail: JsonObject = {"version": version.digest, "label": version.label, **scope.fields()}
@@ -72,30 +70,45 @@ def start(
                 f"rollout {running.id} of {name} is still {running.status}",
                 fix=NextStep("wait for it, or abort it", "rollout abort", rollout=running.id),
             )
-        champion = get_alias(session, name, "champion", scope)
+        champion = get_alias(session, name, scope)
         unopposed = _no_rival(session, store, champion, scope)
         if champion is not None and champion.version == version.digest and unopposed is None:
             raise Refused(f"{version.label} serves all of {name}'s traffic already")
-        at = clock()
+        at = transitions.now()
         if main_callers is None:
             main_callers = traffic.usual_callers(session, name, scope, at)
         else:
             main_callers = [get_user(session, caller).name for caller in main_callers]
-        row = new_row(version, name, scope, champion, steps, actor, main_callers, override, at, unopposed)
+        row = RolloutRow(
+            name=name,
+            **scope.fields(),
+            stable=champion.version if champion else "",
+            canary=version.digest,
+            started_at=written(at),
+        )
+        row.status, row.step, row.weight = ("promoted", len(steps), 100) if unopposed else ("running", 0, 0)
+        row.state = {
+            "steps": [step.model_dump(mode="json", exclude_none=True) for step in steps],
+            "started_by": actor,
+            "main_callers": None if main_callers is None else list(main_callers),
+            "override": override,
+            "stable_override_by": champion.override_by if champion else "",
+            "reason": unopposed or "",
+            "began_at": written(at),
+            "history": [],
+        }
         session.add(row)
         session.flush()
         if unopposed is not None:
             point_champion(session, store, from_row(row), version.digest, actor, override_by)
         if override is not None:
             _note_override(session, actor, override, from_row(row), version.digest)
-        callers = None if main_callers is None else list(main_callers)
-        detail.update(rollout=row.id, stable=row.stable, status=row.status, override=override, main_callers=callers)
+        detail.update(rollout=row.id, stable=row.stable, status=row.status)
+        detail |= {key: row.state[key] for key in ("override", "main_callers")}
         return from_row(row)
 
 
-def resume(
-    store: Store, rollout: int, *, actor: str, reason: str = "", seen: Seen = NOT_SAID, clock: Clock = now
-) -> Rollout:
+def resume(store: Store, rollout: int, *, actor: str, reason: str = "", seen: Seen = Seen()) -> Rollout:
     """End the pause of a rollout. reason: for the audit log. Raises Refused if it is not at a pause.
 
     seen: what the actor looked at, here and below. Raises Refused where that has changed.
@@ -107,7 +120,7 @@ def resume(
             raise Refused(f"rollout {rollout} is not at a pause: it is {current.status}", where=_place(current))
         return Transition("rollout.resume", {"status": "running", "step": current.step + 1}, _because(reason))
 
-    return _command(store, rollout, actor, "rollout.resume", decide, clock, seen)
+    return _command(store, rollout, actor, "rollout.resume", decide, seen)
 
 
 def promote(
@@ -117,8 +130,7 @@ def promote(
     actor: str,
     override: str | None = None,
     reason: str = "",
-    seen: Seen = NOT_SAID,
-    clock: Clock = now,
+    seen: Seen = Seen(),
 ) -> Rollout:
     """Make the canary champion now, and skip the remaining steps. reason: for the audit log.
 
@@ -147,17 +159,17 @@ def promote(
         detail = {"skipped": skipped, "override": override, **_because(reason)}
         return to_promoted(current, detail, None if approved else actor)
 
-    return _command(store, rollout, actor, "rollout.promote", decide, clock, seen, promotes=True)
+    return _command(store, rollout, actor, "rollout.promote", decide, seen, promotes=True)
 
 
-def abort(store: Store, rollout: int, *, actor: str, reason: str, seen: Seen = NOT_SAID, clock: Clock = now) -> Rollout:
+def abort(store: Store, rollout: int, *, actor: str, reason: str, seen: Seen = Seen()) -> Rollout:
     """Send all traffic back to stable, which serves if it may. Raises Refused if the rollout has ended already."""
 
     def decide(_session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
         return to_aborted(reason)
 
-    return _command(store, rollout, actor, "rollout.abort", decide, clock, seen)
+    return _command(store, rollout, actor, "rollout.abort", decide, seen)
 
 
 def rollback(
@@ -168,8 +180,7 @@ def rollback(
     reason: str,
     override: str | None = None,
     scope: Scope = Scope(),
-    seen: Seen = NOT_SAID,
-    clock: Clock = now,
+    seen: Seen = Seen(),
 ) -> Rollout:
     """Give a name's traffic back to the version that served before; returns the rollout that was undone.
 
@@ -180,7 +191,6 @@ def rollback(
     """
     _check_reason(override)
     detail: JsonObject = {**scope.fields(), "reason": reason}
-    at = clock()
     by = None if override is None else actor
     require(store, actor, "rollout.change", scope=scope)
     verified = _verified_target(store, name, scope, by)
@@ -194,13 +204,13 @@ def rollback(
             seen.check(session, running)
             if override is not None:
                 _let_champion_serve(session, store, running, actor, override, verified)
-            return apply(session, running, with_warning(session, store, running, undo), at, detail)
+            return apply(session, running, with_warning(session, store, running, undo), detail)
         promotions, target, override_by = promotions_to_undo(session, store, name, scope, by, verified)
         seen.check(session, promotions[0])
         point_champion(session, store, promotions[0], target, actor, override_by)
         if override is not None:
             _note_override(session, actor, override, promotions[0], target)
-        undone = [apply(session, promotion, undo, at, {}) for promotion in promotions]
+        undone = [apply(session, promotion, undo, {}) for promotion in promotions]
         detail |= {"rollout": undone[0].id, "undone": [one.id for one in undone], "champion": target}
         return undone[0]
 
@@ -208,10 +218,10 @@ def rollback(
 def _verified_target(store: Store, name: str, scope: Scope, override_by: str | None) -> Verified:
     """The verified files of the version to which a rollback would give the traffic."""
     verified: Verified = {}
-    with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
+    with contextlib.suppress(Refused, UsageError), store.reading() as session:
         if live_rollout(session, name, scope) is None:
             promotions_to_undo(session, store, name, scope, override_by, verified)
-        elif override_by is not None and (champion := get_alias(session, name, "champion", scope)) is not None:
+        elif override_by is not None and (champion := get_alias(session, name, scope)) is not None:
             with contextlib.suppress(TunesmithError):  # its files cannot be read now, and the rollout must end
                 return verify_files(store, champion.version, scope)
     return verified
@@ -225,7 +235,7 @@ def _let_champion_serve(
     Leaves alone a champion that no override lets serve, such as a recalled one, or whose files cannot be read now: the
     rollout must end all the same.
     """
-    champion = get_alias(session, rollout.name, "champion", rollout.scope)
+    champion = get_alias(session, rollout.name, rollout.scope)
     if champion is None:
         return
     try:
@@ -259,7 +269,6 @@ def _command(
     actor: str,
     action: str,
     decide: Callable[[Session, Rollout], Transition],
-    clock: Clock,
     seen: Seen,
     *,
     promotes: bool = False,
@@ -273,7 +282,7 @@ def _command(
         seen.check(session, found)
         return decide(session, found)
 
-    return make_transition(store, current, actor, action, permitted, clock(), promotes=promotes)
+    return make_transition(store, current, actor, action, permitted, promotes=promotes)
 
 
 def _no_rival(session: Session, store: Store, champion: Alias | None, scope: Scope) -> str | None:

@@ -9,23 +9,20 @@ from datetime import datetime
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.text.names import CONTROLLER
-from tunesmith.rollout import traffic
+from tunesmith.rollout import traffic, transitions
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.preconditions import broken_precondition
 from tunesmith.rollout.settings import Analysis, Pause
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.rollout.transitions import (
-    Clock,
     Overtaken,
     Transition,
     make_transition,
     to_aborted,
     to_promoted,
 )
-from tunesmith.store import database
 from tunesmith.store.store import Store
 
 # Seconds. A clock that is set back by less than this was only corrected.
@@ -61,7 +58,6 @@ def advance(
     store: Store,
     rollout: int,
     *,
-    clock: Clock = now,
     measure: Measure | None = None,
     watched: Watched | None = None,
 ) -> Rollout:
@@ -76,22 +72,22 @@ def advance(
     current = get_rollout(store, rollout)
     if not current.live:
         return current
-    at = clock()
+    at = transitions.now()
     chosen = _next_transition(store, current, at, measure or measured_arms, watched or Watched())
     if chosen is None:
         return current
     if current.weight > 0 and "step" in chosen.changes and not traffic.canary_loads(store, current.id):
         return current
     try:
-        return _make_if_unchanged(store, current, chosen, at)
+        return _make_if_unchanged(store, current, chosen)
     except Refused as error:  # it may not be promoted any more: the approval, the champion or a role has changed
-        return _make_if_unchanged(store, current, to_aborted(error.what), at)
+        return _make_if_unchanged(store, current, to_aborted(error.what))
 
 
-def give_up(store: Store, rollout: int, reason: str, *, clock: Clock = now) -> Rollout:
+def give_up(store: Store, rollout: int, reason: str) -> Rollout:
     """Abort a rollout whose canary cannot be served. The server calls this when it cannot load the canary."""
     current = get_rollout(store, rollout)
-    return _make_if_unchanged(store, current, to_aborted(reason), clock()) if current.live else current
+    return _make_if_unchanged(store, current, to_aborted(reason)) if current.live else current
 
 
 def measured_arms(store: Store, rollout: Rollout, metric: str) -> tuple[Arm, Arm]:
@@ -105,7 +101,7 @@ def look(store: Store, rollout: Rollout, measure: Measure = measured_arms) -> Ju
     return None if analysis is None else _judge(store, rollout, analysis, measure)
 
 
-def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: datetime) -> Rollout:
+def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition) -> Rollout:
     """Make a transition that was chosen for current, unless the rollout has changed since then."""
     promotes = chosen.changes.get("status") == "promoted"
     try:
@@ -115,7 +111,6 @@ def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: d
             CONTROLLER,
             chosen.action,
             lambda _session, _found: chosen,
-            at,
             expected=current.revision,
             promotes=promotes,
         )
@@ -126,7 +121,7 @@ def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: d
 def _next_transition(
     store: Store, rollout: Rollout, at: datetime, measure: Measure, watched: Watched
 ) -> Transition | None:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         problem = broken_precondition(session, store, rollout)
     if problem is not None:
         return to_aborted(problem)
@@ -159,7 +154,7 @@ def _at_analysis(
     store: Store, rollout: Rollout, analysis: Analysis, waited: float, measure: Measure
 ) -> Transition | None:
     judgement = _judge(store, rollout, analysis, measure)
-    evidence = {"judgement": judgement.as_json()}
+    evidence = {"judgement": judgement.document()}
     if judgement.outcome == "pass":
         return Transition("rollout.pass", {"step": rollout.step + 1}, evidence)
     if judgement.outcome == "fail":
@@ -176,5 +171,5 @@ def _judge(store: Store, rollout: Rollout, analysis: Analysis, measure: Measure)
         canary, stable = measure(store, rollout, analysis.metric)
     except (OSError, ValueError, SQLAlchemyError, TunesmithError) as error:
         reason = f"the metrics could not be read: {type(error).__name__}: {error}"
-        return Judgement("inconclusive", reason, analysis.metric, needed=1 / (1 - analysis.confidence))
+        return judge(analysis, Arm(), Arm()).model_copy(update={"reason": reason})
     return judge(analysis, canary, stable)

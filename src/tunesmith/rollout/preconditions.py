@@ -16,7 +16,6 @@ from tunesmith.registry.serving import set_alias, standing_of
 from tunesmith.registry.versions import load_version
 from tunesmith.rollout.champions import advice, could_serve
 from tunesmith.rollout.state import Rollout, promoted_rollouts
-from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 
@@ -30,7 +29,7 @@ def broken_precondition(session: Session, store: Store, rollout: Rollout, overri
         permission = standing_of(session, store, digest, rollout.scope, override_by=by)
         if not permission.granted:
             return f"the {arm} {permission.message}"
-    champion = get_alias(session, rollout.name, "champion", rollout.scope)
+    champion = get_alias(session, rollout.name, rollout.scope)
     if champion is None:
         return "the champion was removed during the rollout"
     if champion.version != rollout.stable:
@@ -63,7 +62,7 @@ def verify_files(store: Store, version: str, scope: Scope) -> Verified:
     refuse. Raises TunesmithError where the files cannot be read or copied now.
     """
     verified: Verified = {}
-    with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
+    with contextlib.suppress(Refused, UsageError), store.reading() as session:
         found = load_version(store, version, session)
         check_may_serve(session, store, found, scope, verified=verified)
     return verified
@@ -76,11 +75,10 @@ def point_champion(
 
     override_by: the user who lets it serve without an approval. Raises Refused if it may not serve.
     """
-    expected = revision_of(session, rollout.name, "champion", rollout.scope)
+    expected = revision_of(session, rollout.name, rollout.scope)
     set_alias(
         session,
         name=rollout.name,
-        alias="champion",
         version=load_version(store, version, session),
         expected=expected,
         actor=actor,
@@ -105,7 +103,7 @@ def promotions_to_undo(
     now, if no version that served before may serve, or if a person set the champion by hand; TunesmithError if that
     cannot be decided now: a version that may serve must not be passed over.
     """
-    champion = get_alias(session, name, "champion", scope)
+    champion = get_alias(session, name, scope)
     current, undone = champion.version if champion else "", list[Rollout]()
     problem = f"{name} has no champion" if champion is None else ""
     for promotion in promoted_rollouts(session, name, scope):

@@ -11,10 +11,9 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.view import Frozen
+from tunesmith.core.view import ScopedView
 from tunesmith.registry.aliases import get_alias
 from tunesmith.rollout.settings import Step
-from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import LIVE, Live, RolloutRow
 
@@ -26,7 +25,7 @@ _IN_STATE = frozenset(
 )
 
 
-class Rollout(Frozen):
+class Rollout(ScopedView):
     """A rollout at one moment.
 
     stable, canary: version digests; stable is "" if nothing served before. weight: percentage of requests that go to
@@ -38,8 +37,6 @@ class Rollout(Frozen):
 
     id: int
     name: str
-    tenant: str
-    region: str
     stable: str
     canary: str
     status: Status
@@ -55,11 +52,6 @@ class Rollout(Frozen):
     history: tuple[dict[str, Any], ...]
     revision: int
     started_at: str
-
-    @property
-    def scope(self) -> Scope:
-        """Whose traffic it divides."""
-        return Scope(self.tenant, self.region)
 
     @property
     def live(self) -> bool:
@@ -86,7 +78,7 @@ def from_row(row: RolloutRow) -> Rollout:
 
 def get_rollout(store: Store, rollout: int) -> Rollout:
     """A rollout by its number. Raises UsageError if there is none."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         row = session.get(RolloutRow, rollout)
         if row is None:
             raise UsageError(f"there is no rollout {rollout}", fix=NextStep("list the rollouts", "rollout status"))
@@ -113,7 +105,7 @@ def list_rollouts(store: Store, *, name: str | None = None, live: bool = False) 
         query = query.where(RolloutRow.name == name)
     if live:
         query = query.where(RolloutRow.status.in_(LIVE))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return [from_row(row) for row in session.scalars(query)]
 
 
@@ -144,11 +136,8 @@ class Seen:
             state = current.status.replace("_", " ")
             at = f" at step {current.step + 1} of {len(current.steps)}" if current.live else ""
             raise Refused(f"rollout {current.id} went on meanwhile: it is {state}{at}", where=where, fix=_FIX)
-        champion = get_alias(session, current.name, "champion", current.scope)
+        champion = get_alias(session, current.name, current.scope)
         digest = champion.version if champion else ""
         if self.champion not in (None, digest):
             serves = f"{short(digest)} serves" if digest else "nothing serves"
             raise Refused(f"the champion changed meanwhile: {serves} {current.name} now", where=where, fix=_FIX)
-
-
-NOT_SAID = Seen()

@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select, Text, case, cast, false, func, or_, select
@@ -27,7 +26,6 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import iso
 from tunesmith.core.scope import Scope
 from tunesmith.rollout.analysis import Arm
-from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow
@@ -81,7 +79,7 @@ def arms(store: Store, rollout: int, step: int, metric: str, main_callers: Seque
     """
     requests = _of_step(rollout, step, metric).subquery()
     columns = [requests.c[name] for name in Counted._fields[:-1]]
-    with database.reading(store.engine) as session:  # the database counts: Python would take seconds for 100,000
+    with store.reading() as session:  # the database counts: Python would take seconds for 100,000
         rows = session.execute(select(*columns, func.count()).group_by(*columns)).all()
     counted = [Counted._make(row) for row in rows]
     return arms_of(counted, main_of(counted, main_callers))
@@ -103,7 +101,7 @@ class Counted(NamedTuple):
 
 def first_of_step(store: Store, rollout: int, step: int, metric: str, most: int) -> list[Counted]:
     """The first requests that were routed during one step of a rollout, oldest first."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.execute(_of_step(rollout, step, metric).order_by(RequestRow.at).limit(most)).all()
     return [Counted._make((*row, 1)) for row in rows]
 
@@ -112,7 +110,7 @@ def canary_loads(store: Store, rollout: int) -> bool:
     """Whether the canary could be loaded for the newest request that needed it, on any server. True without one."""
     unloaded = func.coalesce(RequestRow.features[UNLOADED].as_boolean(), false())
     needed = select(RequestRow.arm).where(RequestRow.rollout == rollout, or_(RequestRow.arm == "canary", unloaded))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return session.scalar(needed.order_by(RequestRow.at.desc()).limit(1)) in (None, "canary")
 
 
@@ -160,7 +158,7 @@ def _arm(requests: Sequence[Counted]) -> Arm:
     scores: list[Any] = []
     for each in requests:
         if each.score is not None and not each.cut:
-            scores += [_score(each.score)] * each.n
+            scores += [json.loads(each.score)] * each.n
     return Arm(
         scores=scores,
         requests=sum(each.n for each in requests),
@@ -170,11 +168,5 @@ def _arm(requests: Sequence[Counted]) -> Arm:
     )
 
 
-@lru_cache(maxsize=4096)
-def _score(text: str) -> Any:
-    return json.loads(text)
-
-
-@lru_cache(maxsize=4096)
 def _hashed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8])

@@ -21,7 +21,7 @@ nothing serves, and the transition's entry says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -29,20 +29,15 @@ from typing import Any
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+from tunesmith.core.clock import now as now
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.core.scope import Scope
-from tunesmith.registry.aliases import Alias
 from tunesmith.registry.opening import Verified
-from tunesmith.registry.versions import Version
 from tunesmith.rollout.champions import advice, champion_of, could_serve
 from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem, verify_files
-from tunesmith.rollout.settings import Step
 from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
-
-Clock = Callable[[], datetime]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +88,6 @@ def make_transition(
     actor: str,
     action: str,
     decide: Callable[[Session, Rollout], Transition],
-    at: datetime,
     *,
     expected: int | None = None,
     promotes: bool = False,
@@ -124,10 +118,10 @@ def make_transition(
                 fix = NextStep(f"abort it; {can}", "rollout abort", rollout=found.id)
                 raise Refused(problem, where=f"rollout {found.id} of {found.name}", fix=fix)
             point_champion(session, store, found, found.canary, actor, override_by)
-        return apply(session, found, transition, at, detail)
+        return apply(session, found, transition, detail)
 
 
-def apply(session: Session, found: Rollout, transition: Transition, at: datetime, detail: JsonObject) -> Rollout:
+def apply(session: Session, found: Rollout, transition: Transition, detail: JsonObject) -> Rollout:
     """Write a transition into a rollout's row and into an audit entry's detail.
 
     Raises Overtaken if the row is not at the revision of found any more.
@@ -136,11 +130,12 @@ def apply(session: Session, found: Rollout, transition: Transition, at: datetime
     if transition.changes.get("reason"):
         shared["reason"] = transition.changes["reason"]
     detail.update(shared)
-    event = {"at": written(at), "action": transition.action, "step": found.step, **transition.detail}
+    at = written(now())
+    event = {"at": at, "action": transition.action, "step": found.step, **transition.detail}
     moved = found.model_copy(
         update={
             **transition.changes,
-            "began_at": written(at),
+            "began_at": at,
             # A clock that is set back again and again must not make the row grow.
             "history": (*found.history, event) if transition.action != "rollout.clock" else found.history,
             "revision": found.revision + 1,
@@ -152,44 +147,6 @@ def apply(session: Session, found: Rollout, transition: Transition, at: datetime
     if changed.rowcount != 1:  # type: ignore[attr-defined]
         raise Overtaken
     return moved
-
-
-def new_row(
-    version: Version,
-    name: str,
-    scope: Scope,
-    stable: Alias | None,
-    steps: Sequence[Step],
-    actor: str,
-    main_callers: Sequence[str] | None,
-    override: str | None,
-    at: datetime,
-    unopposed: str | None,
-) -> RolloutRow:
-    """The row of a new rollout. stable: the champion.
-
-    unopposed: why there is no champion to compare with, so that it is promoted at once.
-    """
-    row = RolloutRow(
-        name=name,
-        **scope.fields(),
-        stable=stable.version if stable else "",
-        canary=version.digest,
-        revision=0,
-        started_at=written(at),
-    )
-    row.status, row.step, row.weight = ("promoted", len(steps), 100) if unopposed else ("running", 0, 0)
-    row.state = {
-        "steps": [step.model_dump(mode="json", exclude_none=True) for step in steps],
-        "started_by": actor,
-        "main_callers": None if main_callers is None else list(main_callers),
-        "override": override,
-        "stable_override_by": stable.override_by if stable else "",
-        "reason": unopposed or "",
-        "began_at": written(at),
-        "history": [],
-    }
-    return row
 
 
 def written(at: datetime) -> str:

@@ -25,7 +25,7 @@ from tunesmith.registry import approvals
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import approvals_of
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import envelope_of, read_statement, signed_bytes
+from tunesmith.registry.signing.attestations import envelope_of, fingerprint_of, read_statement, seal, signed_bytes
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.versions import load_version, resolve
 from tunesmith.services.actions import Acting, Action, Digest, Named, Reason, Request, Short, action
@@ -129,10 +129,10 @@ def refuse(acting: Acting, asked: RefuseVersion) -> RecordedDecision:
 )  # fmt: skip
 def prepare(acting: Acting, asked: PrepareDecision) -> PreparedDecision:
     """Verify a version, and state what its approver signs. Changes nothing."""
-    version, request = _stated(acting, asked, asked.decision)
+    version, statement = _stated(acting, asked, asked.decision)
     return PreparedDecision(
-        statement=request.statement,
-        payload=base64.b64encode(request.payload).decode(),
+        statement=statement,
+        payload=base64.b64encode(signed_bytes(statement)).decode(),
         keys=tuple(key.fingerprint for key in acting.user.active_keys),
         risk=version.risk,
         missing=approvals_for(acting.store, version).missing,
@@ -170,7 +170,7 @@ def decide(server: str, key_file: Path | None, asked: PrepareDecision, *, actor:
     if key_file is None:
         raise UsageError("a decision on a server is signed with a key of yours", where="key", fix="name its file")
     private = keys.load_private_key(key_file)
-    own = keys.fingerprint_of(private)
+    own = fingerprint_of(private)
     if not is_private(server):
         raise UsageError(
             f"{server[:80]!r} is no address, or would get the token without encryption",
@@ -199,16 +199,16 @@ def decide(server: str, key_file: Path | None, asked: PrepareDecision, *, actor:
         return _sent(http, submit, signed)
 
 
-def _stated(acting: Acting, asked: ApproveVersion, decision: Decision) -> tuple[Version, approvals.ApprovalRequest]:
+def _stated(acting: Acting, asked: ApproveVersion, decision: Decision) -> tuple[Version, JsonObject]:
     """The version, and what the actor signs to decide on it."""
     version = resolve(acting.store, asked.version, scope=acting.scope(asked.tenant, asked.region))
     return version, approvals.prepare_approval(acting.store, version, acting.actor, asked.reason, decision)
 
 
 def _signed_here(acting: Acting, asked: ApproveVersion, decision: Decision) -> RecordedDecision:
-    version, request = _stated(acting, asked, decision)
+    version, statement = _stated(acting, asked, decision)
     key = keys.load_signing_key(acting.store, keys.ensure_key(acting.store, acting.actor))
-    return _recorded(acting.store, version, approvals.submit_approval(acting.store, approvals.sign(request, key)))
+    return _recorded(acting.store, version, approvals.submit_approval(acting.store, seal(statement, key)))
 
 
 def _recorded(store: Store, version: Version, recorded: approvals.RecordedApproval) -> RecordedDecision:

@@ -36,7 +36,7 @@ from tunesmith.services.evaluations import READ_PERMISSION, without_texts
 from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
-from tunesmith.store.records import reasons_of_recalls, recalled
+from tunesmith.store.records import recalls_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, RecordRow, VersionRow
 
@@ -124,7 +124,7 @@ def list_evaluations(store: Store, user: User, page: int = 1) -> EvaluationList:
         digests = [digest for digest, _ in rows]
         verdicts = _verdicts(session, store, user.scope, digests)
         versions = _versions(session, user.scope, digests)
-        reasons = reasons_of_recalls(session, digests)
+        reasons = recalls_of(session, digests)
     found = []
     for digest, at in rows:
         body = EvaluationBody.read(store, digest)
@@ -165,7 +165,7 @@ def show_evaluation(store: Store, user: User, digest: str, verdict: str | None =
             raise NotThere(_NO_EVALUATION)
         verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
         versions = _versions(session, user.scope, [digest]).get(digest, [])
-        reason = recalled(session, digest, as_evidence=True)
+        reason = recalls_of(session, [digest]).get(digest)
     chosen = verdict or leading_verdict(store, digest, [one.digest for one in verdicts])
     if chosen is not None and chosen not in {one.digest for one in verdicts}:
         raise NotThere(_NO_EVALUATION)

@@ -29,7 +29,7 @@ from tunesmith.registry.versions import Version, resolve
 from tunesmith.services.actions import audit_words
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import User
-from tunesmith.store.records import recalled
+from tunesmith.store.records import recalls_of
 from tunesmith.store.store import Store
 
 READ_PERMISSION = "evidence.read"
@@ -91,7 +91,7 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
     trail = release_trail(store, version.name if everything else version.label, version.digest)
     found = report_data(store, version.evaluation, version.verdict, version.digest, trail)
     with database.reading(store.engine) as session:
-        texts = texts and recalled(session, version.evaluation, as_evidence=True) is None
+        texts = texts and not recalls_of(session, [version.evaluation])
     found = found if texts else without_texts(found)
     return found if everything else found.model_copy(update={"by_group": None})
 

@@ -19,7 +19,7 @@ from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
 from tunesmith.jobs import queue
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
-from tunesmith.registry.aliases import ALIASES
+from tunesmith.registry.aliases import CHAMPION
 from tunesmith.registry.versions import resolve
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
@@ -63,10 +63,7 @@ def stated(settings: ProjectSettings) -> FineTuningSettings:
 
 def trained_name(settings: ProjectSettings) -> str:
     """The candidate that a job trains."""
-    named = stated(settings).candidate
-    return named or next(
-        name for name, each in settings.candidates.items() if each.train and not each.train.permute_answers
-    )
+    return stated(settings).candidate or settings.tuned[0]
 
 
 def seed_of(settings: ProjectSettings, arguments: Arguments) -> int:
@@ -120,7 +117,7 @@ def derived(
     names = (series(settings.name, arguments.suffix), settings.name)
     candidates = {
         other: each.model_copy(update={"version": _serving(project.store, names, each.version, scope, other)})
-        if each.version in ALIASES
+        if each.version == CHAMPION
         else each
         for other, each in settings.candidates.items()
     }

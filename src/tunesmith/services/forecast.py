@@ -13,7 +13,6 @@ from tunesmith.core.view import View
 from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.models.base import config_folder
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
 from tunesmith.records.forecast import ForecastBody
 from tunesmith.services.training import only_tuned
@@ -68,7 +67,7 @@ def newest_forecast(project: Project) -> KeptForecast | None:
 
     A store may be shared with other projects: a forecast with rivals that this one does not have is another's.
     """
-    known, trained = set(project.settings.candidates), set(tuned_names(project))
+    known, trained = set(project.settings.candidates), set(project.settings.tuned)
     for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
         try:
             found = forecast_view(project.store, digest)

@@ -12,7 +12,6 @@ from tunesmith.core.clock import second
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
 from tunesmith.core.view import Omitted, View
 from tunesmith.holding import queue
 from tunesmith.holding.queue import Decision, State, UnknownAnswer
@@ -161,7 +160,7 @@ def waiting(store: Store) -> int:
 
 
 def _reviews(row: HeldRow, user: User) -> bool:
-    return user.may("answer.review") and user.scope.covers(Scope(row.tenant, row.region))
+    return user.may("answer.review") and user.scope.covers(row.scope)
 
 
 def _facts(session: Session, store: Store, row: HeldRow, user: User) -> JsonObject:

@@ -23,7 +23,7 @@ from tunesmith.services.evaluation_lookups import show_evaluation, when_made
 from tunesmith.services.evaluations import READ_PERMISSION
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
-from tunesmith.store.records import recalled
+from tunesmith.store.records import recalls_of
 from tunesmith.store.store import Store
 
 REFERENCE = "reference"  # what an answer may be compared with, beside candidates
@@ -227,7 +227,7 @@ def _readable(store: Store, user: User, digest: str) -> Matrix:
     with database.reading(store.engine) as session:
         if when_made(session, user.scope, digest) is None:
             raise NotThere("there is no such evaluation", fix=NextStep("list the evaluations", "evaluations"))
-        reason = recalled(session, digest, as_evidence=True)
+        reason = recalls_of(session, [digest]).get(digest)
     if reason is not None:
         raise Refused(f"this evaluation was recalled, so its texts are not shown: {reason}", fix="evaluate again")
     return _matrix(store, digest)

@@ -16,7 +16,6 @@ from tunesmith.jobs import curves as noted
 from tunesmith.jobs import queue
 from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.worker import has_ended
-from tunesmith.pipeline.training import tuned_names
 from tunesmith.records.training import TrainingBody
 from tunesmith.services.actions import Acting, Request, Short, action
 from tunesmith.services.training import only_tuned, read_again, run_arguments
@@ -128,7 +127,7 @@ def add(acting: Acting, asked: AddJob) -> JobView:
     arguments = run_arguments(project, asked.changes)
     if kind == "forecast":
         arguments["candidate"] = named = asked.candidate or only_tuned(project)
-        if named not in (trained := tuned_names(project)):
+        if named not in (trained := project.settings.tuned):
             raise UsageError(f"no candidate {named!r} is trained", fix=f"name one of {', '.join(trained)}")
     row = queue.add(
         acting.store, kind, arguments, project=project.settings.name, actor=acting.actor, priority=asked.priority,

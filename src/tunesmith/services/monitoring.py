@@ -248,7 +248,7 @@ def _on_base(version: Version, found: recalls.Recall) -> VersionOnBase:
         version=version.label,
         digest=version.digest,
         **version.scope.fields(),
-        aliases=tuple(f"{one.alias}{Scope(one.tenant, one.region).options()}" for one in aliases),
+        aliases=tuple(f"{one.alias}{one.scope.options()}" for one in aliases),
         requests=sum(one.requests for one in served),
         last=max((one.last for one in served), default=""),
     )
@@ -297,8 +297,7 @@ def _next_steps(found: Recall) -> list[str]:
         return ["nothing was changed; without --dry-run it is withdrawn"]
     lines = []
     for champion in found.champions:
-        scope = Scope(champion.tenant, champion.region)
-        command = f"tunesmith rollout rollback {champion.name}{scope.options()}"
+        command = f"tunesmith rollout rollback {champion.name}{champion.scope.options()}"
         lines.append(f"{champion.name}@champion is withdrawn and no longer answers: {command}")
     kind, _, value = found.cause.partition(" ")
     if any(one.kind == "dataset" for one in found.reached):

@@ -1,33 +1,25 @@
 """Says why a new version of the project's champion is due, and queues a run for it.
 
-A cause names what it is about, so that the same cause queues one run only: drift of NAME@v3 is a cause once, whatever
-comes of its run. Nothing here approves or serves a version.
+A cause (monitoring/causes.py) names what it is about, so that the same cause queues one run only: drift of NAME@v3 is a
+cause once, whatever comes of its run. Nothing here approves or serves a version.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from tunesmith.core.clock import now
-from tunesmith.core.digests import digest_file, digest_of, short
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.view import View
-from tunesmith.data.sources import remote
-from tunesmith.data.sources.files import SourceFile, find_files
 from tunesmith.jobs import queue
-from tunesmith.monitoring.pending_retrains import list_pending_retrains
-from tunesmith.monitoring.settings import RetrainCause, RetrainingSettings
-from tunesmith.pipeline.context import PipelineContext
+from tunesmith.monitoring.causes import CAUSES, Due, RetrainCause, RetrainingSettings, Seen
 from tunesmith.project import Project
-from tunesmith.records.dataset import DatasetBody
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.services import monitoring
 from tunesmith.services.actions import Acting, Request, action
 from tunesmith.services.jobs import cause_of
 from tunesmith.services.training import run_arguments
@@ -58,22 +50,6 @@ class Retraining(View):
     causes: tuple[DueCause, ...]
 
 
-class _Found(NamedTuple):
-    """about: what a cause is about; the same words name the same cause. says: a sentence for people."""
-
-    about: str
-    says: str
-
-
-class _Seen(NamedTuple):
-    """What causes are looked for in."""
-
-    project: Project
-    champion: Version
-    settings: RetrainingSettings
-    at: datetime
-
-
 def look(
     project: Project,
     *,
@@ -97,11 +73,13 @@ def look(
     champion = _champion(project)
     if champion is None:
         return Retraining(version="", causes=())
-    seen, causes = _Seen(project, champion, settings, clock()), list[DueCause]()
+    stated, causes = project.settings, list[DueCause]()
+    place = project.store, project.root, stated.base, stated.data.sources, stated.monitoring
+    seen = Seen(*place, settings, champion, clock())
     runs, errors = _runs(project), dict[RetrainCause, TunesmithError]()
     for cause in settings.causes:
         try:
-            found = _CAUSES[cause](seen)
+            found = CAUSES[cause].look(seen)
         except TunesmithError as error:  # it must not hide the others
             errors[cause] = error
             continue
@@ -147,7 +125,7 @@ def look_again(root: Path, say: Callable[[str], None]) -> None:
 def _champion(project: Project) -> Version | None:
     """The version that the project's name means for callers without a tenant."""
     name = project.settings.name
-    alias = get_alias(project.store, name, "champion")
+    alias = get_alias(project.store, name)
     if alias is None:
         return None
     return next(each for each in list_versions(project.store, name) if each.digest == alias.version)
@@ -160,7 +138,7 @@ def _runs(project: Project) -> list[JobRow]:
     return [job for job in own if job.ended is None or cause_of(job)]
 
 
-def _key(project: Project, cause: str, found: _Found) -> str:
+def _key(project: Project, cause: str, found: Due) -> str:
     """Names a cause and the settings of its run: other settings may give what these did not."""
     stated = {"cause": cause, "about": found.about, "settings": project.settings.digest}
     return f"retrain {digest_of(stated)}"
@@ -180,113 +158,3 @@ def _waits(settings: RetrainingSettings, at: datetime, runs: list[JobRow]) -> st
     if recent >= settings.runs_in_30_days:
         return f"{recent} were queued in the last 30 days (runs_in_30_days)"
     return ""
-
-
-# The causes
-
-
-def _drift(seen: _Seen) -> _Found | None:
-    report, label = monitoring.monitor(seen.project)
-    return _Found(label, f"requests to {label} drifted: {report.reason}") if report.verdict == "drift" else None
-
-
-def _rows(seen: _Seen) -> _Found | None:
-    files = find_files(seen.project.settings.data.sources, seen.project.root)
-    present = {file.name: _digest_of(file, seen.at) for file in files}
-    store = seen.project.store
-    evaluation = store.record(seen.champion.evaluation, kind="evaluation")
-    body = DatasetBody.read(store, evaluation.parents["dataset"])
-    built = {source.path: source.digest for source in body.sources}
-    changed = sorted(name for name in {*present, *built} if present.get(name) != built.get(name))
-    if not changed:
-        return None
-    more = f" and {len(changed) - 3} others" if len(changed) > 3 else ""
-    named = f"{', '.join(changed[:3])}{more}"
-    return _Found(f"files {short(digest_of(present))}", f"changed since {seen.champion.label} was trained: {named}")
-
-
-def _base(seen: _Seen) -> _Found | None:
-    candidate = seen.project.store.record(seen.champion.candidate, kind="candidate")
-    present = PipelineContext(seen.project).base.digest
-    if candidate.parents.get("base", present) == present:
-        return None
-    spec = seen.project.settings.base
-    return _Found(f"base {short(present)}", f"{spec} is not the base of {seen.champion.label}")
-
-
-def _recall(seen: _Seen) -> _Found | None:
-    waiting = list_pending_retrains(seen.project.store, seen.champion.name)
-    missing = next((one for one in waiting if one.replacement is None and not (one.tenant or one.region)), None)
-    if missing is None:
-        return None
-    by = ", ".join(missing.causes)
-    return _Found(
-        f"{missing.version} by {short(digest_of(list(missing.causes)))}", f"{missing.version} was recalled: {by}"
-    )
-
-
-def _expiry(seen: _Seen) -> _Found | None:
-    ends, label = seen.champion.expires_at, seen.champion.label
-    if ends is None or _time(ends) > seen.at + timedelta(days=seen.settings.expires_within_days):
-        return None
-    return _Found(label, f"the use of {label} ends at {ends}")
-
-
-def _evidence(seen: _Seen) -> _Found | None:
-    measured, label = _time(seen.champion.created_at), seen.champion.label
-    if measured > seen.at - timedelta(days=seen.settings.evidence_days):
-        return None
-    return _Found(label, f"{label} was measured and registered on {measured:%F}")
-
-
-def _schedule(seen: _Seen) -> _Found | None:
-    periods = int((seen.at - _time(seen.champion.created_at)) / timedelta(days=seen.settings.every_days))
-    if periods < 1:
-        return None
-    label, days = seen.champion.label, seen.settings.every_days
-    return _Found(f"{label}, {periods} times {days:g} days", f"{label} is {periods} times {days:g} days old")
-
-
-_CAUSES: Mapping[RetrainCause, Callable[[_Seen], _Found | None]] = {
-    "drift": _drift,
-    "rows": _rows,
-    "base": _base,
-    "recall": _recall,
-    "expiry": _expiry,
-    "evidence": _evidence,
-    "schedule": _schedule,
-}
-
-
-def _digest_of(file: SourceFile, at: datetime) -> str:
-    if file.path is None:
-        return _remote_digest(file, at)
-    try:
-        found = file.path.stat()
-        return _read_digest(file.path, found.st_size, found.st_mtime_ns, found.st_ino)
-    except OSError:
-        return file.digest()  # says what is wrong
-
-
-@lru_cache(maxsize=10_000)
-def _read_digest(path: Path, _size: int, _changed: int, _number: int) -> str:
-    """The digest of a file, which is read again only where its size, time or number is another."""
-    return digest_file(path)
-
-
-# URL -> (state of the file, its digest)
-_FETCHED: dict[str, tuple[str, str]] = {}
-
-
-def _remote_digest(file: SourceFile, at: datetime) -> str:
-    """The digest of a file at a URL, which is downloaded again only where its server states another state. Where the
-    server states none, it is downloaded once a day."""
-    state = remote.state_of(file.name) or f"{at:%F}"
-    known = _FETCHED.get(file.name)
-    if known is None or known[0] != state:
-        known = _FETCHED[file.name] = (state, file.digest())
-    return known[1]
-
-
-def _time(stated: str) -> datetime:
-    return datetime.fromisoformat(stated)

@@ -333,7 +333,8 @@ def _judged(analysis: Analysis, rows: Sequence[traffic.Counted], main: frozenset
 
 def _point(requests: int, found: Judgement) -> EvidencePoint:
     means = {"canary": found.canary["mean"], "stable": found.stable["mean"]}
-    return EvidencePoint(requests=requests, not_worse=found.not_worse, worse=found.worse, **means)
+    not_worse, worse = found.evidence["not_worse"], found.evidence["worse"]
+    return EvidencePoint(requests=requests, not_worse=not_worse, worse=worse, **means)
 
 
 def _moment(key: str) -> datetime:

@@ -27,7 +27,7 @@ from tunesmith.evaluation.metrics.scorers import Schema
 from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout import commands, controller
-from tunesmith.rollout.analysis import Outcome
+from tunesmith.rollout.analysis import Judgement
 from tunesmith.rollout.champions import Champion, list_champions
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.state import Rollout, Seen, Status, get_rollout, list_rollouts
@@ -44,17 +44,6 @@ class Arm(View):
 
     version: str
     digest: str
-
-
-class AnalysisView(View):
-    """The current result of the analysis. canary, stable: counts and means; evidence: e-values, and the one needed."""
-
-    outcome: Outcome
-    reason: str
-    metric: str
-    canary: dict[str, float | int | None]
-    stable: dict[str, float | int | None]
-    evidence: dict[str, float]
 
 
 class RolloutView(View):
@@ -82,7 +71,7 @@ class RolloutView(View):
     step_began_at: str
     override: str | None
     reason: str
-    analysis: AnalysisView | None
+    analysis: Judgement | None
     champion: Champion | None
     history: tuple[dict[str, Any], ...]
 
@@ -277,7 +266,6 @@ def view_of(
         with database.reading(store.engine) as session:
             champions = list_champions(session, store, rollout.name, rollout.scope)
     champion = next((one for one in champions if (one.name, one.scope) == (rollout.name, rollout.scope)), None)
-    judgement = controller.look(store, rollout) if judged else None
     return RolloutView.of(
         rollout,
         rollout=rollout.id,
@@ -285,7 +273,7 @@ def view_of(
         stable=_arm(store, rollout.stable),
         canary=_arm(store, rollout.canary),
         step_began_at=rollout.began_at,
-        analysis=None if judgement is None else AnalysisView.model_validate(judgement.as_json()),
+        analysis=controller.look(store, rollout) if judged else None,
         champion=champion,
     )
 

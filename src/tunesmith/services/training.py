@@ -20,7 +20,6 @@ from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, eval
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
-from tunesmith.pipeline.training import tuned_names
 from tunesmith.pipeline.training_search import PRESENT
 from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
@@ -392,7 +391,7 @@ def project_of(project: Project, job: JobRow) -> Project:
 
 def only_tuned(project: Project) -> str:
     """The name of the only candidate that is trained. Raises UsageError where there is none, or more than one."""
-    tuned = tuned_names(project)
+    tuned = project.settings.tuned
     if len(tuned) != 1:
         raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
     return tuned[0]

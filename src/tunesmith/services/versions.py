@@ -37,7 +37,7 @@ from tunesmith.services.actions import Acting, Because, Named, Request, Short, a
 from tunesmith.services.datasets import datasheet
 from tunesmith.services.decisions import approvals_for
 from tunesmith.store import database
-from tunesmith.store.database import visible
+from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import LIVE, AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
@@ -367,7 +367,7 @@ def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[
 def _visible(scope: Scope, text: str) -> Select[VersionRow]:
     """The versions that a scope may see and that fit a text, the newest first."""
     query = select(VersionRow).join(RecordRow, RecordRow.digest == VersionRow.digest)
-    query = query.where(*visible(VersionRow, scope))
+    query = query.where(*within(VersionRow, scope, or_all=True))
     query = query.order_by(RecordRow.created_at.desc(), VersionRow.name, VersionRow.number.desc())
     return query.where(_fits(text.strip())) if text.strip() else query
 

@@ -26,9 +26,9 @@ from tunesmith.services.actions import Acting, Named, Request, action
 from tunesmith.services.fine_tuning import JOB, KIND
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.people.identities import require
-from tunesmith.store.tables import AuditRow, JobRow, RolloutRow, VersionRow
+from tunesmith.store.tables import AuditRow, DeliveryRow, JobRow, RolloutRow, VersionRow
 from tunesmith.webhooks import deliveries
-from tunesmith.webhooks.deliveries import Delivery, Event
+from tunesmith.webhooks.deliveries import Event
 from tunesmith.webhooks.sending import Outgoing, secret_of, send
 from tunesmith.webhooks.settings import TEST, EventType, WebhookSettings
 
@@ -136,7 +136,7 @@ class Deliverer:
             if problem:
                 self._say(f"webhook {delivery.webhook}: {delivery.type} {delivery.event}: {problem}")
 
-    def _outgoing(self, delivery: Delivery) -> Outgoing:
+    def _outgoing(self, delivery: DeliveryRow) -> Outgoing:
         name = delivery.webhook
         return Outgoing(self._webhooks[name].url, self._secrets[name], delivery.event, delivery.body)
 

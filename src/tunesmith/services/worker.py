@@ -108,7 +108,7 @@ def _perform_run(project: Project, job: JobRow, progress: JobProgress) -> Outcom
     progress.say(f"queued because of {cause}")
     done: list[RunSummary] = []
     outcome = _run(project, job.created_by, done, progress)
-    made, champion = done[0].registered, get_alias(project.store, project.settings.name, "champion")
+    made, champion = done[0].registered, get_alias(project.store, project.settings.name)
     if made is None or champion is None or made.digest != champion.version:
         return outcome
     error = JobError(

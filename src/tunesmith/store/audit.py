@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pydantic import BaseModel
 from sqlalchemy import Engine, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
@@ -43,7 +42,7 @@ class Head(Frozen):
     digest: str
 
 
-class Pin(BaseModel):
+class Pin(Frozen):
     """A head that was kept outside the log. witness: what messages call the place. outside: not in the database."""
 
     witness: str

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_file, digest_pieces, pieces_of
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.progress import SILENT, Progress, Task
 from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.core.system.scratch import SCRATCH, scratch_file
 from tunesmith.store import database
@@ -119,16 +119,9 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
         where, fix = store.blobs.where(strange[0]), "name an empty place: TUNESMITH_BLOBS_URL, or another folder"
         raise Refused(f"the store holds {len(strange)} objects already", where=where, fix=fix)
     with store.scratch() as folder, progress.task("copying objects", len(contents.keys)) as task:
-        for key in contents.keys:
-            file = folder / "object"
-            try:
-                digest, size = _spool(key, contents.pieces(key), file)
-            except FileNotFoundError:
-                if not key.startswith(_DELETED):
-                    raise
-                store.blobs.delete(key)  # a copy that was stopped may have written it
-                task.advance()
-                continue
+        file = folder / "object"
+        # A copy that was stopped may have written what is gone by now.
+        for key, digest, size in _spooled(contents.keys, contents.pieces, file, task, gone=store.blobs.delete):
             count, total = count + 1, total + size
             if not store.blobs.exists(key) or digest_pieces(store.blobs.pieces(key)) != digest:
                 if key.startswith("cases/"):
@@ -139,7 +132,6 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
                 if digest_pieces(store.blobs.pieces(key)) != digest:
                     raise Refused("the object was not copied whole", where=store.blobs.where(key), fix="delete it")
             file.unlink(missing_ok=True)
-            task.advance()
     return count, total
 
 
@@ -158,16 +150,9 @@ def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copi
         members = {_ROWS: digest_file(folder / _ROWS)}
         with tarfile.open(fileobj=stream, mode="w") as archive, progress.task("backup", len(keys)) as task:
             archive.add(folder / _ROWS, _ROWS)
-            for key in keys:
-                try:
-                    members[_OBJECTS + key], size = _spool(key, store.blobs.pieces(key), folder / "object")
-                except FileNotFoundError:
-                    if not key.startswith(_DELETED):
-                        raise
-                else:
-                    archive.add(folder / "object", _OBJECTS + key)
-                    total += size
-                task.advance()
+            for key, digest, size in _spooled(keys, store.blobs.pieces, folder / "object", task):
+                archive.add(folder / "object", _OBJECTS + key)
+                members[_OBJECTS + key], total = digest, total + size
             facts = {"format": _FORMAT, "revision": HEAD_REVISION, "made_at": stamp(), "members": members}
             (folder / _MANIFEST).write_text(json.dumps(facts))
             archive.add(folder / _MANIFEST, _MANIFEST)
@@ -252,16 +237,33 @@ def _continue_numbers(connection: Connection, table: Table) -> None:
         connection.execute(text("select setval(:sequence, :newest)"), {"sequence": sequence, "newest": newest})
 
 
-def _spool(key: str, pieces: Iterable[bytes], file: Path) -> tuple[str, int]:
-    """Write an object to a file; its digest and size. Raises Refused where the digest is not the one its key names."""
-    with file.open("wb") as stream:
-        digest = digest_pieces(pieces, stream)
-        size = stream.tell()
-        stream.flush()
-        os.fsync(stream.fileno())
-    if named_digest(key) not in (None, digest):
-        raise Refused("the object's bytes do not have the digest that names it", where=key, fix="verify its version")
-    return digest, size
+def _spooled(
+    keys: Iterable[str],
+    pieces: Callable[[str], Iterator[bytes]],
+    file: Path,
+    task: Task,
+    gone: Callable[[str], None] = lambda _key: None,
+) -> Iterator[tuple[str, str, int]]:
+    """(key, digest, size) of each object, whose bytes are in file until the next one. gone: called with the key of a
+    kept request or an uploaded file that was deleted meanwhile. Raises Refused where an object's digest is not the one
+    that its key names."""
+    for key in keys:
+        try:
+            with file.open("wb") as stream:
+                digest = digest_pieces(pieces(key), stream)
+                size = stream.tell()
+                stream.flush()
+                os.fsync(stream.fileno())
+        except FileNotFoundError:
+            if not key.startswith(_DELETED):
+                raise
+            gone(key)
+        else:
+            if named_digest(key) not in (None, digest):
+                what = "the object's bytes do not have the digest that names it"
+                raise Refused(what, where=key, fix="verify its version")
+            yield key, digest, size
+        task.advance()
 
 
 def _is_key(key: str) -> bool:

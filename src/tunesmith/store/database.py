@@ -31,17 +31,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import disk_full, is_disk_full
-from tunesmith.store.tables import (
-    HEAD_REVISION,
-    OLDEST_REVISION,
-    FileRow,
-    HeldRow,
-    JobRow,
-    RequestRow,
-    RolloutRow,
-    Table,
-    VersionRow,
-)
+from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, ForScope, Table
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
@@ -117,8 +107,8 @@ def _revision(connection: Connection) -> str | None:
     """The revision of a database's tables; None for one without tables."""
     if not inspect(connection).has_table("alembic_version"):
         return None
-    found: str | None = connection.execute(text("select version_num from alembic_version")).scalar()
-    return found
+    revision: str | None = connection.scalar(text("select version_num from alembic_version"))
+    return revision
 
 
 @contextlib.contextmanager
@@ -315,15 +305,10 @@ def _sqlite_transactions(engine: Engine) -> None:
     event.listen(engine, "engine_disposed", _close_direct)
 
 
-def within(
-    table: type[FileRow | HeldRow | JobRow | RequestRow | RolloutRow | VersionRow], scope: Scope
-) -> list[ColumnElement[bool]]:
-    """The conditions of a query for what belongs to a scope: rows of its tenant and region, where it names them."""
-    pairs = ((table.tenant, scope.tenant), (table.region, scope.region))
-    return [column == value for column, value in pairs if value]
+def within(table: type[ForScope], scope: Scope, *, or_all: bool = False) -> list[ColumnElement[bool]]:
+    """The conditions of a query for what belongs to a scope: rows of its tenant and region, where it names them.
 
-
-def visible(table: type[VersionRow], scope: Scope) -> list[ColumnElement[bool]]:
-    """The conditions of a query for what people of a scope may see: what belongs to it, and what is for all."""
+    or_all: also what is for all, which people of the scope may see.
+    """
     pairs = ((table.tenant, scope.tenant), (table.region, scope.region))
-    return [column.in_(("", value)) for column, value in pairs if value]
+    return [column.in_(("", value) if or_all else (value,)) for column, value in pairs if value]

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psutil
 from sqlalchemy import Engine, delete, select, update
-from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.store import database
@@ -111,9 +110,5 @@ def _renew(engine: Engine, name: str, owner: str, ended: threading.Event) -> Non
     while not ended.wait(LEASE_SECONDS / 3):
         # If the database cannot be reached for a moment, the next turn renews the lease.
         with contextlib.suppress(TunesmithError), database.writing(engine) as session:
-            _extend(session, name, owner)
-
-
-def _extend(session: Session, name: str, owner: str) -> None:
-    mine = (LockRow.name == name, LockRow.owner == owner)
-    session.execute(update(LockRow).where(*mine).values(until=time.time() + LEASE_SECONDS))
+            mine = update(LockRow).where(LockRow.name == name, LockRow.owner == owner)
+            session.execute(mine.values(until=time.time() + LEASE_SECONDS))

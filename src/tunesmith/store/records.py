@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -123,34 +123,40 @@ def decode(data: bytes, digest: str, where: str) -> Record:
         raise Refused(f"not a record: {error}", where=where, fix="restore it from a backup") from error
 
 
-def reasons_of_recalls(session: Session, digests: Sequence[str]) -> dict[str, str]:
-    """Digest -> why a record was recalled as evidence (see `recalled`), for those that were. One query for all."""
-    query = select(RecallRow.digest, RecallRow.reason).where(
-        RecallRow.digest.in_(digests), ~RecallRow.cause.startswith("version ")
-    )
-    newest_first = query.order_by(RecallRow.at.desc(), RecallRow.cause.desc())
-    return {digest: reason for digest, reason in session.execute(newest_first)}  # noqa: C416 - rows are no pairs
-
-
-def recalled(session: Session, digest: str, *, as_evidence: bool = False) -> str | None:
-    """Why a record was recalled, or None if it was not. The oldest reason if there are several.
+def recalls_of(session: Session, digests: Collection[str], *, as_evidence: bool = True) -> dict[str, str]:
+    """Digest -> why a record was recalled, the oldest reason if there are several; only those that were. One query.
 
     as_evidence: ignore recalls of a version. A candidate that was only compared with that version does not contain its
     weights.
     """
-    query = select(RecallRow.reason).where(RecallRow.digest == digest).order_by(RecallRow.at, RecallRow.cause)
+    query = select(RecallRow.digest, RecallRow.reason).where(RecallRow.digest.in_(digests))
     if as_evidence:
         query = query.where(~RecallRow.cause.startswith("version "))
-    return session.scalars(query.limit(1)).first()
+    newest_first = query.order_by(RecallRow.at.desc(), RecallRow.cause.desc())
+    return {digest: reason for digest, reason in session.execute(newest_first)}  # noqa: C416 - rows are no pairs
+
+
+def recalled(session: Session, digest: str) -> str | None:
+    """Why a record was recalled, or None if it was not."""
+    return recalls_of(session, [digest], as_evidence=False).get(digest)
+
+
+def first_recalled(session: Session, digests: Collection[str], own: Collection[str]) -> tuple[str, str] | None:
+    """The first of some records that was recalled as evidence, and why; None if none was.
+
+    own: those of them for which recalls of a version count, too.
+    """
+    reasons = recalls_of(session, digests) | recalls_of(session, own, as_evidence=False)
+    return next(((digest, reasons[digest]) for digest in digests if digest in reasons), None)
 
 
 def ancestor_recalled(session: Session, digest: str) -> str | None:
-    """Why a record that this one was made from was recalled as evidence (see `recalled`), or None if none was."""
+    """Why a record that this one was made from was recalled as evidence (see `recalls_of`), or None if none was."""
     found, waiting = set[str](), {digest}
     while waiting:
         found |= waiting
         waiting = set(session.scalars(select(EdgeRow.parent).where(EdgeRow.child.in_(waiting)))) - found
-    return next(iter(reasons_of_recalls(session, sorted(found - {digest})).values()), None)
+    return next(iter(recalls_of(session, sorted(found - {digest})).values()), None)
 
 
 def causes(session: Session) -> dict[str, list[str]]:

@@ -60,6 +60,14 @@ class Store:
             remove_leftovers(folder)
         return database.connect(self.url)
 
+    def reading(self) -> AbstractContextManager[Session]:
+        """A read-only session."""
+        return database.reading(self.engine)
+
+    def writing(self) -> AbstractContextManager[Session]:
+        """One write transaction; writers take turns. Commits at the end, rolls back on any exception."""
+        return database.writing(self.engine)
+
     @contextlib.contextmanager
     def fenced(self, check: Callable[[Session], None]) -> Iterator[None]:
         """Call check first in every write transaction of this object meanwhile; what it raises ends the transaction."""
@@ -163,11 +171,8 @@ class Store:
         session: index it inside the caller's write transaction, with what else happens there.
         """
         self.write_record(record)
-        if session is not None:
-            self.index_record(record, session)
-        else:
-            with database.writing(self.engine) as own:
-                self.index_record(record, own)
+        with self.writing() if session is None else contextlib.nullcontext(session) as own:
+            self.index_record(record, own)
         return record.digest
 
     def write_record(self, record: Record) -> None:
@@ -215,7 +220,7 @@ class Store:
 
     def children(self, digest: str) -> list[tuple[str, str, str]]:
         """(role, kind, digest) of every record that names this one as a parent."""
-        with database.reading(self.engine) as session:
+        with self.reading() as session:
             rows = session.execute(
                 select(EdgeRow.role, RecordRow.kind, EdgeRow.child)
                 .join(RecordRow, RecordRow.digest == EdgeRow.child)
@@ -227,19 +232,19 @@ class Store:
     def times_of(self, digests: Iterable[str]) -> dict[str, str]:
         """When each record was made, by its digest; without those that the database does not have."""
         query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.digest.in_(digests))
-        with database.reading(self.engine) as session:
+        with self.reading() as session:
             return {row.digest: row.created_at for row in session.execute(query)}
 
     def records_of(self, kind: str) -> list[str]:
         """Digests of all records of a kind, oldest first."""
-        with database.reading(self.engine) as session:
+        with self.reading() as session:
             query = select(RecordRow.digest).where(RecordRow.kind == kind)
             return list(session.scalars(query.order_by(RecordRow.created_at, RecordRow.digest)))
 
     def dated_records(self, kind: str, *, most: int | None = None) -> list[tuple[str, str]]:
         """Digests of the newest records of a kind, newest first, each with the time when it was made."""
         query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == kind)
-        with database.reading(self.engine) as session:
+        with self.reading() as session:
             rows = session.execute(query.order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(most))
             return [(row.digest, row.created_at) for row in rows]
 
@@ -280,13 +285,13 @@ class Store:
 
     def recall_memo(self, key: str) -> str | None:
         """The record that was kept for a stage's key, if its file is still there."""
-        with database.reading(self.engine) as session:
+        with self.reading() as session:
             digest = session.scalar(select(MemoRow.digest).where(MemoRow.key == key))
         return digest if digest is not None and self.has_record(digest) else None
 
     def keep_memo(self, key: str, digest: str) -> None:
         """Remember which record a stage gave for a key."""
-        with database.writing(self.engine) as session:
+        with self.writing() as session:
             session.merge(MemoRow(key=key, digest=digest))
 
     # Changes
@@ -298,9 +303,14 @@ class Store:
         actor: a user's name. action: `noun.verb`. subject: a digest or name. detail: JSON. Values put into detail
         inside the block are recorded too.
         """
-        with database.writing(self.engine) as session:
+        with self.writing() as session:
             yield session
             audit.append(session, actor=actor, action=action, subject=subject, detail=detail)
+
+
+def session_of(where: Store | Session) -> AbstractContextManager[Session]:
+    """The caller's session, or one that reads a store."""
+    return contextlib.nullcontext(where) if isinstance(where, Session) else where.reading()
 
 
 def _blobs(root: Path) -> BlobStore:

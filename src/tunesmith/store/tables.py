@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Float, Index, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from tunesmith.core.reading.strict_json import JsonObject
@@ -15,59 +15,82 @@ HEAD_REVISION = "0012"
 OLDEST_REVISION = "0012"  # from which these files lead to the newest one
 
 
+# Texts of at most so many characters, a digest, and a text of any length.
+Str8 = Annotated[str, mapped_column(String(8))]
+Str16 = Annotated[str, mapped_column(String(16))]
+Str32 = Annotated[str, mapped_column(String(32))]
+Str64 = Annotated[str, mapped_column(String(64))]
+Digest = Annotated[str, mapped_column(String(71))]
+Str128 = Annotated[str, mapped_column(String(128))]
+Str256 = Annotated[str, mapped_column(String(256))]
+Long = Annotated[str, mapped_column(Text)]
+
+
 class Table(DeclarativeBase):
     """The base class of all tables."""
 
-    type_annotation_map = {JsonObject: JSON, list[str]: JSON}  # noqa: RUF012
+    type_annotation_map = {JsonObject: JSON, list[str]: JSON, float: Float}  # noqa: RUF012
+
+
+class ForScope:
+    """The columns of what is for a tenant and a region; "" stands for all."""
+
+    tenant: Mapped[Str64] = mapped_column(default="")
+    region: Mapped[Str64] = mapped_column(default="")
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
 
 
 class RecordRow(Table):
     """An index of the records."""
 
     __tablename__ = "records"
-    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
-    kind: Mapped[str] = mapped_column(String(32), index=True)
-    created_at: Mapped[str] = mapped_column(String(32))
+    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    kind: Mapped[Str32] = mapped_column(index=True)
+    created_at: Mapped[Str32]
 
 
 class EdgeRow(Table):
     """A record (child) that names another (parent) under a role."""
 
     __tablename__ = "edges"
-    child: Mapped[str] = mapped_column(String(71), primary_key=True)
-    role: Mapped[str] = mapped_column(String(128), primary_key=True)
-    parent: Mapped[str] = mapped_column(String(71), index=True)
+    child: Mapped[Digest] = mapped_column(primary_key=True)
+    role: Mapped[Str128] = mapped_column(primary_key=True)
+    parent: Mapped[Digest] = mapped_column(index=True)
 
 
 class MemoRow(Table):
     """The record that a stage made for a key, the digest of its inputs and settings: `run` skips such a stage."""
 
     __tablename__ = "memos"
-    key: Mapped[str] = mapped_column(String(71), primary_key=True)
-    digest: Mapped[str] = mapped_column(String(71))
+    key: Mapped[Digest] = mapped_column(primary_key=True)
+    digest: Mapped[Digest]
 
 
 class AuditRow(Table):
     """An entry of the audit log. digest: over all other columns. previous: the digest of the entry before."""
 
     __tablename__ = "audit"
-    seq: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    at: Mapped[str] = mapped_column(String(32))
-    actor: Mapped[str] = mapped_column(String(128))
-    action: Mapped[str] = mapped_column(String(64), index=True)
-    subject: Mapped[str] = mapped_column(String(256), index=True)
-    detail: Mapped[JsonObject] = mapped_column()
-    previous: Mapped[str] = mapped_column(String(71))
-    digest: Mapped[str] = mapped_column(String(71))
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[Str32]
+    actor: Mapped[Str128]
+    action: Mapped[Str64] = mapped_column(index=True)
+    subject: Mapped[Str256] = mapped_column(index=True)
+    detail: Mapped[JsonObject]
+    previous: Mapped[Digest]
+    digest: Mapped[Digest]
 
 
 class AuditHeadRow(Table):
     """The newest entry of the audit log, in one row: a log whose tail was cut no longer reaches it."""
 
     __tablename__ = "audit_head"
-    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    seq: Mapped[int] = mapped_column(Integer)
-    digest: Mapped[str] = mapped_column(String(71))
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    seq: Mapped[int]
+    digest: Mapped[Digest]
 
 
 class LockRow(Table):
@@ -77,28 +100,26 @@ class LockRow(Table):
     """
 
     __tablename__ = "locks"
-    name: Mapped[str] = mapped_column(String(128), primary_key=True)
-    owner: Mapped[str] = mapped_column(String(32))
-    purpose: Mapped[str] = mapped_column(String(256))
-    host: Mapped[str] = mapped_column(String(256))
-    pid: Mapped[int] = mapped_column(Integer)
-    started: Mapped[float] = mapped_column(Float)
-    until: Mapped[float] = mapped_column(Float)
+    name: Mapped[Str128] = mapped_column(primary_key=True)
+    owner: Mapped[Str32]
+    purpose: Mapped[Str256]
+    host: Mapped[Str256]
+    pid: Mapped[int]
+    started: Mapped[float]
+    until: Mapped[float]
 
 
-class UserRow(Table):
+class UserRow(ForScope, Table):
     """A person or a service. tenant, region: what the user may act for; "" means all.
 
     groups: whose documents the user may see.
     """
 
     __tablename__ = "users"
-    name: Mapped[str] = mapped_column(String(128), primary_key=True)
-    roles: Mapped[list[str]] = mapped_column()
-    tenant: Mapped[str] = mapped_column(String(64), default="")
-    region: Mapped[str] = mapped_column(String(64), default="")
+    name: Mapped[Str128] = mapped_column(primary_key=True)
+    roles: Mapped[list[str]]
     groups: Mapped[list[str]] = mapped_column(default=list)
-    active: Mapped[bool] = mapped_column(Boolean, default=True)
+    active: Mapped[bool] = mapped_column(default=True)
     # Without a constraint in the database: a key whose user's row was deleted must stay known.
     keys: Mapped[list[KeyRow]] = relationship(
         primaryjoin="UserRow.name == foreign(KeyRow.user)", order_by="KeyRow.enrolled", lazy="selectin"
@@ -117,24 +138,24 @@ class KeyRow(Table):
     """
 
     __tablename__ = "keys"
-    fingerprint: Mapped[str] = mapped_column(String(71), primary_key=True)
-    user: Mapped[str] = mapped_column(String(128), index=True)
-    label: Mapped[str] = mapped_column(String(64))
-    public_key: Mapped[str] = mapped_column(Text)
-    status: Mapped[str] = mapped_column(String(16), default="active")
-    enrolled: Mapped[int] = mapped_column(Integer)
-    proven_by: Mapped[str] = mapped_column(String(71), default="")
-    until: Mapped[int | None] = mapped_column(Integer, default=None)
+    fingerprint: Mapped[Digest] = mapped_column(primary_key=True)
+    user: Mapped[Str128] = mapped_column(index=True)
+    label: Mapped[Str64]
+    public_key: Mapped[Long]
+    status: Mapped[Str16] = mapped_column(default="active")
+    enrolled: Mapped[int]
+    proven_by: Mapped[Digest] = mapped_column(default="")
+    until: Mapped[int | None] = mapped_column(default=None)
 
 
 class LoginLinkRow(Table):
     """A one-time link to the console. digest: of the secret in it. until: when it ends, in seconds since 1970."""
 
     __tablename__ = "login_links"
-    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
-    user: Mapped[str] = mapped_column(String(128))
-    made_by: Mapped[str] = mapped_column(String(128))
-    until: Mapped[float] = mapped_column(Float)
+    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    user: Mapped[Str128]
+    made_by: Mapped[Str128]
+    until: Mapped[float]
 
 
 class SessionRow(Table):
@@ -144,14 +165,14 @@ class SessionRow(Table):
     """
 
     __tablename__ = "sessions"
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    digest: Mapped[str] = mapped_column(String(71), unique=True)
-    before: Mapped[str | None] = mapped_column(String(71), unique=True, default=None)
-    user: Mapped[str] = mapped_column(String(128), index=True)
-    opened: Mapped[float] = mapped_column(Float)
-    changed: Mapped[float] = mapped_column(Float)
-    used: Mapped[float] = mapped_column(Float)
-    until: Mapped[float] = mapped_column(Float)
+    id: Mapped[Str32] = mapped_column(primary_key=True)
+    digest: Mapped[Digest] = mapped_column(unique=True)
+    before: Mapped[Digest | None] = mapped_column(unique=True, default=None)
+    user: Mapped[Str128] = mapped_column(index=True)
+    opened: Mapped[float]
+    changed: Mapped[float]
+    used: Mapped[float]
+    until: Mapped[float]
 
 
 class TokenRow(Table):
@@ -163,17 +184,17 @@ class TokenRow(Table):
 
     __tablename__ = "tokens"
     __table_args__ = (UniqueConstraint("user", "name"),)
-    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
-    user: Mapped[str] = mapped_column(String(128))
-    name: Mapped[str] = mapped_column(String(64))
-    scopes: Mapped[list[str]] = mapped_column()
-    created: Mapped[float] = mapped_column(Float)
-    expires: Mapped[float | None] = mapped_column(Float, default=None)
-    revoked: Mapped[float | None] = mapped_column(Float, default=None)
-    used: Mapped[float | None] = mapped_column(Float, default=None)
+    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    user: Mapped[Str128]
+    name: Mapped[Str64]
+    scopes: Mapped[list[str]]
+    created: Mapped[float]
+    expires: Mapped[float | None] = mapped_column(default=None)
+    revoked: Mapped[float | None] = mapped_column(default=None)
+    used: Mapped[float | None] = mapped_column(default=None)
 
 
-class VersionRow(Table):
+class VersionRow(ForScope, Table):
     """The version record of NAME@vNUMBER. Never updated. key: the fingerprint of the key that signed it.
 
     tenant and region repeat the record's, so that one query gives the same answer for another tenant's version and for
@@ -181,12 +202,10 @@ class VersionRow(Table):
     """
 
     __tablename__ = "versions"
-    name: Mapped[str] = mapped_column(String(128), primary_key=True)
-    number: Mapped[int] = mapped_column(Integer, primary_key=True)
-    digest: Mapped[str] = mapped_column(String(71), unique=True)
-    key: Mapped[str] = mapped_column(String(71))
-    tenant: Mapped[str] = mapped_column(String(64), default="")
-    region: Mapped[str] = mapped_column(String(64), default="")
+    name: Mapped[Str128] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[Digest] = mapped_column(unique=True)
+    key: Mapped[Digest]
 
 
 class AliasRow(Table):
@@ -197,38 +216,36 @@ class AliasRow(Table):
     """
 
     __tablename__ = "aliases"
-    name: Mapped[str] = mapped_column(String(128), primary_key=True)
-    alias: Mapped[str] = mapped_column(String(32), primary_key=True)
-    tenant: Mapped[str] = mapped_column(String(64), primary_key=True, default="")
-    region: Mapped[str] = mapped_column(String(64), primary_key=True, default="")
-    version: Mapped[str] = mapped_column(String(71))
-    override_by: Mapped[str] = mapped_column(String(128), default="")
-    revision: Mapped[int] = mapped_column(Integer)
+    name: Mapped[Str128] = mapped_column(primary_key=True)
+    alias: Mapped[Str32] = mapped_column(primary_key=True)
+    tenant: Mapped[Str64] = mapped_column(primary_key=True, default="")
+    region: Mapped[Str64] = mapped_column(primary_key=True, default="")
+    version: Mapped[Digest]
+    override_by: Mapped[Str128] = mapped_column(default="")
+    revision: Mapped[int]
 
 
 Live = Literal["running", "paused"]
 LIVE: tuple[Live, ...] = get_args(Live)  # rollouts with these statuses divide traffic
 
 
-class RolloutRow(Table):
+class RolloutRow(ForScope, Table):
     """A rollout and its state. revision: for compare-and-set."""
 
     __tablename__ = "rollouts"
-    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    name: Mapped[str] = mapped_column(String(128), index=True)
-    tenant: Mapped[str] = mapped_column(String(64), default="")
-    region: Mapped[str] = mapped_column(String(64), default="")
-    stable: Mapped[str] = mapped_column(String(71))
-    canary: Mapped[str] = mapped_column(String(71))
-    status: Mapped[str] = mapped_column(String(16), index=True)
-    step: Mapped[int] = mapped_column(Integer, default=0)
-    weight: Mapped[int] = mapped_column(Integer, default=0)
-    state: Mapped[JsonObject] = mapped_column()
-    revision: Mapped[int] = mapped_column(Integer, default=0)
-    started_at: Mapped[str] = mapped_column(String(32))
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[Str128] = mapped_column(index=True)
+    stable: Mapped[Digest]
+    canary: Mapped[Digest]
+    status: Mapped[Str16] = mapped_column(index=True)
+    step: Mapped[int] = mapped_column(default=0)
+    weight: Mapped[int] = mapped_column(default=0)
+    state: Mapped[JsonObject]
+    revision: Mapped[int] = mapped_column(default=0)
+    started_at: Mapped[Str32]
 
 
-class RequestRow(Table):
+class RequestRow(ForScope, Table):
     """One served request: measurements, never its text.
 
     caller: the user whose token it came with. end_user: a hash of the request's `user`, while a rollout is live. cut:
@@ -236,41 +253,39 @@ class RequestRow(Table):
     """
 
     __tablename__ = "requests"
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    at: Mapped[str] = mapped_column(String(32), index=True)
-    name: Mapped[str] = mapped_column(String(128))
-    tenant: Mapped[str] = mapped_column(String(64), default="")
-    region: Mapped[str] = mapped_column(String(64), default="")
-    caller: Mapped[str] = mapped_column(String(128), default="")
-    end_user: Mapped[str] = mapped_column(String(16), default="")
-    version: Mapped[str] = mapped_column(String(71))
-    rollout: Mapped[int | None] = mapped_column(Integer, default=None)
-    arm: Mapped[str] = mapped_column(String(8))
-    ok: Mapped[bool] = mapped_column(Boolean)
-    cut: Mapped[bool] = mapped_column(Boolean, default=False)
-    seconds: Mapped[float] = mapped_column(Float)
-    prompt_tokens: Mapped[int] = mapped_column(Integer, default=0)
-    completion_tokens: Mapped[int] = mapped_column(Integer, default=0)
+    id: Mapped[Str64] = mapped_column(primary_key=True)
+    at: Mapped[Str32] = mapped_column(index=True)
+    name: Mapped[Str128]
+    caller: Mapped[Str128] = mapped_column(default="")
+    end_user: Mapped[Str16] = mapped_column(default="")
+    version: Mapped[Digest]
+    rollout: Mapped[int | None] = mapped_column(default=None)
+    arm: Mapped[Str8]
+    ok: Mapped[bool]
+    cut: Mapped[bool] = mapped_column(default=False)
+    seconds: Mapped[float]
+    prompt_tokens: Mapped[int] = mapped_column(default=0)
+    completion_tokens: Mapped[int] = mapped_column(default=0)
     # scores: metric name -> number (json_valid at serving time, others once feedback arrives);
     # features: what drift monitoring compares (nearest, characters).
-    scores: Mapped[JsonObject] = mapped_column()
-    features: Mapped[JsonObject] = mapped_column()
+    scores: Mapped[JsonObject]
+    features: Mapped[JsonObject]
 
 
 class RecallRow(Table):
     """A record or blob that was recalled, and the cause of the recall."""
 
     __tablename__ = "recalls"
-    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
-    cause: Mapped[str] = mapped_column(String(256), primary_key=True)
-    reason: Mapped[str] = mapped_column(Text)
-    at: Mapped[str] = mapped_column(String(32))
+    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    cause: Mapped[Str256] = mapped_column(primary_key=True)
+    reason: Mapped[Long]
+    at: Mapped[Str32]
 
 
 JobState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
-class JobRow(Table):
+class JobRow(ForScope, Table):
     """A job of the queue (jobs/). Times are seconds since 1970, None for what has not happened.
 
     project: the name of the project whose workers may take it. wanted: the state that a person asked a running job to
@@ -281,86 +296,72 @@ class JobRow(Table):
 
     __tablename__ = "jobs"
     __table_args__ = (UniqueConstraint("created_by", "key"),)
-    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    project: Mapped[str] = mapped_column(String(64))
-    kind: Mapped[str] = mapped_column(String(32))
-    arguments: Mapped[JsonObject] = mapped_column()
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project: Mapped[Str64]
+    kind: Mapped[Str32]
+    arguments: Mapped[JsonObject]
     state: Mapped[JobState] = mapped_column(String(16))
-    wanted: Mapped[str] = mapped_column(String(16), default="")
-    priority: Mapped[int] = mapped_column(Integer, default=0)
-    tenant: Mapped[str] = mapped_column(String(64), default="")
-    region: Mapped[str] = mapped_column(String(64), default="")
-    created_by: Mapped[str] = mapped_column(String(128))
-    key: Mapped[str | None] = mapped_column(String(128), default=None)
-    attempts: Mapped[int] = mapped_column(Integer, default=0)
-    most_attempts: Mapped[int] = mapped_column(Integer)
-    due: Mapped[float] = mapped_column(Float)
-    fence: Mapped[int] = mapped_column(Integer, default=0)
-    worker: Mapped[str] = mapped_column(String(256), default="")
-    until: Mapped[float | None] = mapped_column(Float, default=None)
-    progress: Mapped[JsonObject] = mapped_column()
-    result: Mapped[JsonObject] = mapped_column()
-    error: Mapped[JsonObject] = mapped_column()
-    created: Mapped[float] = mapped_column(Float)
-    started: Mapped[float | None] = mapped_column(Float, default=None)
-    ended: Mapped[float | None] = mapped_column(Float, default=None)
-
-    @property
-    def scope(self) -> Scope:
-        """Whom it is for."""
-        return Scope(self.tenant, self.region)
+    wanted: Mapped[Str16] = mapped_column(default="")
+    priority: Mapped[int] = mapped_column(default=0)
+    created_by: Mapped[Str128]
+    key: Mapped[Str128 | None] = mapped_column(default=None)
+    attempts: Mapped[int] = mapped_column(default=0)
+    most_attempts: Mapped[int]
+    due: Mapped[float]
+    fence: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[Str256] = mapped_column(default="")
+    until: Mapped[float | None] = mapped_column(default=None)
+    progress: Mapped[JsonObject]
+    result: Mapped[JsonObject]
+    error: Mapped[JsonObject]
+    created: Mapped[float]
+    started: Mapped[float | None] = mapped_column(default=None)
+    ended: Mapped[float | None] = mapped_column(default=None)
 
 
 class JobEventRow(Table):
     """A line of a job's log. number: from 1 for each job."""
 
     __tablename__ = "job_events"
-    job: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    at: Mapped[float] = mapped_column(Float)
-    message: Mapped[str] = mapped_column(Text)
+    job: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    message: Mapped[Long]
 
 
 class JobCurveRow(Table):
     """The curve of one of a job's trainings (jobs/curves.py). training: its name."""
 
     __tablename__ = "job_curves"
-    job: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    training: Mapped[str] = mapped_column(String(256), primary_key=True)
-    curve: Mapped[JsonObject] = mapped_column()
+    job: Mapped[int] = mapped_column(primary_key=True)
+    training: Mapped[Str256] = mapped_column(primary_key=True)
+    curve: Mapped[JsonObject]
 
 
-class FileRow(Table):
+class FileRow(ForScope, Table):
     """A file that a client uploaded, or that a job made for one (store/uploads.py). Its bytes are under `files/`.
 
     number: the order in which files came. file: the id that clients know. created: seconds since 1970.
     """
 
     __tablename__ = "files"
-    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    file: Mapped[str] = mapped_column(String(64), unique=True)
-    tenant: Mapped[str] = mapped_column(String(64), default="")
-    region: Mapped[str] = mapped_column(String(64), default="")
-    created_by: Mapped[str] = mapped_column(String(128))
-    name: Mapped[str] = mapped_column(String(256))
-    purpose: Mapped[str] = mapped_column(String(32))
+    number: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Str64] = mapped_column(unique=True)
+    created_by: Mapped[Str128]
+    name: Mapped[Str256]
+    purpose: Mapped[Str32]
     size: Mapped[int] = mapped_column(BigInteger)
-    digest: Mapped[str] = mapped_column(String(71))
-    created: Mapped[float] = mapped_column(Float)
-
-    @property
-    def scope(self) -> Scope:
-        """Whom it is for."""
-        return Scope(self.tenant, self.region)
+    digest: Mapped[Digest]
+    created: Mapped[float]
 
 
 class WebhookRow(Table):
     """How far a project's webhook has read the audit log. seq: the newest entry that it has seen."""
 
     __tablename__ = "webhooks"
-    project: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(64), primary_key=True)
-    seq: Mapped[int] = mapped_column(Integer)
+    project: Mapped[Str64] = mapped_column(primary_key=True)
+    name: Mapped[Str64] = mapped_column(primary_key=True)
+    seq: Mapped[int]
 
 
 class DeliveryRow(Table):
@@ -369,19 +370,19 @@ class DeliveryRow(Table):
     """
 
     __tablename__ = "deliveries"
-    project: Mapped[str] = mapped_column(String(64), primary_key=True)
-    webhook: Mapped[str] = mapped_column(String(64), primary_key=True)
-    event: Mapped[str] = mapped_column(String(64), primary_key=True)
-    seq: Mapped[int] = mapped_column(Integer)
-    type: Mapped[str] = mapped_column(String(64))
-    body: Mapped[str] = mapped_column(Text)
-    attempts: Mapped[int] = mapped_column(Integer, default=0)
-    given_up: Mapped[bool] = mapped_column(Boolean, default=False)
-    due: Mapped[float] = mapped_column(Float)
-    error: Mapped[str] = mapped_column(String(256), default="")
+    project: Mapped[Str64] = mapped_column(primary_key=True)
+    webhook: Mapped[Str64] = mapped_column(primary_key=True)
+    event: Mapped[Str64] = mapped_column(primary_key=True)
+    seq: Mapped[int]
+    type: Mapped[Str64]
+    body: Mapped[Long]
+    attempts: Mapped[int] = mapped_column(default=0)
+    given_up: Mapped[bool] = mapped_column(default=False)
+    due: Mapped[float]
+    error: Mapped[Str256] = mapped_column(default="")
 
 
-class HeldRow(Table):
+class HeldRow(ForScope, Table):
     """An answer that waits for a reviewer, or that one decided on, until `until` (seconds since 1970, as all times).
 
     id: the request's. caller: the user whose token it came with. reasons: the rules that hold it. digest, given: of the
@@ -390,24 +391,22 @@ class HeldRow(Table):
     """
 
     __tablename__ = "held_answers"
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(128))
-    version: Mapped[str] = mapped_column(String(71))
-    tenant: Mapped[str] = mapped_column(String(64), default="")
-    region: Mapped[str] = mapped_column(String(64), default="")
-    caller: Mapped[str] = mapped_column(String(128))
-    reasons: Mapped[list[str]] = mapped_column()
-    digest: Mapped[str] = mapped_column(String(71))
-    given: Mapped[str] = mapped_column(String(71), default="")
-    texts: Mapped[JsonObject] = mapped_column()
-    at: Mapped[float] = mapped_column(Float)
-    deadline: Mapped[float] = mapped_column(Float)
-    until: Mapped[float] = mapped_column(Float, index=True)
-    at_deadline: Mapped[str] = mapped_column(String(8))
-    state: Mapped[str] = mapped_column(String(16))
-    decided_by: Mapped[str] = mapped_column(String(128), default="")
-    reason: Mapped[str] = mapped_column(Text, default="")
-    decided: Mapped[float | None] = mapped_column(Float, default=None)
+    id: Mapped[Str64] = mapped_column(primary_key=True)
+    name: Mapped[Str128]
+    version: Mapped[Digest]
+    caller: Mapped[Str128]
+    reasons: Mapped[list[str]]
+    digest: Mapped[Digest]
+    given: Mapped[Digest] = mapped_column(default="")
+    texts: Mapped[JsonObject]
+    at: Mapped[float]
+    deadline: Mapped[float]
+    until: Mapped[float] = mapped_column(index=True)
+    at_deadline: Mapped[Str8]
+    state: Mapped[Str16]
+    decided_by: Mapped[Str128] = mapped_column(default="")
+    reason: Mapped[Long] = mapped_column(default="")
+    decided: Mapped[float | None] = mapped_column(default=None)
 
 
 Index("held_by_state", HeldRow.state, HeldRow.deadline)
@@ -423,16 +422,16 @@ class ReviewItemRow(Table):
 
     __tablename__ = "review_items"
     __table_args__ = (UniqueConstraint("kind", "subject"),)
-    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    kind: Mapped[str] = mapped_column(String(16))
-    subject: Mapped[str] = mapped_column(String(128))
-    dataset: Mapped[str] = mapped_column(String(71), default="")
-    split: Mapped[str] = mapped_column(String(16), default="")
-    why: Mapped[JsonObject] = mapped_column()
-    messages: Mapped[JsonObject] = mapped_column()
-    wanted: Mapped[int] = mapped_column(Integer)
-    state: Mapped[str] = mapped_column(String(16), index=True)
-    revision: Mapped[int] = mapped_column(Integer, default=0)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[Str16]
+    subject: Mapped[Str128]
+    dataset: Mapped[Digest] = mapped_column(default="")
+    split: Mapped[Str16] = mapped_column(default="")
+    why: Mapped[JsonObject]
+    messages: Mapped[JsonObject]
+    wanted: Mapped[int]
+    state: Mapped[Str16] = mapped_column(index=True)
+    revision: Mapped[int] = mapped_column(default=0)
 
 
 class ReviewDecisionRow(Table):
@@ -442,14 +441,14 @@ class ReviewDecisionRow(Table):
     """
 
     __tablename__ = "review_decisions"
-    item: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    reviewer: Mapped[str] = mapped_column(String(128))
-    decision: Mapped[str] = mapped_column(String(16))
-    reason: Mapped[str] = mapped_column(Text)
-    messages: Mapped[JsonObject] = mapped_column()
-    settles: Mapped[bool] = mapped_column(Boolean)
-    at: Mapped[str] = mapped_column(String(32))
+    item: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    reviewer: Mapped[Str128]
+    decision: Mapped[Str16]
+    reason: Mapped[Long]
+    messages: Mapped[JsonObject]
+    settles: Mapped[bool]
+    at: Mapped[Str32]
 
 
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority, JobRow.id)

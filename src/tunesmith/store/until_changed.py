@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy.orm import Session
 
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.store import Store
 
 Value = TypeVar("Value")
@@ -37,7 +37,7 @@ class UntilChanged(Generic[Value]):
         revision = audit.revision(self._store.engine)
         if (known := self._known(key, revision, holds)) is not None:
             return known
-        with database.reading(self._store.engine) as session:
+        with self._store.reading() as session:
             value = compute(session)
         if len(self._kept) >= self._most:
             self._kept = {}

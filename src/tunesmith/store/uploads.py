@@ -20,7 +20,6 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
-from tunesmith.store import database
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.database import within
 from tunesmith.store.locks import LockHeld, abandoned
@@ -92,7 +91,7 @@ def remove_leftovers(store: Store) -> None:
 def _drop_unless_kept(store: Store, key: str) -> None:
     """Delete a file's bytes, unless the database knows the file: an error may have come after the commit."""
     file = key.removeprefix(_FOLDER).split(".")[0]
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         known = session.scalars(select(FileRow.file).where(FileRow.file == file)).first()
     if known is None:
         store.blobs.delete(key)
@@ -100,7 +99,7 @@ def _drop_unless_kept(store: Store, key: str) -> None:
 
 def find(store: Store, file: str, scope: Scope) -> FileRow | None:
     """A file by its id; None where there is none that the scope covers."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return _row(session, file, scope)
 
 
@@ -112,7 +111,7 @@ def list_files(
     found = select(FileRow).where(*within(FileRow, scope))
     if purpose is not None:
         found = found.where(FileRow.purpose == purpose)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         if after is not None:
             place = _place(session, after, scope)
             found = found.where(FileRow.number > place if oldest_first else FileRow.number < place)

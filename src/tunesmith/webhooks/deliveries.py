@@ -8,13 +8,13 @@ that is killed in between sends it again, with the same id.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, DeliveryRow, WebhookRow
 
@@ -24,19 +24,6 @@ _JITTER = 0.2
 _ENTRIES = 500  # audit entries looked at in one transaction
 _TOGETHER = 20  # deliveries of one webhook sent in a row
 _LISTED = 100
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """An event for a webhook. attempts: those that failed. given_up: it is tried no more. error: the last one."""
-
-    webhook: str
-    event: str
-    type: str
-    body: str
-    attempts: int
-    given_up: bool
-    error: str
 
 
 @dataclass(frozen=True)
@@ -59,11 +46,11 @@ def note_events(
     wanted: the event types that each webhook asks for. A webhook that is new gets what happens from now on, and what
     waits for one that is no longer wanted is dropped. at: the time, in seconds since 1970.
     """
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         newest, known = audit.newest(session).seq, _cursors(session, project)
     if known.keys() == wanted.keys() and all(seq == newest for seq in known.values()):
         return False
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         names = list(wanted)
         session.execute(delete(DeliveryRow).where(DeliveryRow.project == project, DeliveryRow.webhook.not_in(names)))
         session.execute(delete(WebhookRow).where(WebhookRow.project == project, WebhookRow.name.not_in(names)))
@@ -92,22 +79,21 @@ def _cursors(session: Session, project: str) -> dict[str, int]:
     return {row.name: row.seq for row in rows}
 
 
-def due(store: Store, project: str, webhooks: Collection[str], at: float) -> dict[str, list[Delivery]]:
+def due(store: Store, project: str, webhooks: Collection[str], at: float) -> dict[str, Sequence[DeliveryRow]]:
     """The deliveries to be tried now, by webhook, oldest first."""
     found = {}
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         for name in webhooks:
             mine = (DeliveryRow.project == project, DeliveryRow.webhook == name)
             waiting = select(DeliveryRow).where(*mine, DeliveryRow.given_up.is_(False), DeliveryRow.due <= at)
-            rows = session.scalars(waiting.order_by(DeliveryRow.seq).limit(_TOGETHER))
-            if queue := [_delivery(row) for row in rows]:
+            if queue := session.scalars(waiting.order_by(DeliveryRow.seq).limit(_TOGETHER)).all():
                 found[name] = queue
     return found
 
 
-def record(store: Store, project: str, results: Mapping[Delivery, str], at: float) -> None:
+def record(store: Store, project: str, results: Mapping[DeliveryRow, str], at: float) -> None:
     """Delete deliveries that arrived ("" in results), and plan the next attempt of the others, or give them up."""
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         for delivery, problem in results.items():
             # Where another process tried it meanwhile, its result stands.
             same = (
@@ -129,15 +115,15 @@ def count(store: Store, project: str) -> dict[tuple[str, bool], int]:
     """How many deliveries there are, by webhook and whether they were given up."""
     columns = (DeliveryRow.webhook, DeliveryRow.given_up)
     grouped = select(*columns, func.count()).where(DeliveryRow.project == project).group_by(*columns)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return {(webhook, ended): found for webhook, ended, found in session.execute(grouped)}
 
 
-def failed(store: Store, project: str) -> list[Delivery]:
+def failed(store: Store, project: str) -> Sequence[DeliveryRow]:
     """The newest deliveries that failed at least once, newest first."""
     found = select(DeliveryRow).where(DeliveryRow.project == project, DeliveryRow.error != "")
-    with database.reading(store.engine) as session:
-        return [_delivery(row) for row in session.scalars(found.order_by(DeliveryRow.seq.desc()).limit(_LISTED))]
+    with store.reading() as session:
+        return session.scalars(found.order_by(DeliveryRow.seq.desc()).limit(_LISTED)).all()
 
 
 def try_again(session: Session, project: str, webhook: str, at: float) -> int:
@@ -145,7 +131,3 @@ def try_again(session: Session, project: str, webhook: str, at: float) -> int:
     mine = (DeliveryRow.project == project, DeliveryRow.webhook == webhook, DeliveryRow.error != "")
     changed = session.execute(update(DeliveryRow).where(*mine).values(attempts=0, given_up=False, due=at))
     return int(changed.rowcount)  # type: ignore[attr-defined]
-
-
-def _delivery(row: DeliveryRow) -> Delivery:
-    return Delivery(row.webhook, row.event, row.type, row.body, row.attempts, row.given_up, row.error)

@@ -11,15 +11,20 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from pydantic import ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.records.version import ApprovalBody
-from tunesmith.registry.signing.release import Version
-from tunesmith.registry.signing.signatures import PAYLOAD_TYPE, STATEMENT, Untrusted, check_in_time
-from tunesmith.store.people.roles import ACTIONS
+from tunesmith.registry.signing.release import Version, check_owner
+from tunesmith.registry.signing.signatures import (
+    PAYLOAD_TYPE,
+    STATEMENT,
+    Untrusted,
+    check_base64,
+    check_in_time,
+    dsse,
+)
 from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.records import Record
 
@@ -30,7 +35,7 @@ _KEY_CHANGE = "urn:tunesmith:key-change:v1"
 
 def statement_of(version: Version, approval: ApprovalBody) -> JsonObject:
     """The in-toto statement: this approval or refusal is of exactly this digest."""
-    return _stated(version.label, version.digest, approval)
+    return _stated(version.label, version.digest, _APPROVAL, approval.model_dump(mode="json"))
 
 
 def read_statement(statement: Any) -> tuple[str, str, ApprovalBody]:
@@ -39,29 +44,24 @@ def read_statement(statement: Any) -> tuple[str, str, ApprovalBody]:
         (subject,) = statement["subject"]
         label, digest = subject["name"], f"sha256:{subject['digest']['sha256']}"
         approval = ApprovalBody.model_validate(statement["predicate"])
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        if statement != _stated(label, digest, _APPROVAL, approval.model_dump(mode="json")):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
         raise Refused("the statement is not an approval or refusal", fix=NextStep("decide again", "approve")) from error
-    if statement != _stated(label, digest, approval):
-        raise Refused("the statement is not an approval or refusal", fix=NextStep("decide again", "approve"))
     return label, digest, approval
-
-
-def _stated(label: str, digest: str, approval: ApprovalBody) -> JsonObject:
-    return {
-        "_type": STATEMENT,
-        "subject": [{"name": label, "digest": {"sha256": digest.removeprefix("sha256:")}}],
-        "predicateType": _APPROVAL,
-        "predicate": approval.model_dump(mode="json"),
-    }
 
 
 def key_statement(user: str, action: str, label: str, fingerprint: str) -> JsonObject:
     """The in-toto statement by which a user changes a key of theirs. action: user.key or user.key.retire."""
+    return _stated(label, fingerprint, _KEY_CHANGE, {"user": user, "action": action})
+
+
+def _stated(name: str, digest: str, kind: str, predicate: JsonObject) -> JsonObject:
     return {
         "_type": STATEMENT,
-        "subject": [{"name": label, "digest": {"sha256": fingerprint.removeprefix("sha256:")}}],
-        "predicateType": _KEY_CHANGE,
-        "predicate": {"user": user, "action": action},
+        "subject": [{"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}],
+        "predicateType": kind,
+        "predicate": predicate,
     }
 
 
@@ -71,6 +71,11 @@ def public_pem(key: object) -> str:
         raise UsageError("the public key is not an EC P-256 key", fix="openssl ecparam -name prime256v1 -genkey")
     encoded = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return encoded.decode("ascii")
+
+
+def fingerprint_of(key: ec.EllipticCurvePrivateKey) -> str:
+    """The fingerprint of a private key's public half."""
+    return digest_bytes(public_pem(key.public_key()).encode())
 
 
 def signed_bytes(statement: Fields) -> bytes:
@@ -85,7 +90,7 @@ def seal(statement: Fields, key: ec.EllipticCurvePrivateKey) -> bytes:
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]  # it has no __all__
 
-    keyid = digest_bytes(public_pem(key.public_key()).encode()).removeprefix("sha256:")
+    keyid = fingerprint_of(key).removeprefix("sha256:")
     envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
     envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key(), keyid=keyid)))
     return canonical(envelope.to_dict())
@@ -99,14 +104,8 @@ def envelope_of(statement: Fields, fingerprint: str, signature: bytes) -> bytes:
     if len(signature) == 64:
         half = (int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big"))
         signature = encode_dss_signature(*half)
-    document = {
-        "payload": base64.b64encode(canonical(statement)).decode(),
-        "payloadType": PAYLOAD_TYPE,
-        "signatures": [
-            {"keyid": fingerprint.removeprefix("sha256:"), "sig": base64.b64encode(signature).decode()},
-        ],
-    }
-    return canonical(document)
+    payload, encoded = (base64.b64encode(each).decode() for each in (canonical(statement), signature))
+    return canonical(dsse(payload, fingerprint.removeprefix("sha256:"), encoded))
 
 
 def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[Any, TrustedKey]:
@@ -122,16 +121,9 @@ def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[A
         document = parse_json(raw)
         keyid = document["signatures"][0]["keyid"]
         payload, signature = document["payload"], document["signatures"][0]["sig"]
-        expected = {
-            "payload": payload,
-            "payloadType": PAYLOAD_TYPE,
-            "signatures": [{"keyid": keyid, "sig": signature}],
-        }
-        if document != expected or canonical(document) != raw or not isinstance(keyid, str):
+        if document != dsse(payload, keyid, signature) or canonical(document) != raw or not isinstance(keyid, str):
             raise ValueError("not in the form tunesmith signs in")
-        for text in (payload, signature):
-            if base64.b64encode(base64.b64decode(text, validate=True)).decode() != text:
-                raise ValueError("base64 with stray bits")
+        check_base64(payload, signature)
         envelope = Envelope.from_dict(document)
         statement = parse_json(envelope.payload)
     except (ValueError, KeyError, IndexError, TypeError, binascii.Error, TunesmithError) as error:
@@ -178,20 +170,7 @@ def check_approver(version: Version, signer: TrustedKey, approver: TrustedKey) -
 
     signer, approver: the keys that signed the version and the approval.
     """
-    if not approver.active:
-        raise Untrusted(f"approved by {approver.user}, who is deactivated", where=version.label)
-    if ACTIONS["version.approve"].isdisjoint(approver.roles):
-        raise Untrusted(
-            f"{approver.user} may not approve: they are {', '.join(approver.roles)}",
-            where=version.label,
-            fix="have a user with the role approver do it",
-        )
-    if not approver.scope.covers(version.scope):
-        raise Untrusted(
-            f"{approver.user} does not speak for {version.scope}",
-            where=version.label,
-            fix="have an approver of that tenant and region do it",
-        )
+    check_owner(approver, version, "approve", version.label)
     check_not_signer(version, approver.user)
     if approver.fingerprint == signer.fingerprint:
         raise Untrusted(f"{approver.user} approved {version.label} with the key that signed it", where=version.label)

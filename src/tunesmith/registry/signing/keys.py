@@ -20,7 +20,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.system.files import sync_folder, write_atomic
 from tunesmith.core.text.names import check_name
-from tunesmith.registry.signing.attestations import key_statement, public_pem, seal
+from tunesmith.registry.signing.attestations import fingerprint_of, key_statement, public_pem, seal
 from tunesmith.store.people import identities, user_keys
 from tunesmith.store.people.identities import User, UserKey
 from tunesmith.store.people.trust import FIRST_LABEL, key_file
@@ -171,11 +171,6 @@ def _private_files(store: Store, user: str) -> list[Path]:
     first = private_key_path(store, user)
     later = sorted(first.parent.glob(f"{user}@*.pem"))
     return [path for path in (first, *later) if path.is_file()]
-
-
-def fingerprint_of(key: ec.EllipticCurvePrivateKey) -> str:
-    """The fingerprint of a private key's public half."""
-    return digest_bytes(public_pem(key.public_key()).encode())
 
 
 def _write_new(path: Path, key: ec.EllipticCurvePrivateKey) -> None:

@@ -10,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Literal
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
+from tunesmith.core.view import ScopedView
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.records.candidate import BaseBody, CandidateBody
 from tunesmith.records.evaluation import EvaluationBody
@@ -43,15 +42,15 @@ from tunesmith.store.store import Store
 ADAPTER_FILES = frozenset((CONFIG_FILE, ADAPTER_FILE))
 _WHOLE_FILES = frozenset((MODEL_FILE,))
 _PARENTS = frozenset(("candidate", "evaluation", "verdict"))
-
-
+_MAY = {
+    "sign": ("signed", "version.register", "engineer"),
+    "approve": ("approved", "version.approve", "approver"),
+}
 CANARIES = "trained with canaries"  # a mark of a version
 
 
-class Version(BaseModel):
+class Version(ScopedView):
     """A registry entry: a candidate, its evidence by digest, and its tenant and region."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     number: int
@@ -77,11 +76,6 @@ class Version(BaseModel):
     def label(self) -> str:
         """`name@v3`."""
         return str(self.ref)
-
-    @property
-    def scope(self) -> Scope:
-        """For whom it is."""
-        return Scope(self.tenant, self.region)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,20 +147,20 @@ def check_signer(version: Version, key: TrustedKey, where: str | None = None) ->
     """
     where = where or version.label
     check_in_time(key, version.digest, where)
+    check_owner(key, version, "sign", where)
+
+
+def check_owner(key: TrustedKey, version: Version, may: Literal["sign", "approve"], where: str) -> None:
+    """Raise Untrusted unless the owner of a key may do this to a version today: active, by role, and by scope."""
+    done, action, role = _MAY[may]
+    fix = f"have an active user with the role {role} of that tenant and region do it"
     if not key.active:
-        raise Untrusted(f"signed by {key.user}, who is deactivated", where=where, fix="register it as an active user")
-    if ACTIONS["version.register"].isdisjoint(key.roles):
-        raise Untrusted(
-            f"{key.user} may not sign versions: their roles are {', '.join(key.roles)}",
-            where=where,
-            fix="register it as a user with the role engineer",
-        )
+        raise Untrusted(f"{done} by {key.user}, who is deactivated", where=where, fix=fix)
+    if ACTIONS[action].isdisjoint(key.roles):
+        roles = ", ".join(key.roles)
+        raise Untrusted(f"{key.user} may not {may} versions: their roles are {roles}", where=where, fix=fix)
     if not key.scope.covers(version.scope):
-        raise Untrusted(
-            f"{key.user}'s key does not speak for {version.scope}",
-            where=where,
-            fix="register it as a user of that tenant and region",
-        )
+        raise Untrusted(f"{key.user} does not speak for {version.scope}", where=where, fix=fix)
 
 
 def check_expiry(version: Version, where: str | None = None) -> None:
@@ -265,7 +259,7 @@ def _read_record(path: Path) -> Record:
     try:
         raw = path.read_bytes()
         record = Record.model_validate(parse_json(raw))
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:
         raise Refused(f"not a record: {type(error).__name__}", where=str(path), fix=FIX) from error
     if record.encoded != raw:
         raise Refused("not in canonical form", where=str(path), fix=FIX)

@@ -179,17 +179,11 @@ def _read_bundle(path: Path) -> tuple[str, JsonObject]:
         expected = {
             "mediaType": _MEDIA_TYPE,
             "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
-            "dsseEnvelope": {
-                "payload": payload,
-                "payloadType": PAYLOAD_TYPE,
-                "signatures": [{"sig": signature, "keyid": ""}],
-            },
+            "dsseEnvelope": dsse(payload, "", signature),
         }
         if document != expected or canonical(document) != raw:
             raise ValueError("not in the form tunesmith signs in")
-        for text in (payload, signature):
-            if base64.b64encode(base64.b64decode(text, validate=True)).decode() != text:
-                raise ValueError("base64 with stray bits")
+        check_base64(payload, signature)
         statement = parse_json(base64.b64decode(payload))
         if not isinstance(hint, str) or not isinstance(statement, dict):
             raise ValueError("not a statement by a key")
@@ -249,6 +243,22 @@ def _check_cryptography(folder: Path, key: TrustedKey) -> None:
         # The signature is genuine but not about these files: name the file that differs, if there is one.
         _check_statement(folder, _read_bundle(folder / SIGNATURE)[1])
         raise _refusal(folder / SIGNATURE, f"model-signing refuses it: {error}") from error
+
+
+def dsse(payload: str, keyid: str, signature: str) -> JsonObject:
+    """A DSSE envelope. payload, signature: base64."""
+    return {
+        "payload": payload,
+        "payloadType": PAYLOAD_TYPE,
+        "signatures": [{"keyid": keyid, "sig": signature}],
+    }
+
+
+def check_base64(*texts: str) -> None:
+    """Raise ValueError unless each text is the one spelling of its bytes in base64."""
+    for text in texts:
+        if base64.b64encode(base64.b64decode(text, validate=True)).decode() != text:
+            raise ValueError("base64 with stray bits")
 
 
 def _refusal(path: Path, what: str) -> Refused:

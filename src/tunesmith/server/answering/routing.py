@@ -218,7 +218,7 @@ class Router:
 
     def _champion(self, session: Session, model: str, name: str, scope: Scope) -> _Choice:
         for covering in scope.covering():
-            alias = get_alias(session, name, "champion", covering)
+            alias = get_alias(session, name, covering)
             if alias is None:
                 continue
             stable = load_version(self._store, alias.version, session)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, StrictInt, StrictStr, ValidationError
 
@@ -75,19 +75,7 @@ class AnchorsFound:
             self.problems.append(f"{where} is not an anchor: it was cut off or edited")
 
 
-class AnchorPlace(Protocol):
-    """Where anchors are kept. name: what the log and messages call it."""
-
-    name: str
-
-    def read(self) -> AnchorsFound:
-        """All anchors, oldest first. Raises TunesmithError where the place cannot be read."""
-
-    def write(self, anchor: Anchor, keep_until: datetime) -> datetime | None:
-        """Add an anchor; returns until when nobody can remove it, None if somebody can."""
-
-
-def open_place(text: str, root: Path) -> AnchorPlace:
+def open_place(text: str, root: Path) -> FilePlace | BucketPlace:
     """The place that a person named. root: of the store. Raises UsageError for a place inside it, or no place."""
     if text.startswith("s3://"):
         bucket, _, prefix = text.removeprefix("s3://").partition("/")
@@ -107,13 +95,13 @@ def open_place(text: str, root: Path) -> AnchorPlace:
 
 
 class FilePlace:
-    """A file of JSON lines."""
+    """A file of JSON lines. name: what the log and messages call it. Raises TunesmithError where it cannot be used."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
 
     def read(self) -> AnchorsFound:
-        """All anchors. A missing file holds none."""
+        """All anchors, oldest first. A missing file holds none."""
         found = AnchorsFound()
         try:
             with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
@@ -132,7 +120,7 @@ class FilePlace:
         return found
 
     def write(self, anchor: Anchor, keep_until: datetime) -> datetime | None:
-        """Add a line and sync it. A line that does not fit is taken back."""
+        """Add a line and sync it; None, since somebody can remove it. A line that does not fit is taken back."""
         line = anchor.encoded + b"\n"
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o644)
@@ -174,7 +162,7 @@ class BucketPlace:
         self.name = f"s3://{bucket}/{self._prefix}".rstrip("/")
 
     def read(self) -> AnchorsFound:
-        """The anchors of all versions of all objects in the folder."""
+        """The anchors of all versions of all objects in the folder, oldest first."""
         found = AnchorsFound()
         versions, deleted = list[JsonObject](), set[str]()
         for page in self._pages():
@@ -194,7 +182,8 @@ class BucketPlace:
         return found
 
     def write(self, anchor: Anchor, keep_until: datetime) -> datetime | None:
-        """Put an object that nobody, the account's owner included, can change or delete before keep_until."""
+        """Put an object that nobody, the account's owner included, can change or delete before keep_until,
+        which it returns."""
         what = self._call("get_object_lock_configuration").get("ObjectLockConfiguration") or {}
         if what.get("ObjectLockEnabled") != "Enabled":
             raise self._no_lock()
@@ -248,6 +237,10 @@ class BucketPlace:
             where=self.name,
             fix="make a bucket with Object Lock",
         )
+
+
+# Where anchors are kept.
+AnchorPlace: TypeAlias = FilePlace | BucketPlace
 
 
 def _read(system: Any, *, path: str, version: str) -> bytes:

@@ -26,40 +26,30 @@ class BlobStore(Protocol):
 
     def put(self, key: str, data: bytes, *, private: bool = False) -> None:
         """Write an object, in place of one that is there. private: only this user may read it."""
-        ...
 
     def put_file(self, key: str, source: Path) -> None:
         """Write an object from a local file without reading it into memory. The file is used up."""
-        ...
 
     def get(self, key: str) -> bytes:
         """An object's bytes. Raises FileNotFoundError."""
-        ...
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """An object's bytes as they are kept, never from a cache; not all in memory. Raises FileNotFoundError."""
-        ...
 
     def path(self, key: str) -> Path:
         """A local file with an object's bytes, for reading. It need not exist where the object does not."""
-        ...
 
     def folder(self, prefix: str) -> Path:
         """A local folder with the objects under a prefix, for reading."""
-        ...
 
     def exists(self, key: str) -> bool:
         """Whether there is an object under a key."""
-        ...
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Keys that begin with a prefix, which ends in `/`, in alphabetical order."""
-        ...
 
     def delete(self, key: str) -> None:
         """Remove an object. One that is not there is no error."""
-        ...
 
     def where(self, key: str) -> str:
         """Where an object is, for messages."""
-        ...

@@ -142,10 +142,7 @@ class S3Blobs:
         """Remove an object and its copy in the cache."""
         with self._told(key):
             self._store.delete(key)
-        if named_digest(key) is None:
-            (self._cache.root / "current" / key).unlink(missing_ok=True)
-        else:
-            self._cache.drop(key)
+        self._cache.drop(f"current/{key}" if named_digest(key) is None else key)
 
     def where(self, key: str) -> str:
         """The object's URL."""

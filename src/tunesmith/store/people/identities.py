@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -24,8 +23,9 @@ from tunesmith.core.errors import Forbidden, NextStep, NotThere, Refused, UsageE
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name, check_new_name
-from tunesmith.store import audit, database
-from tunesmith.store.people.roles import ACTIONS, ROLES, Role
+from tunesmith.core.view import ScopedView, View
+from tunesmith.store import audit
+from tunesmith.store.people.roles import ACTIONS, ROLES, Role, chosen
 from tunesmith.store.people.trust import (
     FIRST_LABEL,
     KeyStatus,
@@ -35,17 +35,15 @@ from tunesmith.store.people.trust import (
     keys_of_users,
     write_trust,
 )
-from tunesmith.store.store import Store
+from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import AuditRow, KeyRow, TokenRow, UserRow
 
 
-class UserKey(BaseModel):
+class UserKey(View):
     """A user's public key in PEM. until: the first audit entry that no longer records a signature by it, once it ended.
 
     proven_by: the fingerprint of the older key that proved the enrolment, "" without such a proof.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     label: str
     fingerprint: str
@@ -56,13 +54,11 @@ class UserKey(BaseModel):
     until: int | None = None
 
 
-class User(BaseModel):
+class User(ScopedView):
     """A person or a service. tenant, region: what they may act for; "" means all. keys: all they had, oldest first.
 
     groups: the groups whose documents they may see.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     roles: tuple[Role, ...]
@@ -103,11 +99,6 @@ class User(BaseModel):
                 fix="act as a user who may, or have an admin change their roles",
             )
 
-    @property
-    def scope(self) -> Scope:
-        """What they may act for."""
-        return Scope(self.tenant, self.region)
-
 
 # The acting user
 
@@ -124,7 +115,7 @@ def ensure_owner(store: Store) -> User:
 
     Also writes the list of trusted keys where a command that changed users was killed before it did.
     """
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         name = first_user(session)
         published = is_written(store.blobs, keys_of_users(session))
     if not published:
@@ -197,7 +188,7 @@ def add_user(
     if actor may not add users or if the key was enrolled before. Then there is no new user.
     """
     check_name(name, "user name")
-    given, member_of = _roles(roles), _groups(groups)
+    given, member_of = chosen(roles, ROLES, "role", "a user"), _groups(groups)
     with changing(store, actor, "user.add", name) as (session, detail):
         if session.get(UserRow, name) is not None:
             raise UsageError(f"there is already a user {name}", fix=NextStep("change their roles", "users roles"))
@@ -212,11 +203,10 @@ def add_user(
 
 def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> User:
     """Replace a user's roles. Raises Refused if no admin would be left."""
-    given = _roles(roles)
+    given = chosen(roles, ROLES, "role", "a user")
     with changing(store, actor, "user.roles", name) as (session, detail):
         row = user_row(session, name)
-        detail["before"] = list(row.roles)
-        row.roles = list(given)
+        detail["before"], row.roles = list(row.roles), given
         _keep_an_admin(session)
         detail["user"] = state(row)
     return get_user(store, name)
@@ -227,8 +217,7 @@ def set_groups(store: Store, name: str, groups: Iterable[str], *, actor: str) ->
     given = _groups(groups)
     with changing(store, actor, "user.groups", name) as (session, detail):
         row = user_row(session, name)
-        detail["before"] = list(row.groups)
-        row.groups = given
+        detail["before"], row.groups = list(row.groups), given
         detail["user"] = state(row)
     return get_user(store, name)
 
@@ -259,15 +248,13 @@ def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_
     """Give a user a key, inside the caller's change. Raises Refused if it was enrolled before, by anybody."""
     fingerprint = digest_bytes(public_key.encode())
     check_new_key(session, row.name, fingerprint)
-    enrolled = audit.newest(session).seq + 1
     row.keys.append(
         KeyRow(
             fingerprint=fingerprint,
             user=row.name,
             label=label,
             public_key=public_key,
-            status="active",
-            enrolled=enrolled,
+            enrolled=audit.newest(session).seq + 1,
             proven_by=proven_by,
         )
     )
@@ -286,45 +273,26 @@ def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
 def publish_trust(store: Store) -> None:
     """Write the store's list of trusted keys from its users."""
     # Writers of the database take turns, so the list never goes back to older users.
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         write_trust(store.blobs, trusted_keys(session))
 
 
 def state(row: UserRow) -> dict[str, Any]:
     """What the audit log keeps of a user after a change, so that a row that was changed without it can be found."""
-    return {
-        "name": row.name,
-        "roles": list(row.roles),
-        "tenant": row.tenant,
-        "region": row.region,
-        # Left out where there are none, as in the entries of a log that is older than groups.
-        **({"groups": list(row.groups)} if row.groups else {}),
-        "active": row.active,
-        "keys": [
-            {
-                "label": key.label,
-                "fingerprint": digest_bytes(key.public_key.encode()),
-                "status": key.status,
-                "enrolled": key.enrolled,
-                "proven_by": key.proven_by,
-                "until": key.until,
-            }
-            for key in row.keys
-        ],
-    }
+    # The groups are left out where there are none, as in the entries of a log that is older than groups.
+    parts = ("name", "roles", "tenant", "region", *(["groups"] if row.groups else []), "active")
+    of_key = ("label", "status", "enrolled", "proven_by", "until")
+    keys = [
+        {"fingerprint": digest_bytes(key.public_key.encode()), **{part: getattr(key, part) for part in of_key}}
+        for key in row.keys
+    ]
+    return {**{part: getattr(row, part) for part in parts}, "keys": keys}
 
 
 def token_state(row: TokenRow) -> dict[str, Any]:
     """What the audit log keeps of a token after a change. When it was used last is no part of it."""
-    return {
-        "user": row.user,
-        "name": row.name,
-        "token": digest_bytes(row.digest.encode()),
-        "scopes": list(row.scopes),
-        "created": row.created,
-        "expires": row.expires,
-        "revoked": row.revoked,
-    }
+    parts = ("user", "name", "scopes", "created", "expires", "revoked")
+    return {"token": digest_bytes(row.digest.encode()), **{part: getattr(row, part) for part in parts}}
 
 
 class _AlreadyThere(Exception):
@@ -354,16 +322,6 @@ def changing(
     publish_trust(store)
 
 
-@contextlib.contextmanager
-def session_of(where: Store | Session) -> Iterator[Session]:
-    """The caller's session, or one that reads a store."""
-    if isinstance(where, Session):
-        yield where
-    else:
-        with database.reading(where.engine) as session:
-            yield session
-
-
 def _user(row: UserRow) -> User:
     return User.model_validate(row, from_attributes=True)
 
@@ -387,17 +345,6 @@ def _shown(name: str) -> str:
         return check_name(name, "user name")
     except UsageError:
         return "(no user's name)"
-
-
-def _roles(roles: Iterable[str]) -> list[str]:
-    given = sorted(set(roles))
-    unknown = [role for role in given if role not in ROLES]
-    if unknown or not given:
-        raise UsageError(
-            f"{unknown[0]!r} is not a role" if unknown else "a user needs at least one role",
-            fix=f"roles are {', '.join(ROLES)}",
-        )
-    return given
 
 
 def _groups(groups: Iterable[str]) -> list[str]:

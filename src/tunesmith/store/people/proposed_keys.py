@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.store import database
 from tunesmith.store.people.identities import User, changing, check_new_key
 from tunesmith.store.people.sessions import link_maker
 from tunesmith.store.people.user_keys import enrol_key
@@ -74,7 +73,7 @@ def confirm_key(store: Store, name: str, fingerprint: str, *, actor: str, sessio
         raise Refused(f"{name} proposed this key", where=name, fix=fix)
     hands = {actor}
     if session is not None:
-        with database.reading(store.engine) as reading:
+        with store.reading() as reading:
             hands.add(link_maker(reading, session, actor) or actor)
     if both := hands & {name, found.link_by}:
         raise Refused(
@@ -96,7 +95,7 @@ def reject_key(store: Store, name: str, fingerprint: str, *, actor: str) -> Prop
 
 def waiting_keys(store: Store, name: str | None = None) -> list[ProposedKey]:
     """The keys that wait, the oldest first. name: only those of this user."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return _waiting(session, name)
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, get_args
+
+from tunesmith.core.errors import UsageError
 
 Role = Literal["engineer", "steward", "approver", "operator", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 # What a token lets its holder call, within what the user's roles permit. all: everything.
 TokenScope = Literal["chat", "feedback", "jobs", "decisions", "read", "rows", "operate", "tokens", "all"]
 TOKEN_SCOPES: tuple[TokenScope, ...] = get_args(TokenScope)
+
+
+def chosen(given: Iterable[str], known: Sequence[str], what: str, owner: str) -> list[str]:
+    """The given roles or scopes, sorted. Raises UsageError for an unknown one, and for none."""
+    names = sorted(set(given))
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        said = f"{unknown[0][:80]!r} is not a {what}" if unknown else f"{owner} needs at least one {what}"
+        raise UsageError(said, fix=f"{what}s are {', '.join(known)}")
+    return names
+
 
 # Action -> the roles that permit it. An action that is not listed is permitted to nobody. An admin may not approve: an
 # admin who also approves took the role approver, and the audit log shows it.

@@ -7,6 +7,7 @@ before holds for another minute, for requests that were under way.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +17,6 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
-from tunesmith.store import database
 from tunesmith.store.people.identities import User, changing, get_user, user_row
 from tunesmith.store.people.tokens import secret_digest, time_or_now
 from tunesmith.store.store import Store
@@ -56,7 +56,7 @@ def make_link(store: Store, name: str, *, actor: str, account: str = "", now: fl
 
 def link_user(store: Store, link: str, *, now: float | None = None) -> User | None:
     """Whom a link would log in now; None where it was used, has ended or never was."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         row = session.get(LoginLinkRow, secret_digest(link))
         if row is None or row.until < time_or_now(now):
             return None
@@ -77,37 +77,26 @@ def open_session(
     returned where another request was first."""
     secret, at, number = secrets.token_urlsafe(_BYTES), time_or_now(now), secrets.token_hex(16)
     detail: dict[str, str | None] = {"session": _shown(number), "how": how}
-    try:
-        with store.change(name, _OPENED, name, detail) as session:
-            user = get_user(session, name)
-            if link is not None:
-                used = delete(LoginLinkRow).where(LoginLinkRow.digest == secret_digest(link))
-                detail["by"] = session.scalars(used.returning(LoginLinkRow.made_by)).first()
-                if detail["by"] is None:
-                    raise _AlreadyUsed
-            if not user.active:
-                raise Refused(f"{name} is deactivated", fix="ask an admin")
-            session.execute(delete(SessionRow).where(or_(SessionRow.until < at, SessionRow.used < at - IDLE_SECONDS)))
-            session.add(
-                SessionRow(
-                    id=number,
-                    digest=secret_digest(secret),
-                    user=name,
-                    opened=at,
-                    changed=at,
-                    used=at,
-                    until=at + SESSION_SECONDS,
-                )
-            )
-    except _AlreadyUsed:
-        return None
-    return OpenSession(number, user, secret)
+    with contextlib.suppress(_AlreadyUsed), store.change(name, _OPENED, name, detail) as session:
+        user = get_user(session, name)
+        if link is not None:
+            used = delete(LoginLinkRow).where(LoginLinkRow.digest == secret_digest(link))
+            detail["by"] = session.scalars(used.returning(LoginLinkRow.made_by)).first()
+            if detail["by"] is None:
+                raise _AlreadyUsed
+        if not user.active:
+            raise Refused(f"{name} is deactivated", fix="ask an admin")
+        session.execute(delete(SessionRow).where(or_(SessionRow.until < at, SessionRow.used < at - IDLE_SECONDS)))
+        times = {"opened": at, "changed": at, "used": at, "until": at + SESSION_SECONDS}
+        session.add(SessionRow(id=number, digest=secret_digest(secret), user=name, **times))
+        return OpenSession(number, user, secret)
+    return None
 
 
 def continue_session(store: Store, secret: str, *, now: float | None = None) -> OpenSession | None:
     """The session of a cookie, with the cookie's next value where it is time for one. None where it may not go on."""
     at, digest = time_or_now(now), secret_digest(secret)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         found = _row(session, digest)
         if found is None or not _may_go_on(found, digest, at):
             return None
@@ -117,7 +106,7 @@ def continue_session(store: Store, secret: str, *, now: float | None = None) -> 
     replaces = found.digest == digest and at - found.changed >= REPLACE_SECONDS
     if not replaces and at - found.used < _USED_SECONDS:
         return OpenSession(found.id, user, None)
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         row = _row(session, digest)
         if row is None:
             return None
@@ -129,19 +118,15 @@ def continue_session(store: Store, secret: str, *, now: float | None = None) -> 
     return OpenSession(found.id, user, following)
 
 
-def is_open(store: Store, number: str, *, now: float | None = None) -> bool:
+def is_open(store: Store, number: str) -> bool:
     """Whether a session may still go on."""
-    with database.reading(store.engine) as session:
-        row = session.get(SessionRow, number)
-        if row is None or not _may_go_on(row, row.digest, time_or_now(now)):
-            return False
-        return get_user(session, row.user).active
+    return bool(open_among(store, [number]))
 
 
 def open_among(store: Store, numbers: Sequence[str], *, now: float | None = None) -> frozenset[str]:
     """Those of some sessions that may still go on."""
     query = select(SessionRow).join(UserRow, UserRow.name == SessionRow.user)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.scalars(query.where(SessionRow.id.in_(numbers), UserRow.active))
         return frozenset(row.id for row in rows if _may_go_on(row, row.digest, time_or_now(now)))
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
@@ -21,11 +20,10 @@ from tunesmith.core.clock import day
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.text.names import check_name
-from tunesmith.store import database
-from tunesmith.store.people import identities
+from tunesmith.core.view import View
 from tunesmith.store.people.identities import User, changing, get_user, token_state, user_row
-from tunesmith.store.people.roles import TOKEN_SCOPES, TokenScope
-from tunesmith.store.store import Store
+from tunesmith.store.people.roles import TOKEN_SCOPES, TokenScope, chosen
+from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import TokenRow, UserRow
 
 # Secret scanners, and the privacy scan of rows, recognise a leaked token by its prefix and length.
@@ -37,10 +35,8 @@ _MOST = 100  # tokens of one user that work
 TokenStatus = Literal["active", "expired", "revoked"]
 
 
-class Token(BaseModel):
+class Token(View):
     """One token. expires: None never. revoked, used: when; None if it was not. used is about a minute late."""
-
-    model_config = ConfigDict(frozen=True)
 
     user: str
     name: str
@@ -150,7 +146,7 @@ def authenticate(where: Store | Session, secret: str, *, now: float | None = Non
     its duration does not show how close a guess was.
     """
     digest = secret_digest(secret)
-    with identities.session_of(where) as session:
+    with session_of(where) as session:
         row = session.get(TokenRow, digest)
         owner = session.get(UserRow, row.user) if row is not None else None
         if row is None or owner is None or not owner.active or not hmac.compare_digest(row.digest, digest):
@@ -164,7 +160,7 @@ def authenticate(where: Store | Session, secret: str, *, now: float | None = Non
 def list_tokens(where: Store | Session, user: str | None = None) -> list[Token]:
     """The tokens of a user or of all users, ended ones included, oldest first for each user."""
     query = select(TokenRow).order_by(TokenRow.user, TokenRow.created, TokenRow.name)
-    with identities.session_of(where) as session:
+    with session_of(where) as session:
         if user is not None:
             query = query.where(TokenRow.user == get_user(session, user).name)
         return [_token(row) for row in session.scalars(query)]
@@ -172,21 +168,14 @@ def list_tokens(where: Store | Session, user: str | None = None) -> list[Token]:
 
 def note_use(store: Store, used: Mapping[str, float]) -> None:
     """Keep when tokens, by their digests, were used last. This is no change of state, so it leaves no audit entry."""
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         for digest, at in used.items():
             session.execute(update(TokenRow).where(TokenRow.digest == digest).values(used=at))
 
 
 def check_scopes(scopes: Iterable[str]) -> list[str]:
     """The scopes, sorted. Raises UsageError for an unknown one, and for none."""
-    given = sorted(set(scopes))
-    unknown = [scope for scope in given if scope not in TOKEN_SCOPES]
-    if unknown or not given:
-        raise UsageError(
-            f"{unknown[0][:80]!r} is not a scope" if unknown else "a token needs at least one scope",
-            fix=f"scopes are {', '.join(TOKEN_SCOPES)}",
-        )
-    return given
+    return chosen(scopes, TOKEN_SCOPES, "scope", "a token")
 
 
 def _row(session: Session, user: str, name: str) -> TokenRow:

@@ -22,8 +22,7 @@ from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.text_files import read_text_file
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import Frozen
+from tunesmith.core.view import ScopedView
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 
@@ -34,7 +33,7 @@ KeyStatus = Literal["active", "retired", "revoked"]
 _SIGNING = ("version.register", "version.approve", "version.refuse")
 
 
-class TrustedKey(Frozen):
+class TrustedKey(ScopedView):
     """A user's public key with their roles and scope.
 
     tenant, region: "" means all. active: whether the user is; a deactivated user's keys stay in the list, so that a
@@ -60,11 +59,6 @@ class TrustedKey(Frozen):
             raise ValueError(f"the fingerprint of {self.user}'s key does not match the key")
         return self
 
-    @property
-    def scope(self) -> Scope:
-        """What its owner may act for."""
-        return Scope(self.tenant, self.region)
-
     def counts_for(self, digest: str) -> bool:
         """Whether its signature over the version or approval with a digest counts."""
         return self.status == "active" or digest in self.signed
@@ -80,17 +74,13 @@ def keys_of_users(session: Session) -> tuple[TrustedKey, ...]:
     users = list(session.scalars(select(UserRow).order_by(UserRow.name)))
     signed = _signed_in_time(session, [key for user in users for key in user.keys if key.status != "active"])
     return tuple(
-        TrustedKey(
+        TrustedKey.of(
+            key,
             user=user.name,
-            label=key.label,
             roles=tuple(user.roles),
-            tenant=user.tenant,
-            region=user.region,
+            **user.scope.fields(),
             active=user.active,
-            status=key.status,  # type: ignore[arg-type]  # pydantic checks it
             signed=tuple(sorted(signed.get(key.fingerprint, ()))),
-            public_key=key.public_key,
-            fingerprint=key.fingerprint,
         )
         for user in users
         for key in user.keys

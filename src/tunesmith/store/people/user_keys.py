@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.text.names import check_name
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people.identities import User, add_key, changing, get_user, state, user_row
 from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.people.trust import KeyStatus
@@ -114,7 +114,7 @@ def enrolled_by(store: Store, actor: str, since: int) -> dict[str, str]:
         AuditRow.actor == actor, AuditRow.action.in_(("user.add", "user.key")), AuditRow.seq >= since
     )
     found: dict[str, str] = {}
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         for row in session.scalars(entries.order_by(AuditRow.seq)):
             for key in row.detail["user"]["keys"]:
                 if key["enrolled"] == row.seq:
