@@ -14,11 +14,15 @@ Found = TypeVar("Found")
 
 
 def until(found: Callable[[], Found], seconds: float = SECONDS) -> Found:
-    """Call it until it returns something true, and return that. Raises AssertionError after many seconds."""
-    end = time.monotonic() + seconds
+    """Call it until it returns something true, and return that. Raises AssertionError after many seconds.
+
+    The longer it takes, the more seldom it is called: many calls ask a database or a server, which keeps a core busy.
+    """
+    begin = time.monotonic()
     while not (now := found()):
-        assert time.monotonic() < end, f"it did not happen within {seconds:g} s"
-        time.sleep(0.01)
+        waited = time.monotonic() - begin
+        assert waited < seconds, f"it did not happen within {seconds:g} s"
+        time.sleep(min(0.1, 0.01 + waited / 30))
     return now
 
 

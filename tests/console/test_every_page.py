@@ -16,8 +16,8 @@ from tunesmith.registry.versions import Version
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.roles import ROLES
 
-# Right-to-left marks, characters without a width, and 10,000 characters without a space.
-HOSTILE = "\u202eright to left\u202c \u200b\u200d\u2066 \u05d0\u05d1\u05d2 " + "W" * 10_000
+# Right-to-left marks, characters without a width, and more characters without a space than fit any screen.
+HOSTILE = "\u202eright to left\u202c \u200b\u200d\u2066 \u05d0\u05d1\u05d2 " + "W" * 1_000
 FILL = """text => {
   const inside = "td, th, dd, li, p, h1, h2, h3, summary, a, code, .badge, option, label".split(", ");
   const fields = inside.map((each) => `main ${each}`);

@@ -36,6 +36,7 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.server.console import changes
 from tunesmith.server.console.changes import Changes
 from tunesmith.server.console.routing import COOKIE, SECURE_COOKIE, Viewer, local_page
 from tunesmith.server.errors import not_stored, passes
@@ -214,7 +215,8 @@ def test_strange_addresses_are_no_faults_of_the_server(served: Served) -> None:
 
 
 @pytest.mark.attack("people", "live changes after the session has ended")
-def test_changes_end_with_the_session(served: Served) -> None:
+def test_changes_end_with_the_session(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "_ALIVE_SECONDS", 1.0)  # after so long the stream asks whether it may go on
     store, cookie = served.scene.store, cookie_of(served)
     found = sessions.continue_session(store, cookie)
     assert found is not None

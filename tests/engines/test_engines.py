@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -264,16 +265,18 @@ def test_opening_says_that_there_is_no_compiler(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_decoding_stops_before_the_process_ends(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.write_bytes(pickle.dumps((base_of_family(tmp_path, "llama"), _requests(max_tokens=400))))
     script = f"""
-import atexit, threading, time
+import atexit, pickle, threading, time
 
 # Called last, since it is registered first: the decoding thread must be gone by then.
 atexit.register(lambda: print([each.name for each in threading.enumerate() if "decoding" in each.name]))
-from pathlib import Path
-from tests.engines.test_engines import NativeEngine, _requests, base_of_family
+from tunesmith.engines.native.engine import NativeEngine
 
-engine = NativeEngine(base_of_family(Path({str(tmp_path)!r}), "llama"))
-threading.Thread(target=lambda: engine.generate(_requests(max_tokens=400)), daemon=True).start()
+base, requests = pickle.load(open({str(given)!r}, "rb"))
+engine = NativeEngine(base)
+threading.Thread(target=lambda: engine.generate(requests), daemon=True).start()
 while not any("decoding" in each.name for each in threading.enumerate()):
     time.sleep(0.01)
 """

@@ -20,7 +20,7 @@ from tests.server.conftest import HELLO, Served, StartServer
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.server.test_faults import head, raw
-from tests.waiting import SECONDS, until
+from tests.waiting import until
 from tunesmith.engines.protocol import Completion
 
 LIMIT = 1 << 20
@@ -132,13 +132,16 @@ def test_dribbled_requests_are_closed(quick: Served, happened: Happened) -> None
     with raw(quick, head(quick, 500) + b'{"model": ') as slow:
         answer = b"".join(iter(lambda: slow.recv(4096), b""))  # head and body may come apart
     assert (b" 408 " in answer, b"body_too_slow" in answer) == (True, True)
-    for start in starts:
-        connection, end = raw(quick, start), time.monotonic() + SECONDS
-        with connection, contextlib.suppress(OSError):
-            while not closed(connection):
-                assert time.monotonic() < end
-                connection.sendall(b"x")
-                time.sleep(0.1)
+    with contextlib.ExitStack() as stack:
+        slow_ones = [stack.enter_context(raw(quick, start)) for start in starts]
+
+        def all_closed() -> bool:
+            for connection in slow_ones:
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"x")
+            return all(closed(connection) for connection in slow_ones)
+
+        until(all_closed)
     happened("closed in time", len(starts))
 
 
@@ -179,16 +182,16 @@ def test_a_stream_that_nobody_reads_is_closed(quick: Served) -> None:
 
 
 @pytest.mark.attack("serving", "a large answer that is read slowly but steadily", "read to its end")
-@pytest.mark.parametrize("connection", ["keep-alive", "close"])
-def test_a_steady_reader_gets_the_whole_answer(start_server: StartServer, engine: FakeEngine, connection: str) -> None:
+def test_a_steady_reader_gets_the_whole_answer(start_server: StartServer, engine: FakeEngine) -> None:
     engine.answer = lambda _request, _adapter: "x" * (24 * LIMIT)
     served = start_server(unread_seconds=2)
     body = json.dumps({"model": NAME, "messages": HELLO}).encode()
-    start = head(served, len(body)).replace(b"\r\n\r\n", b"\r\nConnection: %s\r\n\r\n" % connection.encode())
-    got = 0
-    with raw(served, start + body, room=262_144) as steady:
-        while got < 24 * LIMIT:
-            piece = steady.recv(1 << 20)
-            assert piece, f"cut after {got} bytes"
-            got += len(piece)
+    starts = [head(served, len(body))[:-2] + b"Connection: %s\r\n\r\n" % each for each in (b"keep-alive", b"close")]
+    with contextlib.ExitStack() as stack:
+        got = {stack.enter_context(raw(served, start + body, room=262_144)): 0 for start in starts}
+        while steady := [connection for connection, length in got.items() if length < 24 * LIMIT]:
+            for connection in steady:
+                piece = connection.recv(1 << 20)
+                assert piece, f"cut after {got[connection]} bytes"
+                got[connection] += len(piece)
             time.sleep(0.1)  # five seconds in all, more than twice what may pass unread

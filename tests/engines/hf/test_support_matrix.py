@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hf_models import FAMILIES as HF_FAMILIES
 from tests.hf_models import write_hf_model
+from tests.made_once import MadeOnce
 from tests.process_group import run_ranks
 from tests.tiny import SIZES, WIDE, row, write_model
 from tunesmith.core.errors import Refused
@@ -108,14 +109,16 @@ def _rank(rank: int, _size: int, folder: Path, cases: list[tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def trained_together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_together(made_once: MadeOnce) -> Path:
     """The results of all cells that two ranks train."""
-    folder = tmp_path_factory.mktemp("together")
-    for family in {family for family, _ in SEVERAL}:
-        _base(folder, family)
-    numbered = [(number, *case) for number, case in enumerate(SEVERAL)]
-    assert run_ranks(_rank, 2, folder / "meeting", folder, numbered) == [0, 0]
-    return folder
+
+    def train(folder: Path) -> None:
+        for family in {family for family, _ in SEVERAL}:
+            _base(folder, family)
+        numbered = [(number, *case) for number, case in enumerate(SEVERAL)]
+        assert run_ranks(_rank, 2, folder / "meeting", folder, numbered) == [0, 0]
+
+    return made_once("trained-together", train)
 
 
 @pytest.mark.slow
