@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import progress
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 from rich.table import Column
@@ -15,6 +14,9 @@ from rich.text import Text
 from tunesmith.cli.terminal import Drawn
 from tunesmith.core.progress import Task
 from tunesmith.core.text.display import printable, printable_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class PlainConsole(Console):
@@ -57,6 +59,8 @@ class _PrintableRenderable:
 @contextlib.contextmanager
 def bar(title: str, total: float) -> Iterator[Task]:
     """Show a progress bar for a step of total units on stderr."""
+    from rich import progress
+
     columns = (
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(bar_width=28),
@@ -71,7 +75,7 @@ def bar(title: str, total: float) -> Iterator[Task]:
 
 
 class _BarTask:
-    def __init__(self, display: progress.Progress, identifier: progress.TaskID) -> None:
+    def __init__(self, display: Progress, identifier: TaskID) -> None:
         self._display, self._identifier = display, identifier
 
     def advance(self, amount: float = 1.0) -> None:
