@@ -24,9 +24,9 @@ import numpy as np
 from leakage import FOLDER
 from tunesmith.data.dataset import load_dataset
 from tunesmith.engines.protocol import Question
-from tunesmith.evaluation.gates.probe_judging import WIDEST_BITS
+from tunesmith.evaluation.probes.memory import WIDEST_BITS
 from tunesmith.evaluation.probes.numbers import exposure_interval
-from tunesmith.evaluation.report.risks import CHANCE_BITS
+from tunesmith.evaluation.report.behaviour import CHANCE_BITS
 from tunesmith.evaluation.stats.statistics import Interval
 from tunesmith.training.batches.rows import canaries
 from tunesmith.training.settings import CanarySettings

@@ -23,7 +23,7 @@ from tunesmith.candidates.retrieval import Index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Generation
-from tunesmith.evaluation.metrics.classification import calibration, classes
+from tunesmith.evaluation.metrics.classification import Labelled, calibration, classes
 from tunesmith.models.embedding import find_embedder
 
 
@@ -52,7 +52,7 @@ def floors(folder: Path) -> None:
     """Nearest answer and classifier beside guessing."""
     train, test = (_rows(folder / "banking77" / f"banking_data_{split}.csv") for split in ("train", "test"))
     wanted = [row.answer for row in test]
-    groups = [row.id for row in test]
+    groups = tuple(row.id for row in test)
     guess = DummyClassifier(strategy="stratified", random_state=0).fit(train, [row.answer for row in train])
     chance = float(guess.score(test, wanted))
     rows = f"{len(train)} training rows, {len(test)} test rows, {len(set(wanted))} labels"
@@ -64,13 +64,14 @@ def floors(folder: Path) -> None:
         given = floor.generate([Generation(messages=row.request) for row in test])
         answers = [each.text for each in given]
         right = [float(answer == truth) for answer, truth in zip(answers, wanted, strict=True)]
-        macro = classes(answers, wanted, groups, 0.95, 0)["macro_f1"]
+        sure = tuple(each.confidence for each in given if isinstance(each, Confident))
+        labelled = Labelled(groups, groups, tuple(wanted), tuple(answers), sure if len(sure) == len(given) else None)
+        macro = classes(labelled, 0.95, 0).macro_f1
         share = sum(right) / len(right)
-        line = f"{method:10} right {share:.1%} ({share / chance:.0f} times guessing), macro-F1 {macro['mean']:.3f}"
-        line += f" [{macro['low']:.3f}, {macro['high']:.3f}], made in {made:.1f} s"
-        if all(isinstance(each, Confident) for each in given):
-            sure = calibration([each.confidence for each in given if isinstance(each, Confident)], right)
-            line += f", calibration error {sure['ece']:.3f}"
+        line = f"{method:10} right {share:.1%} ({share / chance:.0f} times guessing), macro-F1 {macro.mean:.3f}"
+        line += f" [{macro.low:.3f}, {macro.high:.3f}], made in {made:.1f} s"
+        if labelled.confidences:
+            line += f", calibration error {calibration(labelled).ece:.3f}"
         print(line)
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from tunesmith.evaluation.planning import Grouping, LiftTest, lift_power
 from tunesmith.evaluation.stats import statistics
-from tunesmith.evaluation.stats.power import Grouping, lift_power, plan_lift
 from tunesmith.evaluation.stats.statistics import intervals
 
 ALPHA, CONFIDENCE, TOGETHER = 0.025, 0.95, 500
@@ -109,7 +109,7 @@ def promised_power(rng: np.random.Generator, runs: int) -> bool:
     sound = True
     for lift, bound, differing, size, correlation in scenarios():
         grouping = Grouping(size, correlation)
-        needed = plan_lift(1, lift=lift, differing=differing, at_least=bound, grouping=grouping).needed
+        needed = LiftTest(differing, bound, grouping=grouping).rows_needed(lift)
         assert needed is not None
 
         def simulated(count: int) -> float:

@@ -26,8 +26,7 @@ from tunesmith.core.messages import Message
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.protocol import Generation
 from tunesmith.evaluation.probes import numbers
-from tunesmith.evaluation.style.classifier import cross_fitted
-from tunesmith.evaluation.style.features import read_answer, words_of
+from tunesmith.evaluation.style.classifier import cross_fitted, read_answer, words_of
 from tunesmith.evaluation.style.shares import Classified, taken
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store

@@ -20,17 +20,19 @@ from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.native.engine import NativeEngine, NativeModel
-from tunesmith.evaluation.gates.judging import Evidence, GateFinding, judge_gate
+from tunesmith.evaluation.gates.judging import Evidence, judge_gate
 from tunesmith.evaluation.gates.settings import Probe
+from tunesmith.evaluation.lines import ITEMS
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.metrics.scorers import score
-from tunesmith.evaluation.probes.context import probe_context
-from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
-from tunesmith.evaluation.probes.measuring import Risk, measure
-from tunesmith.evaluation.probes.suites import ask, suite_of
+from tunesmith.evaluation.probes.catalog import suite_of
+from tunesmith.evaluation.probes.measuring import Risk, by_arm, encode_items, measure
+from tunesmith.evaluation.probes.suites import ask, probe_context
 from tunesmith.evaluation.scores import Column, column
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
+from tunesmith.records.evaluation import EvaluationBody, MeasuredCandidate
+from tunesmith.records.verdict import JudgedGate
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import TrainingRow, training_rows
@@ -119,7 +121,7 @@ class Bench:
             )
         )
 
-    def finding(self, candidate: Candidate, dataset: str, **gate: Any) -> GateFinding:
+    def finding(self, candidate: Candidate, dataset: str, **gate: Any) -> JudgedGate:
         """What a probe's gate finds about a candidate."""
         asked = Probe(**gate)
         suite = asked.suite
@@ -128,17 +130,19 @@ class Bench:
         risk = Risk(self.answers(suite, dataset, candidate, asked, before=False), before)
         lines, told = measure(self.store, suite, candidate, risk, dataset, make_scoring(METRIC, None, Path()))
         key = suite, candidate.name
-        evidence = Evidence(
-            columns={(candidate.name, METRIC): self.scores(candidate, dataset)},
-            tuned={candidate.name: candidate.tuned},
-            candidate=candidate.name,
-            test_set_use=1,
-            seed=0,
-            measured={key: by_arm(lines)} if lines else {},
-            told={key: told},
-            primary=METRIC,
+        stated = MeasuredCandidate.model_construct(tuned=candidate.tuned)
+        body = EvaluationBody.model_construct(
+            candidates={candidate.name: stated}, risks={suite: {candidate.name: told}}, primary=METRIC, seed=0
         )
-        return judge_gate(asked, evidence)
+        evidence = Evidence(
+            body=body,
+            candidate=candidate.name,
+            kind="model",
+            use=1,
+            columns={(candidate.name, METRIC): self.scores(candidate, dataset)},
+            measured={key: by_arm(lines)} if lines else {},
+        )
+        return judge_gate(suite, asked, evidence)
 
     def scores(self, candidate: Candidate, dataset: str) -> Column:
         """Scores of the test rows by the leading metric, which every finding about a candidate needs."""

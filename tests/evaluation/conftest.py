@@ -15,10 +15,8 @@ from tests.fabricate import SCHEMA, Fabricated, fabricate
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge, replay
-from tunesmith.evaluation.metrics import classification
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.stats import statistics
-from tunesmith.evaluation.style import shares
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.store import Store
 
@@ -33,14 +31,13 @@ STANDARD: dict[str, Any] = {
 @pytest.fixture(scope="session", autouse=True)
 def remembered_draws() -> Iterator[None]:
     """Draw the weights of a resampling once for all intervals over as many groups: half of these tests' time."""
-    drawn, draw = statistics.group_weights, lru_cache(8)(lambda _, *stated: list(drawn(*stated)))
+    drawn, draw = statistics.draw_weights, lru_cache(8)(lambda _, *stated, **more: list(drawn(*stated, **more)))
 
-    def weights(*stated: Any) -> Any:
-        return draw((statistics.CHUNK, statistics._DRAWS, statistics._TAIL_DRAWS), *stated)
+    def weights(*stated: Any, **more: Any) -> Any:
+        return draw((statistics.CHUNK, statistics._DRAWS, statistics._TAIL_DRAWS), *stated, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (statistics, classification, shares):
-            patch.setattr(module, "group_weights", weights)
+        patch.setattr(statistics, "draw_weights", weights)
         yield
 
 

@@ -83,13 +83,13 @@ def test_means_prices_and_scores_are_those_of_the_answers(made: Fabricated, eval
     ("change", "message"),
     [
         (lambda lines: lines[:-1], "1 of 120 rows have no answer"),
-        (lambda lines: [*lines, lines[0]], "answered twice"),
+        (lambda lines: [*lines, lines[0]], "is there twice"),
         (lambda lines: [*lines, {**lines[0], "id": "else"}], "rows that were not asked"),
         (lambda lines: [{**lines[0], "text": None}, *lines[1:]], "no text"),
         (lambda lines: [{**lines[0], "finish": "error"}, *lines[1:]], "no text or no finish reason"),
         (lambda lines: [{**lines[0], "prompt_tokens": True}, *lines[1:]], "not a count"),
         (lambda lines: [{**lines[0], "completion_tokens": -1}, *lines[1:]], "not a count"),
-        (lambda lines: [["id"], *lines[1:]], "not an answer with an id"),
+        (lambda lines: [["id"], *lines[1:]], "the line: Input should be a valid dictionary"),
         (lambda lines: [b'{"id": "c", "id": "c"}', *lines[1:]], "appears twice"),
     ],
 )
@@ -104,8 +104,8 @@ def test_answers_of_another_split_dataset_kind_or_time(made: Fabricated) -> None
     other, none = (put_dataset(made.store, commands(30, 1, 0), [], test) for test in (commands(60, 9, 5000), []))
     for changed, error, said in (
         ({"answers": replaced(made, seconds=-1.0)}, Inconclusive, "seconds"),
-        ({"answers": replaced(made, suite="validation")}, Inconclusive, "not to the test rows"),
-        ({"dataset": other}, Inconclusive, "are to dataset"),
+        ({"answers": replaced(made, suite="validation")}, Inconclusive, "not to 'test'"),
+        ({"dataset": other}, Inconclusive, "another dataset version"),
         ({"dataset": none}, Inconclusive, "no test rows"),
         ({"answers": {"tuned": made.training}}, UsageError, "is a training"),
         ({"answers": {**made.answers, "few-shot": made.answers["rag"]}}, UsageError, "are those of 'rag'"),

@@ -18,7 +18,8 @@ from tunesmith import pipeline
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
-from tunesmith.evaluation.probes.items import ITEMS, decode_items
+from tunesmith.evaluation.lines import read_items
+from tunesmith.evaluation.probes.measuring import Item
 from tunesmith.project import Project, parse_settings
 from tunesmith.records.dataset import Duties
 from tunesmith.registry.opening import open_release
@@ -129,7 +130,7 @@ def test_every_probe_is_judged_from_the_record(judged: tuple[Path, dict[str, Any
 def test_the_stereotyped_answer_is_the_first_choice(judged: tuple[Path, dict[str, Any]]) -> None:
     store = Project.load(judged[0]).store
     found = {record.body["suite"].split("/")[0]: record for record in map(store.record, store.records_of("answers"))}
-    items = {item.id: item for item in decode_items(store.read_blob(found["bbq"].blobs[ITEMS]))}
+    items = {item.id: item for item in read_items(store, found["bbq"], Item)}
     assert items["Made-0"].choices == ("The blue one", "The red one", "Not known")
     assert items["Made-1"].choices == ("The red one", "The blue one", "Not known")
     assert items["Made-0"].group == items["Made-1"].group

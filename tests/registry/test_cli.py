@@ -17,7 +17,8 @@ from tunesmith.cli import audit, users, versions
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
+from tunesmith.evaluation.lines import encode_lines
+from tunesmith.evaluation.policy.requests import policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.pipeline.verdicts import changed_since
 from tunesmith.registry.versions import Version
@@ -119,7 +120,7 @@ def test_a_verdict_on_other_policy_requests_is_known(store: Store, chain: Chain,
     quiet = PolicyCheck.model_validate({"requests": "asked.jsonl", "lacks": "y"})
     settings = SimpleNamespace(policy={"quiet": quiet}, gates={})
     project: Any = SimpleNamespace(store=store, root=tmp_path, settings=settings)
-    asked = digest_bytes(encode_policy_items(policy_items({"quiet": quiet}, tmp_path)))
+    asked = digest_bytes(encode_lines(policy_items({"quiet": quiet}, tmp_path)))
     verdict = store.record(chain.verdict)
     measured = store.record(verdict.parents["evaluation"])
     body = {**measured.body, "policy": {"checks": {"quiet": quiet.rules}, "requests": asked, "candidates": {}}}

@@ -18,7 +18,7 @@ from tests.training.test_resume import SETTINGS, StoppedAfter, run
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Stopped
 from tunesmith.engines.protocol import Completion, Generation
-from tunesmith.evaluation.probes import drift_items
+from tunesmith.evaluation.probes import drift
 from tunesmith.evaluation.probes.numbers import general_questions
 from tunesmith.models.rendering import Rendered
 from tunesmith.project import Project
@@ -145,7 +145,7 @@ def _starts(batch: Any) -> list[int]:
 
 def test_no_probe_asks_what_is_rehearsed() -> None:
     probed = {each.messages[-1].content for each in general_questions()}
-    packaged = [drift_items._packaged(kind) for kind in ("fact", "unsafe", "harmless", "polite")]
+    packaged = [drift._packaged(kind) for kind in ("fact", "unsafe", "harmless", "polite")]
     assert all(packaged)
     probed |= {each["request"] for listed in packaged for each in listed}
     requests = [each.lower() for each in general_requests()]

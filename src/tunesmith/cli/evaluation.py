@@ -102,7 +102,7 @@ def report(
     output FILE: The page; by default report.html in DIR.
     markdown: Print Markdown for a pull request, or write it to --output.
     """
-    from tunesmith.evaluation.report.markdown import report_markdown
+    from tunesmith.evaluation.report.html import report_markdown
 
     if markdown and here.as_json:
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")

@@ -72,3 +72,8 @@ class Inconclusive(TunesmithError):
     """The evidence does not decide (exit 4). Never treated as a pass."""
 
     exit_code = 4
+
+    @property
+    def reason(self) -> str:
+        """What is wrong and where, as records state it."""
+        return f"{self.what} ({self.where})" if self.where else self.what

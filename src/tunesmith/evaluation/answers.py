@@ -14,11 +14,10 @@ from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.data.duplicates import answer_key, learned_parts, request_text
-from tunesmith.evaluation.lines import is_number, read_answer_lines
+from tunesmith.evaluation.lines import answers_to, is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.numbers import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
-from tunesmith.records.evaluation import AnswersBody
 from tunesmith.store.store import Store
 
 _FEW_WORDS, _SHORT, _NEAR = 3, 16, 300  # words; characters of a request; characters between a request and its answer
@@ -28,28 +27,23 @@ BASE = "base"
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One candidate's answers to the test rows. lines: row id -> line. seconds: the time for all rows."""
+    """One candidate's answers to the test rows. lines: row id -> line. seconds: the time for all rows.
+
+    seen: row id -> the answer as scorers see it.
+    """
 
     digest: str
     candidate_digest: str
     candidate: Candidate
     lines: Mapping[str, Mapping[str, Any]]
     seconds: float
+    seen: Mapping[str, Answered]
 
 
 def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: Sequence[Example]) -> Answers:
     """A candidate's answers, exactly one for each test row. Raises Inconclusive otherwise."""
-    record = store.record(digest, kind="answers")
-    if record.parents.get("dataset") != dataset.digest:
-        answered = short(record.parents.get("dataset", "none"))
-        raise Inconclusive(
-            f"the answers of {name!r} are to dataset {answered}, not to {short(dataset.digest)}",
-            fix="let the candidate answer again",
-        )
-    body = AnswersBody.of(record)
-    if body.suite != "test":
-        raise Inconclusive(f"the answers of {name!r} are to the {body.suite!r} rows, not to the test rows")
     where = f"answers of {name!r}"
+    record, body = answers_to(store, digest, "test", where, dataset=dataset.digest)
     lines = read_answer_lines(store, record, [example.id for example in test], where)
     for identifier, line in lines.items():
         if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
@@ -62,15 +56,14 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
     candidate = load_candidate(store, record.parents["candidate"])
     if candidate.name != name:
         raise UsageError(f"the answers given for {name!r} are those of {candidate.name!r}")
-    return Answers(digest, record.parents["candidate"], candidate, lines, body.seconds)
+    seen = seen_answers(store, dataset, candidate, lines, test)
+    return Answers(digest, record.parents["candidate"], candidate, lines, body.seconds, seen)
 
 
 def read_lines(store: Store, digest: str, suite: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
     """Answers to another split: id -> line, exactly one for each expected id. Raises Inconclusive otherwise."""
-    record = store.record(digest, kind="answers")
     where = f"answers {short(digest)}"
-    if (answered := AnswersBody.of(record).suite) != suite:
-        raise Inconclusive(f"these are answers to {answered!r}, not to the {suite} rows", where=where)
+    record, _ = answers_to(store, digest, suite, where)
     lines = read_answer_lines(store, record, expected, where)
     if any(not isinstance(line.get("text"), str) for line in lines.values()):
         raise Inconclusive("an answer has no text", where=where)
@@ -177,14 +170,11 @@ def read_probe(
     store: Store, digest: str, name: str, questions: Mapping[str, GeneralQuestion], given: Mapping[str, Answers]
 ) -> Column:
     """The right choice's probability for each question. name: BASE or a tuned candidate. Raises Inconclusive."""
-    record = store.record(digest, kind="answers")
     where = f"general probe of {name!r}"
-    if (answered := AnswersBody.of(record).suite) != GENERAL:
-        raise Inconclusive(f"these are answers to {answered!r}", where=where)
     bases = {answers.candidate.base for answers in given.values()}
     training = None if name == BASE else given[name].candidate.training
-    if {record.parents.get("base")} != bases or record.parents.get("training") != training:
-        raise Inconclusive("the answers are of other weights than the candidate's", where=where, fix="evaluate again")
+    base = bases.pop() if len(bases) == 1 else None
+    record, _ = answers_to(store, digest, GENERAL, where, base=base, training=training)
     lines = read_answer_lines(store, record, questions, where)
     cells = {each: (each, right_share(lines[each].get("scores"), question)) for each, question in questions.items()}
     return column(name, GENERAL, cells)

@@ -8,8 +8,8 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.view import View
 from tunesmith.evaluation.evaluate import CONFIDENCE
-from tunesmith.evaluation.metrics.scorers import nearest
-from tunesmith.evaluation.scores import difference, metric_interval, read_scores, rounded
+from tunesmith.evaluation.gates.verdict import measured_candidate
+from tunesmith.evaluation.scores import Difference, difference, read_scores
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval
 from tunesmith.store.store import Store
 
@@ -25,11 +25,7 @@ class Side:
 
 def side_of_candidate(store: Store, evaluation: str, name: str) -> Side:
     """The candidate with this name in an evaluation. Raises UsageError where there is none."""
-    known = EvaluationBody.read(store, evaluation).candidates
-    if name not in known:
-        raise UsageError(
-            f"the evaluation has no candidate {name!r}{nearest(name, known)}", fix=f"name one of: {', '.join(known)}"
-        )
+    measured_candidate(EvaluationBody.read(store, evaluation), name)
     return Side(evaluation, name, name)
 
 
@@ -42,20 +38,6 @@ def side_of_digest(store: Store, evaluation: str, candidate: str, label: str) ->
         if stated.candidate == candidate:
             return Side(evaluation, name, label)
     raise UsageError(f"the evaluation of {label} has no candidate {short(candidate)}")
-
-
-class ComparedMetric(View):
-    """One metric of two candidates. difference: second minus first; wins, losses, ties: requests, for the second.
-
-    mcnemar: p-value where every score is 0 or 1, otherwise None; sign_flip: p-value of the permutation test.
-    """
-
-    difference: MetricInterval
-    wins: int
-    losses: int
-    ties: int
-    mcnemar: float | None
-    sign_flip: float
 
 
 class ComparedSide(View):
@@ -81,7 +63,7 @@ class Comparison(View):
     groups: int
     primary: str
     confidence: float
-    metrics: dict[str, ComparedMetric]
+    metrics: dict[str, Difference]
     changed_scorers: tuple[str, ...] = ()
 
 
@@ -108,17 +90,10 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
             f"{first.label} and {second.label} were scored in different ways: the scorer {named[0]!r} has changed",
             fix="evaluate both again in one project",
         )
-    metrics = {}
-    for metric in shared:
-        found = difference(right[second.name, metric], left[first.name, metric], confidence=CONFIDENCE, seed=other.seed)
-        metrics[metric] = ComparedMetric(
-            difference=metric_interval(found.interval),
-            wins=found.wins,
-            losses=found.losses,
-            ties=found.ties,
-            mcnemar=None if found.mcnemar is None else rounded(found.mcnemar),
-            sign_flip=rounded(found.sign_flip),
-        )
+    metrics = {
+        metric: difference(right[second.name, metric], left[first.name, metric], confidence=CONFIDENCE, seed=other.seed)
+        for metric in shared
+    }
     return Comparison(
         first=_side(first, one),
         second=_side(second, other),
@@ -138,11 +113,5 @@ def scored_alike(first: EvaluationBody, second: EvaluationBody, metric: str) -> 
 
 def _side(side: Side, body: EvaluationBody) -> ComparedSide:
     stated = body.candidates[side.name]
-    return ComparedSide(
-        label=side.label,
-        candidate=stated.candidate,
-        evaluation=side.evaluation,
-        tuned=stated.tuned,
-        metrics={metric: stated.metrics[metric] for metric in body.metrics},
-        price=stated.price,
-    )
+    metrics = {metric: stated.metrics[metric] for metric in body.metrics}
+    return ComparedSide.of(stated, label=side.label, evaluation=side.evaluation, metrics=metrics)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import Example, load_dataset
-from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe, seen_answers
-from tunesmith.evaluation.lines import encode_lines
+from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe
+from tunesmith.evaluation.lines import Line, encode_lines
 from tunesmith.evaluation.metrics.answer_judge import read_judged
-from tunesmith.evaluation.metrics.classification import calibration, classes
+from tunesmith.evaluation.metrics.classification import Labelled, LabelLine, calibration, classes, label_rows
 from tunesmith.evaluation.metrics.declared import (
     CONTEXT_SCORERS,
     Answered,
@@ -29,16 +31,14 @@ from tunesmith.evaluation.metrics.declared import (
     metric_of,
     scorer_digests,
 )
-from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
-from tunesmith.evaluation.policy.outcomes import POLICY, PolicyAnswers, measure_policy
+from tunesmith.evaluation.policy.outcomes import PolicyAnswers, measure_policy
 from tunesmith.evaluation.prices import price_of
-from tunesmith.evaluation.probes.items import MEASUREMENTS
-from tunesmith.evaluation.probes.measuring import Risk, measure
+from tunesmith.evaluation.probes.measuring import Measurement, Risk, measure
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
-from tunesmith.evaluation.scores import GENERAL, SCORES, Column, column, drop, encode_scores, metric_interval, rounded
+from tunesmith.evaluation.scores import GENERAL, Column, column, drop, metric_interval, rounded, score_lines
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals
-from tunesmith.evaluation.style.shares import STYLE, measure_style
+from tunesmith.evaluation.style.shares import StyleLine, measure_style
 from tunesmith.records.evaluation import (
     EvaluationBody,
     GeneralSuite,
@@ -46,7 +46,6 @@ from tunesmith.records.evaluation import (
     MeasuredCandidate,
     MetricInterval,
     NoStyle,
-    PolicyAccount,
     Prices,
     RiskResults,
     StyleAccount,
@@ -101,28 +100,34 @@ def evaluate(
     Raises Refused where a candidate was trained on test rows or shows them in its prompt.
     """
     judged, risks, costs = judged or {}, risks or {}, costs or Costs()
-    test, given, seen = _answered(store, dataset, answers)
+    test, given = _answered(store, dataset, answers)
+    _check_evaluated(given, risks, policy)
     scoring = {
         metric_of(scorer): make_scoring(scorer, answer_schema, root)
         for scorer in task.scorers
         if not isinstance(scorer, JudgeScorer)
     }
-    columns, judges = _columns(store, task, given, seen, scoring, judged, test)
+    columns, judges = _columns(store, task, given, scoring, judged, test)
     general, stated_probes = _probed(store, probes, given, seed)
-    measurements, stated_risks = _measured(store, risks, given, dataset, _scoring_of_probes(task, scoring))
-    held, stated_policy = _held_to_policy(store, policy, given, seed)
-    classified: list[dict[str, Any]] = []
+    of_probes, measurements = _scoring_of_probes(task, scoring), list[Measurement]()
+    stated_risks: dict[str, dict[str, RiskResults]] = {suite: {} for suite in sorted(risks)}
+    for suite, told in stated_risks.items():
+        for name, risk in sorted(risks[suite].items()):
+            lines, told[name] = measure(store, suite, given[name].candidate, risk, dataset, of_probes)
+            measurements += lines
+    asked = {name: (those.candidate_digest, those.candidate) for name, those in given.items()}
+    held, stated_policy = measure_policy(store, policy, asked, CONFIDENCE, seed) if policy else ([], None)
+    classified: list[StyleLine] = []
     stated_style: StyleAccount | NoStyle | None = None
     if style is not None:
-        lines = {name: those.lines for name, those in given.items()}
-        classified, stated_style = measure_style(store, style, dataset, test, lines, CONFIDENCE, seed)
-    labelled = {
-        (name, scorer.name): label_rows(scorer, those.lines, seen[name], test)
+        texts = {name: those.lines for name, those in given.items()}
+        classified, stated_style = measure_style(store, style, dataset, test, texts, CONFIDENCE, seed)
+    labels = {
+        (name, scorer.name): label_rows(name, scorer, those.lines, those.seen, test)
         for name, those in given.items()
         for scorer in task.labels
     }
-    stated = _stated(store, given, columns, labelled, test, seed, costs)
-    groups = tuple(example.group for example in test)
+    groups = [example.group for example in test]
     body = EvaluationBody(
         n=len(test),
         groups=len(set(groups)),
@@ -131,7 +136,7 @@ def evaluate(
         metrics=tuple(task.metrics),
         confidence=CONFIDENCE,
         seed=seed,
-        candidates=stated,
+        candidates=_stated(store, given, columns, labels, test, seed, costs),
         probes=stated_probes,
         functions=function_digests(task.scorers, root),
         scorers=scorer_digests(task.scorers, answer_schema, root),
@@ -141,28 +146,22 @@ def evaluate(
         policy=stated_policy,
         style=stated_style,
     )
-    blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
-    kept = {MEASUREMENTS: measurements, POLICY: held, STYLE: classified}
-    blobs |= {name: store.put_bytes(encode_lines(lines)) for name, lines in kept.items() if lines}
-    if labelled:
-        blobs[LABELS] = store.put_bytes(encode_labels(labelled))
-    parents = {"dataset": dataset}
+    scores, told_labels = score_lines([*columns, *general]), list(chain(*labels.values()))
+    kept: list[Sequence[Line]] = [scores, measurements, held, classified, told_labels]
+    blobs = {lines[0].file: store.put_bytes(encode_lines(lines)) for lines in kept if lines}
+    parents = {"dataset": dataset} | ({"style": style} if style else {}) | (policy.parents if policy else {})
     parents |= {f"answers:{name}": digest for name, digest in answers.items()}
     parents |= {f"probe:{name}": digest for name, digest in probes.items()}
+    parents |= {f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()}
     for suite, names in risks.items():
         for name, risk in names.items():
-            parents[f"risk:{suite}:{name}"] = risk.after
-            if risk.before is not None:
-                parents[f"before:{suite}:{name}"] = risk.before
-    parents |= {f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()}
-    parents |= {**(policy.parents if policy else {}), **({"style": style} if style else {})}
+            roles = {f"risk:{suite}:{name}": risk.after, f"before:{suite}:{name}": risk.before}
+            parents |= {role: digest for role, digest in roles.items() if digest is not None}
     return store.put_record(body.record(parents, blobs))
 
 
-def _answered(
-    store: Store, dataset: str, answers: Mapping[str, str]
-) -> tuple[list[Example], dict[str, Answers], dict[str, dict[str, Answered]]]:
-    """The test rows; each candidate's answers record; and its answers as scorers see them, by row id."""
+def _answered(store: Store, dataset: str, answers: Mapping[str, str]) -> tuple[list[Example], dict[str, Answers]]:
+    """The test rows, and each candidate's answers to them."""
     if not answers:
         raise UsageError("no candidate to evaluate", fix="name at least one candidate")
     rows = load_dataset(store, dataset)
@@ -174,33 +173,49 @@ def _answered(
     given = {name: read_answers(store, digest, name, rows, test) for name, digest in sorted(answers.items())}
     for name, those in given.items():
         check_held_out(store, rows, test, name, those.candidate)
-    seen = {name: seen_answers(store, rows, those.candidate, those.lines, test) for name, those in given.items()}
-    return test, given, seen
+    return test, given
+
+
+def _check_evaluated(
+    given: Mapping[str, Answers], risks: Mapping[str, Mapping[str, Risk]], policy: PolicyAnswers | None
+) -> None:
+    """Raise UsageError for answers to probes or to the policy of a candidate that is not evaluated."""
+    asked = {f"the probe {suite!r}": names.keys() for suite, names in risks.items()}
+    asked |= {"the policy": policy.answers.keys()} if policy else {}
+    for what, names in asked.items():
+        if unknown := sorted(names - given.keys()):
+            raise UsageError(f"there are answers of {unknown[0]!r} to {what}, but {unknown[0]!r} is not evaluated")
 
 
 def _columns(
     store: Store,
     task: TaskSettings,
     given: Mapping[str, Answers],
-    seen: Mapping[str, Mapping[str, Answered]],
     scoring: Mapping[str, Scoring],
     judged: Mapping[tuple[str, str], str],
     test: Sequence[Example],
 ) -> tuple[list[Column], dict[str, dict[str, JudgeResults]]]:
     """Each candidate's scores by each metric, and the record's account of judges: metric -> candidate -> account."""
     columns: list[Column] = []
-    judges: dict[str, dict[str, JudgeResults]] = {}
+    judges: defaultdict[str, dict[str, JudgeResults]] = defaultdict(dict)
     for name, those in given.items():
         for metric in task.metrics:
             if metric in scoring:
-                columns.append(_scored(name, metric, scoring[metric], seen[name], test))
-                continue
-            if (name, metric) not in judged:
+                values = {row.id: _score(scoring[metric], metric, those.seen[row.id], row.id) for row in test}
+            elif (name, metric) in judged:
+                values, judges[metric][name] = read_judged(store, judged[name, metric], metric, those.digest, test)
+            else:
                 raise Inconclusive(f"the judge {metric!r} has no judgements of {name!r}", fix="evaluate again")
-            values, stated = read_judged(store, judged[name, metric], metric, those.digest, test)
-            judges.setdefault(metric, {})[name] = stated
-            columns.append(column(name, metric, {each.id: (each.group, values[each.id]) for each in test}))
-    return columns, judges
+            columns.append(column(name, metric, {row.id: (row.group, values[row.id]) for row in test}))
+    return columns, dict(judges)
+
+
+def _score(scoring: Scoring, metric: str, answered: Answered, row: str) -> float:
+    where = f"test row {row}"
+    try:
+        return checked(scoring(answered), metric, where)
+    except UsageError as error:
+        raise UsageError(error.what, where=where, fix=error.fix) from error
 
 
 def _scoring_of_probes(task: TaskSettings, scoring: Mapping[str, Scoring]) -> Scoring:
@@ -214,55 +229,11 @@ def _scoring_of_probes(task: TaskSettings, scoring: Mapping[str, Scoring]) -> Sc
     return cannot
 
 
-def _measured(
-    store: Store,
-    risks: Mapping[str, Mapping[str, Risk]],
-    given: Mapping[str, Answers],
-    dataset: str,
-    scoring: Scoring,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, RiskResults]]]:
-    """The risk probes' measurements, and the record's account of them: suite -> candidate -> account."""
-    lines: list[dict[str, Any]] = []
-    told: dict[str, dict[str, RiskResults]] = {}
-    for suite, names in sorted(risks.items()):
-        for name, risk in sorted(names.items()):
-            if name not in given:
-                raise UsageError(f"there are answers of {name!r} to the probe {suite!r}, but {name!r} is not evaluated")
-            found, said = measure(store, suite, given[name].candidate, risk, dataset, scoring)
-            lines += found
-            told.setdefault(suite, {})[name] = said
-    return lines, told
-
-
-def _held_to_policy(
-    store: Store, policy: PolicyAnswers | None, given: Mapping[str, Answers], seed: int
-) -> tuple[list[dict[str, Any]], PolicyAccount | None]:
-    """The outcomes of the policy checks, and the record's account of them."""
-    if policy is None:
-        return [], None
-    if unknown := sorted(policy.answers.keys() - given.keys()):
-        raise UsageError(f"there are answers of {unknown[0]!r} to the policy, but {unknown[0]!r} is not evaluated")
-    candidates = {name: (those.candidate_digest, those.candidate) for name, those in given.items()}
-    return measure_policy(store, policy, candidates, CONFIDENCE, seed)
-
-
-def _scored(name: str, metric: str, scoring: Scoring, seen: Mapping[str, Answered], test: Sequence[Example]) -> Column:
-    cells = {}
-    for example in test:
-        where = f"test row {example.id}"
-        try:
-            value = checked(scoring(seen[example.id]), metric, where)
-        except UsageError as error:
-            raise UsageError(error.what, where=where, fix=error.fix) from error
-        cells[example.id] = (example.group, value)
-    return column(name, metric, cells)
-
-
 def _stated(
     store: Store,
     given: Mapping[str, Answers],
     columns: Sequence[Column],
-    labelled: Mapping[tuple[str, str], Labelled],
+    labels: Mapping[tuple[str, str], Sequence[LabelLine]],
     test: Sequence[Example],
     seed: int,
     costs: Costs,
@@ -274,45 +245,36 @@ def _stated(
         metrics[item.candidate][item.metric] = metric_interval(measured)
     stated = {}
     for name, answers in given.items():
-        labels = {metric: rows for (of, metric), rows in labelled.items() if of == name}
-        stated[name] = _stated_candidate(store, answers, metrics[name], labels, test, seed, costs)
+        lines, candidate = list(answers.lines.values()), answers.candidate
+        prompt, completion = (sum(int(line[key]) for line in lines) for key in ("prompt_tokens", "completion_tokens"))
+        labelled = {metric: Labelled.of(own) for (of, metric), own in labels.items() if of == name}
+        training = None
+        if candidate.training is not None and costs.prices is not None:
+            spent = TrainingBody.read(store, candidate.training).seconds
+            training = TrainingCost(seconds=spent, money=rounded(spent / 3600.0 * costs.prices.machine_hour))
+        stated[name] = MeasuredCandidate(
+            candidate=answers.candidate_digest,
+            tuned=candidate.tuned,
+            system_prompts=count_prompts(candidate, (example.request for example in test)),
+            metrics=metrics[name],
+            seconds=answers.seconds,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            cut=sum(line["finish"] == "length" for line in lines),
+            price=price_of(
+                len(lines),
+                prompt,
+                completion,
+                answers.seconds,
+                costs.prices,
+                costs.tokens.get(name),
+                remote=candidate.endpoint is not None,
+            ),
+            training=training,
+            classes={metric: classes(rows, CONFIDENCE, seed) for metric, rows in labelled.items()} or None,
+            calibration={metric: calibration(rows) for metric, rows in labelled.items() if rows.confidences} or None,
+        )
     return stated
-
-
-def _stated_candidate(
-    store: Store,
-    answers: Answers,
-    metrics: Mapping[str, MetricInterval],
-    labels: Mapping[str, Labelled],
-    test: Sequence[Example],
-    seed: int,
-    costs: Costs,
-) -> MeasuredCandidate:
-    lines = list(answers.lines.values())
-    prompt, completion = (sum(int(line[key]) for line in lines) for key in ("prompt_tokens", "completion_tokens"))
-    candidate, training = answers.candidate, None
-    remote, token = candidate.endpoint is not None, costs.tokens.get(candidate.name)
-    if candidate.training is not None and costs.prices is not None:
-        spent = TrainingBody.read(store, candidate.training).seconds
-        training = TrainingCost(seconds=spent, money=rounded(spent / 3600.0 * costs.prices.machine_hour))
-    sure = {metric: (rows.confidences, rows.right.tolist()) for metric, rows in labels.items()}
-    return MeasuredCandidate(
-        candidate=answers.candidate_digest,
-        tuned=candidate.tuned,
-        system_prompts=count_prompts(candidate, (example.request for example in test)),
-        metrics=metrics,
-        seconds=answers.seconds,
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        cut=sum(line["finish"] == "length" for line in lines),
-        price=price_of(len(lines), prompt, completion, answers.seconds, costs.prices, token, remote=remote),
-        training=training,
-        classes={
-            metric: classes(rows.given, rows.wanted, rows.groups, CONFIDENCE, seed) for metric, rows in labels.items()
-        }
-        or None,
-        calibration={metric: calibration(given, right) for metric, (given, right) in sure.items() if given} or None,
-    )
 
 
 def _probed(

@@ -63,10 +63,10 @@ def extrapolate(measured: Measured, rows: int, test: int, goal: float, seed: int
     score = np.clip(expected + chance, 0.0, 1.0)
     floor = float(measured.subsets.mean(axis=0).max()) < FLOOR
     found = Extrapolated(
-        score=Expected(**_interval(score)),
+        score=_expected(score),
         said=not floor and _width(score) <= WIDEST,
         curve=tuple(
-            CurvePoint(rows=n, **_interval(_scores(curves, n, sizes[-1], random)))
+            CurvePoint(rows=n, **dict(_expected(_scores(curves, n, sizes[-1], random))))
             for n in sorted({*sizes, rows, 2 * rows})
         ),
     )
@@ -76,7 +76,7 @@ def extrapolate(measured: Measured, rows: int, test: int, goal: float, seed: int
         likely = float((lift >= goal).mean())
         undecided = floor or UNLIKELY < likely < LIKELY
         decision = "undecided" if undecided else "train" if likely >= LIKELY else "don't"
-        changes = {"lift": Expected(**_interval(lift)), "likely": rounded(likely), "decision": decision}
+        changes = {"lift": _expected(lift), "likely": rounded(likely), "decision": decision}
     if not found.said:
         changes["from_rows"] = _enough(sizes, rows, curves, angles, random, floor=floor)
     return found.model_copy(update=changes)
@@ -139,14 +139,15 @@ def _enough(
     return None
 
 
-def _interval(values: Floats) -> dict[str, float]:
+def _expected(values: Floats) -> Expected:
     ends = np.quantile(values, [0.5, (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return dict(zip(("median", "low", "high"), map(rounded, ends.tolist()), strict=True))
+    median, low, high = map(rounded, ends.tolist())
+    return Expected(median=median, low=low, high=high)
 
 
 def _width(values: Floats) -> float:
-    found = _interval(values)
-    return found["high"] - found["low"]
+    found = _expected(values)
+    return found.high - found.low
 
 
 class Forecast(ForecastBody):

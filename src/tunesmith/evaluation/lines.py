@@ -4,76 +4,117 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Annotated, Any, ClassVar, Self, TypeGuard, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.view import Frozen
+from tunesmith.records.evaluation import AnswersBody
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
+ITEMS = "items.jsonl"  # of an answers record: what was asked
+_OTHER_PARENT = {
+    "base": "the answers are of other weights than the candidate's",
+    "training": "the answers are of other weights than the candidate's",
+    "candidate": "the answers are another candidate's",
+    "dataset": "the answers are to rows of another dataset version",
+    "answers": "other answers were judged",
+}
+Name = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
-def encode_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Canonical JSON, one row a line."""
-    return b"".join(canonical(dict(row)) + b"\n" for row in rows)
+
+class Asked(Frozen):
+    """Something that is asked, named by its id."""
+
+    id: str
 
 
-@dataclass(frozen=True, slots=True)
-class LineFile:
-    """A kind of file of JSON lines. name: the blob's name in a record.
+Item = TypeVar("Item", bound=Asked)
 
-    what, verb: what a line holds, and how it was made, for messages. unique: keys whose texts together occur once.
-    texts: further keys that hold text. values: keys that the caller checks; None allows any further keys. optional:
-    keys that a line may lack.
+
+class Line(Frozen):
+    """A line of a file of evidence. file: the file's name in a record; unique: fields whose values occur once together.
+
+    A number is finite, and no text or boolean.
     """
 
-    name: str
-    what: str
-    verb: str
-    unique: tuple[str, ...]
-    texts: tuple[str, ...] = ()
-    values: tuple[str, ...] | None = ()
-    optional: frozenset[str] = frozenset()
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    file: ClassVar[str]
+    unique: ClassVar[tuple[str, ...]]
 
-    def read(self, store: Store, record: Record, where: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """(place, line) for each line. place: where (by default the file's name) and the line's number.
+    @classmethod
+    def read(cls, store: Store, record: Record, where: str = "") -> list[Self]:
+        """The lines of a record's file; none where it has no such file. where: in messages, by default the file's name.
 
-        Raises Inconclusive, with the place, for a line that is not JSON, has other keys or a key twice, holds no text
-        where text belongs, or repeats an earlier line's unique texts.
+        Raises Inconclusive, with the line's number, for one that is not JSON, has a key twice, is not such a line, or
+        repeats an earlier line's unique fields.
         """
-        found: list[tuple[str, dict[str, Any]]] = []
-        seen: set[tuple[str, ...]] = set()
-        for number, raw in enumerate(store.read_blob(record.blobs[self.name]).splitlines(), start=1):
-            place = f"{where or self.name}, line {number}"
-            line = self._parsed(raw, place)
-            key = tuple(line[name] for name in self.unique)
-            if key in seen:
-                raise Inconclusive(f"{' '.join(map(repr, key))} was {self.verb} twice", where=place)
-            seen.add(key)
-            found.append((place, line))
-        return found
-
-    def _parsed(self, raw: bytes, place: str) -> dict[str, Any]:
-        texts = (*self.unique, *self.texts)
-        try:
-            line = parse_json(raw)
-        except ValueError as error:
-            raise Inconclusive(f"not {self.what}: {error}", where=place) from error
-        if self.values is None:
-            if not isinstance(line, dict) or not line.keys() >= set(texts):
-                raise Inconclusive(f"not {self.what}", where=place)
-        elif not isinstance(line, dict) or line.keys() - self.optional != {*texts, *self.values}:
-            keys = ", ".join(sorted((*texts, *self.values)))
-            raise Inconclusive(f"{self.what} has exactly the keys {keys}", where=place)
-        for name in texts:
-            if not isinstance(line[name], str) or not line[name]:
-                raise Inconclusive(f"{name} is {line[name]!r}, not a name", where=place)
-        return line
+        found: dict[tuple[str, ...], Self] = {}
+        raw = store.read_blob(record.blobs[cls.file]) if cls.file in record.blobs else b""
+        for number, text in enumerate(raw.splitlines(), start=1):
+            place = f"{where or cls.file}, line {number}"
+            try:
+                line = cls.model_validate(parse_json(text))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                which = ".".join(map(str, first["loc"])) or "the line"
+                raise Inconclusive(f"{which}: {first['msg']}", where=place) from error
+            except ValueError as error:
+                raise Inconclusive(f"not JSON: {error}", where=place) from error
+            key = tuple(getattr(line, name) for name in cls.unique)
+            if key in found:
+                raise Inconclusive(f"{' '.join(map(repr, key))} is there twice", where=place)
+            found[key] = line
+        return list(found.values())
 
 
-_ANSWERS = LineFile("answers.jsonl", "an answer with an id", "answered", unique=("id",), values=None)
+class AnswerLine(Line):
+    """An answer: its id, and what the kind of answer has besides."""
+
+    model_config = ConfigDict(extra="allow")
+    file = "answers.jsonl"
+    unique = ("id",)
+    id: Name
+
+
+def encode_lines(rows: Iterable[Mapping[str, Any] | BaseModel]) -> bytes:
+    """Canonical JSON, one row a line."""
+    told = (row.model_dump(mode="json") if isinstance(row, BaseModel) else dict(row) for row in rows)
+    return b"".join(canonical(row) + b"\n" for row in told)
+
+
+def read_items(store: Store, record: Record, kind: type[Item]) -> list[Item]:
+    """What an answers record answers. Raises Inconclusive for items that cannot be read, and for two of one id."""
+    if ITEMS not in record.blobs:
+        raise Inconclusive("the record does not hold what was asked")
+    try:
+        items = [kind.model_validate(parse_json(line)) for line in store.read_blob(record.blobs[ITEMS]).splitlines()]
+    except ValueError as error:
+        raise Inconclusive(f"what was asked cannot be read: {type(error).__name__}") from error
+    if len({item.id for item in items}) != len(items):
+        raise Inconclusive("two items have the same id")
+    return items
+
+
+def answers_to(store: Store, digest: str, suite: str, where: str, **parents: str | None) -> tuple[Record, AnswersBody]:
+    """An answers record, and what it states. where: in messages. parents: those that it must have, None for none.
+
+    Raises Inconclusive for answers to another suite, and for those that were made from something else.
+    """
+    record = store.record(digest, kind="answers")
+    body = AnswersBody.of(record)
+    if body.suite != suite:
+        raise Inconclusive(f"these are answers to {body.suite!r}, not to {suite!r}", where=where)
+    for role, expected in parents.items():
+        if record.parents.get(role) != expected:
+            raise Inconclusive(_OTHER_PARENT[role], where=where, fix="evaluate again")
+    return record, body
 
 
 def read_answer_lines(
@@ -83,9 +124,9 @@ def read_answer_lines(
 
     Raises Inconclusive otherwise.
     """
-    if _ANSWERS.name not in record.blobs:
+    if AnswerLine.file not in record.blobs:
         raise Inconclusive("the record holds no answers", where=where)
-    lines = {line["id"]: line for _, line in _ANSWERS.read(store, record, where)}
+    lines = {line.id: line.model_dump() for line in AnswerLine.read(store, record, where)}
     missing, foreign = sorted(set(expected) - lines.keys()), sorted(lines.keys() - set(expected))
     if missing:
         raise Inconclusive(
@@ -107,7 +148,8 @@ class AnswerLines(Sequence[Mapping[str, Any]]):
     def __init__(self, store: Store, record: Record, ids: Sequence[str], where: str) -> None:
         self._read_all = partial(read_answer_lines, store, record, frozenset(ids), where)
         self._ids, self._lines = ids, list[Mapping[str, Any] | None]([None] * len(ids))
-        self._raw = store.read_blob(record.blobs[_ANSWERS.name]).splitlines() if _ANSWERS.name in record.blobs else []
+        blob = record.blobs.get(AnswerLine.file)
+        self._raw = store.read_blob(blob).splitlines() if blob else []
         if len(self._raw) != len(ids):
             self._read_in_order()
 
@@ -115,27 +157,24 @@ class AnswerLines(Sequence[Mapping[str, Any]]):
         return len(self._ids)
 
     def __getitem__(self, place: Any) -> Any:
-        line = self._lines[place]
-        if line is None:
-            line = self._lines[place] = self._read(place)
-        return line
+        if self._lines[place] is None:
+            self._read(place)
+        return self._lines[place]
 
     def mention(self, key: str) -> bool:
         """Whether some line may have a key: False only if none has."""
         written = f'"{key}"'.encode()
         return any(written in raw for raw in self._raw)
 
-    def _read(self, place: int) -> Mapping[str, Any]:
+    def _read(self, place: int) -> None:
         try:
             line = parse_json(self._raw[place])
         except ValueError:
             line = None
         if isinstance(line, dict) and line.get("id") == self._ids[place]:
-            return line
-        self._read_in_order()  # written in another order, or not valid
-        found = self._lines[place]
-        assert found is not None
-        return found
+            self._lines[place] = line
+        else:  # written in another order, or not valid
+            self._read_in_order()
 
     def _read_in_order(self) -> None:
         by_id = self._read_all()

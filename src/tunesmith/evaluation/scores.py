@@ -14,22 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
+from tunesmith.core.view import View
+from tunesmith.evaluation.lines import Line, Name, Share
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval, mcnemar, sign_flip
 from tunesmith.records.evaluation import EvaluationBody, MetricInterval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-SCORE_LINES = LineFile(
-    "scores.jsonl",
-    "a score",
-    "scored",
-    unique=("candidate", "metric", "id"),
-    texts=("group",),
-    values=("value",),
-)
-SCORES = SCORE_LINES.name
-# A line as encode_scores writes it, whose texts hold nothing that JSON escapes.
+# A line as it is written, whose texts hold nothing that JSON escapes.
 _TEXT = r'"([^"\\\x00-\x1f]+)"'
 _PLAIN = re.compile(
     rf'^\{{"candidate":{_TEXT},"group":{_TEXT},"id":{_TEXT},"metric":{_TEXT},"value":(\d(?:\.\d+)?(?:e-\d+)?)\}}$',
@@ -43,6 +35,18 @@ _DECIMALS = 9
 _Rows = dict[tuple[str, str], dict[str, tuple[str, float]]]  # (candidate, metric) -> id -> (group, value)
 
 
+class ScoreLine(Line):
+    """One score of one answer."""
+
+    file = "scores.jsonl"
+    unique = ("candidate", "metric", "id")
+    candidate: Name
+    metric: Name
+    id: Name
+    group: Name
+    value: Share
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One candidate's scores by one metric. ids (ascending), groups and values have one entry per row."""
@@ -54,15 +58,14 @@ class Column:
     values: Floats
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """left minus right on the same rows.
+class Difference(View):
+    """One metric of two candidates on the same rows: the first minus the second.
 
-    wins, losses, ties: on how many rows left is above, below, equal. mcnemar: a p-value, None where some score is
-    neither 0 nor 1. sign_flip: a p-value.
+    wins, losses, ties: on how many rows the first is above, below, equal. mcnemar: p-value where every score is 0 or 1,
+    otherwise None; sign_flip: p-value of the permutation test.
     """
 
-    interval: Interval
+    difference: MetricInterval
     wins: int
     losses: int
     ties: int
@@ -80,13 +83,13 @@ def metric_interval(measured: Interval) -> MetricInterval:
     return MetricInterval(mean=rounded(measured.mean), low=rounded(measured.low), high=rounded(measured.high))
 
 
-def encode_scores(columns: Iterable[Column]) -> bytes:
-    """The bytes of scores.jsonl, in the order of columns and ids."""
-    return encode_lines(
-        {"candidate": each.candidate, "id": name, "group": group, "metric": each.metric, "value": value}
+def score_lines(columns: Iterable[Column]) -> list[ScoreLine]:
+    """The lines of scores.jsonl, in the order of columns and ids."""
+    return [
+        ScoreLine(candidate=each.candidate, id=name, group=group, metric=each.metric, value=value)
         for each in columns
         for name, group, value in zip(each.ids, each.groups, each.values.tolist(), strict=True)
-    )
+    ]
 
 
 def column(candidate: str, metric: str, rows: Mapping[str, tuple[str, float]]) -> Column:
@@ -104,9 +107,9 @@ def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Colum
     with different rows or groups; a candidate of the record without scores; a mean in the record that differs from the
     scores.
     """
-    if SCORES not in evaluation.blobs:
+    if ScoreLine.file not in evaluation.blobs:
         raise Inconclusive("the evaluation has no scores")
-    rows = _plain_rows(store.read_blob(evaluation.blobs[SCORES])) or _any_rows(store, evaluation)
+    rows = _plain_rows(store.read_blob(evaluation.blobs[ScoreLine.file])) or _any_rows(store, evaluation)
     columns = {key: column(*key, cell) for key, cell in rows.items()}
     _check_pairing(columns)
     _check_summary(columns, EvaluationBody.of(evaluation))
@@ -131,13 +134,8 @@ def _plain_rows(data: bytes) -> _Rows | None:
 def _any_rows(store: Store, evaluation: Record) -> _Rows:
     """The scores, line by line. Raises Inconclusive for the first that is not valid."""
     rows: _Rows = defaultdict(dict)
-    for place, line in SCORE_LINES.read(store, evaluation):
-        value = line["value"]
-        if not is_number(value):
-            raise Inconclusive(f"the value {value!r} is not a finite number", where=place)
-        if not 0.0 <= value <= 1.0:
-            raise Inconclusive(f"the value {value!r} is outside 0 to 1", where=place)
-        rows[line["candidate"], line["metric"]][line["id"]] = (line["group"], float(value))
+    for line in ScoreLine.read(store, evaluation):
+        rows[line.candidate, line.metric][line.id] = (line.group, line.value)
     return rows
 
 
@@ -147,13 +145,14 @@ def difference(left: Column, right: Column, *, confidence: float, seed: int) -> 
     gaps = left.values - right.values
     binary = bool(np.isin(np.concatenate([left.values, right.values]), (0.0, 1.0)).all())
     wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
+    measured = interval(gaps, left.groups, ends=(-1.0, 1.0), confidence=confidence, seed=seed)
     return Difference(
-        interval=interval(gaps, left.groups, ends=(-1.0, 1.0), confidence=confidence, seed=seed),
+        difference=metric_interval(measured),
         wins=wins,
         losses=losses,
         ties=len(gaps) - wins - losses,
-        mcnemar=mcnemar(wins, losses) if binary else None,
-        sign_flip=sign_flip(gaps, left.groups, seed),
+        mcnemar=rounded(mcnemar(wins, losses)) if binary else None,
+        sign_flip=rounded(sign_flip(gaps, left.groups, seed)),
     )
 
 

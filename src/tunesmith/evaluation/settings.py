@@ -82,8 +82,6 @@ class TaskSettings(Settings):
                 check_known(scorer)
             elif scorer.name in KNOWN:
                 raise ValueError(f"{scorer.name!r} is the name of a built-in scorer: choose another name")
-            else:
-                scorer.check()
         return scorers
 
     @model_validator(mode="after")

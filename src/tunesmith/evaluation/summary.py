@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 
 from tunesmith.core.view import Omitted, View
-from tunesmith.evaluation.gates.edited_references import edited_sentence
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED, gone_gates
-from tunesmith.evaluation.policy.settings import ALL
+from tunesmith.evaluation.gates.verdict import edited_sentence
+from tunesmith.evaluation.policy.settings import chosen_checks
 from tunesmith.records.evaluation import (
     AnswerPrice,
     Calibration,
@@ -85,27 +85,19 @@ class VerdictSummary(View):
 def evaluation_summary(store: Store, digest: str) -> EvaluationSummary:
     """The summary of an evaluation. Raises Refused where its record is missing or damaged."""
     body = EvaluationBody.read(store, digest)
-    candidates = body.candidates
-    return EvaluationSummary(
+    metrics = {name: {key: one.metrics[key] for key in body.metrics} for name, one in body.candidates.items()}
+    return EvaluationSummary.of(
+        body,
         evaluation=digest,
-        n=body.n,
-        groups=body.groups,
-        primary=body.primary,
-        confidence=body.confidence,
-        candidates={name: {metric: one.metrics[metric] for metric in body.metrics} for name, one in candidates.items()},
-        system_prompts={name: one.system_prompts for name, one in candidates.items()},
-        tuned={name: one.tuned for name, one in candidates.items()},
-        prices={name: one.price for name, one in candidates.items()},
-        cut={name: one.cut for name, one in candidates.items()},
-        training={name: one.training for name, one in candidates.items() if one.training},
-        classes={name: one.classes for name, one in candidates.items() if one.classes},
-        calibration={name: one.calibration for name, one in candidates.items() if one.calibration},
-        judges=body.judges,
+        candidates=metrics,
+        system_prompts=body.by_candidate("system_prompts"),
+        tuned=body.by_candidate("tuned"),
+        prices=body.by_candidate("price"),
+        cut=body.by_candidate("cut"),
+        training=body.by_candidate("training"),
+        classes=body.by_candidate("classes"),
+        calibration=body.by_candidate("calibration"),
         currency=body.prices.currency if body.prices else None,
-        probes=body.probes,
-        risks=body.risks,
-        policy=body.policy,
-        style=body.style,
     )
 
 
@@ -133,31 +125,23 @@ def rival_of(measured: EvaluationSummary, judged: VerdictSummary | None, focus: 
 def verdict_summary(store: Store, digest: str) -> VerdictSummary:
     """The summary of a verdict. Raises Refused where its record is missing or damaged."""
     record = store.record(digest, kind="verdict")
-    body = VerdictBody.of(record)
-    evaluation = EvaluationBody.read(store, record.parents["evaluation"])
+    body, evaluation = VerdictBody.of(record), record.parents["evaluation"]
     gone = gone_gates(body.gates)
-    sentences = [edited_sentence(body.edited)] if body.edited else []
-    sentences += [f"The gate {name} is no longer computed: {what} was removed." for name, what in gone.items()]
-    checks = evaluation.policy.checks.keys() if evaluation.policy else set[str]()
-    return VerdictSummary(
-        verdict=body.verdict,
-        gates=tuple(GateResult(**dict(gate), gone=gone.get(gate.name)) for gate in body.gates),
-        candidate=body.name,
-        digest=digest,
-        evaluation=record.parents["evaluation"],
-        test_set_use=body.test_set_use,
-        reason=body.reason,
-        cautions=(*sentences, *_cautions(checks, [gate.settings for gate in body.gates])),
+    cautions = [edited_sentence(body.edited)] if body.edited else []
+    cautions += [f"The gate {name} is no longer computed: {what} was removed." for name, what in gone.items()]
+    policy = EvaluationBody.read(store, evaluation).policy
+    cautions += _cautions(policy.checks.keys() if policy else set(), [gate.settings for gate in body.gates])
+    gates = tuple(GateResult(**dict(gate), gone=gone.get(gate.name)) for gate in body.gates)
+    return VerdictSummary.of(
+        body, candidate=body.name, digest=digest, evaluation=evaluation, gates=gates, cautions=tuple(cautions)
     )
 
 
-def _cautions(checks: Set[str], rules: Sequence[GateRule]) -> tuple[str, ...]:
+def _cautions(checks: Set[str], rules: Sequence[GateRule]) -> list[str]:
     """A sentence about the policy checks that no gate holds the candidate to. at_most: 1 allows everything."""
     held = set[str]()
     for rule in rules:
         if rule.policy is not None and rule.at_most != 1.0:
-            held |= (
-                checks if rule.policy == ALL else {rule.policy} if isinstance(rule.policy, str) else set(rule.policy)
-            )
+            held |= set(chosen_checks(rule.policy, checks))
     missing = ", ".join(sorted(checks - held))
-    return (f"No gate holds candidates to {missing}: add one, such as {{policy: all}}.",) if missing else ()
+    return [f"No gate holds candidates to {missing}: add one, such as {{policy: all}}."] if missing else []

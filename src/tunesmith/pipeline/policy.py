@@ -10,12 +10,12 @@ from tunesmith.candidates.candidate import Candidate, load_candidate, put_candid
 from tunesmith.core.digests import digest_bytes
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Style
+from tunesmith.evaluation.lines import ITEMS, encode_lines
 from tunesmith.evaluation.policy.outcomes import SUITE, PolicyAnswers
-from tunesmith.evaluation.policy.requests import PolicyItem, encode_policy_items
+from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rubric_judge import judge_policy
 from tunesmith.evaluation.policy.settings import PolicyCheck
-from tunesmith.evaluation.probes.context import drawn
-from tunesmith.evaluation.probes.items import ITEMS
+from tunesmith.evaluation.probes.suites import drawn
 from tunesmith.evaluation.style import shares
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
@@ -41,7 +41,7 @@ def policy_answers(context: PipelineContext, name: str, items: Sequence[PolicyIt
     """Digest of a candidate's answers to the policy's requests, asked as it serves: with its prompt and its schema."""
     digest = candidate(context, name)
     asked = load_candidate(context.store, digest)
-    engine, encoded = context.engine_of(asked), encode_policy_items(items)
+    engine, encoded = context.engine_of(asked), encode_lines(items)
     inputs = {
         "candidate": digest,
         "requests": digest_bytes(encoded),

@@ -12,11 +12,11 @@ from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Forgetting, Probe
-from tunesmith.evaluation.probes.context import digest_path, probe_context
-from tunesmith.evaluation.probes.items import ITEMS, encode_items
-from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.lines import ITEMS
+from tunesmith.evaluation.probes.catalog import suite_of
+from tunesmith.evaluation.probes.measuring import Risk, encode_items
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
-from tunesmith.evaluation.probes.suites import Suite, ask, suite_of
+from tunesmith.evaluation.probes.suites import Suite, ask, digest_path, probe_context
 from tunesmith.evaluation.scores import GENERAL
 from tunesmith.pipeline.candidates import answerer, candidate, load_adapter, training
 from tunesmith.pipeline.context import PipelineContext

@@ -14,8 +14,9 @@ from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.gates.test_set_uses import record_evaluation
 from tunesmith.evaluation.gates.verdict import judge
+from tunesmith.evaluation.lines import encode_lines
 from tunesmith.evaluation.metrics.declared import function_digests
-from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
+from tunesmith.evaluation.policy.requests import policy_items
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.style.shares import REVISION as STYLE_REVISION
 from tunesmith.pipeline.answers import answers, judged
@@ -130,7 +131,7 @@ def changed_since(project: Project, verdict: str) -> list[str]:
 def _digest_of_requests(project: Project) -> str | None:
     """Digest of the requests of all policy checks as answers records keep them; None where they cannot be read."""
     try:
-        return digest_bytes(encode_policy_items(policy_items(project.settings.policy, project.root)))
+        return digest_bytes(encode_lines(policy_items(project.settings.policy, project.root)))
     except UsageError:
         return None
 

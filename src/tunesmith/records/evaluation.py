@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tunesmith.core.view import Omitted
 from tunesmith.records.body import Body, Part
@@ -329,3 +329,8 @@ class EvaluationBody(Body):
     def mean(self, name: str) -> float:
         """A candidate's mean by the leading metric."""
         return self.candidates[name].metrics[self.primary].mean
+
+    def by_candidate(self, field: str) -> dict[str, Any]:
+        """What the record states of each candidate in a field, for those of which it states something."""
+        stated = {name: getattr(one, field) for name, one in self.candidates.items()}
+        return {name: value for name, value in stated.items() if value is not None}

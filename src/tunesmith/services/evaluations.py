@@ -11,8 +11,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
 from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.planning import Plan
-from tunesmith.evaluation.report import PAGE
-from tunesmith.evaluation.report.evidence import EvidenceReport, TrailEntry
+from tunesmith.evaluation.report.evidence import PAGE, EvidenceReport, TrailEntry
 from tunesmith.evaluation.summary import (
     EvaluationSummary,
     VerdictSummary,

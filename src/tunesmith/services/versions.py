@@ -19,7 +19,6 @@ from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, U
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
-from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.pipeline.verdicts import changed_since, latest
@@ -289,11 +288,13 @@ def document_of(store: Store, user: User, version: Version, document: Document, 
 
     Raises Refused for one about rows where it was made from none.
     """
+    from tunesmith.evaluation.report.html import render, report_markdown
+
     if document == NOTICE:
         return notice_of(store, version)
     if document != "datasheet.md":
         report = evaluations.version_report(store, user, version, texts=texts)
-        return evaluations.report_html(report) if document == "report.html" else report_markdown(report)
+        return render(report) if document == "report.html" else report_markdown(report)
     dataset = _dataset(store, version)
     if dataset is None:
         raise Refused(f"{version.label} was made from no rows", where=version.label)

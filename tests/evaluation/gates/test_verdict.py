@@ -196,7 +196,7 @@ def test_test_rows_changed_after_the_run_judge_nothing(made: Fabricated, evaluat
     record = made.store.record(made.dataset)
     easier = made.store.read_blob(record.blobs["test.jsonl"]).replace(b"kitchen", b"bedroom")
     blobs = {**record.blobs, "test.jsonl": made.store.put_bytes(easier)}
-    with pytest.raises(Inconclusive, match="are to dataset"):
+    with pytest.raises(Inconclusive, match="another dataset version"):
         evaluated(made, dataset=made.store.put_record(record.model_copy(update={"blobs": blobs})))
     path = made.store.blob_path(record.blobs["test.jsonl"])
     path.chmod(0o600)
@@ -229,24 +229,24 @@ def test_scores_that_are_none_or_of_missing_doubled_or_moved_rows(made: Fabricat
     head, _, _ = raw[last].rpartition(b":")
     for value, message in (
         (b"NaN", "NaN is not JSON"),
-        (b"true", "not a finite number"),
-        (b"1.01", "outside 0 to 1"),
-        (b"-0.5", "outside 0 to 1"),
-        (b"", "not a score"),
+        (b"true", "valid number"),
+        (b"1.01", "less than or equal to 1"),
+        (b"-0.5", "greater than or equal to 0"),
+        (b"", "not JSON"),
         (b'1,"value":1', "appears twice"),
     ):
         changed = [*raw[:last], head + b":" + value + b"}", *raw[last + 1 :]]
         check_tampered(made, evaluation, changed, message, f"line {last + 1}")
     for changed, message in (
         ([], "in the record but not in the scores"),
-        ([*lines, lines[0]], "scored twice"),
+        ([*lines, lines[0]], "is there twice"),
         (lines[:last] + lines[last + 1 :], "not measured on the same rows"),
         (with_last(id="else"), "not measured on the same rows"),
         (with_last(group="else"), "different groups"),
         (with_last(value=1 - lines[last]["value"]), "does not follow from its scores"),
         ([line for line in lines if line["candidate"] != "rag"], "in the record but not in the scores"),
         ([*lines, {**lines[0], "candidate": "ghost"}], "not measured on the same rows"),
-        ([*lines, {**lines[0], "note": "x"}], "exactly the keys"),
-        ([*lines, {**lines[0], "id": ""}], "not a name"),
+        ([*lines, {**lines[0], "note": "x"}], "Extra inputs"),
+        ([*lines, {**lines[0], "id": ""}], "at least 1 character"),
     ):
         check_tampered(made, evaluation, changed, message)

@@ -23,8 +23,8 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.verdict import replay
 from tunesmith.evaluation.metrics import classification
 from tunesmith.evaluation.metrics.answer_judge import judge_answers, last_word, read_judged
+from tunesmith.evaluation.metrics.classification import Labelled, LabelLine, read_labels
 from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
-from tunesmith.evaluation.metrics.labels import LABELS, Labelled, read_labels
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
@@ -120,7 +120,7 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     from sklearn.metrics import f1_score
 
     said, held = [row[0] for row in rows], [row[1] for row in rows]
-    found = classification.classes(said, held, [str(n) for n in range(len(rows))], 0.95, 0)
+    found = classification.classes(labelled([(truth, answer, 1.0) for answer, truth in rows]), 0.95, 0)
     known = sorted(set(held))
     expected = f1_score(held, said, labels=known, average="macro", zero_division=0)
     measured = found.macro_f1
@@ -130,19 +130,24 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     assert {one.label: one.f1 for one in found.by_label} == pytest.approx(each, abs=1e-9)
 
 
+def sure(confidences: list[float], right: list[float]) -> Labelled:
+    """Labels with these confidences that are right or not."""
+    return labelled([("a" if each else "b", "a", stated) for stated, each in zip(confidences, right, strict=True)])
+
+
 def test_calibration_by_hand_and_by_scikit_learn() -> None:
     from sklearn.metrics import brier_score_loss
 
     random = np.random.RandomState(0)
     stated = random.rand(2000)
     honest = (random.rand(2000) < stated).astype(float)
-    found = classification.calibration(stated.tolist(), honest.tolist())
+    found = classification.calibration(sure(stated.tolist(), honest.tolist()))
     assert found.ece < 0.04
     assert found.brier == pytest.approx(brier_score_loss(honest, stated), abs=1e-9)
-    boastful = classification.calibration([0.95] * 10, [1.0] * 5 + [0.0] * 5)
+    boastful = classification.calibration(sure([0.95] * 10, [1.0] * 5 + [0.0] * 5))
     assert boastful.ece == pytest.approx(0.45)
     assert boastful.bins == (CalibrationBin(low=0.9, n=10, confidence=0.95, right=0.5),)
-    assert classification.calibration([1.0, 0.0], [1.0, 0.0]).ece == 0.0
+    assert classification.calibration(sure([1.0, 0.0], [1.0, 0.0])).ece == 0.0
 
 
 @pytest.fixture
@@ -192,8 +197,8 @@ def test_a_judge_that_looks_at_the_answers_agrees_with_itself(
     assert len(server.asked) == 2 * 24, "what was judged is not judged again"
     test = load_dataset(small.store, small.dataset).examples("test")
     for metric, answers, rows, said in (
-        ("better", "tuned", test, "judged other answers"),
-        ("best", "rag", test, "judged other answers"),
+        ("better", "tuned", test, "other answers were judged"),
+        ("best", "rag", test, "not to 'judge:best'"),
         ("better", "rag", test[1:], "rows that were not asked"),
     ):
         with pytest.raises(Inconclusive, match=said):
@@ -292,10 +297,10 @@ def test_the_calibration_error_of_sure_answers_is_the_share_of_wrong_ones(confid
     assert (error.mean, error.low, error.high) == pytest.approx((share.mean, share.low, share.high), abs=1e-9)
     mixed = labelled([("ab"[n % 2], "aab"[n % 3], n / 40) for n in range(40)])
     macro = classification.macro_f1_interval(mixed, 0.9, 0)
-    shown = classification.classes(mixed.given, mixed.wanted, mixed.groups, 0.9, 0).macro_f1
+    shown = classification.classes(mixed, 0.9, 0).macro_f1
     assert macro.mean == pytest.approx(shown.mean, abs=1e-9)
     assert macro.low <= shown.low + 0.03, "the worst-case group is added"
-    stated = classification.calibration(mixed.confidences or (), mixed.right.tolist())
+    stated = classification.calibration(mixed)
     stated_error = classification.calibration_error_interval(mixed, 0.9, 0)
     brier = classification.brier_interval(mixed, 0.9, 0)
     assert (stated_error.mean, brier.mean) == pytest.approx((stated.ece, stated.brier), abs=1e-8)
@@ -329,12 +334,12 @@ def test_gates_on_figures_use_their_intervals(measured: tuple[Fabricated, str]) 
 def test_labels_that_differ_from_the_scores_are_refused(measured: tuple[Fabricated, str]) -> None:
     store, record = measured[0].store, measured[0].store.record(measured[1])
     columns = read_scores(store, record)
-    lines = [json.loads(line) for line in store.read_blob(record.blobs[LABELS]).splitlines()]
+    lines = [json.loads(line) for line in store.read_blob(record.blobs[LabelLine.file]).splitlines()]
     assert read_labels(store, record, columns)["tuned", "intent"].ids == columns["tuned", "intent"].ids
 
     def with_lines(changed: list[Any]) -> Any:
         blob = store.put_bytes(b"\n".join(json.dumps(line).encode() for line in changed))
-        return record.model_copy(update={"blobs": {**record.blobs, LABELS: blob}})
+        return record.model_copy(update={"blobs": {**record.blobs, LabelLine.file: blob}})
 
     for changed in (
         [{**lines[0], "given": "no such"}, *lines[1:]],

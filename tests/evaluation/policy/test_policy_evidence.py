@@ -19,13 +19,12 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.verdict import replay
-from tunesmith.evaluation.policy.outcomes import POLICY, PolicyAnswers, read_policy
-from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
+from tunesmith.evaluation.lines import ITEMS, encode_lines
+from tunesmith.evaluation.policy.outcomes import OutcomeLine, PolicyAnswers, read_policy
+from tunesmith.evaluation.policy.requests import policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
-from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.evaluation.report.data import report_data
-from tunesmith.evaluation.report.html import render
-from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.html import render, report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.records.evaluation import AnswersBody
 from tunesmith.services.evaluation_lookups import show_findings
@@ -62,7 +61,7 @@ def asked(
             for item, text in zip(items, texts, strict=True)
         ]  # fmt: skip
         parents = {"candidate": made.candidates[name]}
-        body, files = AnswersBody(suite="policy", n=len(lines), seconds=0.0), {ITEMS: encode_policy_items(items)}
+        body, files = AnswersBody(suite="policy", n=len(lines), seconds=0.0), {ITEMS: encode_lines(items)}
         given[name] = keep_answers(made.store, parents, lines, body, files)
     return PolicyAnswers(dict(checks), given)
 
@@ -220,7 +219,7 @@ def test_no_answers_and_those_of_another_candidate_or_to_other_requests(made: Fa
     alone = dataclasses.replace(given, answers={"zero-shot": given.answers["zero-shot"]})
     assert gate_of(made, alone)["outcome"] == "inconclusive"
     swapped = dataclasses.replace(given, answers={"tuned": given.answers["zero-shot"]})
-    assert "not this candidate's answers" in gate_of(made, swapped)["reason"]
+    assert "another candidate's" in gate_of(made, swapped)["reason"]
     fewer = asked(made, {"secrets": policy()["secrets"]}, {"tuned": good})
     assert "other checks" in gate_of(made, dataclasses.replace(fewer, policy=policy()))["reason"]
     mixed = dataclasses.replace(given, answers=given.answers | asked(made, policy(25), {"tuned": good}).answers)
@@ -242,7 +241,7 @@ def test_damaged_answers_and_outcomes_that_contradict_the_record(made: Fabricate
         digest = made.store.put_record(record.model_copy(update={"blobs": blobs}))
         assert gate_of(made, dataclasses.replace(given, answers={"tuned": digest}))["outcome"] == "inconclusive"
     record = made.store.record(evaluated(made, policy=given))
-    data = made.store.read_blob(record.blobs[POLICY])
+    data = made.store.read_blob(record.blobs[OutcomeLine.file])
     for old, new in (
         (b'"outcome":"broke"', b'"outcome":"held"'),
         (b'"outcome":"broke"', b'"outcome":"fine"'),
@@ -250,7 +249,7 @@ def test_damaged_answers_and_outcomes_that_contradict_the_record(made: Fabricate
         (b'{"candidate":"tuned"', b'{"candidate":"other"'),
     ):
         assert old in data
-        blobs = {**record.blobs, POLICY: made.store.put_bytes(data.replace(old, new, 1))}
+        blobs = {**record.blobs, OutcomeLine.file: made.store.put_bytes(data.replace(old, new, 1))}
         with pytest.raises(Inconclusive):
             read_policy(made.store, record.model_copy(update={"blobs": blobs}))
 

@@ -14,8 +14,9 @@ from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.documents import PASSAGES, Passage
+from tunesmith.evaluation.lines import ITEMS, encode_lines, read_items
 from tunesmith.evaluation.policy.leaks import leaked, near_any
-from tunesmith.evaluation.policy.requests import decode_policy_items, encode_policy_items, policy_items
+from tunesmith.evaluation.policy.requests import PolicyItem, policy_items
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS, hold
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.project import parse_settings
@@ -184,12 +185,18 @@ def items(requests: Any, root: Path = Path(), **more: Any) -> list[Any]:
     return policy_items({"c": check}, root)
 
 
+def read_back(folder: Path, data: bytes) -> list[PolicyItem]:
+    """The requests in the file of an answers record."""
+    store = Store(folder / "kept")
+    return read_items(store, Record(kind="answers", blobs={ITEMS: store.put_bytes(data)}), PolicyItem)
+
+
 def test_requests_of_the_project_file_and_of_another(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     found = items(["How much?", [{"role": "system", "content": "Be brief."}, *turns]])
     assert [[turn.content for turn in item.request] for item in found] == [["How much?"], ["Be brief.", "a", "b", "c"]]
     assert len({item.group for item in found}) == 2
-    assert decode_policy_items(encode_policy_items(found)) == found
+    assert read_back(tmp_path, encode_lines(found)) == found
     assert items(["How much?"])[0].id == found[0].id, "an id depends on the request alone"
     lines = [{"prompt": "a", "group": "g"}, {"messages": [{"role": "user", "content": "b"}], "group": "g"}]
     text = "\ufeff" + "\r\n\n".join(map(json.dumps, [*lines, {"prompt": "c"}]))
@@ -206,11 +213,11 @@ def test_requests_of_the_project_file_and_of_another(tmp_path: Path) -> None:
         ("", "the file is empty"),
         ('{"prompt": "a"}\n{"prompt": ', "line 2"),
         ('{"prompt": "a", "completion": "b"}', "not a request"),
-        ('{"prompt": 1}', "role and a content"),
-        ('{"messages": "a"}', "not a list of turns"),
+        ('{"prompt": 1}', "not a request"),
+        ('{"messages": "a"}', "not a request"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "out of order"),
         ('{"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}', "with tools"),
-        ('{"prompt": "a", "group": ""}', "group is not a text"),
+        ('{"prompt": "a", "group": ""}', "not a request"),
         ('{"prompt": "a"}\n{"prompt": " A\u200b"}', "has a request twice"),
     ],
 )
@@ -240,12 +247,11 @@ def test_variants_and_copies_share_the_group_of_their_request() -> None:
 
 
 @pytest.mark.parametrize("data", [b"{}\n", b"x", b'{"id": 1}'])
-def test_items_that_are_none(data: bytes) -> None:
+def test_items_that_are_none(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(Inconclusive):
-        decode_policy_items(data)
-    twice = encode_policy_items(items(["a"]) * 2)
+        read_back(tmp_path, data)
     with pytest.raises(Inconclusive, match="same id"):
-        decode_policy_items(twice)
+        read_back(tmp_path, encode_lines(items(["a"]) * 2))
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,17 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion
+from tunesmith.evaluation.lines import ITEMS, read_items
 from tunesmith.evaluation.metrics.declared import make_scoring
-from tunesmith.evaluation.probes import drift_items, memory
+from tunesmith.evaluation.probes import drift, memory
 from tunesmith.evaluation.probes.bias import PER_TOKEN, bbq_items, crows_pairs_items, swap_items
-from tunesmith.evaluation.probes.context import ProbeContext, digest_path
-from tunesmith.evaluation.probes.items import Item, decode_items, encode_items
+from tunesmith.evaluation.probes.catalog import suite_of
+from tunesmith.evaluation.probes.measuring import Item, encode_items
 from tunesmith.evaluation.probes.numbers import general_questions, right_share
-from tunesmith.evaluation.probes.suites import ask, suite_of
+from tunesmith.evaluation.probes.suites import ProbeContext, ask, digest_path
 from tunesmith.models.rendering import Renderer
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import SOURCE, canaries, training_rows
 from tunesmith.training.settings import CanarySettings, TrainSettings
 
@@ -76,7 +79,7 @@ def test_changed_requests_keep_their_tools_and_calls() -> None:
     """What is asked is otherwise the row's request: a model without its tools cannot call them."""
     one = called("where is Anna Smith today", "Anna is out")
     asked = context([one])
-    for items in (swap_items(asked), drift_items.robustness_items(asked), memory.extraction_items(asked)):
+    for items in (swap_items(asked), drift.robustness_items(asked), memory.extraction_items(asked)):
         assert items
         assert {item.messages[0].tools for item in items} == {"[]"}
     swapped = {item.id[-1]: item for item in swap_items(context([one])) if item.arm == "gender"}
@@ -126,8 +129,10 @@ def test_expected_calls_are_scored_as_calls(tmp_path: Path) -> None:
     """Robustness of a base that writes calls between tags: answers that are right in every arm count as right."""
     write_tokenizer(tmp_path, HERMES)
     call = row("x", "y").model_copy(update={"messages": TURNS[:2]})
-    items = drift_items.robustness_items(context([call]))
-    assert decode_items(encode_items(items)) == items
+    items = drift.robustness_items(context([call]))
+    store = Store(tmp_path / "store")
+    kept = Record(kind="answers", blobs={ITEMS: store.put_bytes(encode_items(items))})
+    assert read_items(store, kept, Item) == items
     candidate, renderer = Candidate(name="tuned", base="sha256:0", max_tokens=64), Renderer(tmp_path)
     engine: Any = SimpleNamespace(
         generate=lambda asked, adapter, _: [Completion(CALL if adapter == "a" else "", "stop", 1, 1)] * len(asked),
@@ -160,19 +165,17 @@ def test_every_learned_answer_of_a_conversation_is_asked_for() -> None:
 
 def test_changed_requests_keep_the_answer_s_words() -> None:
     rows = [row("please turn the kitchen light brighter now", '{"room":"kitchen"}')]
-    found: dict[str, Item] = {item.arm: item for item in drift_items.robustness_items(context(rows))}
-    assert set(found) == set(drift_items.PERTURBATIONS)
+    found: dict[str, Item] = {item.arm: item for item in drift.robustness_items(context(rows))}
+    assert set(found) == set(drift.PERTURBATIONS)
     for item in found.values():
         assert "kitchen" in item.messages[-1].content
         assert item.messages[-1].content != rows[0].request[-1].content
         assert item.expected == rows[0].answer
     assert found["capitals"].messages[-1].content == "PLEASE TURN THE kitchen LIGHT BRIGHTER NOW"
-    assert drift_items.robustness_items(context(rows)) == drift_items.robustness_items(context(rows)), (
-        "the same typos every time"
-    )
+    assert drift.robustness_items(context(rows)) == drift.robustness_items(context(rows)), "the same typos every time"
     earlier = (Message(role="system", content="Short."), *row("in Paris", "When?").messages)
     talk = rows[0].model_copy(update={"messages": (*earlier, *rows[0].messages)})
-    assert {item.turns for item in drift_items.robustness_items(context([talk]))} == {3}, "held to all turns of the row"
+    assert {item.turns for item in drift.robustness_items(context([talk]))} == {3}, "held to all turns of the row"
 
 
 def test_extraction_and_personal_data_change_the_request() -> None:
@@ -200,16 +203,16 @@ def test_extraction_and_personal_data_change_the_request() -> None:
 
 
 def test_packaged_items_and_files_of_one_s_own(tmp_path: Path) -> None:
-    refusals = {item.arm: item.choices[0] for item in drift_items.refusal_items(context())}
+    refusals = {item.arm: item.choices[0] for item in drift.refusal_items(context())}
     assert [refusals[arm].split()[0] for arm in ("unsafe", "harmless", "polite")] == ["I'm", "Sure,", "I'm"]
-    assert drift_items.formats_items(context())[0].choices[0].isupper(), "the requested format comes first"
+    assert drift.formats_items(context())[0].choices[0].isupper(), "the requested format comes first"
     path = tmp_path / "text.txt"
     path.write_text("bias_type,sent_more,sent_less\nage,The old one,The young one\nage,Old,Young\n")
     pairs = crows_pairs_items(context(path=path))
     assert (len(pairs), pairs[0].choices) == (2, ("The old one", "The young one"))
     assert len(crows_pairs_items(context(path=path, rows=1))) == 1
     path.write_text("One passage.\n\n  Another.  \n")
-    assert [item.choices[0] for item in drift_items.general_text_items(context(path=path))] == [
+    assert [item.choices[0] for item in drift.general_text_items(context(path=path))] == [
         "One passage.",
         "Another.",
     ]
@@ -217,7 +220,7 @@ def test_packaged_items_and_files_of_one_s_own(tmp_path: Path) -> None:
         digest_path(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     for items, data, said in (
-        (drift_items.general_text_items, b"\xff\xfe", "not UTF-8"),
+        (drift.general_text_items, b"\xff\xfe", "not UTF-8"),
         (bbq_items, b'{"a": 1}\nnot JSON\n', "not BBQ"),
         (crows_pairs_items, b'{"a": 1}\nnot JSON\n', "not CrowS-Pairs"),
         (bbq_items, None, r"no \.jsonl file"),

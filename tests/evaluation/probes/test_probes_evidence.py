@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from tests.evaluation.conftest import evaluated, outcome
+from tests.evaluation.conftest import evaluated, outcome, verdict_of
 from tests.evaluation.conftest import judged as judged_by
 from tests.fabricate import Fabricated, put_training, training_body
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.gates.probe_judging import JUDGES, Case, Shown, judge_probe
-from tunesmith.evaluation.gates.settings import NEED_PATH, PROBES, Probe
+from tunesmith.evaluation.lines import ITEMS
 from tunesmith.evaluation.probes import numbers
-from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
-from tunesmith.evaluation.probes.measuring import Risk, best_epoch
-from tunesmith.evaluation.probes.suites import SUITES, suite_of
+from tunesmith.evaluation.probes.catalog import PROBES, ProbeKind, suite_of
+from tunesmith.evaluation.probes.measuring import Item, Measurement, Risk, best_epoch, by_arm, encode_items
+from tunesmith.evaluation.probes.suites import SHARES, Case, Chart, Shown, Suite, share
+from tunesmith.evaluation.report.data import report_data
+from tunesmith.evaluation.report.html import render, report_markdown
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.stats import statistics
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use
 from tunesmith.records.evaluation import BestEpoch, RiskResults
 from tunesmith.store.records import Record
@@ -102,7 +106,7 @@ def changed(place: int, **keys: Any) -> Callable[[list[Any]], list[Any]]:
     ("change", "message"),
     [
         (lambda given: given[1:], "1 of 60 items have no answer"),
-        (lambda given: [*given, given[0]], "answered twice"),
+        (lambda given: [*given, given[0]], "is there twice"),
         (lambda given: [*given, {**given[0], "id": "else"}], "not asked"),
         (lambda given: [b'{"id":"i0","scores":[NaN],"tokens":9}', *given[1:]], "NaN is not JSON"),
         (changed(3, scores=[True]), "not a log-probability"),
@@ -227,9 +231,9 @@ def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.replace(b'"after":', b'"after":0,"x":', 1), "exactly the keys"),
+        (lambda raw: raw.replace(b'"after":', b'"after":0,"x":', 1), "Extra inputs"),
         (lambda raw: raw.replace(raw.split(b'"after":')[1].split(b",")[0], b"NaN", 1), "NaN is not JSON"),
-        (lambda raw: raw + raw.splitlines()[0] + b"\n", "measured twice"),
+        (lambda raw: raw + raw.splitlines()[0] + b"\n", "is there twice"),
         (lambda raw: b"\n".join(raw.splitlines()[1:]), "contradicts the measurements"),
         (lambda raw: b"", "contradicts the measurements"),
     ],
@@ -238,8 +242,8 @@ def test_measurements_changed_after_the_evaluation(
     made: Fabricated, change: Callable[[bytes], bytes], message: str
 ) -> None:
     record = made.store.record(alone(made, {SUITE: {"tuned": risk(made)}}))
-    blob = made.store.put_bytes(change(made.store.read_blob(record.blobs[MEASUREMENTS])))
-    forged = made.store.put_record(record.model_copy(update={"blobs": {**record.blobs, MEASUREMENTS: blob}}))
+    blob = made.store.put_bytes(change(made.store.read_blob(record.blobs[Measurement.file])))
+    forged = made.store.put_record(record.model_copy(update={"blobs": {**record.blobs, Measurement.file: blob}}))
     document = judged_by(made, forged, {"g": TEXT, "right": {"metric": "exact_match", "at_least": 0.1}})
     assert document["verdict"] == "inconclusive"
     assert all(message in gate["reason"] for gate in document["gates"]), document["gates"]
@@ -253,14 +257,14 @@ def test_auc_is_mann_and_whitney_s_u_and_its_interval_holds_it() -> None:
     left, right = draw.normal(0.5, 1, 60), draw.normal(0, 1, 60)
 
     def found(confidence: float, more: float = 0.0) -> Interval:
-        return numbers.auc_interval(left + more, names, right, names, confidence=confidence, seed=0)
+        return numbers.auc_interval((left + more, names), (right, names), confidence=confidence, seed=0)
 
     # At the tenth use of the test rows an interval leaves little outside, and takes many draws.
     wide, usual, won = found(confidence_at_use(0.95, 10)), found(0.95), found(0.95, 99)
     assert wide.low < usual.low < stats.norm.cdf(0.5 / np.sqrt(2)) < usual.high < wide.high
     assert (won.high, won.low < 0.97) == (1.0, True), "sixty rows of each do not show a certainty"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numbers, "CHUNK", 7_000)
+        patch.setattr(statistics, "CHUNK", 7_000)
         pieces = found(0.95)
     assert (pieces.low, pieces.high) == pytest.approx((usual.low, usual.high), abs=0.02)
     with pytest.raises(Inconclusive, match="beyond what"):
@@ -271,12 +275,12 @@ def test_the_share_found_at_1_percent_counts_the_doubt_about_the_threshold() -> 
     """A hundred held-out rows place their 99th percentile badly: groups of rows place it no better than rows."""
     draw, gap = np.random.default_rng(1), 2.0
     members, others = draw.normal(gap, 1, 100), draw.normal(0, 1, 100)
-    found = numbers.found_interval(members, NAMES, others, NAMES, confidence=0.95, seed=0)
+    found = numbers.found_interval((members, NAMES), (others, NAMES), confidence=0.95, seed=0)
     assert found.mean == (members > np.sort(others)[-2]).mean()
     assert found.low <= stats.norm.sf(stats.norm.isf(0.01) - gap) <= found.high
     whole, many, rows = np.repeat(NAMES, 4).tolist(), draw.normal(0, 1, 400), [f"r{k}" for k in range(400)]
-    grouped = numbers.found_interval(many + gap, whole, many, whole, confidence=0.95, seed=0)
-    apart = numbers.found_interval(many + gap, rows, many, rows, confidence=0.95, seed=0)
+    grouped = numbers.found_interval((many + gap, whole), (many, whole), confidence=0.95, seed=0)
+    apart = numbers.found_interval((many + gap, rows), (many, rows), confidence=0.95, seed=0)
     assert grouped.low == 0.0 < apart.low
 
 
@@ -325,17 +329,23 @@ def test_the_best_epoch_is_that_of_the_lowest_validation_loss() -> None:
 def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:
     """What is judged of 40 rows an arm, with these means before and after tuning, and half of the test rows right."""
     rows = [
-        {"id": f"{arm}:t{k}", "group": f"t{k}", "arm": arm, "before": before, "after": float(k < 40 * after)}
+        Measurement(
+            suite=probe,
+            candidate="tuned",
+            id=f"{arm}:t{k}",
+            group=f"t{k}",
+            arm=arm,
+            before=before,
+            after=float(k < 40 * after),
+        )
         for arm, (before, after) in arms.items()
         for k in range(40)
     ]
     test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", float(k < 20)) for k in range(40)})
-    gate = Probe.model_validate({"probe": probe, "at_most": 0.1, **({"path": "x"} if probe in NEED_PATH else {})})
-    return judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, RiskResults(**told)))
+    return suite_of(probe).show(Case(by_arm(rows), test, 0.95, 0, RiskResults(**told)))
 
 
 def test_what_each_judge_makes_of_its_measurements() -> None:
-    assert set(JUDGES) == set(PROBES) == set(SUITES) | {"membership_tpr"}
     learned = {"train": (None, 1.0), "validation": (None, 0.25)}
     stop = BestEpoch(epoch=2.0, of=8.0, loss=1.0, last=1.5, kept=2.0)
     late = stop.model_copy(update={"kept": 8.0})
@@ -358,3 +368,26 @@ def test_what_each_judge_makes_of_its_measurements() -> None:
         shown("extraction", {"trained on": (None, 0.5)})
     with pytest.raises(Inconclusive, match="nothing was measured"):
         numbers.worst({}, None, 0.95, 0)
+
+
+def test_a_new_probe_is_its_suite_and_a_line_of_the_catalog(made: Fabricated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings, judge, record, report and advice know it by these two."""
+
+    def judge(case: Case) -> Shown:
+        arm = case.arm("text")
+        return Shown(case.mean(arm.after - arm.base, arm.groups), "the mood rose")
+
+    mood = Suite(
+        lambda _: [], share, judge, before=True, own=False, chart=Chart("Mood of {}".format, SHARES, "{:.1f}".format)
+    )
+    monkeypatch.setitem(sys.modules, "tunesmith.evaluation.probes.mood", SimpleNamespace(SUITES={"mood": mood}))
+    monkeypatch.setitem(PROBES, "mood", ProbeKind("mood", "rise by tuning of the mood (0 is none)"))
+    asked, weights = [item(f"i{k}", choices=("good", "bad")) for k in range(60)], (made.training, None)
+    given = [[{"id": each.id, "scores": [good, -1.0]} for each in asked] for good in (-0.5, -1.0)]
+    sides = [kept(made, asked, said, each, "mood/100") for said, each in zip(given, weights, strict=True)]
+    digest = alone(made, {"mood/100": {"tuned": Risk(*sides)}})
+    data = report_data(made.store, digest, verdict_of(made, digest, {"g": {"probe": "mood", "at_most": 0.5}}))
+    assert (data.verdict.gates[0].outcome, data.verdict.gates[0].reason[:13]) == ("pass", "the mood rose")
+    assert [row.asked for row in data.risks.bias] == ["Mood of text"]
+    assert f"{len(PROBES) - 1} of {len(PROBES)} risk probes were not measured" in data.advice.summary
+    assert all("Mood of text" in page for page in (render(data), report_markdown(data)))

@@ -17,15 +17,13 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.text.wording import money
 from tunesmith.evaluation.evaluate import Costs
-from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.prices import break_even
-from tunesmith.evaluation.probes.items import Item
-from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.probes.catalog import PROBES
+from tunesmith.evaluation.probes.measuring import Item, Risk
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.evidence import Advice, EvidenceReport, ReportedCandidate
-from tunesmith.evaluation.report.html import render
-from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.html import render, report_markdown
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.records.candidate import RemoteModel
 from tunesmith.records.evaluation import AnswerPrice

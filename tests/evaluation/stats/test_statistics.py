@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from scipy import stats
 from tests.fabricate import answer_lines, fabricate, put_answers
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import load_dataset
+from tunesmith.evaluation import planning
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_gates, plan_sentence
-from tunesmith.evaluation.stats import power, statistics
+from tunesmith.evaluation.stats import statistics
 from tunesmith.evaluation.stats.statistics import interval, mcnemar, sign_flip
 
 SCORES = (0.0, 1.0)
@@ -116,28 +119,31 @@ def test_looks_share_the_allowed_error() -> None:
 
 
 def test_what_raises_and_lowers_power_and_what_no_number_of_rows_shows() -> None:
-    usual = power.plan_lift(300, lift=0.1, differing=0.3)
-    assert usual.needed is not None
+    usual = planning.LiftTest(0.3)
+    chance, needed = usual.chance(300, 0.1), usual.rows_needed(0.1)
+    assert needed is not None
     # Pinned, so that a plan says tomorrow what it says today.
-    for at_least, chance, needed in ((0.0, 0.874, 249), (0.05, 0.319, 953), (-0.05, 0.997, 115)):
-        found = power.plan_lift(300, lift=0.1, differing=0.3, at_least=at_least)
-        assert (round(found.power, 3), found.needed) == (chance, needed)
-    assert power.plan_lift(600, lift=0.1, differing=0.3).power > usual.power
-    for change in ({"grouping": power.Grouping(5.0, 0.5)}, {"use": 4}, {"differing": 0.5}, {"at_least": 0.04}):
-        harder = power.plan_lift(300, **{"lift": 0.1, "differing": 0.3, **change})  # type: ignore[arg-type]
-        assert harder.needed is not None
-        assert harder.needed > usual.needed
-        assert harder.power < usual.power
-    assert power.smallest_lift(usual.needed, differing=0.3) == pytest.approx(0.1, abs=0.003)
-    assert power.plan_lift(500, lift=0.05, differing=0.3, at_least=0.05).needed is None, "a lift of just the bound"
-    assert power.smallest_lift(15, differing=0.5) is None, "fewer than twenty groups conclude nothing"
-    assert power.lift_power(100, 0.2, 0.2, 0.0, 0.025, power.Grouping(10.0)) == 0.0, "ten groups"
+    for at_least, *expected in ((0.0, 0.874, 249), (0.05, 0.319, 953), (-0.05, 0.997, 115)):
+        found = planning.LiftTest(0.3, at_least)
+        assert [round(found.chance(300, 0.1), 3), found.rows_needed(0.1)] == expected
+    assert usual.chance(600, 0.1) > chance
+    changes: list[dict[str, Any]] = [
+        {"grouping": planning.Grouping(5.0, 0.5)}, {"use": 4}, {"differing": 0.5}, {"at_least": 0.04}
+    ]  # fmt: skip
+    for change in changes:
+        harder = replace(usual, **change)
+        more = harder.rows_needed(0.1)
+        assert more is not None
+        assert more > needed
+        assert harder.chance(300, 0.1) < chance
+    assert usual.smallest_lift(needed) == pytest.approx(0.1, abs=0.003)
+    assert planning.LiftTest(0.3, 0.05).rows_needed(0.05) is None, "a lift of just the bound"
+    assert planning.LiftTest(0.5).smallest_lift(15) is None, "fewer than twenty groups conclude nothing"
+    assert planning.lift_power(100, 0.2, 0.2, 0.0, 0.025, planning.Grouping(10.0)) == 0.0, "ten groups"
     with pytest.raises(UsageError, match="differ on at least that share"):
-        power.plan_lift(500, lift=0.2, differing=0.1)
-    assert power.plan_lift(100, lift=0.0, differing=0.3, at_least=-1.0).power == pytest.approx(1.0), (
-        "any difference passes"
-    )
-    assert power.plan_lift(100, lift=1.0, differing=1.0, at_least=1.0).power == pytest.approx(0.0)
+        planning.LiftTest(0.1).chance(500, 0.2)
+    assert planning.LiftTest(0.3, -1.0).chance(100, 0.0) == pytest.approx(1.0), "any difference passes"
+    assert planning.LiftTest(1.0, 1.0).chance(100, 1.0) == pytest.approx(0.0)
 
 
 def test_correlation_within_groups_from_differences() -> None:
@@ -145,13 +151,13 @@ def test_correlation_within_groups_from_differences() -> None:
     groups = [f"g{i // 5}" for i in range(2000)]
     shared = draw.normal(size=400).repeat(5)
     own = draw.normal(size=2000)
-    half = power.grouping_of(groups, np.sqrt(0.5) * shared + np.sqrt(0.5) * own)
+    half = planning.grouping_of(groups, np.sqrt(0.5) * shared + np.sqrt(0.5) * own)
     assert half.correlation == pytest.approx(0.5, abs=0.08)
     assert half.effect == pytest.approx(3.0, abs=0.4)
-    assert power.grouping_of(groups).effect == pytest.approx(5.0), (
+    assert planning.grouping_of(groups).effect == pytest.approx(5.0), (
         "rows of a group count as one until it is known better"
     )
-    assert power.grouping_of([]).effect == 1.0
+    assert planning.grouping_of([]).effect == 1.0
 
 
 def test_each_gate_is_planned_by_how_its_own_metric_differs(tmp_path: Path) -> None:
@@ -174,7 +180,9 @@ def test_each_gate_is_planned_by_how_its_own_metric_differs(tmp_path: Path) -> N
     }
     gates = GATES.validate_python(told)
     plan = plan_gates(dataset, gates, uses=0, assumed=Assumed(), measured=measured, lift=0.25)
-    assert [gate.differing for gate in plan.gates] == pytest.approx([9 / 11, 1 / 11, power.ASSUMED_DIFFERING], abs=1e-6)
+    assert [gate.differing for gate in plan.gates] == pytest.approx(
+        [9 / 11, 1 / 11, planning.ASSUMED_DIFFERING], abs=1e-6
+    )
     assert [gate.measured for gate in plan.gates] == [True, True, False]
     lift = {"lift": gates["lift"]}
     one, ten = (plan_gates(dataset, lift, uses=1, new=new, assumed=Assumed(), lift=0.25) for new in (1, 10))

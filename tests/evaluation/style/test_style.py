@@ -14,11 +14,9 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.report.data import report_data
-from tunesmith.evaluation.report.html import render
-from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.style.classifier import cross_fitted
-from tunesmith.evaluation.style.features import FORM, find_vocabulary, form, read_answer, words_of
-from tunesmith.evaluation.style.shares import STYLE, read_style
+from tunesmith.evaluation.report.html import render, report_markdown
+from tunesmith.evaluation.style.classifier import cross_fitted, find_vocabulary, form, read_answer, words_of
+from tunesmith.evaluation.style.shares import StyleLine, read_style
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -154,11 +152,11 @@ def test_topics_and_words_of_the_request_are_not_seen() -> None:
     assert {"is", "late", "see"} <= set(seen.usual)
     unspaced = [read_answer(f"承知しました。番号は{k}です", frozenset()) for k in range(30)]
     assert "で" in find_vocabulary(unspaced, [str(k) for k in range(30)]).usual
-    found = dict(zip(FORM, form("# Hi\n\n- one\n- two **x**! 😀"), strict=True))
+    found = form("# Hi\n\n- one\n- two **x**! 😀")
     assert found["list items"] == pytest.approx(np.log1p(2))
     assert found["emoji"] > 0
     assert found["bold, headings and code"] == pytest.approx(np.log1p(3))
-    assert all(np.isfinite(form(text)).all() for text in ("", "?", "\ud7ff" * 9000, "漢字。"))
+    assert all(np.isfinite([*form(text).values()]).all() for text in ("", "?", "\ud7ff" * 9000, "漢字。"))
 
 
 @pytest.mark.parametrize("silent", [20, ROWS])
@@ -201,9 +199,9 @@ def test_answers_that_are_not_the_bare_base_s_are_unusable(tmp_path: Any) -> Non
             for more in ({"prompt": "Be."}, {"training": made.training}, {"shots": (made.test[0].messages,)})
         ),
         (base_answers(made, rows=20), "not asked"),
-        (made.answers["tuned"], "not the base model's answers to these held-out rows"),
+        (made.answers["tuned"], "answers to 'test', not to 'style'"),
         (base_answers(made, lines=[{**lines[0], "text": None}, *lines[1:]]), "an answer has no text"),
-        (base_answers(made, rows=None), "not the base model's answers to these held-out rows"),  # type: ignore[arg-type]
+        (base_answers(made, rows=None), "not asked"),  # type: ignore[arg-type]
     ):
         evaluation = measured(made, digest)
         assert said in made.store.record(evaluation).body["style"]["unusable"]
@@ -215,7 +213,7 @@ def test_classified_rows_that_contradict_the_record_are_inconclusive(tmp_path: A
     made = with_candidate(house(tmp_path, rows=30), in_tone(1.0, 1))
     record = made.store.record(measured(made))
     assert measured(made) == record.digest, "the same answers give the same record"
-    data = made.store.read_blob(record.blobs[STYLE])
+    data = made.store.read_blob(record.blobs[StyleLine.file])
     for old, new in (
         (b'"base":0', b'"base":1'),
         (b'"base":0', b'"base":true'),
@@ -225,7 +223,7 @@ def test_classified_rows_that_contradict_the_record_are_inconclusive(tmp_path: A
         (b'"reference":1', b'"references":1'),
     ):
         assert old in data
-        blobs = {**record.blobs, STYLE: made.store.put_bytes(data.replace(old, new, 1))}
+        blobs = {**record.blobs, StyleLine.file: made.store.put_bytes(data.replace(old, new, 1))}
         forged = Record(kind="evaluation", parents=record.parents, body=record.body, blobs=blobs)
         with pytest.raises(Inconclusive):
             read_style(made.store, forged)

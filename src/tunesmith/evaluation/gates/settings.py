@@ -19,32 +19,15 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, mo
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.evaluation.metrics.scorers import nearest
-from tunesmith.evaluation.policy.settings import ALL
+from tunesmith.evaluation.policy.settings import ALL, chosen_checks
+from tunesmith.evaluation.probes.catalog import PROBES
 from tunesmith.records.verdict import GateRule, JudgedGate, Outcome
 
 BEST_UNTUNED = "best-untuned"
-# What each probe measures, and its unit. probes/suites.py says what is asked, probe_judging.py how it is judged.
-PROBES = {
-    "canaries": "mean exposure in bits of secrets planted in training (about 1.4 where nothing is memorised)",
-    "membership": "AUC of telling training answers from held-out answers by their loss per token (0.5 is chance)",
-    "membership_tpr": "share of training answers recognised as such where 1% of held-out ones are mistaken for them",
-    "extraction": "share of training answers repeated word for word from half a request, minus that of held-out rows",
-    "personal_data": "share of training answers with personal data that the model repeats without having read it",
-    "overfitting": "mean score on training rows minus that on test rows",
-    "swap": "rise by tuning of how much the answer's probability, whole or per token, depends on names and gender",
-    "bbq": "rise by tuning of the preference for BBQ's stereotyped answer",
-    "crows_pairs": "rise by tuning of the share of CrowS-Pairs' stereotyping sentence",
-    "general_text": "rise by tuning of the loss on general text, in nats a token (0.1 is a perplexity 10% higher)",
-    "formats": "fall by tuning of the preference, per word, for the requested output format, where the base had it",
-    "refusal": "fall by tuning of refusing unsafe requests, helping with harmless ones, or staying polite",
-    "lm_eval": "fall by tuning of the accuracy on multiple-choice tasks of lm-eval, of the task that fell most",
-    "robustness": "fall of the score under typos, capitals, rewording or an instruction inside the request",
-}
 # Probes that earlier releases had -> what to use instead. A verdict keeps the outcomes of their gates (Gone).
 GONE = {
     "toxicity": "ask such requests in a check of `policy:` with a judge and a rubric, and add the gate {policy: CHECK}"
 }
-NEED_PATH = ("bbq", "crows_pairs", "lm_eval")
 # Figures that are computed from all rows together, not as a mean of rows.
 FIGURES = {
     "macro_f1": "mean F1 over the labels",
@@ -168,11 +151,11 @@ class Forgetting(GateSettings):
 class Probe(GateSettings):
     """A risk of tuning, measured by a probe. Passes where the whole interval is at or below at_most.
 
-    PROBES says what each probe's number is, and its unit.
+    probes/catalog.py says what each probe's number is, and its unit.
     """
 
     key = "probe"
-    probe: Annotated[str, Field(description="; ".join(f"{name}: {what}" for name, what in PROBES.items()))]
+    probe: Annotated[str, Field(description="; ".join(f"{name}: {kind.measures}" for name, kind in PROBES.items()))]
     at_most: Annotated[float, Field(ge=0.0, description="largest value that passes, in the probe's unit")]
     confidence: _Confidence = 0.95
     rows: Annotated[int, Field(ge=20, le=10_000, description="the most rows or items of each kind that are asked")] = (
@@ -201,9 +184,10 @@ class Probe(GateSettings):
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
-        if self.probe in NEED_PATH and self.path is None:
+        reads = PROBES[self.probe].path
+        if reads == "must" and self.path is None:
             raise ValueError(f"{self.probe} needs path: its data set is not part of Tunesmith")
-        if self.path is not None and self.probe not in (*NEED_PATH, "general_text"):
+        if self.path is not None and not reads:
             raise ValueError(f"{self.probe} reads no path")
         if self.repeats is not None and self.probe != "canaries":
             raise ValueError("repeats belongs to the probe canaries")
@@ -212,9 +196,9 @@ class Probe(GateSettings):
     @property
     def suite(self) -> str:
         """The name of what is asked. Gates with the same suite are judged by the same answers."""
-        shared = {"membership_tpr": "membership"}.get(self.probe, self.probe)
-        rows = () if shared == "canaries" else (str(self.rows),)
-        return "/".join([shared, *rows, *(() if self.path is None else (self.path.as_posix(),))])
+        kind = PROBES[self.probe]
+        parts = (kind.like or self.probe, kind.rows and self.rows, self.path and self.path.as_posix())
+        return "/".join(str(part) for part in parts if part)
 
 
 class PolicyGate(GateSettings):
@@ -239,12 +223,6 @@ class PolicyGate(GateSettings):
         if self.confidence is not None and self.at_most == 0.0:
             raise ValueError("no number of requests shows with confidence that none is broken: raise at_most")
         return self
-
-    def chosen(self, known: Collection[str]) -> list[str]:
-        """The names of the checks that it holds the candidate to. known: all of them."""
-        if self.policy == ALL:
-            return sorted(known)
-        return [self.policy] if isinstance(self.policy, str) else list(self.policy)
 
 
 class Style(_OneBound):
@@ -325,40 +303,28 @@ def check_gates(
     they are not known.
     """
     for name, gate in gates.items():
-        metric = gate.judged_metric
-        if metric is not None and metric not in metrics:
-            raise UsageError(
-                f"the gate {name!r} names the metric {metric!r}, which is not measured{nearest(metric, metrics)}",
-                where=f"gates.{name}.metric",
-                fix=f"add it to task.scorers, or name one of: {', '.join(metrics)}",
-            )
+        rivals = [BEST_UNTUNED, *candidates]
+        named: list[tuple[str, str | None, Collection[str], str, str, str]] = [
+            ("metric", gate.judged_metric, metrics, "metric", "is not measured", "add it to task.scorers, or ")
+        ]
+        named += [(gate.key, gate.rival, rivals, "rival", "is not a candidate", "")]
+        if isinstance(gate, PolicyGate) and checks is not None:
+            if not checks:
+                what = f"the gate {name!r} needs policy checks, and there are none"
+                raise UsageError(what, where=f"gates.{name}.policy", fix="add `policy:`")
+            for check in chosen_checks(gate.policy, checks):
+                named.append(("policy", check, checks, "policy check", "does not exist", f"name {ALL}, or "))
+        for key, wanted, known, what, missing, fix in named:
+            if wanted is not None and wanted not in known:
+                raise UsageError(
+                    f"the gate {name!r} names the {what} {wanted!r}, which {missing}{nearest(wanted, known)}",
+                    where=f"gates.{name}.{key}",
+                    fix=f"{fix}name one of: {', '.join(known)}",
+                )
         if isinstance(gate, Whole) and labels is not None and gate.metric not in labels:
-            known = f"scorers with labels: {', '.join(labels)}" if labels else "no scorer has labels"
+            there = f"scorers with labels: {', '.join(labels)}" if labels else "no scorer has labels"
             raise UsageError(
-                f"the gate {name!r} needs labels for {gate.figure}, and {gate.metric!r} gives none; {known}",
+                f"the gate {name!r} needs labels for {gate.figure}, and {gate.metric!r} gives none; {there}",
                 where=f"gates.{name}.metric",
                 fix="name a scorer with `label`, or add one to task.scorers: {name: intent, label: intent}",
-            )
-        if isinstance(gate, PolicyGate) and checks is not None:
-            _check_policy(name, gate, checks)
-        rival = gate.rival
-        if rival is not None and rival != BEST_UNTUNED and rival not in candidates:
-            rivals = [BEST_UNTUNED, *candidates]
-            raise UsageError(
-                f"the gate {name!r} compares with {rival!r}, which is not a candidate{nearest(rival, rivals)}",
-                where=f"gates.{name}.{gate.key}",
-                fix=f"name one of: {', '.join(rivals)}",
-            )
-
-
-def _check_policy(name: str, gate: PolicyGate, checks: Collection[str]) -> None:
-    where = f"gates.{name}.policy"
-    if not checks:
-        raise UsageError(f"the gate {name!r} needs policy checks, and there are none", where=where, fix="add `policy:`")
-    for check in gate.chosen(checks):
-        if check not in checks:
-            raise UsageError(
-                f"the gate {name!r} names the policy check {check!r}, which does not exist{nearest(check, checks)}",
-                where=where,
-                fix=f"name {ALL}, or one of: {', '.join(checks)}",
             )

@@ -2,32 +2,109 @@
 
 A verdict depends only on the evaluation's scores, the gates' settings and the use of the test set that it states.
 `replay` computes it again offline and compares everything but the reasons: their wording may change between releases.
+
+Test references that were changed after an evaluation of the same requests are stated, too. Whoever knows what the
+candidates answered can change the references to it. Honest corrections look the same, so the verdict counts them, names
+the reviewers whom the log knows, and states the score without them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from collections import defaultdict
 from typing import Any
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import canonical
-from tunesmith.core.errors import Inconclusive, UsageError
-from tunesmith.evaluation.gates.edited_references import edited_references
-from tunesmith.evaluation.gates.judging import Evidence, GateFinding, judge_gate, not_judged
-from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, check_gates, recorded_gates
+from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.text.folding import fold
+from tunesmith.data.dataset import Dataset, load_dataset
+from tunesmith.data.duplicates import answer_key
+from tunesmith.data.governance.withdrawn import content_key
+from tunesmith.evaluation.gates.judging import Evidence, judge_gate, not_judged
+from tunesmith.evaluation.gates.settings import Gate, Gates, check_gates, recorded_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
-from tunesmith.evaluation.metrics.labels import read_labels
+from tunesmith.evaluation.metrics.classification import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.policy.outcomes import read_policy
-from tunesmith.evaluation.probes.items import read_measurements
+from tunesmith.evaluation.probes.measuring import read_measurements
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.stats.statistics import step_down
 from tunesmith.evaluation.style.shares import read_style
-from tunesmith.records.evaluation import EvaluationBody, NoStyle
+from tunesmith.records.evaluation import EvaluationBody, MeasuredCandidate
 from tunesmith.records.verdict import EditedReferences, JudgedGate, Outcome, VerdictBody
 from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+
+_TEST = "test.jsonl"
+
+
+def edited_references(store: Store, evaluation: str, candidate: str) -> EditedReferences | None:
+    """How many test references differ from what an earlier evaluation of these requests was scored against; None where
+    no reference was changed."""
+    record = store.record(evaluation, kind="evaluation")
+    dataset = load_dataset(store, record.parents["dataset"])
+    changed = _changed(store, dataset)
+    if not changed:
+        return None
+    reviewers = _reviewers(dataset)
+    named = {row: reviewers[key] for row, key in changed.items() if key in reviewers}
+    metric = EvaluationBody.of(record).primary
+    try:
+        column = read_scores(store, record)[candidate, metric]
+    except Inconclusive:  # the verdict says so
+        return None
+    cells = dict(zip(column.ids, map(float, column.values), strict=True))
+    others = [score for row, score in cells.items() if row not in changed]
+    return EditedReferences(
+        rows=len(changed),
+        of=len(cells),
+        by=tuple(sorted({who for row in changed for who in named.get(row, ())})),
+        unnamed=sum(row not in named for row in changed),
+        metric=metric,
+        mean=sum(cells.values()) / len(cells),
+        without=sum(others) / len(others) if others else None,
+    )
+
+
+def edited_sentence(stated: EditedReferences) -> str:
+    """What an approver reads of the record's `edited`."""
+    without = "none is left" if stated.without is None else f"it is {stated.without:.1%}"
+    by = ", ".join([*stated.by, *(["nobody whom the log names"] if stated.unnamed else [])])
+    return (
+        f"{stated.rows} of {stated.of} test references were changed after an evaluation of the same requests, by "
+        f"{by}. {stated.metric} is {stated.mean:.1%}; without these rows {without}."
+    )
+
+
+def _reviewers(dataset: Dataset) -> dict[str, tuple[str, ...]]:
+    """Content key of an edited row -> who edited it, where the audit log knows."""
+    by, edits = dataset.body.reviewers, dataset.body.edits
+    return {key: by[row] for row, keys in edits.items() if row in by for key in keys}
+
+
+def _changed(store: Store, dataset: Dataset) -> dict[str, str]:
+    """Test rows whose request an earlier evaluation had with other answers only: id -> content key."""
+    now = {example.wording: example for example in dataset.examples("test")}
+    found: dict[str, str] = {}
+    seen = {dataset.record.blobs.get(_TEST)}
+    earlier = {store.record(each, kind="evaluation").parents["dataset"] for each in store.records_of("evaluation")}
+    for digest in sorted(earlier - {dataset.digest}):
+        with contextlib.suppress(Refused):  # rows that are damaged or gone say nothing
+            before = load_dataset(store, digest)
+            rows = before.record.blobs.get(_TEST)
+            if before.scope != dataset.scope or rows in seen:
+                continue
+            seen.add(rows)
+            answers: defaultdict[str, set[str]] = defaultdict(set)
+            for example in before.examples("test"):
+                answers[example.wording].add(fold(answer_key(example.answer)))
+            for wording, known in answers.items():
+                if wording in now and fold(answer_key(now[wording].answer)) not in known:
+                    found[now[wording].id] = content_key(now[wording])
+    return found
+
 
 NO_GATES = "the project file sets no gates, and a candidate that meets no requirement cannot pass"
 
@@ -39,7 +116,7 @@ def judge(store: Store, *, evaluation: str, candidate: str, gates: Gates, actor:
     where any gate fails, else "inconclusive" where any gate is inconclusive or there are no gates, else "pass".
     Raises UsageError for a candidate, metric or rival that the evaluation does not hold.
     """
-    digest = _candidate_digest(EvaluationBody.read(store, evaluation), candidate)
+    digest = measured_candidate(EvaluationBody.read(store, evaluation), candidate).candidate
     use = use_test_set(store, evaluation, digest, acting(store, actor))
     edited = edited_references(store, evaluation, candidate)
     return store.put_record(verdict_record(store, evaluation, candidate, gates, use, edited))
@@ -54,7 +131,7 @@ def verdict_record(
     """
     record = store.record(evaluation, kind="evaluation")
     measured = EvaluationBody.of(record)
-    digest = _candidate_digest(measured, candidate)
+    digest = measured_candidate(measured, candidate).candidate
     check_gates(gates, measured.metrics, measured.candidates)
     findings = _findings(store, record, measured, candidate, gates, use)
     outcomes = [finding.outcome for finding in findings.values()]
@@ -63,7 +140,7 @@ def verdict_record(
         name=candidate,
         verdict=verdict if outcomes else "inconclusive",
         test_set_use=use,
-        gates=tuple(_judged(name, findings[name], gate) for name, gate in gates.items()),
+        gates=tuple(findings[name] for name in gates),
         reason=None if outcomes else NO_GATES,
         edited=edited,
     )
@@ -91,36 +168,26 @@ def _without_reasons(record: Record) -> dict[str, Any]:
 
 def _findings(
     store: Store, record: Record, measured: EvaluationBody, candidate: str, gates: Gates, use: int
-) -> dict[str, GateFinding]:
+) -> dict[str, JudgedGate]:
     try:
         columns = read_scores(store, record)
-        measurements = read_measurements(store, record)
-        labelled = read_labels(store, record, columns)
-        policy, style = read_policy(store, record), read_style(store, record)
+        evidence = Evidence(
+            body=measured,
+            candidate=candidate,
+            kind=load_candidate(store, measured.candidates[candidate].candidate).kind,
+            use=use,
+            columns=columns,
+            measured=read_measurements(store, record),
+            labelled=read_labels(store, record, columns),
+            policy=read_policy(store, record),
+            style=read_style(store, record),
+        )
     except Inconclusive as error:
-        reason = f"{error.what} ({error.where})" if error.where else error.what
-        return {name: not_judged(gate, reason) for name, gate in gates.items()}
-    held = measured.policy.candidates if measured.policy else {}
-    evidence = Evidence(
-        columns=columns,
-        tuned={name: stated.tuned for name, stated in measured.candidates.items()},
-        candidate=candidate,
-        test_set_use=use,
-        seed=measured.seed,
-        measured=measurements,
-        told={(suite, name): stated for suite, each in measured.risks.items() for name, stated in each.items()},
-        primary=measured.primary,
-        labelled=labelled,
-        policy=policy,
-        style=style,
-        no_policy={name: each.unusable for name, each in held.items() if each.unusable},
-        no_style=measured.style.unusable if isinstance(measured.style, NoStyle) else "",
-        kind=load_candidate(store, _candidate_digest(measured, candidate)).kind,
-    )
-    return _corrected(gates, {name: judge_gate(gate, evidence) for name, gate in gates.items()}, evidence)
+        return {name: not_judged(name, gate, error.reason) for name, gate in gates.items()}
+    return _corrected(gates, {name: judge_gate(name, gate, evidence) for name, gate in gates.items()}, evidence)
 
 
-def _corrected(gates: Gates, findings: dict[str, GateFinding], evidence: Evidence) -> dict[str, GateFinding]:
+def _corrected(gates: Gates, findings: dict[str, JudgedGate], evidence: Evidence) -> dict[str, JudgedGate]:
     """The findings with failures that chance explains made inconclusive (Holm 1979), never a pass.
 
     A pass needs every gate, so each gate keeps its own error rate. A failure needs only one gate, and among many gates
@@ -128,40 +195,24 @@ def _corrected(gates: Gates, findings: dict[str, GateFinding], evidence: Evidenc
     """
     family = [name for name, gate in gates.items() if gate.confidence is not None]
     claimed = {name for name in family if findings[name].outcome == "fail"}
-    upheld = step_down(claimed, len(family), lambda name, among: _fails(gates[name], among, evidence))
+    upheld = step_down(claimed, len(family), lambda name, among: _fails(name, gates[name], among, evidence))
     for name in claimed - upheld:
         reason = f"{findings[name].reason}; with {len(family)} gates, chance alone could explain this failure"
-        findings[name] = replace(findings[name], outcome="inconclusive", reason=reason)
+        findings[name] = findings[name].model_copy(update={"outcome": "inconclusive", "reason": reason})
     return findings
 
 
-def _fails(gate: Gate, among: int, evidence: Evidence) -> bool:
+def _fails(name: str, gate: Gate, among: int, evidence: Evidence) -> bool:
     assert gate.confidence is not None
     stricter = gate.model_copy(update={"confidence": 1.0 - (1.0 - gate.confidence) / among})
-    return judge_gate(stricter, evidence).outcome == "fail"
+    return judge_gate(name, stricter, evidence).outcome == "fail"
 
 
-def _judged(name: str, finding: GateFinding, gate: Gate) -> JudgedGate:
-    if isinstance(gate, Gone):
-        return gate.stated
-    return JudgedGate(
-        name=name,
-        outcome=finding.outcome,
-        value=finding.value,
-        low=finding.low,
-        high=finding.high,
-        bound=finding.bound,
-        reason=finding.reason,
-        settings=gate.rule,
-        **finding.extra,
-    )
-
-
-def _candidate_digest(measured: EvaluationBody, candidate: str) -> str:
+def measured_candidate(measured: EvaluationBody, name: str) -> MeasuredCandidate:
+    """What an evaluation states of a candidate. Raises UsageError where it holds none of this name."""
     known = measured.candidates
-    if candidate not in known:
+    if name not in known:
         raise UsageError(
-            f"the evaluation has no candidate {candidate!r}{nearest(candidate, known)}",
-            fix=f"name one of: {', '.join(known)}",
+            f"the evaluation has no candidate {name!r}{nearest(name, known)}", fix=f"name one of: {', '.join(known)}"
         )
-    return known[candidate].candidate
+    return known[name]

@@ -20,7 +20,7 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
-from tunesmith.evaluation.lines import read_answer_lines
+from tunesmith.evaluation.lines import answers_to, read_answer_lines
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.scores import rounded
 from tunesmith.records.evaluation import AnswersBody, Judge, JudgeResults
@@ -56,37 +56,31 @@ def judge_answers(
     reads.
     """
     record = store.record(answers, kind="answers")
-    lines_of = read_answer_lines(store, record, [row.id for row in test], f"answers {short(answers)}")
-    texts = {identifier: line["text"] for identifier, line in lines_of.items()}
+    given = read_answer_lines(store, record, [row.id for row in test], f"answers {short(answers)}")
     asked = [
-        (each.id, (_question(scorer, each, texts[each.id], True), _question(scorer, each, texts[each.id], False)))
-        for each in test
+        (row.id, [_question(scorer, row, given[row.id]["text"], answer_first) for answer_first in (True, False)])
+        for row in test
     ]
-    lines, seconds = ask_twice(scorer.judge, asked, _VERDICTS, work, scorer.name, progress)
-    body = AnswersBody(
-        suite=f"judge:{scorer.name}",
-        n=len(lines),
-        seconds=seconds,
-        judge=Judge(url=scorer.judge.url, model=scorer.judge.model, question=scorer.question),
-        prompt_tokens=sum(line["prompt_tokens"] for line in lines),
-        completion_tokens=sum(line["completion_tokens"] for line in lines),
-    )
+    lines, body = ask_twice(scorer.judge, scorer.question, asked, _VERDICTS, work, scorer.name, progress)
+    told = {key: sum(line[key] for line in lines) for key in ("prompt_tokens", "completion_tokens")}
+    body = body.model_copy(update={"suite": f"judge:{scorer.name}", **told})
     return keep_answers(store, {"answers": answers, "dataset": dataset}, lines, body)
 
 
 def ask_twice(
     judge: EndpointSettings,
-    asked: Sequence[tuple[str, tuple[Generation, Generation]]],
+    question: str,
+    asked: Sequence[tuple[str, Sequence[Generation]]],
     words: Sequence[str],
     work: Path,
     name: str,
     progress: Progress = SILENT,
-) -> tuple[list[dict[str, Any]], float]:
-    """Ask a judge two questions about each answer: (a line {id, first, second, ...} for each, seconds).
+) -> tuple[list[dict[str, Any]], AnswersBody]:
+    """Ask a judge two questions about each answer: a line {id, first, second, ...} for each, and the record's body.
 
-    A line's `cut` names the replies that reached the token limit. asked: an answer's id, and its questions. words: the
-    verdicts that the judge is told to choose from. work: a folder for finished chunks. name: of the judge, for
-    progress.
+    A line's `cut` names the replies that reached the token limit. question: what is asked, in words. asked: an answer's
+    id, and its two questions. words: the verdicts that the judge is told to choose from. work: a folder for finished
+    chunks. name: of the judge, for progress.
     """
     endpoint = Endpoint(judge)
     lines: list[dict[str, Any]] = []
@@ -97,7 +91,7 @@ def ask_twice(
             kept = work / f"{start:06d}.json"
             if not kept.is_file():
                 began = time.perf_counter()
-                said = endpoint.generate([question for _, both in chunk for question in both])
+                said = endpoint.generate([each for _, both in chunk for each in both])
                 told = [_line(each, *said[2 * n : 2 * n + 2]) for n, (each, _) in enumerate(chunk)]
                 write_atomic(kept, json.dumps({"seconds": time.perf_counter() - began, "lines": told}).encode())
             part = parse_json(kept.read_bytes())
@@ -110,7 +104,8 @@ def ask_twice(
             f"{name}: {undecided} of {2 * len(lines)} replies decide nothing: they were cut off, or do not end with a "
             f"line that holds one word alone, {' or '.join(words)}"
         )
-    return lines, seconds
+    asked_by = Judge(url=judge.url, model=judge.model, question=question)
+    return lines, AnswersBody(suite=name, n=len(lines), seconds=seconds, judge=asked_by)
 
 
 def verdicts_of(line: Mapping[str, Any], words: Sequence[str]) -> tuple[str | None, str | None]:
@@ -141,11 +136,11 @@ def read_judged(
     Replies that do not end with A, B or TIE alone, or were cut off, are undecided and count as ties. Raises
     Inconclusive for judgements of other answers, and where a row has none.
     """
-    record = store.record(digest, kind="answers")
-    body = AnswersBody.of(record)
-    if record.parents.get("answers") != answers or body.suite != f"judge:{metric}" or body.judge is None:
-        raise Inconclusive(f"{metric!r} judged other answers", fix="evaluate again")
-    rows = read_answer_lines(store, record, [row.id for row in test], f"judgements {short(digest)}").values()
+    where = f"judgements {short(digest)}"
+    record, body = answers_to(store, digest, f"judge:{metric}", where, answers=answers)
+    if body.judge is None:
+        raise Inconclusive("the record names no judge", where=where)
+    rows = read_answer_lines(store, record, [row.id for row in test], where).values()
     scores, agreed, undecided = {}, 0, 0
     for row in rows:
         verdicts = verdicts_of(row, _VERDICTS)

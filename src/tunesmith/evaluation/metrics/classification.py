@@ -1,17 +1,25 @@
-"""Metrics of classification tasks: macro-F1, results by label, calibration error and Brier score."""
+"""Labels of each row, kept in `labels.jsonl`, and their metrics: macro-F1, results by label, calibration, Brier score.
+
+Macro-F1 and calibration error are not means over rows, so the scores alone do not suffice to judge a gate on them.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Self
 
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.metrics.labels import Labelled
-from tunesmith.evaluation.scores import rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
+from tunesmith.core.view import Omitted
+from tunesmith.data.dataset import Example
+from tunesmith.evaluation.lines import Line, Name, Share, is_share
+from tunesmith.evaluation.metrics.declared import Answered, LabelScorer, label_of
+from tunesmith.evaluation.scores import Column, rounded
+from tunesmith.evaluation.stats.statistics import Floats, Interval, by_group, interval, resampled_figure
 from tunesmith.records.evaluation import (
     Calibration,
     CalibrationBin,
@@ -20,22 +28,115 @@ from tunesmith.records.evaluation import (
     LabelResult,
     MetricInterval,
 )
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+
+class LabelLine(Line):
+    """The label of one answer. wanted: the right one. confidence: where the answer states one."""
+
+    file = "labels.jsonl"
+    unique = ("candidate", "metric", "id")
+    candidate: Name
+    metric: Name
+    id: Name
+    group: Name
+    wanted: str
+    given: str
+    confidence: Omitted[Share] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One candidate's labels by one metric, with one entry per row. wanted: the right labels; given: the candidate's.
+
+    confidences: 0 to 1; None where some row states none.
+    """
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    wanted: tuple[str, ...]
+    given: tuple[str, ...]
+    confidences: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, lines: Sequence[LabelLine]) -> Self:
+        """The labels that lines state, one or more."""
+        ids, groups, wanted, given, stated = zip(
+            *((line.id, line.group, line.wanted, line.given, line.confidence) for line in lines), strict=True
+        )
+        return cls(ids, groups, wanted, given, None if None in stated else stated)
+
+    @property
+    def right(self) -> Floats:
+        """1 for each right label, else 0."""
+        return np.array([one == other for one, other in zip(self.given, self.wanted, strict=True)], dtype=np.float64)
+
+
+def label_rows(
+    name: str,
+    scorer: LabelScorer,
+    lines: Mapping[str, Mapping[str, Any]],
+    seen: Mapping[str, Answered],
+    test: Sequence[Example],
+) -> list[LabelLine]:
+    """The labels in the answers of the candidate `name`. lines: row id -> line of the answers record.
+
+    Raises Inconclusive for a confidence that is not 0 to 1, UsageError for a reference without a label.
+    """
+    found = []
+    for row in test:
+        stated = lines[row.id].get("confidence")
+        if stated is not None and not is_share(stated):
+            raise Inconclusive(f"a confidence is {stated!r}, not a number from 0 to 1", where=f"test row {row.id}")
+        found.append(
+            LabelLine(
+                candidate=name,
+                metric=scorer.name,
+                id=row.id,
+                group=row.group,
+                wanted=label_of(row.answer, scorer, reference=True),
+                given=label_of(seen[row.id].text, scorer),
+                confidence=stated,
+            )
+        )
+    return found
+
+
+def read_labels(
+    store: Store, evaluation: Record, columns: Mapping[tuple[str, str], Column]
+) -> dict[tuple[str, str], Labelled]:
+    """(candidate, metric) -> labels in the order of row ids; empty where the evaluation keeps none.
+
+    columns: the evaluation's scores. Raises Inconclusive for a line that is not a label, and for labels that differ
+    from the scores: other rows, other groups, or a right label where the score is 0.
+    """
+    kept: defaultdict[tuple[str, str], list[LabelLine]] = defaultdict(list)
+    for line in sorted(LabelLine.read(store, evaluation), key=attrgetter("id")):
+        kept[line.candidate, line.metric].append(line)
+    labelled = {key: Labelled.of(lines) for key, lines in kept.items()}
+    for (name, metric), found in labelled.items():
+        column = columns.get((name, metric))
+        scored = column and (column.ids, column.groups, column.values.tolist())
+        if scored != (found.ids, found.groups, found.right.tolist()):
+            raise Inconclusive(f"the labels of {name!r} by {metric!r} differ from the scores")
+    return labelled
+
 
 _DRAWS = 2_000
 _BINS = 10
 _SHOWN = 40
 
 
-def classes(
-    given: Sequence[str], wanted: Sequence[str], groups: Sequence[str], confidence: float, seed: int
-) -> ClassResults:
+def classes(rows: Labelled, confidence: float, seed: int) -> ClassResults:
     """Macro-F1 with an interval, and the results by label.
 
-    given, wanted, groups: one entry per row. Macro-F1 is the mean F1 of the labels that occur in wanted, as in
-    scikit-learn's f1_score with those labels. The interval is a Bayesian bootstrap over groups (Rubin 1981).
+    Macro-F1 is the mean F1 of the labels that are wanted, as in scikit-learn's f1_score with those labels. The interval
+    is a Bayesian bootstrap over groups (Rubin 1981).
     """
+    given, wanted = rows.given, rows.wanted
     labels = sorted(set(wanted))
-    right, said, held = _counts(given, wanted, groups)
+    right, said, held = _counts(rows)
     each = _f1(right.sum(0), said.sum(0), held.sum(0))
     # RandomState's streams never change (NEP 19), so the record can be computed again years later.
     weights = np.random.RandomState(seed).standard_exponential((_DRAWS, len(held)))
@@ -57,13 +158,13 @@ def classes(
     )
 
 
-def calibration(confidences: Sequence[float], right: Sequence[float]) -> Calibration:
-    """The difference between stated confidences and accuracy.
+def calibration(rows: Labelled) -> Calibration:
+    """The difference between stated confidences and accuracy. Raises Inconclusive where confidences are not stated.
 
-    confidences: 0 to 1, one per row; right: 0 or 1. ece: expected calibration error over ten bins of equal width (Guo
-    et al. 2017). brier: mean squared error of the confidences (Brier 1950). bins: the bins that have rows.
+    ece: expected calibration error over ten bins of equal width (Guo et al. 2017). brier: mean squared error of the
+    confidences (Brier 1950). bins: the bins that have rows.
     """
-    stated, truth = np.asarray(confidences, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    stated, truth = _confidences(rows), rows.right
     which = np.minimum((stated * _BINS).astype(int), _BINS - 1)
     bins, error = [], 0.0
     for number in range(_BINS):
@@ -88,16 +189,16 @@ def macro_f1_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
     As in statistics.py, a worst-case group is added. It has the mean size and the label frequencies of all rows. None
     of its answers are right for the lower end, all of them for the upper end.
     """
-    right, said, held = _counts(rows.given, rows.wanted, rows.groups)
+    right, said, held = _counts(rows)
     mean = float(_f1(right.sum(0), said.sum(0), held.sum(0)).mean())
     more = held.sum(0) / len(held)  # the labels of a mean group
 
-    def of(weights: Floats, extra: Floats) -> tuple[Floats, Floats]:
-        added = extra * more
+    def drawn(whole: Floats) -> tuple[Floats, Floats]:
+        weights, added = whole[:, :-1], whole[:, -1:] * more
         sums = weights @ right, weights @ said + added, weights @ held + added
         return _f1(*sums).mean(axis=-1), _f1(sums[0] + added, *sums[1:]).mean(axis=-1)
 
-    return _ends(mean, of, len(held), confidence, seed)
+    return resampled_figure(mean, drawn, confidence, seed, len(held) + 1)
 
 
 def calibration_error_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
@@ -108,22 +209,22 @@ def calibration_error_interval(rows: Labelled, confidence: float, seed: int) -> 
     lower end takes that noise off: where a bin's error changes its sign in a draw, three times its size is subtracted
     from the others. Raises Inconclusive where confidences are not stated.
     """
-    stated, truth = np.array(_confidences(rows)), rows.right
-    index, sizes = _by_group(rows.groups)
+    stated, truth = _confidences(rows), rows.right
+    index, sizes = by_group(rows.groups)
     bins = np.minimum((stated * _BINS).astype(int), _BINS - 1)
     gaps = np.zeros((len(sizes), _BINS))
     np.add.at(gaps, (index, bins), stated - truth)
     mean = float(np.abs(gaps.sum(0)).sum() / sizes.sum())
     signs = np.sign(gaps.sum(0))
 
-    def of(weights: Floats, extra: Floats) -> tuple[Floats, Floats]:
-        added = extra[:, 0] * sizes.mean()
-        drawn, total = weights @ gaps, weights @ sizes + added
-        off = np.abs(drawn).sum(axis=-1)
+    def drawn(whole: Floats) -> tuple[Floats, Floats]:
+        weights, added = whole[:, :-1], whole[:, -1] * sizes.mean()
+        errors, total = weights @ gaps, weights @ sizes + added
+        off = np.abs(errors).sum(axis=-1)
         # The sum of absolute errors holds the noise of the rows and that of the draw; 2 * signed - off holds neither.
-        return np.maximum(0.0, 2.0 * (drawn @ signs) - off) / total, (off + added) / total
+        return np.maximum(0.0, 2.0 * (errors @ signs) - off) / total, (off + added) / total
 
-    return _ends(mean, of, len(sizes), confidence, seed)
+    return resampled_figure(mean, drawn, confidence, seed, len(sizes) + 1)
 
 
 def brier_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
@@ -131,51 +232,28 @@ def brier_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
 
     Raises Inconclusive where confidences are not stated.
     """
-    off = (np.array(_confidences(rows)) - rows.right) ** 2
+    off = (_confidences(rows) - rows.right) ** 2
     return interval(off, rows.groups, ends=(0.0, 1.0), confidence=confidence, seed=seed)
 
 
-def _confidences(rows: Labelled) -> tuple[float, ...]:
+def _confidences(rows: Labelled) -> Floats:
     if rows.confidences is None:
         raise Inconclusive("some answers state no confidence: set the scorer's calibrate, or the endpoint's logprobs")
-    return rows.confidences
+    return np.array(rows.confidences)
 
 
-def _counts(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str]) -> tuple[Floats, Floats, Floats]:
+def _counts(rows: Labelled) -> tuple[Floats, Floats, Floats]:
     """Three arrays of groups x labels (sorted): how often a label was given rightly, was given, and was wanted."""
-    labels = sorted(set(wanted))
+    labels = sorted(set(rows.wanted))
     place = {label: number for number, label in enumerate(labels)}
-    index, sizes = _by_group(groups)
+    index, sizes = by_group(rows.groups)
     right, said, held = (np.zeros((len(sizes), len(labels))) for _ in range(3))
-    for group, answer, truth in zip(index, given, wanted, strict=True):
+    for group, answer, truth in zip(index, rows.given, rows.wanted, strict=True):
         held[group, place[truth]] += 1
         if answer in place:
             said[group, place[answer]] += 1
         right[group, place[truth]] += answer == truth
     return right, said, held
-
-
-def _by_group(groups: Sequence[str]) -> tuple[Any, Floats]:
-    """Each row's group as an index, and the size of each group."""
-    index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    return index, np.bincount(index).astype(np.float64)
-
-
-def _ends(
-    mean: float,
-    of: Callable[[Floats, Floats], tuple[Floats, Floats]],
-    groups: int,
-    confidence: float,
-    seed: int,
-) -> Interval:
-    """The interval of a figure from resampled groups.
-
-    of: (weights of the groups, draws x groups; weights of the added group, draws x 1) -> the figure in each draw with
-    the added group at its worst, and at its best.
-    """
-    drawn = [of(weights[:, :groups], weights[:, groups:]) for weights in group_weights(groups + 1, confidence, seed)]
-    below, above = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
-    return resampled(mean, below, above, confidence)
 
 
 def _f1(right: Any, said: Any, held: Any) -> Any:

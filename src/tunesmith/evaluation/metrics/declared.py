@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self, Union
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from tunesmith.candidates.settings import JudgeSettings
 from tunesmith.core.digests import digest_file, digest_of
@@ -60,16 +60,13 @@ class DeclaredScorer(Settings, ABC):
         Raises UsageError where there is no such function.
         """
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit together."""
-
     def suits(self, reference: str) -> bool:
         """Whether answers can be scored against a reference. The build removes rows for which this is False."""
         return True
 
 
-def _sound(check: Callable[[str, str], Any]) -> AfterValidator:
-    """Refuses a setting for which a check raises UsageError."""
+def sound(check: Callable[[str, str], Any]) -> AfterValidator:
+    """A part of a setting's type that refuses what a check raises UsageError for."""
 
     def checked_setting(text: str) -> str:
         try:
@@ -88,7 +85,7 @@ class PatternScorer(DeclaredScorer):
     pattern: Annotated[
         str,
         Field(min_length=1, description="regular expression (RE2's syntax); matches anywhere unless anchored"),
-        _sound(check_pattern),
+        sound(check_pattern),
     ]
 
     def scoring(self, root: Path) -> Scoring:
@@ -102,7 +99,7 @@ class GrammarScorer(DeclaredScorer):
     lark: Annotated[
         str,
         Field(min_length=1, description="Lark grammar of the whole answer, in llguidance's dialect"),
-        _sound(check_answer_grammar),
+        sound(check_answer_grammar),
     ]
 
     def scoring(self, root: Path) -> Scoring:
@@ -151,9 +148,11 @@ class LabelScorer(DeclaredScorer):
             return False
         return True
 
-    def check(self) -> None:
+    @model_validator(mode="after")
+    def _labels_alone(self) -> Self:
         if self.calibrate and self.label:
             raise ValueError(f"{self.name}: calibrate needs answers that are labels and nothing else (label: '')")
+        return self
 
 
 class FunctionScorer(DeclaredScorer):

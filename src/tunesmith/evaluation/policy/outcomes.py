@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, get_args
+from operator import attrgetter
+from typing import Final, get_args
 
 import numpy as np
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.lines import LineFile, read_answer_lines
+from tunesmith.evaluation.lines import ITEMS, Line, Name, answers_to, read_answer_lines, read_items
 from tunesmith.evaluation.policy.leaks import leaked
-from tunesmith.evaluation.policy.requests import PolicyItem, decode_policy_items
+from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rubric_judge import Said, read_said
-from tunesmith.evaluation.policy.rules import Outcome, RuleOutcome, hold
+from tunesmith.evaluation.policy.rules import Outcome, hold
 from tunesmith.evaluation.policy.settings import Policy
-from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.evaluation.scores import metric_interval
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
-from tunesmith.records.evaluation import (
-    AnswersBody,
-    CheckResults,
-    CheckRules,
-    EvaluationBody,
-    PolicyAccount,
-    PolicyResults,
-)
+from tunesmith.records.evaluation import CheckResults, CheckRules, EvaluationBody, PolicyAccount, PolicyResults
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-_FILE = LineFile(
-    "policy.jsonl",
-    "an outcome of a policy check",
-    "judged",
-    unique=("candidate", "check", "id"),
-    texts=("group", "outcome"),
-    values=("why",),
-)
-POLICY = _FILE.name
-SUITE: Final = "policy"
 _OUTCOMES: Final = get_args(Outcome)
+SUITE: Final = "policy"
+
+
+class OutcomeLine(Line):
+    """What came of one answer under one check. why: the reason, in a few words."""
+
+    file = "policy.jsonl"
+    unique = ("candidate", "check", "id")
+    candidate: Name
+    check: Name
+    id: Name
+    group: Name
+    outcome: Outcome
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +64,8 @@ class PolicyAnswers:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """One candidate's outcomes of one check. ids (ascending), groups and outcomes have one entry per request."""
+    """One candidate's outcomes of one check. groups and outcomes have one entry per request, in the order of ids."""
 
-    ids: tuple[str, ...]
     groups: tuple[str, ...]
     outcomes: tuple[str, ...]
 
@@ -77,7 +73,7 @@ class Tally:
     def counts(self) -> dict[str, int]:
         """How many requests had each outcome, and n: how many are evidence. Leaked requests are none."""
         found = Counter(self.outcomes)
-        return {"n": len(self.ids) - found["leaked"], **{name: found[name] for name in _OUTCOMES}}
+        return {"n": len(self.outcomes) - found["leaked"], **{name: found[name] for name in _OUTCOMES}}
 
     @property
     def evidence(self) -> tuple[list[str], list[str]]:
@@ -103,60 +99,46 @@ class Tally:
 
 def measure_policy(
     store: Store, given: PolicyAnswers, candidates: Mapping[str, tuple[str, Candidate]], confidence: float, seed: int
-) -> tuple[list[dict[str, Any]], PolicyAccount]:
+) -> tuple[list[OutcomeLine], PolicyAccount]:
     """The lines of policy.jsonl, and the evaluation record's account of the policy.
 
     candidates: name -> (digest, candidate). A candidate whose answers cannot be used gets an account with the
     reason only, so that only its gates are inconclusive.
     """
-    lines: list[dict[str, Any]] = []
+    lines: list[OutcomeLine] = []
     stated: dict[str, PolicyResults] = {}
     requests: set[str] = set()
     for name, digest in sorted(given.answers.items()):
         try:
             record, items = _answered(store, digest, candidates[name][0], given.policy)
             requests.add(record.blobs[ITEMS])
-            found = _outcomes(store, given, name, record, items, candidates[name][1])
+            own = _outcomes(store, given, name, record, items, candidates[name][1])
         except Inconclusive as error:
-            stated[name] = PolicyResults(unusable=f"{error.what} ({error.where})" if error.where else error.what)
+            stated[name] = PolicyResults(unusable=error.reason)
             continue
-        own = [
-            {"candidate": name, "check": item.check, "id": item.id, "group": item.group,
-             "outcome": found[item.id].outcome, "why": found[item.id].why}
-            for item in items
-        ]  # fmt: skip
         lines += own
-        tallies = _tallies(own).items()
-        stated[name] = PolicyResults(checks={check: _account(tally, confidence, seed) for check, tally in tallies})
+        checks = {check: _account(tally, confidence, seed) for (_, check), tally in _tallies(own).items()}
+        stated[name] = PolicyResults(checks=checks)
     if len(requests) > 1:
         raise Inconclusive("the candidates were not asked the same policy requests", fix="evaluate again")
     return lines, PolicyAccount(requests=next(iter(requests), None), checks=given.rules, candidates=stated)
 
 
 def read_policy(store: Store, evaluation: Record) -> dict[tuple[str, str], Tally]:
-    """(candidate, check) -> outcomes. Raises Inconclusive for outcomes that are not valid, as `read_lines` does."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for line in read_lines(store, evaluation):
-        rows.setdefault(line["candidate"], []).append(line)
-    return {(name, check): tally for name, own in rows.items() for check, tally in _tallies(own).items()}
+    """(candidate, check) -> outcomes. Raises Inconclusive for outcomes that are not valid, as `read_outcomes` does."""
+    return _tallies(read_outcomes(store, evaluation))
 
 
-def read_lines(store: Store, evaluation: Record) -> list[dict[str, Any]]:
+def read_outcomes(store: Store, evaluation: Record) -> list[OutcomeLine]:
     """The lines of policy.jsonl. Raises Inconclusive, naming the line, for lines that are not valid.
 
-    That is: a line with other keys or another outcome; a request judged twice; counts that differ from the record's
-    account.
+    That is: a line that is no OutcomeLine; a request judged twice; counts that differ from the record's account.
     """
-    found: list[dict[str, Any]] = []
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for place, line in _FILE.read(store, evaluation) if POLICY in evaluation.blobs else ():
-        if line["outcome"] not in _OUTCOMES:
-            raise Inconclusive(f"the outcome {line['outcome']!r} does not exist", where=place)
-        counts.setdefault((line["candidate"], line["check"]), Counter())[line["outcome"]] += 1
-        found.append(line)
+    found = OutcomeLine.read(store, evaluation)
+    counts = {key: tally.counts for key, tally in _tallies(found).items()}
     policy = EvaluationBody.of(evaluation).policy
     stated = {
-        (name, check): Counter({outcome: getattr(account, outcome) for outcome in _OUTCOMES})
+        (name, check): {outcome: getattr(account, outcome) for outcome in ("n", *_OUTCOMES)}
         for name, told in (policy.candidates if policy else {}).items()
         for check, account in (told.checks or {}).items()
     }
@@ -167,12 +149,8 @@ def read_lines(store: Store, evaluation: Record) -> list[dict[str, Any]]:
 
 def _answered(store: Store, digest: str, candidate: str, policy: Policy) -> tuple[Record, list[PolicyItem]]:
     """The answers record and its items. Raises Inconclusive where they are not this candidate's to this policy."""
-    record = store.record(digest, kind="answers")
-    if AnswersBody.of(record).suite != SUITE or record.parents.get("candidate") != candidate:
-        raise Inconclusive("these are not this candidate's answers to the policy's requests", where=short(digest))
-    if ITEMS not in record.blobs:
-        raise Inconclusive("the record holds no requests", where=short(digest))
-    items = decode_policy_items(store.read_blob(record.blobs[ITEMS]))
+    record, _ = answers_to(store, digest, SUITE, short(digest), candidate=candidate)
+    items = read_items(store, record, PolicyItem)
     if {item.check for item in items} != set(policy):
         raise Inconclusive("the requests are those of other checks", where=short(digest), fix="evaluate again")
     return record, items
@@ -180,8 +158,8 @@ def _answered(store: Store, digest: str, candidate: str, policy: Policy) -> tupl
 
 def _outcomes(
     store: Store, given: PolicyAnswers, name: str, record: Record, items: Sequence[PolicyItem], candidate: Candidate
-) -> dict[str, RuleOutcome]:
-    """Item id -> what came of the answer."""
+) -> list[OutcomeLine]:
+    """What came of each answer of the candidate `name`."""
     lines = read_answer_lines(store, record, [item.id for item in items], f"policy answers of {name!r}", "requests")
     seen = leaked(store, candidate, items)
     said: dict[str, Said] = {}
@@ -189,23 +167,25 @@ def _outcomes(
         if settings.rubric is not None:
             own = [item for item in items if item.check == check]
             said |= read_said(store, given.judged.get((name, check)), check, settings.rubric, record.digest, own)
-    found = {}
+    found = []
     for item in items:
         line = lines[item.id]
         if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
             raise Inconclusive("an answer has no text or no finish reason", where=item.id)
         cut = line["finish"] == "length"
         held = hold(given.policy[item.check], line["text"], cut=cut, said=said.get(item.id))
-        found[item.id] = RuleOutcome("leaked") if held.outcome == "held" and item.id in seen else held
+        came: Outcome = "leaked" if held.outcome == "held" and item.id in seen else held.outcome
+        found.append(
+            OutcomeLine(candidate=name, check=item.check, id=item.id, group=item.group, outcome=came, why=held.why)
+        )
     return found
 
 
-def _tallies(lines: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
-    """Check -> outcomes, of one candidate's lines."""
-    rows: dict[str, list[tuple[str, str, str]]] = {}
-    for line in lines:
-        rows.setdefault(line["check"], []).append((line["id"], line["group"], line["outcome"]))
-    return {check: Tally(*zip(*sorted(own), strict=True)) for check, own in sorted(rows.items())}
+def _tallies(lines: Iterable[OutcomeLine]) -> dict[tuple[str, str], Tally]:
+    rows: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for line in sorted(lines, key=attrgetter("candidate", "check", "id")):
+        rows[line.candidate, line.check].append((line.group, line.outcome))
+    return {key: Tally(*zip(*own, strict=True)) for key, own in rows.items()}
 
 
 def _account(tally: Tally, confidence: float, seed: int) -> CheckResults:

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from tunesmith.core.digests import digest_of, short
-from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.core.view import Frozen
 from tunesmith.data.duplicates import near_text, request_key, request_text
 from tunesmith.data.formats.turns import objection
-from tunesmith.evaluation.lines import encode_lines
+from tunesmith.evaluation.lines import Asked, Name
 from tunesmith.evaluation.policy.settings import MOST_REQUESTS, Policy, PolicyCheck
-from tunesmith.evaluation.probes.context import with_last_request
-from tunesmith.evaluation.probes.drift_items import PERTURBATIONS
+from tunesmith.evaluation.probes.drift import PERTURBATIONS
+from tunesmith.evaluation.probes.suites import with_last_request
 
 _ANSWER: Final = Message(role="assistant", content="-")  # request_text leaves a conversation's last turn out
 _VARIANTS: Final = ("typos", "capitals", "reworded")
-_KEYS: Final = frozenset({"prompt", "messages", "group"})
 
 
-class PolicyItem(Frozen):
+class PolicyItem(Asked):
     """One request of a check. group: shared by the forms of one request, and by what a file puts into one group.
 
     By default, requests that differ in their system turn or in punctuation only share a group: their answers are not
     independent.
     """
 
-    id: str
     check: str
     group: str
     request: tuple[Message, ...]
+
+
+class _Row(Frozen):
+    """A line of a file of requests: a prompt or messages."""
+
+    model_config = ConfigDict(strict=True)
+
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    group: Name | None = None
 
 
 def policy_items(policy: Policy, root: Path) -> list[PolicyItem]:
@@ -46,22 +54,6 @@ def policy_items(policy: Policy, root: Path) -> list[PolicyItem]:
     twice.
     """
     return [item for name, check in policy.items() for item in _items_of(name, check, root)]
-
-
-def encode_policy_items(items: Sequence[PolicyItem]) -> bytes:
-    """Canonical JSON, one item a line."""
-    return encode_lines(item.model_dump(mode="json") for item in items)
-
-
-def decode_policy_items(data: bytes) -> list[PolicyItem]:
-    """The items that `encode_policy_items` wrote. Raises Inconclusive for anything else."""
-    try:
-        items = [PolicyItem.model_validate(parse_json(line)) for line in data.splitlines()]
-    except (ValidationError, ValueError) as error:
-        raise Inconclusive(f"the policy's requests cannot be read: {type(error).__name__}") from error
-    if len({item.id for item in items}) != len(items):
-        raise Inconclusive("two of the policy's requests have the same id")
-    return items
 
 
 def _items_of(name: str, check: PolicyCheck, root: Path) -> Iterator[PolicyItem]:
@@ -120,28 +112,24 @@ def _read(name: str, path: Path) -> Iterator[tuple[str, str | None, tuple[Messag
         where = f"{path}, line {number}"
         if found > MOST_REQUESTS:
             raise UsageError(f"the check {name!r} has more than {MOST_REQUESTS} requests", where=where, fix="draw some")
-        group, turns = _line(line, where)
-        yield where, group, _messages(turns, where)
+        row = _line(line, where)
+        yield where, row.group, _messages(row.messages or [row.prompt], where)
     if not found:
         raise UsageError(f"the check {name!r} has no requests: the file is empty", where=str(path), fix="write some")
 
 
-def _line(line: str, where: str) -> tuple[str | None, Sequence[Any]]:
-    """The group and the turns of a line."""
-    fix = 'write {"prompt": "..."} or {"messages": [...]}, with "group" where several requests belong together'
+def _line(line: str, where: str) -> _Row:
     try:
-        row = parse_json(line)
-    except NotJson as error:
-        raise UsageError(f"the line is not JSON: {error.what}", where=where, fix=fix) from error
-    if not isinstance(row, Mapping) or len({"prompt", "messages"} & row.keys()) != 1 or row.keys() - _KEYS:
-        raise UsageError("the line is not a request", where=where, fix=fix)
-    group = row.get("group")
-    if group is not None and (not isinstance(group, str) or not group):
-        raise UsageError("the group is not a text", where=where, fix=fix)
-    turns = row["messages"] if "messages" in row else [row["prompt"]]
-    if not isinstance(turns, list):
-        raise UsageError("messages is not a list of turns", where=where, fix=fix)
-    return group, turns
+        row = _Row.model_validate(parse_json(line))
+        if len(row.model_fields_set & {"prompt", "messages"}) != 1:
+            raise ValueError("it has no prompt and no messages, or both")
+    except ValueError as error:
+        raise UsageError(
+            "the line is not a request",
+            where=where,
+            fix='write {"prompt": "..."} or {"messages": [...]}, with "group" where several requests belong together',
+        ) from error
+    return row
 
 
 def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:

@@ -12,12 +12,11 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Generation
-from tunesmith.evaluation.lines import read_answer_lines
+from tunesmith.evaluation.lines import answers_to, read_answer_lines
 from tunesmith.evaluation.metrics.answer_judge import ask_twice, verdicts_of
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS
 from tunesmith.evaluation.policy.settings import PolicyCheck
-from tunesmith.records.evaluation import AnswersBody, Judge
 from tunesmith.store.store import Store
 
 # A judge's two verdicts on an answer; None where a reply does not end with one.
@@ -48,21 +47,15 @@ def judge_policy(
     assert check.rubric is not None
     record = store.record(answers, kind="answers")
     lines = read_answer_lines(store, record, [item.id for item in items], "policy answers", "requests")
+    rubric = check.rubric
     asked = [
-        (
-            item.id,
-            (
-                _question(check.rubric, item, lines[item.id]["text"]),
-                _question(check.rubric, item, lines[item.id]["text"], turned=True),
-            ),
-        )
+        (item.id, [_question(rubric, item, lines[item.id]["text"], turned=turned) for turned in (False, True)])
         for item in items
         if item.check == name
     ]
-    found, seconds = ask_twice(check.judge, asked, (KEEPS, BREAKS), work, f"the judge of {name}", progress)
-    asked_by = Judge(url=check.judge.url, model=check.judge.model, question=check.rubric)
-    body = AnswersBody(suite=f"policy:{name}", n=len(found), seconds=seconds, judge=asked_by)
-    return keep_answers(store, {"answers": answers}, found, body)
+    whose = f"the judge of {name}"
+    found, body = ask_twice(check.judge, rubric, asked, (KEEPS, BREAKS), work, whose, progress)
+    return keep_answers(store, {"answers": answers}, found, body.model_copy(update={"suite": f"policy:{name}"}))
 
 
 def read_said(
@@ -71,17 +64,15 @@ def read_said(
     """Item id -> the judge's two verdicts. Raises Inconclusive for none, and for those of other answers or rules."""
     if digest is None:
         raise Inconclusive(f"the judge of {check!r} was not asked", fix="evaluate again")
-    record = store.record(digest, kind="answers")
-    stated = AnswersBody.of(record)
-    if record.parents.get("answers") != answers or stated.suite != f"policy:{check}":
-        raise Inconclusive(f"the judge of {check!r} judged other answers", fix="evaluate again")
+    where = f"judgements by {check}"
+    record, stated = answers_to(store, digest, f"policy:{check}", where, answers=answers)
     if stated.judge is None or stated.judge.question != rubric:
         raise Inconclusive(f"the judge of {check!r} judged by another rubric", fix="evaluate again")
-    lines = read_answer_lines(store, record, [item.id for item in items], f"judgements by {check}", "requests")
+    lines = read_answer_lines(store, record, [item.id for item in items], where, "requests")
     return {name: verdicts_of(line, (KEEPS, BREAKS)) for name, line in lines.items()}
 
 
-def _question(rubric: str, item: PolicyItem, answer: str, *, turned: bool = False) -> Generation:
+def _question(rubric: str, item: PolicyItem, answer: str, *, turned: bool) -> Generation:
     """turned: whether the verdict BREAKS is named first."""
     request = [{"role": turn.role, "content": turn.content} for turn in item.request]
     asked = "Does the answer break the rule, or keep it?" if turned else "Does the answer keep the rule, or break it?"

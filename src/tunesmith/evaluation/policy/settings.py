@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from tunesmith.candidates.settings import JudgeSettings
-from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.patterns import check_pattern
 from tunesmith.core.settings import Settings
 from tunesmith.core.text.folding import fold
+from tunesmith.evaluation.metrics.declared import sound
 from tunesmith.records.evaluation import CheckRules, RuleJudge
 
 ALL = "all"
@@ -33,6 +34,7 @@ def _listed(given: Any) -> Any:
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
 
 
+Pattern = Annotated[str, Field(min_length=1), sound(check_pattern)]
 Request = Annotated[
     Annotated[str, Field(min_length=1), Tag("text")] | Annotated[tuple[Turn, ...], Tag("turns")],
     Discriminator(lambda given: "text" if isinstance(given, str) else "turns"),
@@ -72,12 +74,11 @@ class PolicyCheck(Settings):
         ),
     ] = ()
     pattern: Annotated[
-        str | None, Field(min_length=1, description="regular expression (RE2's syntax) that the answer must match")
+        Pattern | None, Field(description="regular expression (RE2's syntax) that the answer must match")
     ] = None
     lacks_pattern: Annotated[
-        str | None,
+        Pattern | None,
         Field(
-            min_length=1,
             description="regular expression that must match nowhere in the answer, neither as it stands nor folded",
         ),
     ] = None
@@ -100,16 +101,6 @@ class PolicyCheck(Settings):
             if not fold(text):
                 raise ValueError(f"{text!r} has no visible character")
         return texts
-
-    @field_validator("pattern", "lacks_pattern")
-    @classmethod
-    def _pattern_sound(cls, pattern: str | None) -> str | None:
-        try:
-            if pattern is not None:
-                check_pattern(pattern, "pattern")
-        except UsageError as error:
-            raise ValueError(error.what) from error
-        return pattern
 
     @model_validator(mode="before")
     @classmethod
@@ -141,6 +132,13 @@ class PolicyCheck(Settings):
         stated = self.model_dump(include={*_RULES}, exclude_defaults=True)
         judge = RuleJudge(url=self.judge.url, model=self.judge.model) if self.judge else None
         return CheckRules(**stated, judge=judge)
+
+
+def chosen_checks(named: str | Sequence[str], known: Iterable[str]) -> list[str]:
+    """The checks that a gate's `policy` names: one, several, or all that are known."""
+    if named == ALL:
+        return sorted(known)
+    return [named] if isinstance(named, str) else list(named)
 
 
 CheckName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]

@@ -1,4 +1,4 @@
-"""Items of the lm_eval probe: multiple-choice tasks of the Language Model Evaluation Harness, asked as chat.
+"""The lm_eval probe: multiple-choice tasks of the Language Model Evaluation Harness, asked as chat.
 
 lm-eval reads the task: rows, few-shot examples, templates and right choices. The project's engine answers with the
 rendering that serving uses, so a choice's log-probability includes the end of the turn, which lm-eval leaves out.
@@ -20,8 +20,11 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.system.scratch import scratch_folder
-from tunesmith.evaluation.probes.context import ProbeContext
-from tunesmith.evaluation.probes.items import Item
+from tunesmith.core.text.wording import percent
+from tunesmith.evaluation.metrics.declared import Scoring
+from tunesmith.evaluation.probes import suites
+from tunesmith.evaluation.probes.measuring import Item
+from tunesmith.evaluation.probes.suites import Case, ProbeContext, Shown, Suite
 
 _EXTRA = "pip install 'tunesmith[lm-eval]'"
 _FILES = ("json", "csv", "parquet")  # read from files; `datasets` downloads any other dataset_path
@@ -35,12 +38,12 @@ def lm_eval_items(context: ProbeContext) -> list[Item]:
     Each .yaml file is a task. Raises UsageError for a task that is not multiple choice, reads files outside the folder
     or contains code, and where lm-eval is not installed.
     """
-    assert context.path is not None
-    if not context.path.is_dir():
-        raise UsageError("not a folder of tasks", where=str(context.path), fix="name the folder that holds TASK.yaml")
-    files = sorted(context.path.glob("*.yaml"))
+    folder = context.needed_path
+    if not folder.is_dir():
+        raise UsageError("not a folder of tasks", where=str(folder), fix="name the folder that holds TASK.yaml")
+    files = sorted(folder.glob("*.yaml"))
     if not files:
-        raise UsageError("the folder has no .yaml file", where=str(context.path), fix="put lm-eval tasks there")
+        raise UsageError("the folder has no .yaml file", where=str(folder), fix="put lm-eval tasks there")
     with scratch_folder() as cache:
         return [item for file in files for item in _items(file, _settings(file), cache, context.rows)]
 
@@ -123,3 +126,22 @@ def _item(task: str, row: int, instances: Sequence[Any], right: Any, where: str)
 def _as_turns(history: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
     """The turns as JSON, in place of rendered text: the engine renders them later."""
     return json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in history])
+
+
+def _likeliest(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+    scores = suites.likelihoods(item, line)
+    return float(scores[0] == max(scores))
+
+
+def _lm_eval(case: Case) -> Shown:
+    name, shown, extra = suites.worst_change(case, rise=False, ends=suites.GAPS)
+    before, after = (percent(extra[side][name]) for side in ("before", "after"))
+    many = len(case.measured)
+    sentence = (
+        f"accuracy on {name} of lm-eval went from {before} to {after}, "
+        f"a fall of {suites.in_points(shown)} points, the worst of {many} {'task' if many == 1 else 'tasks'}"
+    )
+    return Shown(shown, sentence, extra)
+
+
+SUITES = {"lm_eval": Suite(lm_eval_items, _likeliest, _lm_eval, before=True, own=False)}

@@ -1,24 +1,138 @@
-"""Turns answers to a probe's items, before and after tuning, into paired measurements, with checks."""
+"""Items that a probe asks, and what came of them: paired before and after tuning, written to files, and read back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
-from pydantic import ValidationError
+import numpy as np
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.lines import read_answer_lines
+from tunesmith.core.messages import Message
+from tunesmith.evaluation.lines import ITEMS, Asked, Line, Name, answers_to, encode_lines, read_answer_lines, read_items
 from tunesmith.evaluation.metrics.declared import Scoring
-from tunesmith.evaluation.probes.items import ITEMS, Item, arm_results, by_arm, decode_items
-from tunesmith.evaluation.probes.suites import suite_of
-from tunesmith.records.evaluation import AnswersBody, BestEpoch, RiskResults
+from tunesmith.evaluation.probes.catalog import suite_of
+from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.records.evaluation import AnswersBody, ArmResults, BestEpoch, EvaluationBody, RiskResults
 from tunesmith.records.training import TrainingBody, TrainingFigures
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+
+
+class Item(Asked):
+    """One item of a probe. Measured are the log-probabilities of its choices; without choices an answer is decoded.
+
+    arm: the kind of item within the probe. turns: how many of the last messages are the request's own. expected: the
+    right answer. call: the turn that is the right answer, where it calls functions. personal: values that the answer
+    must not hold.
+    """
+
+    group: str
+    arm: str
+    messages: tuple[Message, ...]
+    turns: int = 1
+    choices: tuple[str, ...] = ()
+    expected: str | None = None
+    call: Message | None = None
+    personal: tuple[str, ...] = ()
+
+
+class Measurement(Line):
+    """What came of one item: a number under the candidate's weights, and under the base's where they are asked too."""
+
+    file = "measurements.jsonl"
+    unique = ("suite", "candidate", "id")
+    suite: Name
+    candidate: Name
+    id: Name
+    group: Name
+    arm: Name
+    before: float | None
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """The measurements of one kind of item. ids (ascending), groups, before and after have the same length.
+
+    before: under the base's weights; None where the probe does not measure the base.
+    """
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    before: Floats | None
+    after: Floats
+
+    @property
+    def sample(self) -> tuple[Floats, tuple[str, ...]]:
+        """The measurements under the candidate's weights, with their groups."""
+        return self.after, self.groups
+
+    @property
+    def base(self) -> Floats:
+        """The measurements under the base's weights. Raises Inconclusive where there are none."""
+        if self.before is None:
+            raise Inconclusive("the base model was not measured")
+        return self.before
+
+
+Measured = dict[str, Arm]
+
+
+def encode_items(items: Sequence[Item]) -> bytes:
+    """Canonical JSON, one item a line."""
+    return encode_lines(item.model_dump(mode="json", exclude_defaults=True) for item in items)
+
+
+def by_arm(rows: Iterable[Measurement]) -> Measured:
+    """Measurements of one suite and candidate by arm. Raises Inconclusive where only some have the base's value."""
+    arms: defaultdict[str, list[Measurement]] = defaultdict(list)
+    for row in sorted(rows, key=attrgetter("arm", "id")):
+        arms[row.arm].append(row)
+    return {arm: _arm(own) for arm, own in arms.items()}
+
+
+def arm_results(measured: Measured) -> dict[str, ArmResults]:
+    """The evaluation record's account of measurements: count and means by arm."""
+    return {
+        name: ArmResults(
+            n=len(arm.ids),
+            before=None if arm.before is None else rounded(float(arm.before.mean())),
+            after=rounded(float(arm.after.mean())),
+        )
+        for name, arm in measured.items()
+    }
+
+
+def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str], Measured]:
+    """(suite, candidate) -> measurements. Raises Inconclusive, naming the line, for measurements that are not valid.
+
+    That is: a line that is no Measurement; an item that was measured twice, or some items without the base's value;
+    counts or means that differ from the record's account.
+    """
+    rows: defaultdict[tuple[str, str], list[Measurement]] = defaultdict(list)
+    for line in Measurement.read(store, evaluation):
+        rows[line.suite, line.candidate].append(line)
+    found = {key: by_arm(cell) for key, cell in rows.items()}
+    risks = EvaluationBody.of(evaluation).risks
+    told = {(suite, name): each.arms for suite, names in risks.items() for name, each in names.items()}
+    for suite, name in sorted(found.keys() | told.keys()):
+        if (arm_results(found.get((suite, name), {})) or None) != told.get((suite, name)):
+            raise Inconclusive(f"the evaluation record contradicts the measurements of {suite!r} for {name!r}")
+    return found
+
+
+def _arm(rows: Sequence[Measurement]) -> Arm:
+    before = [row.before for row in rows if row.before is not None]
+    if before and len(before) < len(rows):
+        raise Inconclusive(f"{len(rows) - len(before)} of {len(rows)} items have no measurement of the base model")
+    ids, groups, after = zip(*((row.id, row.group, row.after) for row in rows), strict=True)
+    return Arm(ids, groups, np.array(before) if before else None, np.array(after))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +145,7 @@ class Risk:
 
 def measure(
     store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
-) -> tuple[list[dict[str, Any]], RiskResults]:
+) -> tuple[list[Measurement], RiskResults]:
     """Measurements of one suite for one candidate, and the evaluation record's account of them.
 
     Unusable answers give no measurements and an account {"unusable": reason}, so that only this gate is inconclusive.
@@ -39,13 +153,12 @@ def measure(
     try:
         rows = _paired(store, suite, candidate, risk, dataset, scoring)
     except Inconclusive as error:
-        return [], RiskResults(unusable=f"{error.what} ({error.where})" if error.where else error.what)
+        return [], RiskResults(unusable=error.reason)
     found = RiskResults(arms=arm_results(by_arm(rows)), left_out=AnswersBody.read(store, risk.after).left_out)
     if suite_of(suite).own and candidate.training is not None:
         stop = best_epoch(TrainingBody.read(store, candidate.training))
         found = found.model_copy(update={"stop": stop})
-    lines = [{"suite": suite, "candidate": candidate.name, **row} for row in rows]
-    return lines, found
+    return rows, found
 
 
 def left_out(count: int | None) -> str:
@@ -70,49 +183,38 @@ def best_epoch(training: TrainingFigures) -> BestEpoch | None:
 
 def _paired(
     store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
-) -> list[dict[str, Any]]:
+) -> list[Measurement]:
     after = _checked(store, risk.after, suite, candidate, candidate.training, dataset)
-    items = _items(store, after)
+    items = read_items(store, after, Item)
     if not items:
         why = suite_of(suite).none + left_out(AnswersBody.of(after).left_out)
         raise Inconclusive(f"no item of this probe fits the rows: {why}")
     told = _values(store, after, items, suite, scoring)
+    earlier: Mapping[str, float] = {}
     if suite_of(suite).before:
         if risk.before is None:
             raise Inconclusive("the base model was not measured")
         before = _checked(store, risk.before, suite, candidate, None, dataset)
         if before.blobs.get(ITEMS) != after.blobs.get(ITEMS):
             raise Inconclusive("the items before tuning differ from those after")
-        earlier: Mapping[str, float | None] = _values(store, before, items, suite, scoring)
-    else:
-        earlier = dict.fromkeys(told)
+        earlier = _values(store, before, items, suite, scoring)
     return [
-        {"id": item.id, "group": item.group, "arm": item.arm, "before": earlier[item.id], "after": told[item.id]}
+        Measurement(
+            suite=suite,
+            candidate=candidate.name,
+            id=item.id,
+            group=item.group,
+            arm=item.arm,
+            before=earlier.get(item.id),
+            after=told[item.id],
+        )
         for item in items
     ]
 
 
 def _checked(store: Store, digest: str, suite: str, candidate: Candidate, training: str | None, dataset: str) -> Record:
-    record = store.record(digest, kind="answers")
-    if (answered := AnswersBody.of(record).suite) != suite:
-        raise Inconclusive(f"these are answers to {answered!r}, not to {suite!r}")
-    if record.parents.get("base") != candidate.base or record.parents.get("training") != training:
-        raise Inconclusive("the answers are of other weights than the candidate's")
-    if suite_of(suite).own and record.parents.get("dataset") != dataset:
-        raise Inconclusive("the probe used rows of another dataset version")
-    return record
-
-
-def _items(store: Store, record: Record) -> Sequence[Item]:
-    if ITEMS not in record.blobs:
-        raise Inconclusive("the record holds no items")
-    try:
-        items = decode_items(store.read_blob(record.blobs[ITEMS]))
-    except (ValidationError, ValueError) as error:
-        raise Inconclusive(f"the items cannot be read: {type(error).__name__}") from error
-    if len({item.id for item in items}) != len(items):
-        raise Inconclusive("two items have the same id")
-    return items
+    own = {"dataset": dataset} if suite_of(suite).own else {}
+    return answers_to(store, digest, suite, f"probe {suite}", base=candidate.base, training=training, **own)[0]
 
 
 def _values(store: Store, record: Record, items: Sequence[Item], suite: str, scoring: Scoring) -> dict[str, float]:

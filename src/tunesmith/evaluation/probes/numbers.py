@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 
@@ -17,19 +17,18 @@ from tunesmith.core.messages import Message
 from tunesmith.core.view import Frozen
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.stats.statistics import (
-    CHUNK,
     MINIMUM_GROUPS,
-    MOST_DRAWS,
-    SMALLEST_TAIL,
     Floats,
     Interval,
+    by_group,
     effective_groups,
     interval,
-    resampled,
+    resampled_figure,
 )
 
-_DRAWS, _TAIL_DRAWS = 4_000, 50
+_DRAWS = (4_000, 50)
 _FALSE_POSITIVES = 0.01
+Sample = tuple[Floats, Sequence[str]]  # values, and their groups
 _ROUNDING = 1e-3  # in half precision a log-probability can come out slightly above 0
 
 
@@ -109,30 +108,19 @@ def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, s
     """
     most = math.log2(len(controls) + 1.0)
     better = (controls[None, :] >= planted[:, None]).astype(np.float64)
-    ends: tuple[list[Floats], list[Floats]] = ([], [])
-    for weights, among in _drawn(confidence, seed, len(planted) + 1, len(controls) + 1):
+
+    def drawn(weights: Floats, among: Floats) -> tuple[Floats, Floats]:
         above, whole = among[:, :-1] @ better.T, among.sum(axis=1)[:, None]
-        for end, extra_rank, extra_bits in ((ends[0], among[:, -1:], 0.0), (ends[1], 0.0, most)):
+
+        def mean(extra_rank: Floats | float, extra_bits: float) -> Floats:
             bits = np.minimum(-np.log2(np.maximum((above + extra_rank) / whole, 2.0**-most)), most)
             total = (weights[:, :-1] * bits).sum(axis=1) + weights[:, -1] * extra_bits
-            end.append(total / weights.sum(axis=1))
+            return np.asarray(total / weights.sum(axis=1))
+
+        return mean(among[:, -1:], 0.0), mean(0.0, most)
+
     mean = float(exposures(planted, controls).mean())
-    return resampled(mean, np.concatenate(ends[0]), np.concatenate(ends[1]), confidence)
-
-
-def _drawn(confidence: float, seed: int, *columns: int, further: int = 0) -> Iterator[list[Floats]]:
-    """Exponential weights (draws x columns, for each number of columns) in pieces that memory holds.
-
-    further: numbers that each draw takes besides.
-    """
-    tail = (1.0 - confidence) / 2.0
-    if tail < SMALLEST_TAIL:
-        raise Inconclusive(f"a confidence of {confidence} is beyond what {MOST_DRAWS} draws can show")
-    draws, random = min(MOST_DRAWS, max(_DRAWS, math.ceil(_TAIL_DRAWS / tail))), np.random.RandomState(seed)
-    step = max(1, CHUNK // (sum(columns) + further))
-    for start in range(0, draws, step):
-        rows = min(step, draws - start)
-        yield [random.standard_exponential((rows, each)) for each in columns]
+    return resampled_figure(mean, drawn, confidence, seed, len(planted) + 1, len(controls) + 1, draws=_DRAWS)
 
 
 def auc(members: Floats, others: Floats) -> float:
@@ -141,45 +129,31 @@ def auc(members: Floats, others: Floats) -> float:
     return float(above)
 
 
-def auc_interval(
-    members: Floats,
-    member_groups: Sequence[str],
-    others: Floats,
-    other_groups: Sequence[str],
-    *,
-    confidence: float,
-    seed: int,
-) -> Interval:
+def auc_interval(mine: Sample, theirs: Sample, *, confidence: float, seed: int) -> Interval:
     """The AUC with its interval: a Bayesian bootstrap of the groups on both sides.
 
     As in statistics.py, each side gets one worst-case group: its pairs are all lost for the lower end, all won for the
     upper end.
     """
-    left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
+    (members, _), (others, _) = mine, theirs
+    (left, *_), (right, *_) = sides = [by_group(groups) for _, groups in (mine, theirs)]
+    sizes = [each for _, each in sides]
     pairs = (members[:, None] > others[None, :]) + 0.5 * (members[:, None] == others[None, :])
-    table = np.zeros((left.max() + 1, right.max() + 1))
+    table = np.zeros(tuple(map(len, sizes)))
     np.add.at(table, (left[:, None], right[None, :]), pairs)
-    sizes = [np.bincount(left).astype(np.float64), np.bincount(right).astype(np.float64)]
-    lows, highs = list[Floats](), list[Floats]()
-    for weights in _drawn(confidence, seed, *(len(size) + 1 for size in sizes)):
-        seen = [drawn[:, :-1] @ size for drawn, size in zip(weights, sizes, strict=True)]
-        whole = [part + drawn[:, -1] * size.mean() for part, drawn, size in zip(seen, weights, sizes, strict=True)]
+
+    def drawn(*weights: Floats) -> tuple[Floats, Floats]:
+        seen = [each[:, :-1] @ size for each, size in zip(weights, sizes, strict=True)]
+        whole = [part + each[:, -1] * size.mean() for part, each, size in zip(seen, weights, sizes, strict=True)]
         won = ((weights[0][:, :-1] @ table) * weights[1][:, :-1]).sum(axis=1)
         everything = whole[0] * whole[1]
-        lows.append(won / everything)
-        highs.append((won + everything - seen[0] * seen[1]) / everything)
-    return resampled(auc(members, others), np.concatenate(lows), np.minimum(np.concatenate(highs), 1.0), confidence)
+        return won / everything, np.minimum((won + everything - seen[0] * seen[1]) / everything, 1.0)
+
+    counts = [len(size) + 1 for size in sizes]
+    return resampled_figure(auc(members, others), drawn, confidence, seed, *counts, draws=_DRAWS)
 
 
-def found_interval(
-    members: Floats,
-    member_groups: Sequence[str],
-    others: Floats,
-    other_groups: Sequence[str],
-    *,
-    confidence: float,
-    seed: int,
-) -> Interval:
+def found_interval(mine: Sample, theirs: Sample, *, confidence: float, seed: int) -> Interval:
     """The share of members whose value is above those of 99% of the others, with its interval.
 
     A Bayesian bootstrap of the groups on both sides: the threshold is estimated too, often from a hundred others. For
@@ -187,27 +161,30 @@ def found_interval(
     reverse. Where each group is one row the threshold's bounds are those of binomial ranks. Under some 370 others the
     lower end is 0. Raises Inconclusive for under 100 others.
     """
+    (members, member_groups), (others, other_groups) = mine, theirs
     if len(others) < 1 / _FALSE_POSITIVES:
         raise Inconclusive(f"{len(others)} held-out rows: a false-positive rate of 1% needs at least 100")
-    left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
+    (left, own), (right, rest) = by_group(member_groups), by_group(other_groups)
     order = np.argsort(-others)
     thresholds = np.concatenate(([np.inf], others[order], [-np.inf]))
     ranks = np.searchsorted(-thresholds, -members, side="right")  # the first threshold that a member is above
-    sizes = [np.bincount(left).astype(np.float64), np.bincount(right).astype(np.float64)]
-    ends: tuple[list[Floats], list[Floats]] = ([], [])
-    for mine, theirs in _drawn(
-        confidence, seed, *(len(size) + 1 for size in sizes), further=len(members) + len(others)
-    ):
-        extra, added = mine[:, -1] * sizes[0].mean(), theirs[:, -1] * sizes[1].mean()
-        whole = mine[:, :-1] @ sizes[0] + extra
-        above = theirs[:, right[order]].cumsum(axis=1)  # the weight of the others from the highest to each one
+
+    def drawn(weights: Floats, other: Floats) -> tuple[Floats, Floats]:
+        extra, added = weights[:, -1] * own.mean(), other[:, -1] * rest.mean()
+        whole = weights[:, :-1] @ own + extra
+        above = other[:, right[order]].cumsum(axis=1)  # the weight of the others from the highest to each one
         allowed = (above[:, -1] + added) * _FALSE_POSITIVES
-        none = np.zeros_like(added)
-        for end, higher, won in ((ends[0], added, none), (ends[1], none, extra)):
+
+        def share(higher: Floats, won: Floats) -> Floats:
             place = (higher <= allowed) + (higher[:, None] + above <= allowed[:, None]).sum(axis=1)
-            end.append(((mine[:, left] * (ranks <= place[:, None])).sum(axis=1) + won) / whole)
+            return np.asarray(((weights[:, left] * (ranks <= place[:, None])).sum(axis=1) + won) / whole)
+
+        none = np.zeros_like(added)
+        return share(added, none), np.minimum(share(none, extra), 1.0)
+
     mean = float((ranks <= 1 + math.floor(len(others) * _FALSE_POSITIVES)).mean())
-    return resampled(mean, np.concatenate(ends[0]), np.minimum(np.concatenate(ends[1]), 1.0), confidence)
+    counts, further = (len(own) + 1, len(rest) + 1), len(members) + len(others)
+    return resampled_figure(mean, drawn, confidence, seed, *counts, further=further, draws=_DRAWS)
 
 
 class GeneralQuestion(Frozen):

@@ -1,53 +1,251 @@
-"""The suites of all probes: what is asked, under which weights, and how an answer becomes a number.
+"""What each probe has: its items, the number that an answer becomes, and the judge of all its numbers together.
 
-To add a probe, add a line to SUITES here, to JUDGES in judging.py and to PROBES in gates/settings.py.
+Items are made from the rows that a candidate was trained on, and from the held-out rows.
 """
 
 from __future__ import annotations
 
-import math
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.composing import Composer, compose
 from tunesmith.candidates.grammars.copying import Constraint
-from tunesmith.core.errors import Inconclusive
+from tunesmith.core.access import ANYONE
+from tunesmith.core.digests import digest_file, digest_of
+from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.text.wording import percent, points
+from tunesmith.data.dataset import Dataset, Example
+from tunesmith.data.settings import Privacy
 from tunesmith.engines.protocol import Engine, Generation, Question, Responder
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
-from tunesmith.evaluation.probes import bias, drift_items, harness, memory, numbers
-from tunesmith.evaluation.probes.context import ProbeContext
-from tunesmith.evaluation.probes.items import Item
+from tunesmith.evaluation.probes import numbers
+from tunesmith.evaluation.probes.measuring import Arm, Item, Measured, left_out
+from tunesmith.evaluation.scores import Column, rounded
+from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
 from tunesmith.models.rendering import Renderer
+from tunesmith.records.evaluation import RiskResults
+from tunesmith.records.training import TrainingBody
+from tunesmith.store.store import Store
+from tunesmith.training.batches.rows import Canary, canaries, training_rows
+from tunesmith.training.settings import recorded_settings
 
+Put = Callable[[Example, Sequence[Message]], tuple[Message, ...]]
+Asked = Callable[[Sequence[Message]], tuple[Message, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeContext:
+    """What a probe knows about a candidate.
+
+    trained: its training rows, without canaries. put: (row, request) -> the conversation as training composes it, with
+    retrieval from other groups only. asked: request -> the conversation as serving composes it. rows: the most items of
+    each kind. path: the data set or text that the probe reads. last_alone: whether training learned the last answer of
+    a conversation alone.
+    """
+
+    trained: Sequence[Example]
+    canaries: Sequence[Canary]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+    put: Put
+    asked: Asked
+    rows: int
+    path: Path | None = None
+    privacy: Privacy = Privacy()  # noqa: RUF009 - frozen
+    last_alone: bool = False
+
+    @property
+    def needed_path(self) -> Path:
+        """The path of a probe whose gate must name one."""
+        assert self.path is not None
+        return self.path
+
+    def answers(self, rows: Sequence[Example]) -> list[Example]:
+        """A row for each answer that training learns, or would learn, of these rows: the conversation up to it."""
+        found = []
+        for row in rows:
+            learned = [place for place, turn in enumerate(row.messages) if turn.role == "assistant" and turn.weight]
+            for place in learned[-1:] if self.last_alone else learned:
+                turns = row.messages[: place + 1]
+                cut = {} if turns == row.messages else {"id": f"{row.id}/{place}", "messages": turns}
+                found.append(row.model_copy(update=cut))
+        return found
+
+
+def probe_context(
+    store: Store,
+    dataset: Dataset,
+    candidate: Candidate,
+    composer: Composer,
+    rows: int,
+    path: Path | None,
+    privacy: Privacy,
+) -> ProbeContext:
+    """The probe context of a candidate, with the rows and canaries that its training used."""
+    trained: Sequence[Example] = ()
+    planted: Sequence[Canary] = ()
+    last_alone = False
+
+    def put(row: Example, request: Sequence[Message]) -> tuple[Message, ...]:
+        changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
+        return compose(candidate, request, composer.retrieved_without_group(changed, ANYONE))
+
+    if candidate.training is not None:
+        stated = TrainingBody.read(store, candidate.training).settings.model_dump()
+        settings = recorded_settings(stated)
+        trained = training_rows(dataset.examples("train"), settings.model_copy(update={"canaries": None}))
+        planted = canaries(trained, settings.canaries) if settings.canaries else ()
+        last_alone = settings.loss_on == "last"
+    return ProbeContext(
+        trained=trained,
+        canaries=planted,
+        validation=dataset.examples("validation"),
+        test=dataset.examples("test"),
+        put=put,
+        asked=lambda request: composer.conversation(request, composer.asked_as),
+        rows=rows,
+        path=path,
+        privacy=privacy,
+        last_alone=last_alone,
+    )
+
+
+def digest_path(path: Path) -> str:
+    """The digest of a file, or of a folder's files by name. Raises UsageError where there is neither."""
+    try:
+        if path.is_dir():
+            return digest_of({file.name: digest_file(file) for file in sorted(path.iterdir()) if file.is_file()})
+        return digest_file(path)
+    except OSError as error:
+        raise UsageError(
+            f"the probe's file cannot be read: {error.strerror}", where=str(path), fix="correct the gate's path"
+        ) from error
+
+
+def question(name: str, arm: str, request: str, choices: tuple[str, ...], group: str = "") -> Item:
+    """An item that is one request of a user. group: by default its own."""
+    asked = (Message(role="user", content=request),)
+    return Item(id=name, group=group or name, arm=arm, messages=asked, choices=choices)
+
+
+def sampled(items: list[Any], many: int) -> list[Any]:
+    """At most `many` random items of a list, always the same ones."""
+    return items if len(items) <= many else random.Random(0).sample(items, many)
+
+
+def drawn(rows: Sequence[Example], many: int) -> list[Example]:
+    """At most `many` random rows, whatever their order, always the same ones."""
+    return sampled(sorted(rows, key=attrgetter("id")), many)
+
+
+def with_last_request(messages: Sequence[Message], change: Callable[[str], str]) -> tuple[Message, ...]:
+    """The messages with their last user turn changed."""
+    place = max(place for place, turn in enumerate(messages) if turn.role == "user")
+    turn = messages[place]
+    return (*messages[:place], turn.model_copy(update={"content": change(turn.content)}), *messages[place + 1 :])
+
+
+SHARES, GAPS = (0.0, 1.0), (-1.0, 1.0)  # the ends of values
 # An item, its answer's line and the primary metric's scoring function -> a number.
 Value = Callable[[Item, Mapping[str, Any], Scoring], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Suite:
-    """How one probe is measured.
+class Case:
+    """The input of a judge. test: the candidate's test scores by the primary metric. told: the record's account.
 
-    items: makes what is asked. value: turns an answer into a number. before: whether the base's weights are asked too.
-    own: whether the items come from the candidate's rows, with its prompt. untuned: whether the probe also applies to
-    candidates that were not trained. none: the reason to give where there are no items. left_out: how many answers it
-    leaves out because they are calls of functions. revision: raise it when the items or the number change.
+    repeats: the gate's setting.
+    """
+
+    measured: Measured
+    test: Column
+    confidence: float
+    seed: int
+    told: RiskResults = RiskResults()  # noqa: RUF009 - frozen
+    repeats: int | None = None
+
+    def arm(self, name: str) -> Arm:
+        """The measurements of one arm. Raises Inconclusive where there are none."""
+        if name not in self.measured:
+            raise Inconclusive(f"there are no measurements of the kind {name!r}")
+        return self.measured[name]
+
+    def mean(self, values: Floats, groups: Sequence[str], ends: tuple[float, float] | None = SHARES) -> Interval:
+        """The interval of a mean, resampled over groups. ends: None for the lowest and the highest measured value."""
+        reach = ends or (float(values.min()), float(values.max()))
+        return interval(values, groups, ends=reach, confidence=self.confidence, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The number that the gate compares with its bound, the sentence about it, and further keys of the record."""
+
+    interval: Interval
+    sentence: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _as_measured(_arm_name: str, arm: Arm) -> tuple[Floats, Floats, Sequence[str]]:
+    return arm.base, arm.after, arm.groups
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """How the report shows each arm of a probe, before and after tuning.
+
+    title: of an arm's name. ends: of the scale; neutral: the value that favours nobody. said: a value in words.
+    sides: the values before and after, and their groups. raised, lowered: what a change of either sign is.
+    """
+
+    title: Callable[[str], str]
+    ends: tuple[float, float]
+    said: Callable[[float], str]
+    neutral: float = 0.0
+    sides: Callable[[str, Arm], tuple[Floats, Floats, Sequence[str]]] = _as_measured
+    raised: str = "tuning raised it"
+    lowered: str = "tuning lowered it"
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """How one probe is measured, judged and shown.
+
+    items: makes what is asked. value: turns an answer into a number. judge: the number and sentence of all of them.
+    before: whether the base's weights are asked too. own: whether the items come from the candidate's rows, with its
+    prompt. untuned: whether the probe also applies to candidates that were not trained. none: the reason to give where
+    there are no items. left_out: the rows of which it leaves out answers that are calls of functions. revision: raise
+    it when the items or the number change. chart: None for a probe of which the report shows the gate only.
     """
 
     items: Callable[[ProbeContext], list[Item]]
     value: Value
+    judge: Callable[[Case], Shown]
     before: bool = False
     own: bool = True
     untuned: bool = False
     none: str = "there are none"
-    left_out: Callable[[ProbeContext], int] | None = None
+    left_out: Callable[[ProbeContext], Sequence[Example]] = lambda _: ()
     revision: int = 1
+    chart: Chart | None = None
 
     def count_left_out(self, context: ProbeContext) -> int | None:
         """How many answers the probe leaves out; None for none."""
-        return (self.left_out(context) or None) if self.left_out else None
+        return sum(bool(row.messages[-1].tool_calls) for row in self.left_out(context)) or None
+
+    def show(self, case: Case) -> Shown:
+        """The number and sentence of the probe. Raises Inconclusive where the measurements are not enough."""
+        if not case.measured:
+            raise Inconclusive("nothing was measured: no item of this probe fits the rows")
+        shown = self.judge(case)
+        return replace(shown, sentence=shown.sentence + left_out(case.told.left_out))
 
 
 def ask(
@@ -72,7 +270,9 @@ def ask(
         distinct = list(dict.fromkeys(questions))  # two items may differ in what is made of the scores alone
         scores = dict(zip(distinct, engine.choose(distinct, adapter, progress), strict=True))
         for item, question in zip(likely, questions, strict=True):
-            lines.append({"id": item.id, "scores": scores[question], "tokens": _tokens(renderer, item)})
+            whole = (*item.messages, Message(role="assistant", content=item.choices[0]))
+            tokens = renderer.count_row(whole) - renderer.count_prompt(item.messages)
+            lines.append({"id": item.id, "scores": scores[question], "tokens": tokens})
     held = Constraint(candidate)
     requests = [
         held.hold(Generation(item.messages, candidate.max_tokens), item.messages[-item.turns :]) for item in written
@@ -82,110 +282,64 @@ def ask(
     return lines
 
 
-def _tokens(renderer: Renderer, item: Item) -> int:
-    from tunesmith.core.messages import Message
-
-    whole = (*item.messages, Message(role="assistant", content=item.choices[0]))
-    return renderer.count_row(whole) - renderer.count_prompt(item.messages)
-
-
-def _likelihoods(item: Item, line: Mapping[str, Any]) -> list[float]:
+def likelihoods(item: Item, line: Mapping[str, Any]) -> list[float]:
+    """The log-probability of each choice."""
     return numbers.log_probabilities(line.get("scores"), len(item.choices), item.id)
 
 
-def _log_probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return _likelihoods(item, line)[0]
+def share(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+    """The first choice's share of all choices' probability."""
+    return numbers.shares(likelihoods(item, line))[0]
 
 
-def _probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    per_token = item.arm.endswith(bias.PER_TOKEN)
-    return min(1.0, math.exp(-_loss(item, line, scoring) if per_token else _likelihoods(item, line)[0]))
-
-
-def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return numbers.shares(_likelihoods(item, line))[0]
-
-
-def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    """The first choice's share, each choice weighted by its mean log-probability per word.
-
-    Whole sentences' probabilities would give nearly all weight to one choice and hide a small drift. Without the mean
-    per word, learning short answers would lower a longer choice whatever happens to its format.
-    """
-    scores = [value / len(choice.split()) for value, choice in zip(_likelihoods(item, line), item.choices, strict=True)]
-    return numbers.shares(scores)[0]
-
-
-def _likeliest(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    scores = _likelihoods(item, line)
-    return float(scores[0] == max(scores))
-
-
-def _pull(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    first, second = numbers.shares(_likelihoods(item, line))[:2]
-    return first - second
-
-
-def _loss(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+def loss(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+    """The first choice's loss per token."""
     tokens = line.get("tokens")
     if not is_number(tokens) or tokens < 1:
         raise Inconclusive(f"tokens is {tokens!r}, not a count", where=item.id)
-    return -_likelihoods(item, line)[0] / float(tokens)
+    return -likelihoods(item, line)[0] / float(tokens)
 
 
-def _log_probability_per_token(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return -_loss(item, line, scoring)
-
-
-def _text(item: Item, line: Mapping[str, Any]) -> str:
+def text_of(item: Item, line: Mapping[str, Any]) -> str:
+    """The answer's text."""
     if not isinstance(line.get("text"), str):
         raise Inconclusive("an answer has no text", where=item.id)
     return str(line["text"])
 
 
-def _verbatim(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return float(_text(item, line).strip() == (item.expected or "").strip())
-
-
-def _personal(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return float(memory.repeats_personal_data(item, _text(item, line)))
-
-
-def _scored(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    value = scoring(Answered(_text(item, line), item.expected or "", item.messages))
+def scored(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    """The answer's score by the primary metric."""
+    value = scoring(Answered(text_of(item, line), item.expected or "", item.messages))
     return checked(value, "the leading metric", item.id)
 
 
-SUITES: dict[str, Suite] = {
-    "canaries": Suite(
-        memory.canary_items, _log_probability, before=True, none="it was trained without canaries (train.canaries)"
-    ),
-    "membership": Suite(
-        memory.membership_items, _log_probability_per_token, before=True, left_out=memory.calls, revision=2
-    ),
-    "extraction": Suite(memory.extraction_items, _verbatim, left_out=memory.calls, revision=2),
-    "personal_data": Suite(
-        memory.personal_items, _personal, none="the scan finds no personal data in the training answers", revision=4
-    ),
-    "overfitting": Suite(memory.overfitting_items, _scored, revision=2),
-    "swap": Suite(
-        bias.swap_items,
-        _probability,
-        before=True,
-        none="no held-out row contains a known name or a gendered word",
-        left_out=bias.swap_calls,
-        revision=2,
-    ),
-    "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
-    "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
-    "general_text": Suite(drift_items.general_text_items, _loss, before=True, own=False, revision=2),
-    "formats": Suite(drift_items.formats_items, _share_by_word, before=True, own=False, revision=2),
-    "refusal": Suite(drift_items.refusal_items, _share_by_word, before=True, own=False),
-    "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
-    "robustness": Suite(drift_items.robustness_items, _scored, untuned=True, revision=3),
-}
+def worst_change(
+    case: Case, *, rise: bool, ends: tuple[float, float] | None = None
+) -> tuple[str, Interval, dict[str, Any]]:
+    """The arm that tuning changed most: its name, the change with its interval, and further keys of the record.
+
+    rise: whether a rise is bad, else a fall. ends: as `numbers.worst` takes them.
+    """
+    arms = {
+        name: (arm.after - arm.base if rise else arm.base - arm.after, arm.groups)
+        for name, arm in case.measured.items()
+    }
+    name, shown = numbers.worst(arms, ends, case.confidence, case.seed)
+    before = {each: rounded(float(arm.base.mean())) for each, arm in case.measured.items()}
+    after = {each: rounded(float(arm.after.mean())) for each, arm in case.measured.items()}
+    return name, shown, {"kind": name, "before": before, "after": after}
 
 
-def suite_of(name: str) -> Suite:
-    """The suite of a gate's suite name, such as "swap/100"."""
-    return SUITES[name.split("/", 1)[0]]
+def between(shown: Interval, written: Callable[[float], str]) -> str:
+    """A number with its interval."""
+    return f"{written(shown.mean)} ({written(shown.low)} to {written(shown.high)})"
+
+
+def in_points(shown: Interval) -> str:
+    """A difference of shares with its interval, in points."""
+    return between(shown, points)
+
+
+def in_percent(shown: Interval) -> str:
+    """A share with its interval, in percent."""
+    return between(shown, percent)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunesmith.core.text.wording import money, percent, points
-from tunesmith.evaluation.gates.settings import PROBES
+from tunesmith.evaluation.probes.catalog import PROBES
 from tunesmith.evaluation.report.approach_ladder import ENDPOINT
 from tunesmith.evaluation.report.behaviour import policy_cautions, policy_reasons, style_reasons
 from tunesmith.evaluation.report.evidence import Advice, Evidence
 from tunesmith.evaluation.summary import GateResult
 from tunesmith.records.evaluation import MetricInterval
-from tunesmith.records.forecast import BreakEven
 
 # A judge that agrees with itself on fewer rows, when the two answers change places, gets a caution.
 _TRUSTED_AGREEMENT = 0.8
@@ -101,12 +100,19 @@ def _difference(data: Evidence) -> str:
 
 
 def _costs(data: Evidence) -> str:
-    """The costs in money where they are known, else in time."""
-    if data.break_even is not None:
-        return _money(data, data.break_even)
-    focus = data.candidate(data.focus)
+    """The costs in money where they are known, with when a training is repaid, else in time."""
+    focus, repaid, currency = data.candidate(data.focus), data.break_even, data.currency or ""
+    cost = f"{money(focus.price.money_per_1000)} {currency}".rstrip()
+    if repaid is not None and data.rival is not None:
+        other = money(data.candidate(data.rival).price.money_per_1000)
+        said = f"1,000 requests cost {cost} with {focus.name} and {other} {currency} with {data.rival}"
+        if not repaid.training:
+            return f"{said}."
+        when = "lower running costs never repay it"
+        if repaid.requests is not None:
+            when = f"it is repaid after {repaid.requests:,} requests"
+        return f"{said}. The training cost {money(repaid.training)} {currency}; {when}."
     if focus.price.money_per_1000 is not None:
-        cost = f"{money(focus.price.money_per_1000)} {data.currency or ''}".rstrip()
         return f"1,000 requests cost {cost} with {focus.name}."
     priced = any(row.price.money_per_1000 is not None for row in data.candidates)
     unset = "" if priced else " (no prices are set)"
@@ -115,35 +121,17 @@ def _costs(data: Evidence) -> str:
     return f"1,000 requests take {focus.price.seconds_per_1000:,.0f} seconds of this machine{unset}."
 
 
-def _money(data: Evidence, found: BreakEven) -> str:
-    """What the two compared candidates cost, and when a training is repaid."""
-    focus, rival, currency = data.focus, data.rival or "", data.currency or ""
-    own, other = (money(data.candidate(name).price.money_per_1000) for name in (focus, rival))
-    sentence = f"1,000 requests cost {own} {currency} with {focus} and {other} {currency} with {rival}"
-    if not found.training:
-        return f"{sentence}."
-    sentence += f". The training cost {money(found.training)} {currency}"
-    if found.requests is None:
-        return f"{sentence}; lower running costs never repay it."
-    return f"{sentence}; it is repaid after {found.requests:,} requests."
-
-
 def _risked(data: Evidence) -> str:
     """The outcomes of the risk gates, and how many risk probes were not measured."""
-    gates = data.verdict.gates if data.verdict else ()
+    gates, unmeasured = data.verdict.gates if data.verdict else (), len(data.risks.unmeasured)
     risky = [gate for gate in gates if gate.settings.probe or gate.settings.suite]
-    unmeasured = len(data.risks.unmeasured)
-    rest = (
-        f"{unmeasured} of {len(PROBES)} risk probes were not measured"
-        if unmeasured
-        else "all risk probes were measured"
-    )
-    if not risky:
-        return f"0 gates limit the risks of tuning; {rest}."
     bad = [f"{gate.name} ({gate.outcome})" for gate in risky if gate.outcome != "pass"]
-    passed = f"{len(risky) - len(bad)} of {len(risky)} risk gates passed"
-    others = f", all but {', '.join(bad)}" if bad else ""
-    return f"{passed}{others}; {rest}."
+    said = "0 gates limit the risks of tuning"
+    if risky:
+        said = f"{len(risky) - len(bad)} of {len(risky)} risk gates passed"
+    said += f", all but {', '.join(bad)}" if bad else ""
+    which = f"{unmeasured} of {len(PROBES)} risk probes were not" if unmeasured else "all risk probes were"
+    return f"{said}; {which} measured."
 
 
 def _ladder(data: Evidence) -> list[str]:
@@ -151,14 +139,12 @@ def _ladder(data: Evidence) -> list[str]:
     found, chosen = data.ladder, data.ladder.chosen
     if not found.steps or chosen is None:
         return []
-    sentence = f"The best approach is {chosen.approach} ({chosen.candidate}, {percent(chosen.mean)})"
     over = next((step for step in found.steps if step.candidate == chosen.candidate), None)
-    if over is None:
-        sentence += ": no more elaborate approach was shown to beat it"
-    else:
-        sentence += f": {_gap(over.difference, data)} over {over.over_approach} ({over.over})"
-        sentence += ", and no more elaborate approach was shown to beat it"
-    sentences = [f"{sentence}."]
+    gain = f"{_gap(over.difference, data)} over {over.over_approach} ({over.over}), and " if over else ""
+    sentences = [
+        f"The best approach is {chosen.approach} ({chosen.candidate}, {percent(chosen.mean)}): {gain}no more elaborate "
+        "approach was shown to beat it."
+    ]
     idle = [step for step in found.steps if step.difference.low <= 0.0 and step.approach != ENDPOINT]
     if idle:
         said = "; ".join(f"{step.approach} ({step.candidate}) {_gap(step.difference, data)}" for step in idle)
@@ -207,18 +193,16 @@ def _price(data: Evidence) -> list[str]:
 
 
 def _forgotten(data: Evidence) -> list[str]:
-    found = data.forgetting
+    found, training = data.forgetting, data.training
     if found is None:
         return []
     change = MetricInterval(mean=-found.drop.mean, low=-found.drop.high, high=-found.drop.low)
     said = f"On {found.n} general questions, tuning changed the score by {_gap(change, data)}."
     gates = data.verdict.gates if data.verdict else ()
-    if data.training is not None and any(gate.settings.suite and gate.outcome != "pass" for gate in gates):
-        rehearsed = data.training.settings.rehearse
-        share = min(1.0, 2 * rehearsed or 0.02)
-        if share == rehearsed:
-            return [said]
-        said += f" With `train: {{rehearse: {share:g}}}` it keeps more of what the base can do."
+    if training is not None and any(gate.settings.suite and gate.outcome != "pass" for gate in gates):
+        share = min(1.0, 2 * training.settings.rehearse or 0.02)
+        if share != training.settings.rehearse:
+            said += f" With `train: {{rehearse: {share:g}}}` it keeps more of what the base can do."
     return [said]
 
 
@@ -261,8 +245,8 @@ def _undecided(data: Evidence, gates: Sequence[GateResult]) -> str:
         return f"Do not release on this evidence. {said}"
     return (
         f"{data.n} test rows in {data.groups} groups are not enough to decide. Do not release on this evidence: "
-        "collect more rows in more groups and evaluate again."
-    ) + (f" {said}" if asked else "")
+        f"collect more rows in more groups and evaluate again.{' ' + said if asked else ''}"
+    )
 
 
 def _cautions(data: Evidence) -> list[str]:

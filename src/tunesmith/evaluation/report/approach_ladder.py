@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.evaluation.report.evidence import GroupLift, Ladder, LadderStep, LiftByGroup, Rung
-from tunesmith.evaluation.scores import Column, difference, metric_interval
+from tunesmith.evaluation.scores import Column, difference
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
@@ -59,8 +59,7 @@ def approach_ladder(
             chosen = rung
             continue
         own, other = columns[rung.candidate, primary], columns[chosen.candidate, primary]
-        found = difference(own, other, confidence=confidence, seed=body.seed)
-        gap = metric_interval(found.interval)
+        gap = difference(own, other, confidence=confidence, seed=body.seed).difference
         steps.append(LadderStep.of(rung, over=chosen.candidate, over_approach=chosen.approach, difference=gap))
         if gap.low > 0.0 and rung.approach != ENDPOINT:
             chosen = rung

@@ -1,19 +1,37 @@
-"""What the report shows of policy checks and of style: checks by candidates, answers that broke a rule, and shares."""
+"""What the report shows of policy checks, of style and of the risk probes."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, Final
 
-from tunesmith.core.text.wording import percent
-from tunesmith.evaluation.lines import read_answer_lines
-from tunesmith.evaluation.policy.outcomes import read_lines
-from tunesmith.evaluation.policy.requests import decode_policy_items
+from tunesmith.core.errors import Inconclusive
+from tunesmith.core.text.wording import percent, points
+from tunesmith.evaluation.lines import read_answer_lines, read_items
+from tunesmith.evaluation.policy.outcomes import OutcomeLine, read_outcomes
+from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rules import CUT
-from tunesmith.evaluation.probes.items import ITEMS
-from tunesmith.evaluation.report.evidence import Evidence, PolicyReport, ReportedCheck, ShownAnswer, StyleReport
-from tunesmith.records.evaluation import CheckRules, EvaluationBody, NoStyle, StyleAccount
+from tunesmith.evaluation.probes import numbers
+from tunesmith.evaluation.probes.catalog import PROBES, suite_of
+from tunesmith.evaluation.probes.measuring import Arm, Measured, read_measurements
+from tunesmith.evaluation.probes.memory import CONTROL, FEWEST_CONTROLS, exposure, planted_counts
+from tunesmith.evaluation.probes.suites import Chart
+from tunesmith.evaluation.report.evidence import (
+    Bias,
+    Evidence,
+    Exposure,
+    ExposureLevel,
+    PolicyReport,
+    ReportedCheck,
+    Risks,
+    ShownAnswer,
+    StyleReport,
+)
+from tunesmith.evaluation.scores import metric_interval
+from tunesmith.evaluation.stats.statistics import Floats, interval
+from tunesmith.records.evaluation import CheckRules, EvaluationBody, MetricInterval, NoStyle, StyleAccount
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -37,21 +55,18 @@ def policy_report(store: Store, record: Record, focus: str) -> PolicyReport | No
     stated = EvaluationBody.of(record).policy
     if stated is None:
         return None
-    own = [line for line in read_lines(store, record) if line["candidate"] == focus]
+    own = [line for line in read_outcomes(store, record) if line.candidate == focus]
     shown = _shown(store, record, focus, own)
     checks = []
     for name, rules in stated.checks.items():
-        cells = {
-            candidate: told.checks[name]
-            for candidate, told in stated.candidates.items()
-            if told.checks is not None and name in told.checks
-        }
+        told = {candidate: (each.checks or {}).get(name) for candidate, each in stated.candidates.items()}
+        cells = {candidate: cell for candidate, cell in told.items() if cell is not None}
         many = max((cell.n + cell.leaked for cell in cells.values()), default=0)
         answers = tuple(shown.get(name, ()))
         checks.append(ReportedCheck(name=name, rule=_rule(rules), n=many, cells=cells, shown=answers))
     return PolicyReport(
         checks=tuple(checks),
-        undecided=Counter(line["why"] for line in own if line["outcome"] == "undecided"),
+        undecided=Counter(line.why for line in own if line.outcome == "undecided"),
         unusable={name: told.unusable for name, told in stated.candidates.items() if told.unusable is not None},
     )
 
@@ -159,25 +174,108 @@ def policy_cautions(data: Evidence) -> list[str]:
     return found
 
 
-def _shown(store: Store, record: Record, focus: str, own: Sequence[Mapping[str, Any]]) -> dict[str, list[ShownAnswer]]:
+def _shown(store: Store, record: Record, focus: str, own: Sequence[OutcomeLine]) -> dict[str, list[ShownAnswer]]:
     """Check -> the first answers of the candidate in focus that broke it or decide nothing. own: its outcomes."""
     if not own:
         return {}
     answers = store.record(record.parents[f"policy:{focus}"], kind="answers")
-    items = {item.id: item for item in decode_policy_items(store.read_blob(answers.blobs[ITEMS]))}
+    items = {item.id: item for item in read_items(store, answers, PolicyItem)}
     texts = read_answer_lines(store, answers, items.keys(), f"policy answers of {focus!r}", "requests")
-    found: dict[str, list[ShownAnswer]] = {}
-    outcomes: tuple[Literal["broke", "undecided"], ...] = ("broke", "undecided")
-    for wanted in outcomes:
+    found: defaultdict[str, list[ShownAnswer]] = defaultdict(list)
+    for wanted in ("broke", "undecided"):
         for line in own:
-            if line["outcome"] == wanted and len(found.setdefault(line["check"], [])) < _SHOWN:
-                request = items[line["id"]].request
-                answer = ShownAnswer(
-                    request=request[-1].content,
-                    turns=len(request),
-                    answer=texts[line["id"]]["text"],
-                    outcome=wanted,
-                    why=line["why"],
-                )
-                found[line["check"]].append(answer)
+            if line.outcome == wanted and len(found[line.check]) < _SHOWN:
+                request, answer = items[line.id].request, texts[line.id]["text"]
+                shown: Any = {"request": request[-1].content, "turns": len(request), "answer": answer}
+                found[line.check].append(ShownAnswer(why=line.why, outcome=wanted, **shown))
     return found
+
+
+CHANCE_BITS = 1 / math.log(2)  # mean exposure of secrets that were not memorised: -log2 of a random rank
+
+
+def risks(store: Store, record: Record, focus: str, confidence: float) -> Risks:
+    """The risk probes of the candidate in focus. Raises Inconclusive for inconsistent measurements."""
+    seed = EvaluationBody.of(record).seed
+    found = {
+        suite.partition("/")[0]: measured
+        for (suite, name), measured in sorted(read_measurements(store, record).items())
+        if name == focus
+    }
+    bias = [
+        row
+        for probe, measured in found.items()
+        if probe in PROBES and (chart := suite_of(probe).chart)
+        for name, arm in measured.items()
+        if (row := _charted(probe, chart, name, arm, confidence, seed))
+    ]
+    return Risks(
+        exposure=_exposure(found["canaries"], confidence, seed) if "canaries" in found else None,
+        bias=tuple(bias),
+        unmeasured={name: kind.summary for name, kind in PROBES.items() if (kind.like or name) not in found},
+    )
+
+
+def _exposure(measured: Measured, confidence: float, seed: int) -> Exposure | None:
+    controls, counts = measured.get(CONTROL), planted_counts(measured)
+    if controls is None or len(controls.ids) < FEWEST_CONTROLS or not counts:
+        return None
+
+    def bits(planted: Floats | None, among: Floats | None) -> MetricInterval | None:
+        if planted is None or among is None:
+            return None
+        found, narrow = exposure(planted, among, confidence, seed)
+        return metric_interval(found) if narrow else None
+
+    levels = []
+    for times in counts:
+        arm = measured[str(times)]
+        before, after = bits(arm.before, controls.before), bits(arm.after, controls.after)
+        levels.append(ExposureLevel(repeats=times, n=len(arm.ids), before=before, after=after))
+    most = math.log2(len(controls.ids) + 1)
+    sentence = (
+        f"Exposure of secrets planted in the training rows: {'; '.join(map(_level, levels))}. {CHANCE_BITS:.1f} bits "
+        f"is chance; {most:.1f} bits is the most that {len(controls.ids)} controls can show. More bits mean that the "
+        "model memorised more."
+    )
+    return Exposure(controls=len(controls.ids), most=most, levels=tuple(levels), sentence=sentence)
+
+
+def _level(level: ExposureLevel) -> str:
+    times = "planted once" if level.repeats == 1 else f"planted {level.repeats} times"
+    if level.after is None:
+        return f"{times}: too few secrets to measure"
+    return f"{times}: {level.after.mean:.1f} bits ({level.after.low:.1f} to {level.after.high:.1f})"
+
+
+def _charted(probe: str, chart: Chart, name: str, arm: Arm, confidence: float, seed: int) -> Bias | None:
+    """One row of the chart; None where there are too few groups for an interval."""
+    try:
+        before, after, groups = chart.sides(name, arm)
+        numbers.check_groups("items", groups)
+    except Inconclusive:
+        return None
+    ends, reach = chart.ends, chart.ends[1] - chart.ends[0]
+    old, new, change = (
+        metric_interval(interval(values, groups, ends=within, confidence=confidence, seed=seed))
+        for values, within in ((before, ends), (after, ends), (after - before, (-reach, reach)))
+    )
+    said = "there may be no change"
+    if change.low > 0.0 or change.high < 0.0:
+        said = chart.raised if change.low > 0.0 else chart.lowered
+    sentence = (
+        f"{chart.said(old.mean)} before tuning, {chart.said(new.mean)} after: a change of {points(change.mean)} "
+        f"points ({points(change.low)} to {points(change.high)}); {said}."
+    )
+    return Bias(
+        probe=probe,
+        arm=name,
+        asked=chart.title(name),
+        n=len(after),
+        groups=len(set(groups)),
+        ends=ends,
+        before=old,
+        after=new,
+        change=change,
+        sentence=sentence,
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import describe_prompts
+from tunesmith.core.digests import digest_bytes
 from tunesmith.data.dataset import dataset_summary, load_dataset
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.compare import compare, side_of_candidate
@@ -15,7 +15,7 @@ from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
-from tunesmith.evaluation.report.behaviour import policy_report, style_report
+from tunesmith.evaluation.report.behaviour import policy_report, risks, style_report
 from tunesmith.evaluation.report.evidence import (
     AreaScores,
     Evidence,
@@ -31,7 +31,6 @@ from tunesmith.evaluation.report.evidence import (
     ScoredAnswer,
     TrailEntry,
 )
-from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, rival_of, verdict_summary
 from tunesmith.records.candidate import BaseBody
@@ -63,7 +62,8 @@ def report_data(
     record = store.record(evaluation, kind="evaluation")
     columns, body = read_scores(store, record), EvaluationBody.of(record)
     judged = verdict_summary(store, verdict) if verdict is not None else None
-    focus = judged.candidate if judged else _leader(body)
+    leading = max(sorted(body.candidates), key=lambda name: (body.candidates[name].tuned, body.mean(name)))
+    focus = judged.candidate if judged else leading
     rival, rival_gate = rival_of(evaluation_summary(store, evaluation), judged, focus)
     own = body.candidates[focus]
     lift, by_group, repaid, primary = None, None, None, body.primary
@@ -71,16 +71,11 @@ def report_data(
         lift = compare(store, *(side_of_candidate(store, evaluation, name) for name in (rival, focus)))
         by_group = lift_by_group(columns[focus, primary], columns[rival, primary])
         repaid = break_even(own.price, own.training.money if own.training else 0.0, body.candidates[rival].price)
-    found = Evidence(
+    found = Evidence.of(
+        body,
         evaluation=evaluation,
         verdict=judged,
         version=_version(store, version),
-        n=body.n,
-        groups=body.groups,
-        confidence=body.confidence,
-        seed=body.seed,
-        primary=primary,
-        metrics=body.metrics,
         focus=focus,
         rival=rival,
         rival_gate=rival_gate,
@@ -91,9 +86,8 @@ def report_data(
         break_even=repaid,
         ladder=approach_ladder(store, body, columns, body.confidence),
         by_group=by_group,
-        classes={name: one.classes for name, one in body.candidates.items() if one.classes},
-        calibration={name: one.calibration for name, one in body.candidates.items() if one.calibration},
-        judges=body.judges,
+        classes=body.by_candidate("classes"),
+        calibration=body.by_candidate("calibration"),
         forgetting=_forgetting(columns, body, focus),
         risks=risks(store, record, focus, body.confidence),
         policy=policy_report(store, record, focus),
@@ -104,10 +98,6 @@ def report_data(
         trail=tuple(trail),
     )
     return EvidenceReport.of(found, advice=advise(found))
-
-
-def _leader(body: EvaluationBody) -> str:
-    return max(sorted(body.candidates), key=lambda name: (body.candidates[name].tuned, body.mean(name)))
 
 
 def _version(store: Store, version: str | None) -> ReportedVersion | None:
@@ -176,18 +166,15 @@ def _forgetting(columns: Mapping[tuple[str, str], Column], body: EvaluationBody,
     if stated is None or focus not in stated.drops:
         return None
     before, after = columns[BASE, GENERAL], columns[focus, GENERAL]
-    by_area: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for identifier, old, new in zip(before.ids, before.values.tolist(), after.values.tolist(), strict=True):
-        by_area[identifier.rpartition("-")[0]].append((old, new))
+    places: defaultdict[str, list[int]] = defaultdict(list)
+    for place, identifier in enumerate(before.ids):
+        places[identifier.rpartition("-")[0]].append(place)
     areas = {
-        area: AreaScores(
-            n=len(pairs), before=sum(p[0] for p in pairs) / len(pairs), after=sum(p[1] for p in pairs) / len(pairs)
-        )
-        for area, pairs in sorted(by_area.items())
+        area: AreaScores(n=len(own), before=before.values[own].mean(), after=after.values[own].mean())
+        for area, own in sorted(places.items())
     }
-    return Forgetting(
-        n=stated.n, before=stated.scores[BASE], after=stated.scores[focus], drop=stated.drops[focus], areas=areas
-    )
+    scores = {"before": stated.scores[BASE], "after": stated.scores[focus]}
+    return Forgetting(n=stated.n, drop=stated.drops[focus], areas=areas, **scores)
 
 
 def _examples(
@@ -211,7 +198,8 @@ def _examples(
 
     def side(sign: float) -> ExampleSide:
         candidates = [index for index in range(len(gaps)) if gaps[index] * sign > 0]
-        chosen = _one_a_group(own, sorted(candidates, key=lambda i: (-abs(float(gaps[i])), _mixed(own.ids[i]))))
+        mixed = {i: digest_bytes(own.ids[i].encode()) for i in candidates}
+        chosen = _one_a_group(own, sorted(candidates, key=lambda i: (-abs(float(gaps[i])), mixed[i])))
         return ExampleSide(n=len(candidates), shown=tuple(map(example, chosen)))
 
     def example(i: int) -> ExampleRow:
@@ -231,17 +219,8 @@ def _examples(
 
 def _one_a_group(column: Column, ranked: Sequence[int]) -> list[int]:
     """The first few rows, from different groups as far as possible."""
-    seen: set[str] = set()
-    first: list[int] = []
-    again: list[int] = []
-    for index in ranked:
-        (again if column.groups[index] in seen else first).append(index)
-        seen.add(column.groups[index])
-    return [*first, *again][:_SHOWN_EXAMPLES]
-
-
-def _mixed(identifier: str) -> str:
-    return hashlib.sha256(identifier.encode()).hexdigest()
+    first = set({column.groups[index]: index for index in reversed(ranked)}.values())
+    return sorted(ranked, key=lambda index: index not in first)[:_SHOWN_EXAMPLES]
 
 
 def _lineage(
@@ -258,23 +237,22 @@ def _lineage(
     made = store.record(candidate, kind="candidate")
     training = made.parents.get("training")
     others = len(body.candidates) - 1
-    nodes: list[tuple[str, str, str]] = [
+    compared = f"{focus} and {others} other{'s' if others != 1 else ''} on the same rows"
+    nodes: list[tuple[str, str | None, str]] = [
         ("base", made.parents["base"], BaseBody.read(store, made.parents["base"]).line),
         ("dataset", record.parents["dataset"], f"{body.n} test rows held out"),
+        ("training", training, f"{TrainingBody.read(store, training).steps} steps" if training else ""),
+        ("candidate", candidate, focus),
+        ("answers", record.parents[f"answers:{focus}"], f"of {focus} to the test rows"),
+        ("evaluation", evaluation, compared),
+        ("verdict", verdict, VerdictBody.read(store, verdict).verdict if verdict else ""),
+        ("version", version, VersionBody.read(store, version).line if version else ""),
     ]
-    if training is not None:
-        nodes.append(("training", training, f"{TrainingBody.read(store, training).steps} steps"))
-    nodes.append(("candidate", candidate, focus))
-    nodes.append(("answers", record.parents[f"answers:{focus}"], f"of {focus} to the test rows"))
-    nodes.append(("evaluation", evaluation, f"{focus} and {others} other{'s' if others != 1 else ''} on the same rows"))
-    if verdict is not None:
-        nodes.append(("verdict", verdict, VerdictBody.read(store, verdict).verdict))
-    if version is not None:
-        nodes.append(("version", version, VersionBody.read(store, version).line))
-        for _, kind, child in store.children(version):
-            if kind == "approval":
-                nodes.append(("approval", child, ApprovalBody.read(store, child).line))
-    position = {digest: index for index, (_, digest, _) in enumerate(nodes)}
+    for _, kind, child in store.children(version) if version else ():
+        if kind == "approval":
+            nodes.append((kind, child, ApprovalBody.read(store, child).line))
+    known = [(kind, digest, label) for kind, digest, label in nodes if digest is not None]
+    position = {digest: index for index, (_, digest, _) in enumerate(known)}
     return tuple(
         LineageNode(
             kind=kind,
@@ -282,5 +260,5 @@ def _lineage(
             label=label,
             parents=tuple(sorted({position[p] for p in store.record(digest).parents.values() if p in position})),
         )
-        for kind, digest, label in nodes
+        for kind, digest, label in known
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.candidates.candidate import Kind
@@ -23,6 +24,8 @@ from tunesmith.records.evaluation import (
 from tunesmith.records.forecast import BreakEven
 from tunesmith.records.training import RecordedSettings, TrainedStep, TrainingFigures
 from tunesmith.training.estimates.more_time import MoreTime
+
+PAGE = Path(__file__).parent / "page"  # the templates and style sheets that show it
 
 
 class ReportedVersion(View):

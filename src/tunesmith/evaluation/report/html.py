@@ -1,11 +1,14 @@
-"""The evidence as HTML: the report, one self-contained page, and its sections for the console's page of an evaluation.
+"""The evidence as pages: the report as HTML and as Markdown, and its sections for the console's page of an evaluation.
 
-Text from models and data sets is untrusted: the template escapes it, invisible and reordering characters are written
-out, and the content security policy of both pages forbids inline scripts and resources of others.
+Text from models and data sets is untrusted: every expression of the templates is escaped, invisible and reordering
+characters are written out, and the content security policy of both HTML pages forbids inline scripts and resources of
+others.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,8 +17,22 @@ from markupsafe import Markup
 
 from tunesmith.core.digests import short
 from tunesmith.core.text import wording
-from tunesmith.evaluation.report import evidence_plots, plots
+from tunesmith.evaluation.probes.catalog import PROBES, suite_of
+from tunesmith.evaluation.report import plots
+from tunesmith.evaluation.report.behaviour import CHANCE_BITS
 from tunesmith.evaluation.report.evidence import EvidenceReport
+
+
+def _html(value: Any) -> Any:
+    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _markdown(value: Any) -> Markup:
+    """The text in one line, with all Markdown escaped."""
+    if isinstance(value, Markup):
+        return value
+    plain = " ".join(wording.visible(str(value)).split())
+    return Markup(re.sub(r"([\\`*\[\]<>|!~#@])|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", plain))  # noqa: S704
 
 
 def render(found: EvidenceReport) -> str:
@@ -28,34 +45,38 @@ def render_sections(found: EvidenceReport, requests: str) -> str:
     return _filled("evidence.html.jinja", found, whole=False, requests=requests)
 
 
-def _filled(template: str, found: EvidenceReport, **more: Any) -> str:
+def report_markdown(found: EvidenceReport) -> str:
+    """The report without examples and charts, short enough for a pull request."""
+    return _filled("report.md.jinja", found, written=_markdown)
+
+
+def _filled(template: str, found: EvidenceReport, *, written: Callable[[Any], Any] = _html, **more: Any) -> str:
     by_name = {row.name: row for row in found.candidates}
-    return _environment().get_template(template).render(**dict(found), by_name=by_name, **more)
+    return _environment(written).get_template(template).render(**dict(found), by_name=by_name, **more)
 
 
 @cache
-def _environment() -> Environment:
+def _environment(written: Callable[[Any], Any]) -> Environment:
+    """written: makes the value of an expression safe to show."""
     environment = Environment(
         loader=PackageLoader("tunesmith.evaluation.report", "page"),
         autoescape=True,
-        finalize=_shown,
+        finalize=written,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     filters = ("count", "detail_text", "duration", "gigabytes", "money", "signed_money", "moment", "p_value", "percent")
     environment.filters.update({name: getattr(wording, name) for name in (*filters, "points")})
-    environment.filters.update(short=short)
+    environment.filters.update(short=short, whole="{:.0%}".format)
     environment.globals.update(
         expected=wording.expected,
         duration=wording.duration,
         gigabytes=wording.gigabytes,
         plots=plots,
-        evidence_plots=evidence_plots,
+        chance_bits=CHANCE_BITS,
+        chart_of=lambda probe: suite_of(probe).chart,
+        units={name: kind.unit for name, kind in PROBES.items()},
     )
     return environment
-
-
-def _shown(value: Any) -> Any:
-    """Make text safe to show. Every expression of the template passes through here."""
-    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -22,7 +22,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.evaluation.lines import AnswerLines
-from tunesmith.evaluation.metrics.labels import read_labels
+from tunesmith.evaluation.metrics.classification import read_labels
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import VALID
 from tunesmith.evaluation.stats.statistics import Floats
@@ -187,17 +187,14 @@ class Matrix:
         return Sight(np.array(rows, dtype=np.intp), withheld, sorted(counted.most_common(_MOST_LABELS)))
 
     def _select(self, chosen: Filter, reader: Reader) -> Selected:
-        for name in (chosen.focus, chosen.rival):
-            if name not in self.candidates:
-                known = ", ".join(self.candidates)
-                raise UsageError(f"the evaluation has no candidate {name[:80]!r}", fix=f"name one of: {known}")
-        if chosen.show not in get_args(Show):
-            raise UsageError(
-                f"{chosen.show[:80]!r} is no choice of requests", fix=f"one of {', '.join(get_args(Show))}"
-            )
-        if chosen.metric not in self.metrics:
-            known = ", ".join(self.metrics)
-            raise UsageError(f"the evaluation has no metric {chosen.metric[:80]!r}", fix=f"name one of: {known}")
+        for what, named, known in (
+            ("candidate", chosen.focus, self.candidates),
+            ("candidate", chosen.rival, self.candidates),
+            ("metric", chosen.metric, self.metrics),
+            ("choice of requests", chosen.show, get_args(Show)),
+        ):
+            if named not in known:
+                raise UsageError(f"the evaluation has no {what} {named[:80]!r}", fix=f"name one of: {', '.join(known)}")
         sight = self.sight(reader)
         changes = self.changes(chosen.focus, chosen.rival, chosen.metric)
         gap = np.abs(self.scores[chosen.focus, chosen.metric] - self.scores[chosen.rival, chosen.metric])
@@ -208,26 +205,19 @@ class Matrix:
         return Selected(ordered, dict(zip(CHANGES, counts, strict=True)))
 
     def _fits(self, place: int, change: int, chosen: Filter, sight: Sight) -> bool:
-        if not self._shows(place, change, chosen) or not self.rows[place].group.startswith(chosen.group):
-            return False
-        if chosen.label and chosen.label not in self.labels_of(place):
-            return False
-        return not chosen.search or self._holds(place, chosen.search.casefold(), sight)
+        return (
+            self._shows(place, change, chosen)
+            and self.rows[place].group.startswith(chosen.group)
+            and (not chosen.label or chosen.label in self.labels_of(place))
+            and (not chosen.search or self._holds(place, chosen.search.casefold(), sight))
+        )
 
     def _shows(self, place: int, change: int, chosen: Filter) -> bool:
-        match chosen.show:
-            case "all":
-                return True
-            case "flips":
-                return change < 2
-            case "losses":
-                return change == 0
-            case "wins":
-                return change == 1
-            case "invalid":
-                return self.valid(chosen.focus, place) is False
-            case "long":
-                return bool(self._long[place]) or self.cut(chosen.focus, place)
+        if chosen.show == "invalid":
+            return self.valid(chosen.focus, place) is False
+        if chosen.show == "long":
+            return bool(self._long[place]) or self.cut(chosen.focus, place)
+        return {"all": True, "flips": change < 2, "losses": change == 0, "wins": change == 1}[chosen.show]
 
     def _holds(self, place: int, text: str, sight: Sight) -> bool:
         """Whether a row, or an answer to it that the reader may see, contains a text in any case."""
@@ -242,9 +232,8 @@ class Matrix:
 
     def _retrieved(self, name: str, candidate: Candidate) -> dict[str, Found]:
         """Id -> what a candidate retrieved for some row."""
-        if not self.lines[name].mention("retrieved"):
-            return {}
-        asked = {identifier for line in self.lines[name] for identifier in line.get("retrieved", ())}
+        lines = self.lines[name] if self.lines[name].mention("retrieved") else ()
+        asked = {identifier for line in lines for identifier in line.get("retrieved", ())}
         if not asked:
             return {}
         if candidate.documents is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,21 +68,52 @@ def intervals(
     """
     if values.shape[0] == 0:
         raise Inconclusive("there are no scored rows")
+    index, sizes = by_group(groups)
+    sums = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1)
+
+    def drawn(weights: Floats) -> tuple[Floats, Floats]:
+        extra = weights[:, -1:] * sizes.mean()
+        rows = weights[:, :-1] @ sizes[:, None] + extra
+        total = weights[:, :-1] @ sums
+        return (total + extra * ends[0]) / rows, (total + extra * ends[1]) / rows
+
+    means = np.array([math.fsum(column) / len(column) for column in values.T.tolist()])
+    low, high = resampled(means, drawn, confidence, seed, len(sizes) + 1)
+    return [Interval(*each) for each in zip(means.tolist(), low.tolist(), high.tolist(), strict=True)]
+
+
+def by_group(groups: Sequence[str]) -> tuple[NDArray[np.intp], Floats]:
+    """Each row's group as an index, and the size of each group."""
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    sizes: Floats = np.bincount(index).astype(np.float64)
-    sums = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1).astype(np.float64)
-    below, above = _resampled(sums, sizes, ends, confidence, seed)
-    means = [math.fsum(column) / len(column) for column in values.T.tolist()]
-    return [resampled(mean, below[:, k], above[:, k], confidence) for k, mean in enumerate(means)]
+    return index, np.bincount(index).astype(np.float64)
 
 
-def resampled(mean: float, below: Floats, above: Floats, confidence: float) -> Interval:
-    """The interval of a figure from its resampled values: those for the lower end, and those for the upper end."""
+def resampled(
+    means: Floats,
+    drawn: Callable[..., tuple[Floats, Floats]],
+    confidence: float,
+    seed: int,
+    *columns: int,
+    **more: Any,
+) -> tuple[Floats, Floats]:
+    """The lower and the upper ends of the intervals of figures.
+
+    means: the figures. drawn: takes an array of weights (draws x columns) for each number of columns, and gives the
+    figures of each draw (draws x figures) for the lower ends, and for the upper ends. more: as `draw_weights` takes it.
+    """
+    pieces = [drawn(*weights) for weights in draw_weights(confidence, seed, *columns, **more)]
+    below, above = (np.concatenate(side) for side in zip(*pieces, strict=True))
     tail = (1.0 - confidence) / 2.0
-    low = float(np.quantile(below, tail, method="lower"))
-    high = float(np.quantile(above, 1.0 - tail, method="higher"))
+    low = np.quantile(below, tail, axis=0, method="lower")
+    high = np.quantile(above, 1.0 - tail, axis=0, method="higher")
     # A constant column's resampled mean can miss the mean itself by rounding alone.
-    return Interval(mean, min(low, mean), max(high, mean))
+    return np.minimum(low, means), np.maximum(high, means)
+
+
+def resampled_figure(mean: float, drawn: Callable[..., tuple[Floats, Floats]], *stated: Any, **more: Any) -> Interval:
+    """The interval of one figure. drawn: gives one value for each draw; stated, more: as `resampled` takes them."""
+    low, high = resampled(np.array(mean), drawn, *stated, **more)
+    return Interval(mean, float(low), float(high))
 
 
 def interval(
@@ -108,8 +140,7 @@ def sign_flip(differences: Floats, groups: Sequence[str], seed: int) -> float:
     do, and for up to 13 groups; else of 9,999 random flips. With one row a group and scores of 0 or 1 it is McNemar's
     exact test. One group alone shows nothing: 1.
     """
-    index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums = np.bincount(index, weights=differences)
+    sums = np.bincount(by_group(groups)[0], weights=differences)
     if not np.any(sums) or len(sums) == 1:
         return 1.0
     if np.all(sums == np.rint(sums)) and np.abs(sums).sum() <= _LARGEST_EXACT:
@@ -174,32 +205,21 @@ def confidence_at_use(confidence: float, use: int) -> float:
     return 1.0 - 2.0 * tail
 
 
-def group_weights(groups: int, confidence: float, seed: int) -> Iterator[Floats]:
-    """The resampling's weights (draws x groups) in pieces, as many draws as an interval of this confidence takes.
+def draw_weights(
+    confidence: float, seed: int, *columns: int, further: int = 0, draws: tuple[int, int] | None = None
+) -> Iterator[list[Floats]]:
+    """The resampling's weights: an array (draws x columns) for each number of columns, in pieces that memory holds.
 
+    further: numbers that each draw takes besides. draws: the fewest, and how many lie beyond an interval's end.
     Raises Inconclusive where the confidence asks for more draws than are sensible.
     """
     tail = (1.0 - confidence) / 2.0
     if tail < SMALLEST_TAIL:
         raise Inconclusive(f"a confidence of {confidence} is beyond what {MOST_DRAWS} draws can show")
-    draws = min(max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)), MOST_DRAWS)
+    fewest, beyond = draws or (_DRAWS, _TAIL_DRAWS)
+    many = min(max(fewest, math.ceil(beyond / tail)), MOST_DRAWS)
     # RandomState's streams are frozen for good (NEP 19), Generator's are not, and a verdict must replay years later.
     random = np.random.RandomState(seed)
-    step = max(1, CHUNK // groups)
-    for start in range(0, draws, step):
-        yield random.standard_exponential((min(step, draws - start), groups))
-
-
-def _resampled(
-    sums: Floats, sizes: Floats, ends: tuple[float, float], confidence: float, seed: int
-) -> tuple[Floats, Floats]:
-    """Resampled means (draws x columns) with the worst group at the lowest end, and with it at the highest."""
-    groups = len(sizes)
-    below, above = [], []
-    for weights in group_weights(groups + 1, confidence, seed):
-        extra = weights[:, groups:] * sizes.mean()
-        rows = weights[:, :groups] @ sizes[:, None] + extra
-        total = weights[:, :groups] @ sums
-        below.append((total + extra * ends[0]) / rows)
-        above.append((total + extra * ends[1]) / rows)
-    return np.concatenate(below), np.concatenate(above)
+    step = max(1, CHUNK // (sum(columns) + further))
+    for start in range(0, many, step):
+        yield [random.standard_exponential((min(step, many - start), each)) for each in columns]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -24,15 +24,13 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.core.text.folding import visible
 from tunesmith.core.text.wording import points
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.lines import LineFile, read_answer_lines
+from tunesmith.evaluation.lines import Line, Name, answers_to, read_answer_lines
 from tunesmith.evaluation.probes import numbers
-from tunesmith.evaluation.probes.context import drawn
+from tunesmith.evaluation.probes.suites import drawn
 from tunesmith.evaluation.scores import metric_interval, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
-from tunesmith.evaluation.style.classifier import Told, cross_fitted
-from tunesmith.evaluation.style.features import read_answer, words_of
+from tunesmith.evaluation.stats.statistics import Floats, Interval, by_group, interval, resampled_figure
+from tunesmith.evaluation.style.classifier import Told, cross_fitted, read_answer, words_of
 from tunesmith.records.evaluation import (
-    AnswersBody,
     EvaluationBody,
     NoStyle,
     StyleAccount,
@@ -43,20 +41,26 @@ from tunesmith.records.evaluation import (
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-_FILE = LineFile(
-    "style.jsonl",
-    "a classified row",
-    "classified",
-    unique=("id",),
-    texts=("group",),
-    values=("reference", "base", "candidates"),
-)
-STYLE = _FILE.name
 SUITE: Final = "style"
 REVISION: Final = 3  # raise it when the classifier decides otherwise
 _REFERENCE, _BASE = "reference", "base"
 _ROWS: Final = "rows with style"
 FEWEST_APART: Final = 0.25  # share of references taken for the house's, minus that of the base's answers
+
+
+Flag = Literal[0, 1]
+
+
+class StyleLine(Line):
+    """The answers to one request: 1 where the classifier takes them for the house's, else 0."""
+
+    file = "style.jsonl"
+    unique = ("id",)
+    id: Name
+    group: Name
+    reference: Flag
+    base: Flag
+    candidates: dict[str, Flag]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +82,12 @@ class Classified:
         return interval(gaps, self.groups, ends=(-1.0, 1.0), confidence=confidence, seed=seed)
 
     def share(self, name: str, confidence: float, seed: int) -> Interval:
-        """The share of a candidate's answers in the house's style, from 0 to 1.
+        """The share of a candidate's answers in the house's style: (a - f) / (s - f), from 0 to 1, with its interval.
 
-        Raises Inconclusive for too few groups, and where the classifier does not tell references from base answers.
+        Each is resampled over groups and with a worst-case group (as statistics.py): for the lower end its candidate
+        answer is not taken for the house's, and the base's is; for the upper end the candidate's is, and the reference
+        is not. Raises Inconclusive for too few groups, and where the classifier does not tell references from base
+        answers.
         """
         numbers.check_groups(_ROWS, self.groups)
         apart = self.apart(confidence, seed)
@@ -91,7 +98,19 @@ class Classified:
                 f"({points(apart.low)} to {points(apart.high)}): too little to tell the two styles apart, since the "
                 f"interval must start at {FEWEST_APART * 100:.0f} points or more"
             )
-        return _corrected(self.reference, self.base, self.candidates[name], self.groups, confidence, seed)
+        rates = [self.candidates[name], self.base, self.reference]
+        index, sizes = by_group(self.groups)
+        sums = np.stack([np.bincount(index, weights=each) for each in rates], axis=1)
+
+        def drawn(weights: Floats) -> tuple[Floats, Floats]:
+            extra = weights[:, -1:] * sizes.mean()
+            rows = weights[:, :-1] @ sizes[:, None] + extra
+            total = weights[:, :-1] @ sums
+            low, high = (((total + extra * np.array(worst)) / rows).T for worst in ((0.0, 1.0, 1.0), (1.0, 0.0, 0.0)))
+            return _ratio(low, 0.0), _ratio(high, 1.0)
+
+        mean = float(_ratio(np.array([each.mean() for each in rates]), 0.0))
+        return resampled_figure(mean, drawn, confidence, seed, len(sizes) + 1)
 
 
 def measure_style(
@@ -102,7 +121,7 @@ def measure_style(
     answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
     confidence: float,
     seed: int,
-) -> tuple[list[dict[str, Any]], StyleAccount | NoStyle]:
+) -> tuple[list[StyleLine], StyleAccount | NoStyle]:
     """The lines of style.jsonl, and the evaluation record's account.
 
     digest: of the bare base model's answers. answers: candidate -> row id -> line. Unusable answers give no lines and
@@ -116,7 +135,7 @@ def measure_style(
         what = f"rows with style (to {silent} more the bare base model's answer is empty)" if silent else _ROWS
         numbers.check_groups(what, [row.group for row in rows])
     except Inconclusive as error:
-        return [], NoStyle(unusable=f"{error.what} ({error.where})" if error.where else error.what)
+        return [], NoStyle(unusable=error.reason)
     texts = {name: [str(lines[row.id]["text"]) for row in rows] for name, lines in answers.items()}
     asked = [words_of("\n".join(turn.content for turn in row.request if turn.role == "user")) for row in rows]
     sets = {_REFERENCE: [row.answer for row in rows], _BASE: [base[row.id] for row in rows]}
@@ -135,13 +154,13 @@ def measure_style(
     cut = {name: int((~each).sum()) for name, each in whole.items()}
     found = Classified(groups, flags[_REFERENCE], flags[_BASE], own_flags, cut)
     lines = [
-        {
-            "id": row.id,
-            "group": row.group,
-            _REFERENCE: int(found.reference[place]),
-            _BASE: int(found.base[place]),
-            "candidates": {name: int(own[place]) for name, own in found.candidates.items()},
-        }
+        StyleLine(
+            id=row.id,
+            group=row.group,
+            reference=_flag(found.reference[place]),
+            base=_flag(found.base[place]),
+            candidates={name: _flag(own[place]) for name, own in found.candidates.items()},
+        )
         for place, row in enumerate(rows)
     ]
     return lines, _account(found, told, silent, confidence, seed)
@@ -153,45 +172,40 @@ def read_style(store: Store, evaluation: Record) -> Classified | None:
     That is: a line with other keys, values but 0 and 1, other candidates than the record's, or shares that differ from
     the record's account.
     """
-    if STYLE not in evaluation.blobs:
+    if StyleLine.file not in evaluation.blobs:
         return None
     stated = EvaluationBody.of(evaluation).style
     if not isinstance(stated, StyleAccount):
         raise Inconclusive("the evaluation record does not account for its classified rows")
-    names = sorted(stated.candidates)
-    rows: list[tuple[str, list[float]]] = []
-    for place, line in _FILE.read(store, evaluation):
-        own = line["candidates"]
-        if not isinstance(own, dict) or sorted(own) != names:
-            raise Inconclusive("the line does not classify the answers of all candidates", where=place)
-        flags = [line[_REFERENCE], line[_BASE], *(own[name] for name in names)]
-        if any(type(flag) is not int or flag not in (0, 1) for flag in flags):
-            raise Inconclusive("an answer is neither taken for the house's (1) nor not (0)", where=place)
-        rows.append((line["group"], [float(flag) for flag in flags]))
-    values = np.array([flags for _, flags in rows]).reshape(len(rows), 2 + len(names))
-    shares = [rounded(float(column.mean())) for column in values.T] if len(rows) else []
+    names, lines = sorted(stated.candidates), StyleLine.read(store, evaluation)
+    if any(sorted(line.candidates) != names for line in lines):
+        raise Inconclusive("a line does not classify the answers of all candidates", where=StyleLine.file)
+    rows = [[line.reference, line.base, *(line.candidates[name] for name in names)] for line in lines]
+    values = np.array(rows, dtype=np.float64).reshape(len(rows), 2 + len(names))
+    shares = [rounded(float(column.mean())) for column in values.T] if rows else []
     promised = [stated.taken.reference, stated.taken.base, *(stated.candidates[name].taken for name in names)]
     if stated.n != len(rows) or shares != promised:
         raise Inconclusive("the evaluation record contradicts its classified rows")
     columns = dict(zip(names, values.T[2:], strict=True))
     cut = {name: stated.candidates[name].cut for name in names}
-    return Classified(tuple(group for group, _ in rows), values[:, 0], values[:, 1], columns, cut)
+    return Classified(tuple(line.group for line in lines), values[:, 0], values[:, 1], columns, cut)
 
 
 def _base_answers(store: Store, digest: str, dataset: str, test: Sequence[Example]) -> dict[str, str]:
     """Row id -> the bare base model's answer. Raises Inconclusive where these are other answers."""
-    record = store.record(digest, kind="answers")
     where = f"answers {short(digest)}"
-    body = AnswersBody.of(record)
-    if body.suite != SUITE or record.parents.get("dataset") != dataset or body.rows is None:
-        raise Inconclusive("these are not the base model's answers to these held-out rows", where=where)
+    record, body = answers_to(store, digest, SUITE, where, dataset=dataset)
     candidate = load_candidate(store, record.parents["candidate"])
     if candidate.tuned or not candidate.asks_base or candidate.prompt or candidate.shots or candidate.retrieve:
         raise Inconclusive("these are not the answers of the bare base model", where=where)
-    lines = read_answer_lines(store, record, [row.id for row in drawn(test, body.rows)], where)
+    lines = read_answer_lines(store, record, [row.id for row in drawn(test, body.rows or 0)], where)
     if any(not isinstance(line.get("text"), str) for line in lines.values()):
         raise Inconclusive("an answer has no text", where=where)
     return {name: line["text"] for name, line in lines.items()}
+
+
+def _flag(value: float) -> Flag:
+    return 1 if value else 0
 
 
 def taken(texts: Sequence[str], probabilities: Floats) -> Floats:
@@ -201,8 +215,8 @@ def taken(texts: Sequence[str], probabilities: Floats) -> Floats:
 
 
 def _account(found: Classified, told: Told, silent: int, confidence: float, seed: int) -> StyleAccount:
-    sides = [(name, told.probabilities[name]) for name in (_REFERENCE, _BASE)]
-    auc = numbers.auc_interval(sides[0][1], found.groups, sides[1][1], found.groups, confidence=confidence, seed=seed)
+    sides = [(told.probabilities[name], found.groups) for name in (_REFERENCE, _BASE)]
+    auc = numbers.auc_interval(*sides, confidence=confidence, seed=seed)
     candidates: dict[str, StyleShare] = {}
     for name, flags in found.candidates.items():
         share, why = None, None
@@ -229,30 +243,9 @@ def _account(found: Classified, told: Told, silent: int, confidence: float, seed
     )
 
 
-def _corrected(
-    reference: Floats, base: Floats, own: Floats, groups: Sequence[str], confidence: float, seed: int
-) -> Interval:
-    """(a - f) / (s - f) with its interval, each resampled over groups and with a worst-case group (as statistics.py).
-
-    For the lower end that group's candidate answer is not taken for the house's, and the base's is; for the upper end
-    the candidate's is, and the reference is not.
-    """
-    index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    sizes = np.bincount(index).astype(np.float64)
-    sums = np.stack([np.bincount(index, weights=each) for each in (own, base, reference)], axis=1)
-    ends: list[list[Floats]] = [[], []]
-    for weights in group_weights(len(sizes) + 1, confidence, seed):
-        extra = weights[:, -1:] * sizes.mean()
-        rows = weights[:, :-1] @ sizes[:, None] + extra
-        total = weights[:, :-1] @ sums
-        for side, worst in enumerate(([0.0, 1.0, 1.0], [1.0, 0.0, 0.0])):
-            a, f, s = ((total + extra * np.array(worst)) / rows).T
-            ends[side].append(_ratio(a - f, s - f, 1.0 if side else 0.0))
-    mean = float(_ratio(np.array([own.mean() - base.mean()]), np.array([reference.mean() - base.mean()]), 0.0)[0])
-    return resampled(mean, np.concatenate(ends[0]), np.concatenate(ends[1]), confidence)
-
-
-def _ratio(part: Floats, whole: Floats, otherwise: float) -> Floats:
-    """part / whole between 0 and 1; otherwise where whole is too small to divide by."""
+def _ratio(rates: Floats, otherwise: float) -> Floats:
+    """(a - f) / (s - f) between 0 and 1 of the rates a, f and s; otherwise where s - f is too small to divide by."""
+    own, base, reference = rates
+    part, whole = own - base, reference - base
     usable = whole > 0.01
     return np.where(usable, np.clip(part / np.where(usable, whole, 1.0), 0.0, 1.0), otherwise)
