@@ -36,8 +36,9 @@ def calls() -> Iterator[tuple[str, set[str], list[ast.FunctionDef]]]:
     """For each `here.do(services.NOUN.ACTION, field=...)`: the action, these fields, and the functions that come to it,
     whose options are fields, too."""
     for functions in FUNCTIONS:
+        texts = [(each, ast.unparse(each)) for each in functions]
         for function in functions:
-            around = [each for each in functions if f" {function.name}(here" in ast.unparse(each)]
+            around = [each for each, text in texts if f" {function.name}(here" in text]
             for node in ast.walk(function):
                 match node:
                     case ast.Call(func=ast.Attribute(attr="do" | "request"), args=[ast.Attribute() as action]):
@@ -61,9 +62,9 @@ def test_commands_give_every_field_of_the_actions_that_they_do() -> None:
 
 def test_every_option_of_a_command_is_read() -> None:
     """By its name, as a field of a request, or with all that are given."""
-    actions = {place(each): each.asked.model_fields.keys() for each in all_actions()}
+    actions, done = {place(each): each.asked.model_fields.keys() for each in all_actions()}, list(calls())
     for function in itertools.chain(*FUNCTIONS):
-        fields = set().union(*(actions[action] for action, _, around in calls() if function in around))
+        fields = set().union(*(actions[action] for action, _, around in done if function in around))
         read = {each.id for each in ast.walk(function) if isinstance(each, ast.Name)}
         if "here.given" not in ast.unparse(function):
             assert options(function) <= read | fields, function.name
