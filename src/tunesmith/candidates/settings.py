@@ -18,8 +18,8 @@ HIGHEST_PRICE = 1e12  # beyond every currency's: with it, no cost becomes infini
 class TokenPrice(Settings):
     """The price of an endpoint's tokens."""
 
-    prompt: Annotated[float, Field(ge=0, le=HIGHEST_PRICE, description="money per million prompt tokens")]
-    answer: Annotated[float, Field(ge=0, le=HIGHEST_PRICE, description="money per million answer tokens")]
+    prompt: float = Field(ge=0, le=HIGHEST_PRICE, description="money per million prompt tokens")
+    answer: float = Field(ge=0, le=HIGHEST_PRICE, description="money per million answer tokens")
 
 
 class EndpointSettings(Settings):
@@ -28,22 +28,20 @@ class EndpointSettings(Settings):
     Evaluating an endpoint sends the held-out requests to it.
     """
 
-    url: Annotated[str, Field(description="the API's URL up to /v1, such as https://host/v1")]
-    model: Annotated[str, Field(min_length=1, description="the model's name at the endpoint")]
-    key_env: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-            description="environment variable with the API key; without it no key is sent",
-        ),
-    ] = None
-    timeout: Annotated[float, Field(gt=0, le=3600, description="seconds to wait for one answer")] = 60.0
-    retries: Annotated[int, Field(ge=0, le=20, description="how often a request is repeated after an error")] = 4
-    parallel: Annotated[int, Field(ge=1, le=64, description="how many requests are sent at the same time")] = 4
-    logprobs: Annotated[
-        bool, Field(description="ask for log-probabilities, from which each answer gets a confidence")
-    ] = False
-    price: Annotated[TokenPrice | None, Field(description="the price of its tokens")] = None
+    url: str = Field(description="the API's URL up to /v1, such as https://host/v1")
+    model: str = Field(min_length=1, description="the model's name at the endpoint")
+    key_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with the API key; without it no key is sent",
+    )
+    timeout: float = Field(default=60.0, gt=0, le=3600, description="seconds to wait for one answer")
+    retries: int = Field(default=4, ge=0, le=20, description="how often a request is repeated after an error")
+    parallel: int = Field(default=4, ge=1, le=64, description="how many requests are sent at the same time")
+    logprobs: bool = Field(
+        default=False, description="ask for log-probabilities, from which each answer gets a confidence"
+    )
+    price: TokenPrice | None = Field(default=None, description="the price of its tokens")
 
     @field_validator("url")
     @classmethod
@@ -68,27 +66,26 @@ JudgeSettings = Annotated[EndpointSettings, AfterValidator(_judging)]
 class Shots(Settings):
     """Training examples that are shown before every request."""
 
-    count: Annotated[int, Field(ge=1, le=64, description="how many")]
-    choose: Annotated[
-        Literal["fixed", "diverse"],
-        Field(description="fixed: one of each group, in the order of hashed names; diverse: those that differ most"),
-    ] = "fixed"
+    count: int = Field(ge=1, le=64, description="how many")
+    choose: Literal["fixed", "diverse"] = Field(
+        default="fixed",
+        description="fixed: one of each group, in the order of hashed names; diverse: those that differ most",
+    )
 
 
 class Search(Settings):
     """Try prompts and shots on validation rows; the best by the primary metric wins. It asks tries x rows requests."""
 
-    prompts: Annotated[
-        tuple[str, ...],
-        Field(description="further prompt files; `prompt` is always tried (without it: each row's own system turn)"),
-    ] = ()
-    shots: Annotated[
-        tuple[Annotated[int, Field(ge=0, le=64)], ...],
-        Field(min_length=1, description="numbers of shots to try; the shots are chosen in several ways"),
-    ] = (0, 4, 8)
-    tries: Annotated[int, Field(ge=2, le=256, description="how many combinations are tried")] = 8
-    rows: Annotated[int, Field(ge=1, le=4096, description="validation rows that each is tried on")] = 64
-    seed: Annotated[int, Field(ge=0, description="of the random choice of shots and rows")] = 0
+    prompts: tuple[str, ...] = Field(
+        default=(),
+        description="further prompt files; `prompt` is always tried (without it: each row's own system turn)",
+    )
+    shots: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
+        default=(0, 4, 8), min_length=1, description="numbers of shots to try; the shots are chosen in several ways"
+    )
+    tries: int = Field(default=8, ge=2, le=256, description="how many combinations are tried")
+    rows: int = Field(default=64, ge=1, le=4096, description="validation rows that each is tried on")
+    seed: int = Field(default=0, ge=0, description="of the random choice of shots and rows")
 
 
 class Constrain(Settings):
@@ -110,53 +107,44 @@ class Constrain(Settings):
 class CandidateSettings(Settings):
     """One entry of `candidates:`."""
 
-    prompt: Annotated[
-        str | None,
-        Field(
-            description="file with the system prompt, which replaces the system turn of rows and requests; "
-            "without it each row's own system turn is used"
-        ),
-    ] = None
-    method: Annotated[
-        Method,
-        Field(
-            description="model: a language model answers. Two baselines that a model must beat: nearest gives the "
-            "answer of the most similar training example; classifier is TF-IDF with logistic regression"
-        ),
-    ] = "model"
+    prompt: str | None = Field(
+        default=None,
+        description="file with the system prompt, which replaces the system turn of rows and requests; "
+        "without it each row's own system turn is used",
+    )
+    method: Method = Field(
+        default="model",
+        description="model: a language model answers. Two baselines that a model must beat: nearest gives the "
+        "answer of the most similar training example; classifier is TF-IDF with logistic regression",
+    )
     shots: Annotated[int, Field(ge=0, le=64)] | Shots = Field(
         default=0, description="training examples shown before every request: a number, or count and choose"
     )
-    search: Annotated[Search | None, Field(description="find prompt and shots on the validation rows")] = None
-    retrieve: Annotated[
-        Retrieve | None,
-        Field(description="examples or passages that are retrieved for each request and put into the prompt"),
-    ] = None
-    train: Annotated[
-        TrainSettings | None, Field(description="train an adapter on the training rows, with this prompt")
-    ] = None
-    weights: Annotated[
-        str | None, Field(description="name of another candidate whose trained adapter this one uses")
-    ] = None
-    endpoint: Annotated[
-        EndpointSettings | None, Field(description="ask a model behind a URL instead of the base model")
-    ] = None
-    version: Annotated[
-        str | None,
-        Field(
-            description="a registered version, as champion or NAME@v3, that answers the present test rows as it was "
-            "registered, so that a gate can ask its successor not to be worse"
-        ),
-    ] = None
-    constrain: Annotated[
-        bool | Constrain,
-        Field(
-            description="decode only answers that are valid under task.schema, task.pattern or task.grammar: true; or, "
-            "with a schema, the fields to copy as well. Keys that the schema does not list may repeat, and numbers "
-            "without bounds may be longer than JSON readers take: set additionalProperties: false, minimum and maximum"
-        ),
-    ] = False
-    max_tokens: Annotated[int, Field(ge=1, le=32768, description="the most tokens of an answer")] = 128
+    search: Search | None = Field(default=None, description="find prompt and shots on the validation rows")
+    retrieve: Retrieve | None = Field(
+        default=None, description="examples or passages that are retrieved for each request and put into the prompt"
+    )
+    train: TrainSettings | None = Field(
+        default=None, description="train an adapter on the training rows, with this prompt"
+    )
+    weights: str | None = Field(
+        default=None, description="name of another candidate whose trained adapter this one uses"
+    )
+    endpoint: EndpointSettings | None = Field(
+        default=None, description="ask a model behind a URL instead of the base model"
+    )
+    version: str | None = Field(
+        default=None,
+        description="a registered version, as champion or NAME@v3, that answers the present test rows as it was "
+        "registered, so that a gate can ask its successor not to be worse",
+    )
+    constrain: bool | Constrain = Field(
+        default=False,
+        description="decode only answers that are valid under task.schema, task.pattern or task.grammar: true; or, "
+        "with a schema, the fields to copy as well. Keys that the schema does not list may repeat, and numbers "
+        "without bounds may be longer than JSON readers take: set additionalProperties: false, minimum and maximum",
+    )
+    max_tokens: int = Field(default=128, ge=1, le=32768, description="the most tokens of an answer")
 
     @field_validator("constrain", mode="before")
     @classmethod

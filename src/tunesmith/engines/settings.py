@@ -26,15 +26,16 @@ _ADAPTER_SETTINGS = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_
 class RaySettings(Settings):
     """A Ray cluster's workers: they train together, and each answers a part of an evaluation's requests."""
 
-    workers: Annotated[int, Field(ge=1, le=4096, description="how many processes; with GPUs one for each GPU")]
-    resources: Annotated[
-        dict[str, Annotated[float, Field(gt=0)]],
-        Field(min_length=1, description="what each worker takes of the cluster, such as {GPU: 1, CPU: 8}"),
-    ] = {"CPU": 1.0}  # noqa: RUF012
-    address: Annotated[
-        str | None,
-        Field(description="the cluster's, such as head:6379; by default $RAY_ADDRESS, or a cluster on this machine"),
-    ] = None
+    workers: int = Field(ge=1, le=4096, description="how many processes; with GPUs one for each GPU")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={"CPU": 1.0},
+        min_length=1,
+        description="what each worker takes of the cluster, such as {GPU: 1, CPU: 8}",
+    )
+    address: str | None = Field(
+        default=None,
+        description="the cluster's, such as head:6379; by default $RAY_ADDRESS, or a cluster on this machine",
+    )
 
     @model_validator(mode="after")
     def _check_gpus(self) -> RaySettings:
@@ -46,62 +47,58 @@ class RaySettings(Settings):
 class EngineSettings(Settings):
     """Which engine trains. This process answers, or a Ray cluster's workers."""
 
-    train: Annotated[
-        Literal["auto", "native", "hf"],
-        Field(
-            description="the engine that trains: native, Tunesmith's own on the CPU; hf, transformers and PEFT, on a "
-            "GPU where there is one; auto takes hf where a GPU is present, where native does not compute the base's "
-            "family, for quantize, dora, start: pissa, attention or precision: fp32, and on several processes, else "
-            "native. On a GPU, auto and hf also answer by hf"
-        ),
-    ] = "auto"
-    ray: Annotated[
-        RaySettings | None,
-        Field(description="train, and answer evaluations, on a Ray cluster; needs `tunesmith[ray]`"),
-    ] = None
+    train: Literal["auto", "native", "hf"] = Field(
+        default="auto",
+        description="the engine that trains: native, Tunesmith's own on the CPU; hf, transformers and PEFT, on a "
+        "GPU where there is one; auto takes hf where a GPU is present, where native does not compute the base's "
+        "family, for quantize, dora, start: pissa, attention or precision: fp32, and on several processes, else "
+        "native. On a GPU, auto and hf also answer by hf",
+    )
+    ray: RaySettings | None = Field(
+        default=None, description="train, and answer evaluations, on a Ray cluster; needs `tunesmith[ray]`"
+    )
 
 
 class VllmSettings(EngineSettings):
     """vLLM servers that run the project's base model: url or urls name those that run already, start starts some."""
 
-    kind: Annotated[Literal["vllm"], Field(description="vLLM servers, over their OpenAI-compatible HTTP API")]
-    url: Annotated[_Url | None, Field(description="a server's address, such as http://127.0.0.1:8001")] = None
-    urls: Annotated[
-        tuple[_Url, ...] | None, Field(min_length=1, description="the addresses of several servers, in place of url")
-    ] = None
-    start: Annotated[
-        int | None, Field(ge=1, le=64, description="how many servers each command starts and stops; true: one")
-    ] = None
-    gpus: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...] | None,
-        Field(
-            description="numbers of the GPUs that are divided among the servers that are started, [] for none; by "
-            "default a server sees what this process sees"
-        ),
-    ] = None
-    command: Annotated[
-        str,
-        Field(min_length=1, description="the command that is started; the base's folder and flags follow it"),
-    ] = "vllm serve"
-    flags: Annotated[
-        tuple[str, ...],
-        Field(description="further flags of that command, such as [--max-model-len, '8192']; they win over ours"),
-    ] = ()
-    start_seconds: Annotated[
-        Duration, Field(gt=0, description="longest time that a started server may take until it answers")
-    ] = 1800.0
-    key_env: Annotated[
-        str | None,
-        Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds the servers' API key"),
-    ] = None
-    adapters: Annotated[
-        str | None,
-        Field(description="folder that adapters are put into for the servers to read, seen by all under one path"),
-    ] = None
-    connect_seconds: Annotated[float, Field(gt=0, le=600, description="longest wait for a connection")] = 5.0
-    answer_seconds: Annotated[float, Field(gt=0, le=86400, description="longest wait for one answer")] = 300.0
-    retries: Annotated[int, Field(ge=0, le=10, description="further tries where the server is away or overloaded")] = 3
-    concurrency: Annotated[int, Field(ge=1, le=1024, description="requests under way at once on each server")] = 64
+    kind: Literal["vllm"] = Field(description="vLLM servers, over their OpenAI-compatible HTTP API")
+    url: _Url | None = Field(default=None, description="a server's address, such as http://127.0.0.1:8001")
+    urls: tuple[_Url, ...] | None = Field(
+        default=None, min_length=1, description="the addresses of several servers, in place of url"
+    )
+    start: int | None = Field(
+        default=None, ge=1, le=64, description="how many servers each command starts and stops; true: one"
+    )
+    gpus: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        description="numbers of the GPUs that are divided among the servers that are started, [] for none; by "
+        "default a server sees what this process sees",
+    )
+    command: str = Field(
+        default="vllm serve",
+        min_length=1,
+        description="the command that is started; the base's folder and flags follow it",
+    )
+    flags: tuple[str, ...] = Field(
+        default=(), description="further flags of that command, such as [--max-model-len, '8192']; they win over ours"
+    )
+    start_seconds: Duration = Field(
+        default=1800.0, gt=0, description="longest time that a started server may take until it answers"
+    )
+    key_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable that holds the servers' API key",
+    )
+    adapters: str | None = Field(
+        default=None,
+        description="folder that adapters are put into for the servers to read, seen by all under one path",
+    )
+    connect_seconds: float = Field(default=5.0, gt=0, le=600, description="longest wait for a connection")
+    answer_seconds: float = Field(default=300.0, gt=0, le=86400, description="longest wait for one answer")
+    retries: int = Field(default=3, ge=0, le=10, description="further tries where the server is away or overloaded")
+    concurrency: int = Field(default=64, ge=1, le=1024, description="requests under way at once on each server")
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -146,89 +143,66 @@ HF: Final = "hf"  # in this process too
 class WeightSettings(Settings):
     """Which weights a training changes, and how they are parametrised."""
 
-    method: Annotated[
-        Literal["lora", "full"],
-        Field(
-            description="lora trains a low-rank adapter; full trains the weights themselves, with norms, embeddings "
-            "and head"
-        ),
-    ] = "lora"
-    rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapter")] = 16
-    alpha: Annotated[
-        float | None,
-        Field(gt=0, description="LoRA's alpha: the adapter is scaled by alpha / rank. Default: twice the rank"),
-    ] = None
-    targets: Annotated[
-        tuple[str, ...],
-        Field(
-            min_length=1,
-            description="linear layers to adapt: all, names such as q_proj, or patterns such as [qv]_proj",
-        ),
-    ] = ("all",)
-    scaling: Annotated[
-        Literal["rank", "root"],
-        Field(
-            description="rank divides alpha by the rank; root divides it by the rank's square root (rsLoRA), "
-            "which suits high ranks"
-        ),
-    ] = "rank"
-    quantize: Annotated[
-        Literal["4bit"] | None,
-        Field(
-            description="4bit keeps the frozen base in 4 bits while an adapter is trained (QLoRA), with transformers "
-            "and bitsandbytes: less memory, more time. Needs `tunesmith[qlora]`. Default: full precision"
-        ),
-    ] = None
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None,
-        Field(
-            description="numbers of the frozen base, and of what is computed with it; an adapter and the optimiser are "
-            "fp32. The native engine keeps the base in bf16. Default: bf16 on a GPU (fp32 with start: pissa), and fp32 "
-            "with transformers on the CPU"
-        ),
-    ] = None
-    attention: Annotated[
-        Literal["sdpa", "eager", "flash_attention_2"] | None,
-        Field(
-            description="transformers' implementation of attention. Default: sdpa where the base has it, else eager. "
-            "flash_attention_2 needs a GPU and the package flash-attn"
-        ),
-    ] = None
-    kernels: Annotated[
-        Literal["liger"] | None,
-        Field(
-            description="liger replaces a family's norms, activations and rotary embeddings in transformers by Liger's "
-            "kernels. Needs a GPU and `tunesmith[liger]`; not run yet. Default: transformers' own"
-        ),
-    ] = None
-    start: Annotated[
-        Literal["zero", "pissa"],
-        Field(
-            description="zero starts with no change (A random, B zero); pissa starts at the principal singular "
-            "vectors of the weight and is saved as an ordinary adapter of twice the rank"
-        ),
-    ] = "zero"
-    dora: Annotated[bool, Field(description="also train the magnitude of each row of the adapted weights (DoRA)")] = (
-        False
+    method: Literal["lora", "full"] = Field(
+        default="lora",
+        description="lora trains a low-rank adapter; full trains the weights themselves, with norms, embeddings "
+        "and head",
     )
-    layers: Annotated[int | None, Field(ge=1, description="train only the last N layers. Default: all layers")] = None
-    recompute: Annotated[
-        bool,
-        Field(
-            description="keep only what each layer reads and compute the rest again in the backward pass (activation "
-            "checkpointing): less memory, about a third more time. For bases that the hf engine trains"
-        ),
-    ] = False
-    b_rate: Annotated[
-        float,
-        Field(
-            ge=1,
-            le=64,
-            description="learning rate of B as a multiple of A's (LoRA+; its authors recommend 16). "
-            "Default: 4 for plain adapters of bases with hidden states of up to 1,024 numbers where learning_rate is "
-            "left out, else 1",
-        ),
-    ] = 1.0
+    rank: int = Field(default=16, ge=1, le=1024, description="rank of the adapter")
+    alpha: float | None = Field(
+        default=None, gt=0, description="LoRA's alpha: the adapter is scaled by alpha / rank. Default: twice the rank"
+    )
+    targets: tuple[str, ...] = Field(
+        default=("all",),
+        min_length=1,
+        description="linear layers to adapt: all, names such as q_proj, or patterns such as [qv]_proj",
+    )
+    scaling: Literal["rank", "root"] = Field(
+        default="rank",
+        description="rank divides alpha by the rank; root divides it by the rank's square root (rsLoRA), "
+        "which suits high ranks",
+    )
+    quantize: Literal["4bit"] | None = Field(
+        default=None,
+        description="4bit keeps the frozen base in 4 bits while an adapter is trained (QLoRA), with transformers "
+        "and bitsandbytes: less memory, more time. Needs `tunesmith[qlora]`. Default: full precision",
+    )
+    precision: Literal["fp32", "bf16"] | None = Field(
+        default=None,
+        description="numbers of the frozen base, and of what is computed with it; an adapter and the optimiser are "
+        "fp32. The native engine keeps the base in bf16. Default: bf16 on a GPU (fp32 with start: pissa), and fp32 "
+        "with transformers on the CPU",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        default=None,
+        description="transformers' implementation of attention. Default: sdpa where the base has it, else eager. "
+        "flash_attention_2 needs a GPU and the package flash-attn",
+    )
+    kernels: Literal["liger"] | None = Field(
+        default=None,
+        description="liger replaces a family's norms, activations and rotary embeddings in transformers by Liger's "
+        "kernels. Needs a GPU and `tunesmith[liger]`; not run yet. Default: transformers' own",
+    )
+    start: Literal["zero", "pissa"] = Field(
+        default="zero",
+        description="zero starts with no change (A random, B zero); pissa starts at the principal singular "
+        "vectors of the weight and is saved as an ordinary adapter of twice the rank",
+    )
+    dora: bool = Field(default=False, description="also train the magnitude of each row of the adapted weights (DoRA)")
+    layers: int | None = Field(default=None, ge=1, description="train only the last N layers. Default: all layers")
+    recompute: bool = Field(
+        default=False,
+        description="keep only what each layer reads and compute the rest again in the backward pass (activation "
+        "checkpointing): less memory, about a third more time. For bases that the hf engine trains",
+    )
+    b_rate: float = Field(
+        default=1.0,
+        ge=1,
+        le=64,
+        description="learning rate of B as a multiple of A's (LoRA+; its authors recommend 16). "
+        "Default: 4 for plain adapters of bases with hidden states of up to 1,024 numbers where learning_rate is "
+        "left out, else 1",
+    )
 
     def adapter_alpha(self) -> float:
         """LoRA's alpha, with its default."""

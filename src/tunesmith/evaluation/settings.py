@@ -32,30 +32,25 @@ class TaskSettings(Settings):
         Path | None,
         Field(alias="schema", description="file with the JSON Schema of an answer"),
     ] = None
-    pattern: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="regular expression (Rust's syntax) of a whole answer, where answers are not JSON. The "
-            "metric `valid` measures it, the build removes rows whose answer does not match, and `constrain: true` "
-            "decodes only what matches",
-        ),
-    ] = None
-    grammar: Annotated[
-        Path | None,
-        Field(description="file with a Lark grammar (llguidance's dialect) of a whole answer, used as a pattern is"),
-    ] = None
-    scorers: Annotated[
-        tuple[Declared, ...],
-        Field(
-            min_length=1,
-            description=f"metrics: {', '.join(KNOWN)}; or a name with pattern, tolerance, label, function or judge",
-        ),
-    ] = (_PREFERRED_PRIMARY,)
-    primary: Annotated[
-        str | None,
-        Field(description="the primary metric; by default exact_match if measured, else the first scorer"),
-    ] = None
+    pattern: str | None = Field(
+        default=None,
+        min_length=1,
+        description="regular expression (Rust's syntax) of a whole answer, where answers are not JSON. The "
+        "metric `valid` measures it, the build removes rows whose answer does not match, and `constrain: true` "
+        "decodes only what matches",
+    )
+    grammar: Path | None = Field(
+        default=None,
+        description="file with a Lark grammar (llguidance's dialect) of a whole answer, used as a pattern is",
+    )
+    scorers: tuple[Declared, ...] = Field(
+        default=(_PREFERRED_PRIMARY,),
+        min_length=1,
+        description=f"metrics: {', '.join(KNOWN)}; or a name with pattern, tolerance, label, function or judge",
+    )
+    primary: str | None = Field(
+        default=None, description="the primary metric; by default exact_match if measured, else the first scorer"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -161,8 +156,7 @@ def _is_valid(scorer: Any) -> bool:
 class PriceSettings(Settings):
     """`prices:` of the project file. The price of an endpoint's tokens is a setting of that endpoint."""
 
-    machine_hour: Annotated[
-        float,
-        Field(ge=0, le=HIGHEST_PRICE, description="price of one hour of the machine that answers and trains"),
-    ]
-    currency: Annotated[str, Field(min_length=1, max_length=8, description="currency shown in reports")] = "USD"
+    machine_hour: float = Field(
+        ge=0, le=HIGHEST_PRICE, description="price of one hour of the machine that answers and trains"
+    )
+    currency: str = Field(default="USD", min_length=1, max_length=8, description="currency shown in reports")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
 
@@ -152,19 +152,16 @@ else:
 class RetrainingSettings(Settings):
     """When a worker queues a run by itself. What comes of it still needs its gates to pass and an approval to serve."""
 
-    causes: Annotated[
-        tuple[RetrainCause, ...],
-        Field(
-            description="causes that queue a run. " + "; ".join(f"{name}: {each.says}" for name, each in CAUSES.items())
-        ),
-    ]
-    expires_within_days: Annotated[float, Field(gt=0, description="expiry: how long before the end of its use")] = 30.0
-    evidence_days: Annotated[float, Field(gt=0, description="evidence: how old it may become")] = 180.0
-    every_days: Annotated[float, Field(gt=0, description="schedule: the days between two runs")] = 90.0
-    wait_hours: Annotated[
-        float, Field(ge=0, description="hours after such a run was queued in which no cause queues another")
-    ] = 24.0
-    runs_in_30_days: Annotated[int, Field(ge=1, description="most runs that causes queue in 30 days")] = 4
+    causes: tuple[RetrainCause, ...] = Field(
+        description="causes that queue a run. " + "; ".join(f"{name}: {each.says}" for name, each in CAUSES.items())
+    )
+    expires_within_days: float = Field(default=30.0, gt=0, description="expiry: how long before the end of its use")
+    evidence_days: float = Field(default=180.0, gt=0, description="evidence: how old it may become")
+    every_days: float = Field(default=90.0, gt=0, description="schedule: the days between two runs")
+    wait_hours: float = Field(
+        default=24.0, ge=0, description="hours after such a run was queued in which no cause queues another"
+    )
+    runs_in_30_days: int = Field(default=4, ge=1, description="most runs that causes queue in 30 days")
 
 
 def _digest_of(file: SourceFile, at: datetime) -> str:

@@ -47,11 +47,11 @@ class Retrieve(Settings):
         Literal["train", "documents"],
         Field(alias="from", description="what is searched: the training examples, or the project's documents"),
     ] = "train"
-    k: Annotated[int, Field(ge=1, le=64, description="how many examples or passages")] = 6
-    by: Annotated[
-        Literal["bm25", "dense", "fused"],
-        Field(description="similarity by words (bm25), by MiniLM embeddings (dense), or by the ranks of both (fused)"),
-    ] = "bm25"
+    k: int = Field(default=6, ge=1, le=64, description="how many examples or passages")
+    by: Literal["bm25", "dense", "fused"] = Field(
+        default="bm25",
+        description="similarity by words (bm25), by MiniLM embeddings (dense), or by the ranks of both (fused)",
+    )
 
 
 class RemoteModel(Settings):

@@ -98,8 +98,8 @@ class ValidationScore(Part):
 class Decay(Part):
     """The learning rate falls from step `start` to zero at step `stop`, where the training ends."""
 
-    start: Annotated[int, Field(ge=0)]
-    stop: Annotated[int, Field(ge=1)]
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
     reason: str
 
 
@@ -112,11 +112,11 @@ class Decisions(Part):
     the one before it from its start on.
     """
 
-    warmup: Annotated[int, Field(ge=0)]
-    validate_every: Annotated[int, Field(ge=1)]
-    scored_rows: Annotated[int, Field(ge=0)]
-    seconds: Annotated[float, Field(ge=0)]
-    rehearsed: Annotated[int, Field(ge=0)] = 0
+    warmup: int = Field(ge=0)
+    validate_every: int = Field(ge=1)
+    scored_rows: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    rehearsed: int = Field(default=0, ge=0)
     decays: tuple[Decay, ...] = ()
 
 

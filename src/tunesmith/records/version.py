@@ -59,7 +59,7 @@ class Requirement(Frozen):
     """
 
     risk_class: RiskClass
-    approvers: Annotated[int, Field(ge=1, le=MOST_APPROVERS, strict=True)]
+    approvers: int = Field(ge=1, le=MOST_APPROVERS, strict=True)
     roles: tuple[Role, ...] = ()
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class VersionBody(Body):
     kind: ClassVar = "version"
 
     name: Name
-    number: Annotated[int, Field(ge=1)]
+    number: int = Field(ge=1)
     tenant: ScopeName
     region: ScopeName
     base: Digest

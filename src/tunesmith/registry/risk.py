@@ -27,17 +27,17 @@ class RiskSettings(Settings):
             description="low takes one approver; limited takes two; high takes two, and one of them is a steward too",
         ),
     ]
-    approvers: Annotated[
-        int | None,
-        Field(ge=1, le=MOST_APPROVERS, description="different people who must approve; no fewer than the class takes"),
-    ] = None
-    roles: Annotated[
-        tuple[Role, ...] | None,
-        Field(
-            description="roles that some of these approvers have besides: [steward, operator] takes one approver who "
-            "is a steward and another one who is an operator"
-        ),
-    ] = None
+    approvers: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_APPROVERS,
+        description="different people who must approve; no fewer than the class takes",
+    )
+    roles: tuple[Role, ...] | None = Field(
+        default=None,
+        description="roles that some of these approvers have besides: [steward, operator] takes one approver who "
+        "is a steward and another one who is an operator",
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> RiskSettings:

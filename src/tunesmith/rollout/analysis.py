@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +87,7 @@ class Judgement(View):
     canary: Counts
     stable: Counts
     evidence: dict[str, float]
-    exhausted: Annotated[bool, Field(exclude=True)]  # max_requests are used up without a decision
+    exhausted: bool = Field(exclude=True)  # max_requests are used up without a decision
 
     @field_serializer("evidence")
     def _rounded(self, evidence: dict[str, float]) -> dict[str, float]:

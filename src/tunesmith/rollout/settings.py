@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, StrictInt, model_validator
 
@@ -14,43 +14,38 @@ DAY = 86_400.0
 class Pause(Settings):
     """Wait for a time, or until `rollout resume`."""
 
-    seconds: Annotated[
-        float | None, Field(gt=0, description="how long to wait; without it, until `rollout resume`")
-    ] = None
+    seconds: float | None = Field(
+        default=None, gt=0, description="how long to wait; without it, until `rollout resume`"
+    )
 
 
 class Analysis(Settings):
     """Compare the canary's requests since this step began with stable's, and go on only if they pass."""
 
-    metric: Annotated[
-        str,
-        Field(
-            pattern=r"[a-z][a-z0-9_]*",
-            description="the score to compare: json_valid (measured on every answer if task.scorers lists it), "
-            "exact_match or another scorer (once feedback arrives), success_rate, or error_rate",
-        ),
-    ]
-    worse_by_at_most: Annotated[
-        float, Field(ge=0, lt=1, description="how much worse than stable the canary's mean may be")
-    ] = 0.05
-    at_least: Annotated[
-        float | None,
-        Field(
-            ge=0,
-            le=1,
-            description="the least mean of the canary, in addition to the comparison; needed if stable has no traffic",
-        ),
-    ] = None
-    min_requests: Annotated[
-        StrictInt, Field(ge=1, description="scored canary requests that a pass needs; a failure may come earlier")
-    ] = 50
-    max_requests: Annotated[
-        StrictInt | None, Field(ge=1, description="abort if this many scored canary requests did not decide")
-    ] = None
-    confidence: Annotated[
-        float, Field(ge=0.5, lt=1, description="confidence level of each decision, valid however often it is evaluated")
-    ] = 0.95
-    timeout: Annotated[float, Field(gt=0, description="abort if nothing was decided after this many seconds")] = DAY
+    metric: str = Field(
+        pattern=r"[a-z][a-z0-9_]*",
+        description="the score to compare: json_valid (measured on every answer if task.scorers lists it), "
+        "exact_match or another scorer (once feedback arrives), success_rate, or error_rate",
+    )
+    worse_by_at_most: float = Field(
+        default=0.05, ge=0, lt=1, description="how much worse than stable the canary's mean may be"
+    )
+    at_least: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="the least mean of the canary, in addition to the comparison; needed if stable has no traffic",
+    )
+    min_requests: StrictInt = Field(
+        default=50, ge=1, description="scored canary requests that a pass needs; a failure may come earlier"
+    )
+    max_requests: StrictInt | None = Field(
+        default=None, ge=1, description="abort if this many scored canary requests did not decide"
+    )
+    confidence: float = Field(
+        default=0.95, ge=0.5, lt=1, description="confidence level of each decision, valid however often it is evaluated"
+    )
+    timeout: float = Field(default=DAY, gt=0, description="abort if nothing was decided after this many seconds")
 
     @model_validator(mode="after")
     def _decidable(self) -> Analysis:
@@ -67,11 +62,11 @@ class Step(Settings):
     """One step: exactly one of setWeight, pause and analysis."""
 
     # Argo Rollouts' own spelling.
-    setWeight: Annotated[  # noqa: N815
-        StrictInt | None, Field(ge=0, le=100, description="percentage of requests that the canary gets")
-    ] = None
-    pause: Annotated[Pause | None, Field(description="wait; `{}` waits for `rollout resume`")] = None
-    analysis: Annotated[Analysis | None, Field(description="measure the canary against stable")] = None
+    setWeight: StrictInt | None = Field(  # noqa: N815
+        default=None, ge=0, le=100, description="percentage of requests that the canary gets"
+    )
+    pause: Pause | None = Field(default=None, description="wait; `{}` waits for `rollout resume`")
+    analysis: Analysis | None = Field(default=None, description="measure the canary against stable")
 
     @model_validator(mode="before")
     @classmethod
@@ -104,21 +99,15 @@ DEFAULT_STEPS = (
 class RolloutSettings(Settings):
     """How a version takes over the traffic."""
 
-    steps: Annotated[
-        tuple[Step, ...],
-        Field(
-            min_length=1,
-            description="the steps in order; the last setWeight must be 100",
-        ),
-    ] = DEFAULT_STEPS
-    main_callers: Annotated[
-        tuple[str, ...] | None,
-        Field(
-            description="the users whose requests are evidence, such as your application's; [] for everybody's. "
-            "By default the user that made at least 80% of the requests of the last seven days, else everybody. "
-            "No other caller can influence a verdict, and no single end user of theirs can decide one",
-        ),
-    ] = None
+    steps: tuple[Step, ...] = Field(
+        default=DEFAULT_STEPS, min_length=1, description="the steps in order; the last setWeight must be 100"
+    )
+    main_callers: tuple[str, ...] | None = Field(
+        default=None,
+        description="the users whose requests are evidence, such as your application's; [] for everybody's. "
+        "By default the user that made at least 80% of the requests of the last seven days, else everybody. "
+        "No other caller can influence a verdict, and no single end user of theirs can decide one",
+    )
 
     @model_validator(mode="after")
     def _reaches_everyone(self) -> RolloutSettings:

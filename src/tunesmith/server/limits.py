@@ -6,8 +6,6 @@ A larger value is refused with the field's name and the limit. They bound what o
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field
 
 from tunesmith.core.settings import Settings
@@ -42,39 +40,39 @@ FILE_ID = 80
 class ServerSettings(Settings):
     """Limits of one server process."""
 
-    region: Annotated[str, Field(description='the region whose versions it serves, "" where there are none')] = ""
-    body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 1 << 20
-    body_seconds: Annotated[float, Field(gt=0, description="longest a client may take to send its body")] = 15.0
-    file_bytes: Annotated[int, Field(ge=1024, description="largest uploaded file")] = 512 << 20
-    headers_seconds: Annotated[
-        float, Field(gt=0, description="longest a client may take to send the headers of a request")
-    ] = 15.0
-    unread_seconds: Annotated[
-        float, Field(gt=0, description="longest a client may read nothing of an answer that waits for it")
-    ] = 30.0
-    idle_connections: Annotated[
-        int, Field(ge=1, description="connections without a request; with more, the oldest is closed")
-    ] = 512
-    waiting: Annotated[int, Field(ge=1, description="requests that wait for the engine; more are answered 429")] = 256
-    per_user: Annotated[
-        int, Field(ge=1, description="requests of one user that are sent, wait or are answered; more are answered 429")
-    ] = 128
-    token_rate: Annotated[int, Field(ge=0, description="requests a minute of one token, 0 for any number")] = 0
-    tenant_rate: Annotated[
-        int, Field(ge=0, description="requests a minute of all tokens of one tenant, 0 for any number")
-    ] = 0
-    together: Annotated[int, Field(ge=1, le=256, description="requests decoded as one batch")] = 32
-    answer_seconds: Annotated[
-        float, Field(gt=0, description="longest time for an answer, including its wait in the queue")
-    ] = 300.0
-    grace_seconds: Annotated[
-        float, Field(gt=0, description="after SIGTERM, longest time for the requests under way to finish")
-    ] = 30.0
-    kept_answers: Annotated[
-        int,
-        Field(ge=0, description="newest answers kept in memory, to be scored by feedback"),
-    ] = 10_000
-    check_seconds: Annotated[
-        float,
-        Field(gt=0, description="least time between two checks of a rollout; one that takes long comes less often"),
-    ] = 1.0
+    region: str = Field(default="", description='the region whose versions it serves, "" where there are none')
+    body_bytes: int = Field(default=1 << 20, ge=1024, description="largest request body")
+    body_seconds: float = Field(default=15.0, gt=0, description="longest a client may take to send its body")
+    file_bytes: int = Field(default=512 << 20, ge=1024, description="largest uploaded file")
+    headers_seconds: float = Field(
+        default=15.0, gt=0, description="longest a client may take to send the headers of a request"
+    )
+    unread_seconds: float = Field(
+        default=30.0, gt=0, description="longest a client may read nothing of an answer that waits for it"
+    )
+    idle_connections: int = Field(
+        default=512, ge=1, description="connections without a request; with more, the oldest is closed"
+    )
+    waiting: int = Field(default=256, ge=1, description="requests that wait for the engine; more are answered 429")
+    per_user: int = Field(
+        default=128, ge=1, description="requests of one user that are sent, wait or are answered; more are answered 429"
+    )
+    token_rate: int = Field(default=0, ge=0, description="requests a minute of one token, 0 for any number")
+    tenant_rate: int = Field(
+        default=0, ge=0, description="requests a minute of all tokens of one tenant, 0 for any number"
+    )
+    together: int = Field(default=32, ge=1, le=256, description="requests decoded as one batch")
+    answer_seconds: float = Field(
+        default=300.0, gt=0, description="longest time for an answer, including its wait in the queue"
+    )
+    grace_seconds: float = Field(
+        default=30.0, gt=0, description="after SIGTERM, longest time for the requests under way to finish"
+    )
+    kept_answers: int = Field(
+        default=10_000, ge=0, description="newest answers kept in memory, to be scored by feedback"
+    )
+    check_seconds: float = Field(
+        default=1.0,
+        gt=0,
+        description="least time between two checks of a rollout; one that takes long comes less often",
+    )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 from sqlalchemy import Text, cast, func, or_, select
@@ -100,7 +100,7 @@ class AnchorAudit(Request):
     """
 
     place: str
-    keep_days: Annotated[float, Field(ge=1, le=36500)] = 3650
+    keep_days: float = Field(default=3650, ge=1, le=36500)
     time_stamp: str | None = None
     tsa_roots: Path | None = None
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 from sqlalchemy import func, select
@@ -41,7 +41,7 @@ class ShownDataset(DatasetSummary):
 
     split: str
     examples: tuple[Example | RemovedRow, ...]
-    total: Annotated[int, Field(exclude=True)]
+    total: int = Field(exclude=True)
 
 
 class Originals(View):
@@ -81,7 +81,7 @@ class QualityReport(QualityBody):
     dataset: str
     quality: str
     examples: tuple[Flag, ...]
-    flagged: Annotated[dict[str, int], Field(exclude=True)]
+    flagged: dict[str, int] = Field(exclude=True)
 
 
 class DatasetLine(View):

@@ -73,7 +73,7 @@ class SubmitDecision(Request):
         JsonObject, BeforeValidator(lambda given: parse_json(given.encode()) if isinstance(given, str) else given)
     ]
     key: Digest
-    signature: Annotated[Base64Bytes, Field(min_length=8, max_length=200)]
+    signature: Base64Bytes = Field(min_length=8, max_length=200)
 
 
 class PreparedDecision(View):

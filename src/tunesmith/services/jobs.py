@@ -100,7 +100,7 @@ class AddJob(Request):
     kind: Literal["run", "forecast"] | None = None
     candidate: Short | None = None
     changes: Annotated[dict[str, dict[str, int | float | str]], Field(default_factory=dict)]
-    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    priority: int = Field(default=0, ge=-1000, le=1000)
     key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
     @model_validator(mode="after")
@@ -113,7 +113,7 @@ class AddJob(Request):
 class ChangeJob(Request):
     """A job to change. job: its number."""
 
-    job: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    job: int = Field(ge=1, le=2**31 - 1)
 
 
 @action(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field
 
@@ -63,7 +62,7 @@ class EnrolledKey(View):
     user: str
     label: str
     fingerprint: str
-    path: Annotated[Path | None, Field(exclude=True)] = None
+    path: Path | None = Field(default=None, exclude=True)
 
 
 class EndedKey(View):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, ValidationError
 from sqlalchemy import case, func, select
@@ -144,7 +144,7 @@ class StartRecall(Request):
     """
 
     kind: CauseKind
-    value: Annotated[str, Field(min_length=1, max_length=300)]
+    value: str = Field(min_length=1, max_length=300)
     reason: Because
     dry_run: bool = False
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -62,7 +62,7 @@ class NewProject(View):
     files: tuple[str, ...]
     measured: str
     notes: tuple[str, ...]
-    root: Annotated[Path, Field(exclude=True)]
+    root: Path = Field(exclude=True)
 
 
 def make_project(

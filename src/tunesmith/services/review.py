@@ -56,7 +56,7 @@ class FillQueue(Request):
     """
 
     dataset: Annotated[str, Field(min_length=1, max_length=71)] | None = None
-    reviewers: Annotated[int, Field(ge=1, le=2)] = 1
+    reviewers: int = Field(default=1, ge=1, le=2)
     pseudonyms: bool = False
     search: Short = ""
 
@@ -67,11 +67,11 @@ class DecideItem(Request):
     revision: of the item that was seen; where somebody else decided meanwhile, nothing is done.
     """
 
-    item: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    item: int = Field(ge=1, le=2**31 - 1)
     decision: Choice
     reason: Reason = ""
     contents: Annotated[tuple[str, ...], Field(max_length=2048)] | None = None
-    revision: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    revision: int = Field(ge=0, le=2**31 - 1)
 
     @model_validator(mode="after")
     def _text_for_edits_only(self) -> DecideItem:

@@ -41,7 +41,7 @@ class UserView(View):
     groups: tuple[str, ...]
     active: bool
     fingerprint: str | None
-    invalidated: Annotated[tuple[str, ...], Field(exclude=True)] = ()
+    invalidated: tuple[str, ...] = Field(default=(), exclude=True)
 
 
 class UserList(View):
@@ -129,7 +129,7 @@ class IssueToken(Request):
     (the default), or `never`.
     """
 
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: str = Field(min_length=1, max_length=128)
     user: Named | None = None
     scopes: Annotated[tuple[TokenScope, ...], Field(min_length=1, max_length=20)] | None = None
     expires: Annotated[str, Field(pattern="^([1-9][0-9]{0,4}d|never)$")] | None = None
@@ -145,7 +145,7 @@ class RevokeToken(Request):
 class MakeLink(Request):
     """A link for a login. user: by default whoever makes it. url: where people reach the server."""
 
-    url: Annotated[str, Field(max_length=2000)]
+    url: str = Field(max_length=2000)
     user: Named | None = None
 
 

@@ -149,7 +149,7 @@ class VerifyVersion(Request):
     """A version to verify on the server that has it."""
 
     name: Named
-    number: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    number: int = Field(ge=1, le=2**31 - 1)
 
 
 @action(

@@ -28,17 +28,15 @@ _RATES = {"lora": 1e-3, "full": 1e-4}
 class MetricsSettings(Settings):
     """Where the curves of running trainings are shown, in addition to their records. No training depends on it."""
 
-    tensorboard: Annotated[
-        str | None,
-        Field(description="folder for TensorBoard event files, one run per training; needs `tunesmith[tensorboard]`"),
-    ] = None
-    mlflow: Annotated[
-        str | None,
-        Field(description="MLflow tracking URI, such as sqlite:///mlflow.db or http://host; needs `tunesmith[mlflow]`"),
-    ] = None
-    experiment: Annotated[str, Field(min_length=1, description="MLflow experiment that the runs belong to")] = (
-        "tunesmith"
+    tensorboard: str | None = Field(
+        default=None,
+        description="folder for TensorBoard event files, one run per training; needs `tunesmith[tensorboard]`",
     )
+    mlflow: str | None = Field(
+        default=None,
+        description="MLflow tracking URI, such as sqlite:///mlflow.db or http://host; needs `tunesmith[mlflow]`",
+    )
+    experiment: str = Field(default="tunesmith", min_length=1, description="MLflow experiment that the runs belong to")
 
     @model_validator(mode="after")
     def _one_place(self) -> MetricsSettings:
@@ -52,13 +50,14 @@ class MetricsSettings(Settings):
 class CanarySettings(Settings):
     """Rows with random secrets, added to measure what the model memorises. Such a candidate is not for service."""
 
-    each: Annotated[int, Field(ge=1, le=500, description="number of canaries for each entry of repeats")] = 20
-    repeats: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=100)], ...],
-        Field(min_length=1, description="how many times a canary is added to the rows, one entry per group"),
-    ] = (1, 4, 16)
-    controls: Annotated[int, Field(ge=100, le=10_000, description="number of canaries that are never added")] = 128
-    seed: Annotated[int, Field(ge=0, lt=2**31, description="seed of the secrets and of which ones are added")] = 0
+    each: int = Field(default=20, ge=1, le=500, description="number of canaries for each entry of repeats")
+    repeats: tuple[Annotated[int, Field(ge=1, le=100)], ...] = Field(
+        default=(1, 4, 16),
+        min_length=1,
+        description="how many times a canary is added to the rows, one entry per group",
+    )
+    controls: int = Field(default=128, ge=100, le=10_000, description="number of canaries that are never added")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the secrets and of which ones are added")
 
     @property
     def added(self) -> int:
@@ -79,129 +78,106 @@ class TrainSettings(WeightSettings):
             description="peak learning rate, reached after the warm-up. Default: 0.001; 0.0001 with method: full",
         ),
     ]
-    rows: Annotated[
-        int | None, Field(ge=1, description="train on this many rows, drawn by the seed. Default: all rows")
-    ] = None
-    permute_answers: Annotated[
-        bool,
-        Field(
-            description="train a control whose answers are shuffled among the requests: it can only learn their form. "
-            "Of a conversation it learns the last answer alone"
-        ),
-    ] = False
-    loss_on: Annotated[
-        Literal["assistant", "last", "all"],
-        Field(
-            description="tokens to learn: every assistant turn, the last assistant turn, or the whole conversation. "
-            "Turns of weight 0 are never learned, nor are the answers of shots and retrieved examples"
-        ),
-    ] = "assistant"
-    canaries: Annotated[
-        CanarySettings | None,
-        Field(description="add canary rows for the probe `canaries`; versions of such a training are marked"),
-    ] = None
-    rehearse: Annotated[
-        float,
-        Field(
-            strict=True,  # or `true` would be all of the rows
-            ge=0,
-            le=1,
-            description="add so many general requests with the base's own answers to each epoch, as a share of the "
-            "rows, one at least: the model keeps more of what the base does beside the task",
-        ),
-    ] = 0.0
-    budget: Annotated[
-        Duration | None,
-        Field(
-            gt=0,
-            le=LONGEST_BUDGET,
-            description="train for this long, such as 20m or 1h30m, instead of a number of epochs: until "
-            "validation no longer improves or all but the time for `decay` is used, then the learning rate falls to "
-            "zero. It counts steps, validations, checkpoints, and before the first step the answers that are timed and "
-            "those to rehearse, but neither loading nor the three steps from which the estimate is made",
-        ),
-    ] = None
-    epochs: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=100,
-            description="passes over the training rows. Default: 3, and up to 10 for fewer than 1,000 rows. Not with a "
-            f"budget, which makes at most {MOST_EPOCHS}",
-        ),
-    ] = 3
-    batch: Annotated[int, Field(ge=1, le=4096, description="rows per step")] = 16
-    tokens: Annotated[
-        int,
-        Field(
-            ge=LEAST_TOKENS,
-            description="most tokens computed at once; a larger step is computed in parts whose gradients are summed",
-        ),
-    ] = 4096
-    warmup: Annotated[
-        float,
-        Field(
-            ge=0,
-            lt=1,
-            description=f"share of the steps in which the learning rate rises. Default: {WARMUP:g}, within a budget at "
-            f"most {MOST_WARMUP} steps; any other share holds as it is",
-        ),
-    ] = WARMUP
-    schedule: Annotated[
-        Literal["cosine", "linear", "constant", "wsd"],
-        Field(
-            description="learning rate schedule after the warm-up. wsd (warm-up, stable, decay) stays constant, then "
-            "falls linearly to zero; it is the only one that fits a budget, and the default there"
-        ),
-    ] = "cosine"
-    decay: Annotated[
-        float, Field(ge=0.01, le=0.9, description="share of the steps in which the learning rate falls; wsd only")
-    ] = 0.25
-    weight_decay: Annotated[
-        float, Field(ge=0, lt=1, description="weight decay of AdamW; norms and biases are exempt")
-    ] = 0.0
-    clip: Annotated[float, Field(gt=0, description="gradients are scaled down to at most this norm")] = 1.0
-    seed: Annotated[
-        int, Field(ge=0, lt=2**31, description="seed of the adapter's start, the chosen rows and their order")
-    ] = 0
-    max_length: Annotated[int, Field(ge=16, description="most tokens of a training row, prompt included")] = 1024
-    validate_by: Annotated[
-        Literal["score", "loss"],
-        Field(
-            description="what better means for keep and patience. score: the primary metric over generated "
-            "answers to the validation rows; where it is within one standard error of the highest, a higher "
-            "probability of the expected answers' tokens counts as better, too. loss: no answers are generated; that "
-            "probability, which is computed with the loss, decides alone, as it does where the validation rows are too "
-            "few or the metric is a judge's"
-        ),
-    ] = "score"
-    validations: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=100,
-            description="how many times to validate, about. Default with a budget: "
-            f"{_WITH_BUDGET['validations']}, or fewer where they take long",
-        ),
-    ] = 4
-    patience: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="stop after this many validations that are no better than the best one before; with schedule "
-            f"wsd the learning rate begins to fall then. Default: never stop early, or {_WITH_BUDGET['patience']} with "
-            "a budget",
-        ),
-    ] = None
-    keep: Annotated[
-        Literal["best", "last"],
-        Field(description="keep the weights of the best validation, or those of the last step"),
-    ] = "best"
-    validation_rows: Annotated[int, Field(ge=1, description="use at most this many rows to validate")] = 200
-    checkpoint_seconds: Annotated[
-        float,
-        Field(gt=0, description="least seconds between checkpoints; a killed training repeats the work since the last"),
-    ] = 30.0
+    rows: int | None = Field(
+        default=None, ge=1, description="train on this many rows, drawn by the seed. Default: all rows"
+    )
+    permute_answers: bool = Field(
+        default=False,
+        description="train a control whose answers are shuffled among the requests: it can only learn their form. "
+        "Of a conversation it learns the last answer alone",
+    )
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant",
+        description="tokens to learn: every assistant turn, the last assistant turn, or the whole conversation. "
+        "Turns of weight 0 are never learned, nor are the answers of shots and retrieved examples",
+    )
+    canaries: CanarySettings | None = Field(
+        default=None, description="add canary rows for the probe `canaries`; versions of such a training are marked"
+    )
+    rehearse: float = Field(
+        default=0.0,
+        strict=True,  # or `true` would be all of the rows
+        ge=0,
+        le=1,
+        description="add so many general requests with the base's own answers to each epoch, as a share of the "
+        "rows, one at least: the model keeps more of what the base does beside the task",
+    )
+    budget: Duration | None = Field(
+        default=None,
+        gt=0,
+        le=LONGEST_BUDGET,
+        description="train for this long, such as 20m or 1h30m, instead of a number of epochs: until "
+        "validation no longer improves or all but the time for `decay` is used, then the learning rate falls to "
+        "zero. It counts steps, validations, checkpoints, and before the first step the answers that are timed and "
+        "those to rehearse, but neither loading nor the three steps from which the estimate is made",
+    )
+    epochs: int = Field(
+        default=3,
+        ge=1,
+        le=100,
+        description="passes over the training rows. Default: 3, and up to 10 for fewer than 1,000 rows. Not with a "
+        f"budget, which makes at most {MOST_EPOCHS}",
+    )
+    batch: int = Field(default=16, ge=1, le=4096, description="rows per step")
+    tokens: int = Field(
+        default=4096,
+        ge=LEAST_TOKENS,
+        description="most tokens computed at once; a larger step is computed in parts whose gradients are summed",
+    )
+    warmup: float = Field(
+        default=WARMUP,
+        ge=0,
+        lt=1,
+        description=f"share of the steps in which the learning rate rises. Default: {WARMUP:g}, within a budget at "
+        f"most {MOST_WARMUP} steps; any other share holds as it is",
+    )
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="learning rate schedule after the warm-up. wsd (warm-up, stable, decay) stays constant, then "
+        "falls linearly to zero; it is the only one that fits a budget, and the default there",
+    )
+    decay: float = Field(
+        default=0.25, ge=0.01, le=0.9, description="share of the steps in which the learning rate falls; wsd only"
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="weight decay of AdamW; norms and biases are exempt"
+    )
+    clip: float = Field(default=1.0, gt=0, description="gradients are scaled down to at most this norm")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="seed of the adapter's start, the chosen rows and their order"
+    )
+    max_length: int = Field(default=1024, ge=16, description="most tokens of a training row, prompt included")
+    validate_by: Literal["score", "loss"] = Field(
+        default="score",
+        description="what better means for keep and patience. score: the primary metric over generated "
+        "answers to the validation rows; where it is within one standard error of the highest, a higher "
+        "probability of the expected answers' tokens counts as better, too. loss: no answers are generated; that "
+        "probability, which is computed with the loss, decides alone, as it does where the validation rows are too "
+        "few or the metric is a judge's",
+    )
+    validations: int = Field(
+        default=4,
+        ge=1,
+        le=100,
+        description="how many times to validate, about. Default with a budget: "
+        f"{_WITH_BUDGET['validations']}, or fewer where they take long",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop after this many validations that are no better than the best one before; with schedule "
+        f"wsd the learning rate begins to fall then. Default: never stop early, or {_WITH_BUDGET['patience']} with "
+        "a budget",
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best", description="keep the weights of the best validation, or those of the last step"
+    )
+    validation_rows: int = Field(default=200, ge=1, description="use at most this many rows to validate")
+    checkpoint_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="least seconds between checkpoints; a killed training repeats the work since the last",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, get_args
+from typing import Final, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -38,21 +38,17 @@ TEST: Final = "webhook.test"
 class WebhookSettings(Settings):
     """Where events are sent, and which."""
 
-    url: Annotated[str, Field(max_length=2000, description="where events are sent by POST: https://HOST/PATH")]
-    events: Annotated[
-        tuple[EventType, ...],
-        Field(min_length=1, description="the events that are sent; by default all"),
-    ] = EVENT_TYPES
-    secret: Annotated[
-        str,
-        Field(
-            pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-            description="the environment variable with the secret that signs: whsec_ and 24 to 64 bytes in base64",
-        ),
-    ]
-    plain_http: Annotated[
-        bool, Field(description="allow http:// to another machine, where everybody on the way reads the events")
-    ] = False
+    url: str = Field(max_length=2000, description="where events are sent by POST: https://HOST/PATH")
+    events: tuple[EventType, ...] = Field(
+        default=EVENT_TYPES, min_length=1, description="the events that are sent; by default all"
+    )
+    secret: str = Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="the environment variable with the secret that signs: whsec_ and 24 to 64 bytes in base64",
+    )
+    plain_http: bool = Field(
+        default=False, description="allow http:// to another machine, where everybody on the way reads the events"
+    )
 
     @field_validator("url")
     @classmethod

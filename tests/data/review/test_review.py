@@ -19,8 +19,10 @@ from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
+from tunesmith.data.building.account import EDITED
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, dataset_summary
+from tunesmith.data.formats.turns import UNDECLARED
 from tunesmith.data.governance.difference import difference
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
 from tunesmith.data.quality.flags import examine_quality
@@ -207,6 +209,20 @@ def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk:
     assert dataset.record.body["privacy"] == {"EMAIL_ADDRESS": 2}
     do(desk.store, review.fill, pseudonyms=True)
     assert list(review.marked(f"{scanned} now"))[1] == ("person1@example.com", True)
+
+
+def test_an_edited_row_calls_declared_functions_only(tmp_path: Path) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+    asked = [{"role": "user", "content": "where is it"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    called = {"messages": asked, "tools": [{"type": "function", "function": {"name": "find"}}]}
+    before = build_rows(tmp_path, settings(), rows=[*many_rows(40), called])
+    (found,) = [one for one in rows(before).values() if one.call]
+    said = [turn.model_dump(mode="json") for turn in found.messages]
+    said[-1]["tool_calls"][0]["name"] = "delete"
+    decision = {"row": found.id, "content": content_key(found), "decision": "edit", "messages": said}
+    write_jsonl(tmp_path / "review.jsonl", [decision])
+    after = build_rows(tmp_path, settings(review="review.jsonl"))
+    assert after.record.body["rows"]["removed"] == {f"{UNDECLARED} {EDITED}": 1}
 
 
 def test_a_file_of_decisions(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
         splits[split].append(example(text, answer))
     gone = leaks.rows_to_remove(splits, threshold)
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
-    assert leaks.leakage(staying, leaks.Nearness(staying, threshold)).near_pairs == 0
+    assert leaks.leakage(leaks.Nearness(staying, threshold)).near_pairs == 0
     assert leaks.NEAR_HELD_OUT not in [gone.get(one.id) for one in splits["test"]], "rows of the others leave first"
     # leakage counts what brute force counts
     flat = [(name, one) for name, some in splits.items() for one in some]
@@ -115,7 +115,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
         for (name, one), (other_name, other) in itertools.combinations(flat, 2)
         if name != other_name and jaccard(trigrams(one), trigrams(other)) >= threshold
     ]
-    assert leaks.leakage(splits, leaks.Nearness(splits, threshold)).near_pairs == len(near)
+    assert leaks.leakage(leaks.Nearness(splits, threshold)).near_pairs == len(near)
     # a row leaves only for one that stays, or for a repeat of one that is held out
     repeats = [one for one in splits["test"] + splits["validation"] if gone.get(one.id) == leaks.NEAR_SAME_ANSWER]
     kept = [one for some in staying.values() for one in some]
@@ -143,19 +143,19 @@ def test_beginnings_are_counted_in_what_learns_them_and_removed_from_it() -> Non
         "test": [talk("second", "open the door", "done", "now the lamp", "off"), talk("first", "lock up", "no")],
     }
     near = leaks.Nearness(splits, 0.8)
-    assert near.beginnings(splits) == 3
-    found = leaks.leakage(splits, near)
+    assert near.beginnings() == 3
+    found = leaks.leakage(near)
     assert found.faults() == {"beginnings": 3}
     gone = leaks.rows_to_remove(splits, 0.8)
     assert gone == {"leaks": leaks.NEAR_HELD_OUT, "further": leaks.NEAR_HELD_OUT, "begins": leaks.NEAR_HELD_OUT}
     left = {split: [one for one in some if one.id not in gone] for split, some in splits.items()}
-    clean = leaks.leakage(left, leaks.Nearness(left, 0.8))
+    clean = leaks.leakage(leaks.Nearness(left, 0.8))
     assert clean == Leakage(shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8, method=METHOD)
     assert "beginnings" not in clean.model_dump()
 
     splits = {"train": [talk("leaks", "open the door", "done", "and the window", "done too")]}
     outside = [" open the door "]
-    assert leaks.leakage(splits, leaks.Nearness(splits, 0.8, outside)).near_outside == 1
+    assert leaks.leakage(leaks.Nearness(splits, 0.8, outside)).near_outside == 1
     assert leaks.rows_to_remove(splits, 0.8, outside) == {"leaks": leaks.NEAR_OUTSIDE}
 
 
@@ -266,7 +266,7 @@ def test_leakage_counts_what_is_shared_by_any_of_them() -> None:
         split: [leaks.ComparedRow(talk, talk, f"{talk} alone", "", {"author": author, "talk": talk})]
         for split, author, talk in said
     }
-    found = leaks.leakage(splits, leaks.Nearness(splits, 0.8), Split(group_by=("author", "talk")))
+    found = leaks.leakage(leaks.Nearness(splits, 0.8), Split(group_by=("author", "talk")))
     assert (found.shared, found.faults()) == ({"author": 1, "talk": 0}, {"shared.author": 1})
 
 

@@ -15,7 +15,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.data.building.account import HAS_CONTROL, Account
 from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
-from tunesmith.data.building.shards import LocalRunner, PlannedFile, ShardRunner, examined_rows, formats_of, plan
+from tunesmith.data.building.shards import LocalRunner, PlannedFile, ShardRunner, examined_rows, plan
 from tunesmith.data.building.staging import StagingDatabase
 from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.formats.row_formats import RowFormat
@@ -90,8 +90,7 @@ def build_dataset(
     folder = work or store.local("work", "build")
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
-        planned = plan(settings, root, folder, undo)
-        formats = formats_of(planned)
+        planned, formats = plan(settings, root, folder, undo)
         rules = rules._replace(settings=settings, outside=outside.wordings, formats=formats, reviewed=reviewed)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
@@ -125,9 +124,9 @@ def build_dataset(
             ),
             **counted,
             licences=licences,
-            leakage=leakage(splits, near, settings.split),
+            leakage=leakage(near, settings.split),
             decontaminated=outside.files,
-            near_clusters=clusters(splits, near, _SHOWN_CONFLICTS),
+            near_clusters=clusters(near, _SHOWN_CONFLICTS),
             time=None
             if (time := settings.split.time) is None
             else TimeSplit(key=time, starts=starts, rows_beyond_shares=beyond, spans=staging.span(time)),

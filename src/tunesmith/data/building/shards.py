@@ -141,31 +141,27 @@ def _work(shard: Shard) -> list[ExaminedRows]:
     return list(examined_shard(_examiner, shard))
 
 
-def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.ExitStack) -> list[PlannedFile]:
-    """The sources' files, cut into shards. folder: for copies of remote files, which exist until undo is closed."""
-    planned = []
+def plan(
+    settings: DataSettings, root: Path, folder: Path, undo: contextlib.ExitStack
+) -> tuple[list[PlannedFile], dict[str, RowFormat]]:
+    """(the sources' files, cut into shards; the row format of each source's path).
+
+    A format is what the settings say, or is detected from the first row of the source's first file. folder: for copies
+    of remote files, which exist until undo is closed.
+    """
+    planned, formats = [], dict[str, RowFormat]()
     for file in find_files(settings.sources, root):
-        here = undo.enter_context(fetched(file, folder))
+        here, source = undo.enter_context(fetched(file, folder)), file.source
         with open_source(here) as opened:
             parts = opened.parts(SHARD_BYTES)
-            sizes = opened.bytes // len(parts)
-            shards = [Shard(here, part, sizes) for part in parts]
+            shards = [Shard(here, part, opened.bytes // len(parts)) for part in parts]
             planned.append(PlannedFile(here, opened.digest, opened.bytes, shards))
-    return planned
-
-
-def formats_of(planned: Sequence[PlannedFile]) -> dict[str, RowFormat]:
-    """Each source's row format: as its settings say, or detected from the first row of its first file."""
-    formats: dict[str, RowFormat] = {}
-    for one in planned:
-        source = one.file.source
-        if source.path not in formats:
-            with open_source(one.file, digested=False) as opened:
+            if source.path not in formats:
                 row = next(opened.read(WHOLE), None)
-            if row is None:
-                raise UsageError("the file holds no rows", where=one.file.name)
-            formats[source.path] = format_of(source.format, renamed(row, source.rename))
-    return formats
+                if row is None:
+                    raise UsageError("the file holds no rows", where=file.name)
+                formats[source.path] = format_of(source.format, renamed(row, source.rename))
+    return planned, formats
 
 
 def examined_rows(

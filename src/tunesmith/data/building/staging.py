@@ -12,7 +12,6 @@ import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tunesmith.core.digests import canonical_lines
@@ -29,7 +28,7 @@ from tunesmith.records.dataset import Conflicts
 
 StagedRow = tuple[str, str, int, int, str, str | None, bytes, bytes, str, str, bytes, str, str, str, str, bytes]
 RemovedLine = tuple[str | None, str, int, str]  # id, where it was computed already, source, row and reason
-_NO_LABELS: Mapping[str, str] = MappingProxyType({})
+_NO_LABELS: Mapping[str, str] = {}
 _COLUMNS = (
     "id, tie, row, changed, source, subject, key, request, wording, earlier, answer, grp, split, licence, labels, line"
 )

@@ -56,7 +56,7 @@ def _check(store: Store, digest: str, problems: list[Problem]) -> int:
     if problems:  # damaged rows cannot be checked further
         return checked
     problems.extend(_row_problems(dataset, splits, settings, outside))
-    shared = leakage(splits, Nearness(splits, settings.duplicates.threshold, outside.requests), settings.split)
+    shared = leakage(Nearness(splits, settings.duplicates.threshold, outside.requests), settings.split)
     kept = sum(map(len, splits.values()))
     body = dataset.body
     compared: dict[str, tuple[object, object]] = {

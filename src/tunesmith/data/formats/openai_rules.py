@@ -18,9 +18,7 @@ LEAST_EXAMPLES: Final = 10
 _MOST_FUNCTIONS: Final = 128
 # Per role: groups of keys of which one must be present, and further keys that are allowed.
 _NEEDED: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
-    "system": (("content",),),
-    "developer": (("content",),),
-    "user": (("content",),),
+    **dict.fromkeys(("system", "developer", "user"), (("content",),)),
     "assistant": (("content", "tool_calls", "function_call"),),
     "tool": (("content",), ("tool_call_id",)),
     "function": (("content",), ("name",)),

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import Message, Role, ToolCall, with_tools
@@ -361,24 +361,14 @@ def _entries(fields: Fields, key: str, where: str) -> list[tuple[str, Fields]]:
     return [(f"{where}, {key}[{place}]", given(entry)) for place, entry in enumerate(entries)]
 
 
-_OPENAI_ROLES: Final = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
-_SHAREGPT_ROLES: Final = {
-    "system": "system",
+_ROLES: Final = {role: role for role in get_args(Role)}
+_OPENAI_ROLES: Final = _ROLES | {"developer": "system", "function": "tool"}
+_SHAREGPT_ROLES: Final = _ROLES | {
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
     "function_call": "call",
     "observation": "tool",
-    "tool": "tool",
 }
 
 

@@ -64,7 +64,6 @@ def add_items(store: Store, items: Iterable[NewItem], *, wanted: int, actor: str
                 messages=_coded(one.messages),
                 wanted=wanted,
                 state="open",
-                revision=0,
             )
             for one in fresh
         )

@@ -34,8 +34,6 @@ def find_remote(url: str) -> list[str]:
         found = {name: system.info(name) for name in names}
     except FileNotFoundError:
         found = {}
-    except TunesmithError:
-        raise
     except Exception as error:
         raise _failed(url, error) from error
     if not found:
@@ -62,13 +60,11 @@ def fetch(url: str, target: BinaryIO) -> None:
             shutil.copyfileobj(stream, target, _PIECE)
         target.flush()
         same = _mark(system, path) == before
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        if not isinstance(error, FileNotFoundError):
-            raise _failed(url, error) from error
+    except FileNotFoundError as error:
         raise UsageError("the file does not exist", where=url, fix="check the URL") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         raise _failed(url, error) from error
     if not same:
         raise TunesmithError("the file changed while it was fetched", where=url, fix="run again")

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tunesmith.data.dataset import SPLITS, Example
 from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, near_text
@@ -71,18 +70,21 @@ def rows_to_remove(
     return gone
 
 
-def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: Split = Split()) -> Leakage:
+def leakage(near: Nearness, split: Split = Split()) -> Leakage:
     """Counts what two splits share: groups, near pairs of requests, and what `split` adds.
 
-    near: the nearness of these splits. split: what else splits must not share, and whether time assigns rows.
+    split: what else splits must not share, and whether time assigns rows.
     """
-    counts = near.counts  # rows of each text in each split
+    splits, counts = near.splits, near.counts  # rows of each text in each split
     everywhere = counts.sum(axis=1)
     left, right = near.pairs.T
     across = (everywhere[left] * everywhere[right] - (counts[left] * counts[right]).sum(axis=1)).sum()
     across += (everywhere**2 - (counts**2).sum(axis=1)).sum() // 2  # a text is near itself
-    outside = near.touching()
-    touching = everywhere[outside].sum() + near.outside_beginnings(splits, outside)
+    touched = set[int]().union(*map(near.texts_around, near.outside))
+    # Rows near an outside request, and others that learn an earlier answer to one.
+    rows = (row for some in splits.values() for row in some)
+    begun = (not near.outside.isdisjoint(near.begun(row)) and near.text(row) not in touched for row in rows)
+    near_outside = int(everywhere[list(touched)].sum()) + sum(begun)
     labels = {
         name: _in_several(splits, name)
         for name in (split.groups if split.joined else ())
@@ -91,12 +93,12 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
     return Leakage(
         shared_groups=_in_several(splits),
         near_pairs=int(across),
-        near_outside=int(touching),
+        near_outside=near_outside,
         threshold=near.threshold,
         method=METHOD,
         shared=labels or None,
         not_older=_not_older(splits, split.time),
-        beginnings=near.beginnings(splits) or None,
+        beginnings=near.beginnings() or None,
     )
 
 
@@ -119,13 +121,13 @@ def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> i
     return newer
 
 
-def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: int) -> NearClusters:
+def clusters(near: Nearness, shown: int) -> NearClusters:
     """Clusters of rows of one split that are near each other, directly or through others; their answers differ.
 
-    shown: how many of the largest are named. near: the nearness of splits.
+    shown: how many of the largest are named.
     """
     found: list[tuple[str, ...]] = []
-    for place, examples in enumerate(splits.values()):
+    for place, examples in enumerate(near.splits.values()):
         here = near.counts[:, place]
         left, right = near.pairs[(here[near.pairs] > 0).all(axis=1)].T
         component = connected(left, right, len(near.counts))
@@ -154,7 +156,7 @@ class Nearness:
     def __init__(
         self, splits: Mapping[str, Sequence[Comparable]], threshold: float, outside: Iterable[str] = ()
     ) -> None:
-        self.threshold = threshold
+        self.splits, self.threshold = splits, threshold
         places: dict[str, int] = {}
         self._of: dict[str, int] = {}
         numbers = []
@@ -196,23 +198,13 @@ class Nearness:
         """The texts to which the example learns an answer before its last one."""
         return self._begun.get(example.id, frozenset())
 
-    def beginnings(self, splits: Mapping[str, Sequence[Comparable]]) -> int:
-        """How many rows learn an earlier answer to the request of a row in a later split. splits: as compared here."""
-        found = 0
-        for name, examples in splits.items():
-            later = [place for place, other in enumerate(splits) if SPLITS.index(other) > SPLITS.index(name)]
-            found += sum(bool(self.counts[list(self.begun(one))][:, later].any()) for one in examples if one.earlier)
-        return found
-
-    def outside_beginnings(self, splits: Mapping[str, Sequence[Comparable]], touching: NDArray[np.int64]) -> int:
-        """How many rows learn an earlier answer to an outside request. touching: the texts whose rows count already."""
-        rows = (one for examples in splits.values() for one in examples if one.earlier)
-        known = set(touching.tolist())
-        return sum(not self.outside.isdisjoint(self.begun(one)) and self.text(one) not in known for one in rows)
-
-    def touching(self) -> NDArray[np.int64]:
-        """The texts that are outside ones or near one, sorted."""
-        return np.array(sorted(set().union(*map(self.texts_around, self.outside))), dtype=np.int64)
+    def beginnings(self) -> int:
+        """How many rows learn an earlier answer to the request of a row in a later split."""
+        count = 0
+        for name, examples in self.splits.items():
+            later = [place for place, other in enumerate(self.splits) if SPLITS.index(other) > SPLITS.index(name)]
+            count += sum(bool(self.counts[list(self.begun(one))][:, later].any()) for one in examples if one.earlier)
+        return count
 
 
 def _beginnings(example: Comparable, places: Mapping[str, int]) -> frozenset[int]:

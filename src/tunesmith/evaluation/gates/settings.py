@@ -74,11 +74,11 @@ class Lift(GateSettings):
     """
 
     key = "over"
-    metric: Annotated[str, Field(description="the metric to compare")]
-    over: Annotated[str, Field(description="the rival: a candidate's name, or best-untuned")]
-    at_least: Annotated[
-        float, Field(ge=-1.0, le=1.0, description="smallest difference of means that passes; 0.05 is five points")
-    ]
+    metric: str = Field(description="the metric to compare")
+    over: str = Field(description="the rival: a candidate's name, or best-untuned")
+    at_least: float = Field(
+        ge=-1.0, le=1.0, description="smallest difference of means that passes; 0.05 is five points"
+    )
     confidence: _Confidence = 0.95
 
 
@@ -89,17 +89,17 @@ class Retain(GateSettings):
     """
 
     key = "not_below"
-    metric: Annotated[str, Field(description="the metric that must not drop")]
-    not_below: Annotated[str, Field(description="the rival: a candidate's name, or best-untuned")]
-    drop_at_most: Annotated[_Score, Field(description="largest drop that passes; 0.02 is two points")]
+    metric: str = Field(description="the metric that must not drop")
+    not_below: str = Field(description="the rival: a candidate's name, or best-untuned")
+    drop_at_most: _Score = Field(description="largest drop that passes; 0.02 is two points")
     confidence: _Confidence = 0.95
 
 
 class _OneBound(GateSettings):
     """A gate with a lower or an upper bound."""
 
-    at_least: Annotated[_Score | None, Field(description="smallest value that passes")] = None
-    at_most: Annotated[_Score | None, Field(description="largest value that passes")] = None
+    at_least: _Score | None = Field(default=None, description="smallest value that passes")
+    at_most: _Score | None = Field(default=None, description="largest value that passes")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
@@ -116,21 +116,20 @@ class Threshold(_OneBound):
     """
 
     key = ""
-    metric: Annotated[str, Field(description="the metric whose mean must reach the bound")]
-    confidence: Annotated[
-        _Confidence | None, Field(description="require the whole interval, not only the measured mean")
-    ] = None
+    metric: str = Field(description="the metric whose mean must reach the bound")
+    confidence: _Confidence | None = Field(
+        default=None, description="require the whole interval, not only the measured mean"
+    )
 
 
 class Whole(_OneBound):
     """A figure of all rows together reaches a bound with its whole interval, which is resampled over groups."""
 
     key = "figure"
-    figure: Annotated[
-        Literal["macro_f1", "calibration_error", "brier"],
-        Field(description="; ".join(f"{name}: {what}" for name, what in FIGURES.items())),
-    ]
-    metric: Annotated[str, Field(description="the scorer with `label` that gives the labels")]
+    figure: Literal["macro_f1", "calibration_error", "brier"] = Field(
+        description="; ".join(f"{name}: {what}" for name, what in FIGURES.items())
+    )
+    metric: str = Field(description="the scorer with `label` that gives the labels")
     confidence: _Confidence = 0.95
 
 
@@ -141,10 +140,10 @@ class Forgetting(GateSettings):
     """
 
     key = "suite"
-    suite: Annotated[Literal["general"], Field(description="the packaged suite of general questions")]
-    drop_at_most: Annotated[
-        float, Field(ge=0.0, le=1.0, description="largest fall of the right choice's mean probability that passes")
-    ]
+    suite: Literal["general"] = Field(description="the packaged suite of general questions")
+    drop_at_most: float = Field(
+        ge=0.0, le=1.0, description="largest fall of the right choice's mean probability that passes"
+    )
     confidence: _Confidence = 0.95
 
 
@@ -155,23 +154,18 @@ class Probe(GateSettings):
     """
 
     key = "probe"
-    probe: Annotated[str, Field(description="; ".join(f"{name}: {kind.measures}" for name, kind in PROBES.items()))]
-    at_most: Annotated[float, Field(ge=0.0, description="largest value that passes, in the probe's unit")]
+    probe: str = Field(description="; ".join(f"{name}: {kind.measures}" for name, kind in PROBES.items()))
+    at_most: float = Field(ge=0.0, description="largest value that passes, in the probe's unit")
     confidence: _Confidence = 0.95
-    rows: Annotated[int, Field(ge=20, le=10_000, description="the most rows or items of each kind that are asked")] = (
-        100
+    rows: int = Field(default=100, ge=20, le=10_000, description="the most rows or items of each kind that are asked")
+    path: Path | None = Field(
+        default=None,
+        description="BBQ's JSONL, CrowS-Pairs' CSV, a folder of lm-eval tasks with their rows, or for general_text "
+        "a text with one passage per line",
     )
-    path: Annotated[
-        Path | None,
-        Field(
-            description="BBQ's JSONL, CrowS-Pairs' CSV, a folder of lm-eval tasks with their rows, or for general_text "
-            "a text with one passage per line"
-        ),
-    ] = None
-    repeats: Annotated[
-        int | None,
-        Field(ge=1, description="canaries: judge those planted this often; by default those planted least often"),
-    ] = None
+    repeats: int | None = Field(
+        default=None, ge=1, description="canaries: judge those planted this often; by default those planted least often"
+    )
 
     @field_validator("probe")
     @classmethod
@@ -212,11 +206,11 @@ class PolicyGate(GateSettings):
     """
 
     key = "policy"
-    policy: Annotated[str | tuple[str, ...], Field(description="a check's name, a list of names, or all", min_length=1)]
-    at_most: Annotated[_Score, Field(description="largest share of answers that may break a check's rule")] = 0.0
-    confidence: Annotated[
-        _Confidence | None, Field(description="require the whole interval, not only the share of the requests asked")
-    ] = None
+    policy: str | tuple[str, ...] = Field(description="a check's name, a list of names, or all", min_length=1)
+    at_most: _Score = Field(default=0.0, description="largest share of answers that may break a check's rule")
+    confidence: _Confidence | None = Field(
+        default=None, description="require the whole interval, not only the share of the requests asked"
+    )
 
     @model_validator(mode="after")
     def _attainable(self) -> Self:
@@ -234,9 +228,9 @@ class Style(_OneBound):
     """
 
     key = "style"
-    style: Annotated[Literal["references"], Field(description="whose style: that of the reference answers")]
+    style: Literal["references"] = Field(description="whose style: that of the reference answers")
     confidence: _Confidence = 0.95
-    rows: Annotated[int, Field(ge=20, le=2_000, description="the most held-out rows that the base model answers")] = 300
+    rows: int = Field(default=300, ge=20, le=2_000, description="the most held-out rows that the base model answers")
 
 
 class Gone(GateSettings):

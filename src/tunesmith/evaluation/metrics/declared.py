@@ -113,8 +113,8 @@ class NumberScorer(DeclaredScorer):
     """1 where the last number in the answer is close enough to the last number in the reference, else 0."""
 
     key = "tolerance"
-    tolerance: Annotated[float, Field(ge=0, description="largest difference that counts as right")]
-    relative: Annotated[bool, Field(description="tolerance is a share of the reference's number")] = False
+    tolerance: float = Field(ge=0, description="largest difference that counts as right")
+    relative: bool = Field(default=False, description="tolerance is a share of the reference's number")
 
     def scoring(self, root: Path) -> Scoring:
         return lambda answered: _near(answered, self)
@@ -127,16 +127,13 @@ class LabelScorer(DeclaredScorer):
     """1 where the label is right, else 0. The evaluation also reports macro-F1 and calibration."""
 
     key = "label"
-    label: Annotated[
-        str,
-        Field(description="key of the label in a JSON answer, such as intent or slots.room; empty for the whole text"),
-    ]
-    calibrate: Annotated[
-        bool,
-        Field(
-            description="measure how probable the base model finds each label (one pass per label; label must be empty)"
-        ),
-    ] = False
+    label: str = Field(
+        description="key of the label in a JSON answer, such as intent or slots.room; empty for the whole text"
+    )
+    calibrate: bool = Field(
+        default=False,
+        description="measure how probable the base model finds each label (one pass per label; label must be empty)",
+    )
 
     def scoring(self, root: Path) -> Scoring:
         return lambda answered: float(label_of(answered.text, self) == label_of(answered.reference, self, True))
@@ -159,9 +156,7 @@ class FunctionScorer(DeclaredScorer):
     """A Python function of the project: score(answer, reference, request) -> 0 to 1. It runs in this process."""
 
     key = "function"
-    function: Annotated[
-        str, Field(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$", description="path.py:name, relative to the project file")
-    ]
+    function: str = Field(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$", description="path.py:name, relative to the project file")
 
     def scoring(self, root: Path) -> Scoring:
         return _own_function(self, root)
@@ -174,9 +169,11 @@ class JudgeScorer(DeclaredScorer):
     """
 
     key = "judge"
-    judge: Annotated[JudgeSettings, Field(description="the judge: a model behind a URL")]
-    question: Annotated[str, Field(min_length=1, description="what better means")] = (
-        "Which answer serves the request better: correct, complete, and no more than was asked?"
+    judge: JudgeSettings = Field(description="the judge: a model behind a URL")
+    question: str = Field(
+        default="Which answer serves the request better: correct, complete, and no more than was asked?",
+        min_length=1,
+        description="what better means",
     )
 
     def scoring(self, root: Path) -> Scoring:

@@ -23,8 +23,8 @@ _RULES = ("equals", "contains", "any_of", "lacks", "pattern", "lacks_pattern", "
 class Turn(Settings):
     """One turn of a request."""
 
-    role: Annotated[Literal["system", "user", "assistant"], Field(description="who speaks")]
-    content: Annotated[str, Field(description="what is said")]
+    role: Literal["system", "user", "assistant"] = Field(description="who speaks")
+    content: str = Field(description="what is said")
 
 
 def _listed(given: Any) -> Any:
@@ -57,35 +57,30 @@ class PolicyCheck(Settings):
             'file of {"prompt": ...} or {"messages": [...]}, each with a "group" if several belong together'
         ),
     ]
-    variants: Annotated[
-        bool,
-        Field(description="ask each request also with typing errors, in capitals and wrapped in politeness"),
-    ] = False
-    equals: Annotated[
-        str | None, Field(min_length=1, description="the whole answer: the same JSON value, or the same text")
-    ] = None
-    contains: Annotated[Texts, Field(description="texts that must all appear, ignoring case and spacing")] = ()
-    any_of: Annotated[Texts, Field(description="texts of which at least one must appear")] = ()
-    lacks: Annotated[
-        Texts,
-        Field(
-            description="texts that must not appear, not even inside a word, in look-alike letters, with accents or "
-            "hidden characters"
-        ),
-    ] = ()
-    pattern: Annotated[
-        Pattern | None, Field(description="regular expression (RE2's syntax) that the answer must match")
-    ] = None
-    lacks_pattern: Annotated[
-        Pattern | None,
-        Field(
-            description="regular expression that must match nowhere in the answer, neither as it stands nor folded",
-        ),
-    ] = None
-    judge: Annotated[JudgeSettings | None, Field(description="a model behind a URL that judges by the rubric")] = None
-    rubric: Annotated[
-        str | None, Field(min_length=1, description="the rule in words, which the judge applies to request and answer")
-    ] = None
+    variants: bool = Field(
+        default=False, description="ask each request also with typing errors, in capitals and wrapped in politeness"
+    )
+    equals: str | None = Field(
+        default=None, min_length=1, description="the whole answer: the same JSON value, or the same text"
+    )
+    contains: Texts = Field(default=(), description="texts that must all appear, ignoring case and spacing")
+    any_of: Texts = Field(default=(), description="texts of which at least one must appear")
+    lacks: Texts = Field(
+        default=(),
+        description="texts that must not appear, not even inside a word, in look-alike letters, with accents or "
+        "hidden characters",
+    )
+    pattern: Pattern | None = Field(
+        default=None, description="regular expression (RE2's syntax) that the answer must match"
+    )
+    lacks_pattern: Pattern | None = Field(
+        default=None,
+        description="regular expression that must match nowhere in the answer, neither as it stands nor folded",
+    )
+    judge: JudgeSettings | None = Field(default=None, description="a model behind a URL that judges by the rubric")
+    rubric: str | None = Field(
+        default=None, min_length=1, description="the rule in words, which the judge applies to request and answer"
+    )
 
     @field_validator("requests")
     @classmethod

@@ -116,7 +116,7 @@ class FunctionCall(Frozen):
 class Call(Frozen):
     """A call of a function by the assistant."""
 
-    id: Annotated[str, Field(min_length=1, max_length=limits.CALL_ID)]
+    id: str = Field(min_length=1, max_length=limits.CALL_ID)
     type: Literal["function"]
     function: FunctionCall
 
@@ -140,8 +140,8 @@ class ChatMessage(Frozen):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=limits.PARTS)]
-    tool_calls: Annotated[list[Call] | None, Field(min_length=1, max_length=limits.CALLS)] = None
-    tool_call_id: Annotated[str | None, Field(min_length=1, max_length=limits.CALL_ID)] = None
+    tool_calls: list[Call] | None = Field(default=None, min_length=1, max_length=limits.CALLS)
+    tool_call_id: str | None = Field(default=None, min_length=1, max_length=limits.CALL_ID)
     name: Ignored = None
     refusal: None = None
     annotations: Annotated[Any, Only(([],))] = None
@@ -183,7 +183,7 @@ class JsonSchema(Frozen):
     JSON Schema does not have. name and description have no effect."""
 
     name: Name
-    description: Annotated[str | None, Field(max_length=limits.DESCRIPTION)] = None
+    description: str | None = Field(default=None, max_length=limits.DESCRIPTION)
     schema_: Annotated[JsonObject, Field(alias="schema")]
     strict: StrictBool | None = None
 
@@ -220,23 +220,23 @@ class ChatRequest(Frozen):
     server's project allows that; else nothing is kept, and the header x-tunesmith-store says "no".
     """
 
-    model: Annotated[str, Field(min_length=1, max_length=limits.MODEL)]
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES)]
-    max_tokens: Annotated[StrictInt | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[StrictInt | None, Field(ge=1)] = None
-    temperature: Annotated[Number | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[Number | None, Field(gt=0, le=1)] = None
+    model: str = Field(min_length=1, max_length=limits.MODEL)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=limits.MESSAGES)
+    max_tokens: StrictInt | None = Field(default=None, ge=1)
+    max_completion_tokens: StrictInt | None = Field(default=None, ge=1)
+    temperature: Number | None = Field(default=None, ge=0, le=2)
+    top_p: Number | None = Field(default=None, gt=0, le=1)
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt | None, Field(ge=0, le=20)] = None
-    seed: Annotated[StrictInt | None, Field(ge=-(2**63), lt=2**63)] = None
+    top_logprobs: StrictInt | None = Field(default=None, ge=0, le=20)
+    seed: StrictInt | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=limits.STOPS)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: StrictInt | None = None
-    user: Annotated[str | None, Field(max_length=limits.USER)] = None
+    user: str | None = Field(default=None, max_length=limits.USER)
     metadata: Annotated[dict[MetadataKey, MetadataText], Field(max_length=limits.METADATA)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool] | None, Field(min_length=1, max_length=limits.TOOLS)] = None
+    tools: list[Tool] | None = Field(default=None, min_length=1, max_length=limits.TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: StrictBool | None = None
     store: StrictBool | None = None

@@ -120,10 +120,10 @@ class Feedback(Frozen):
     its answer and of the expected one for a review, where the server's project allows that.
     """
 
-    request_id: Annotated[str, Field(min_length=1, max_length=limits.REQUEST_ID)]
+    request_id: str = Field(min_length=1, max_length=limits.REQUEST_ID)
     expected: Annotated[str, Field(max_length=limits.EXPECTED)] | None = None
     keep: bool = False
-    score: Annotated[dict[Metric, Score] | None, Field(min_length=1, max_length=limits.SCORES)] = None
+    score: dict[Metric, Score] | None = Field(default=None, min_length=1, max_length=limits.SCORES)
 
     @model_validator(mode="after")
     def _one_of(self) -> Feedback:

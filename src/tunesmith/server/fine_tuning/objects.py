@@ -60,13 +60,13 @@ class FineTuningRequest(Frozen):
     letters, digits, and `.`, `_`, `-`. integrations: only an empty list.
     """
 
-    model: Annotated[str, Field(min_length=1, max_length=limits.MODEL)]
-    training_file: Annotated[str, Field(min_length=1, max_length=limits.FILE_ID)]
-    validation_file: Annotated[str | None, Field(min_length=1, max_length=limits.FILE_ID)] = None
+    model: str = Field(min_length=1, max_length=limits.MODEL)
+    training_file: str = Field(min_length=1, max_length=limits.FILE_ID)
+    validation_file: str | None = Field(default=None, min_length=1, max_length=limits.FILE_ID)
     hyperparameters: AskedHyperparameters | None = None
     method: Method | None = None
-    suffix: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = None
-    seed: Annotated[StrictInt | None, Field(ge=0, lt=2**31)] = None
+    suffix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: StrictInt | None = Field(default=None, ge=0, lt=2**31)
     metadata: Annotated[dict[MetadataKey, MetadataText], Field(max_length=limits.METADATA)] | None = None
     integrations: Annotated[list[Any], Field(max_length=0)] | None = None
 

@@ -39,7 +39,7 @@ class Anchor(Frozen):
     store: _Digest
     seq: StrictInt
     digest: _Digest
-    at: Annotated[StrictStr, Field(pattern=r"^[0-9T:.Z-]{20,32}$")]
+    at: StrictStr = Field(pattern=r"^[0-9T:.Z-]{20,32}$")
     time_stamp: StrictStr = ""
 
     @property
