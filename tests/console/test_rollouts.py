@@ -63,7 +63,8 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert (first.points[-1].requests, first.whole) == (10, False)
     decides = look(store, get_rollout(store, rollout.id))
     assert decides is not None
-    assert (evidence.points[-1].not_worse, evidence.points[-1].worse) == (decides.not_worse, decides.worse)
+    newest, shown = evidence.points[-1], decides.evidence
+    assert (newest.not_worse, newest.worse) == (shown["not_worse"], shown["worse"])
     page.get_by_text("The numbers").first.click()
     check_page(page)
 

@@ -306,7 +306,8 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
         if place % width == 0 or place == len(rows):
             last = _judged(analysis, rows[:place], main, seen)
             points.append(_point(place, last))
-    return Evidence.of(last, step=step + 1, metric=analysis.metric, points=tuple(points), whole=whole)
+    needed = last.evidence["needed"]
+    return Evidence.of(last, step=step + 1, needed=needed, points=tuple(points), whole=whole)
 
 
 def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
