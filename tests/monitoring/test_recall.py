@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, lamp, put_base, put_dataset
+from tunesmith.cli.terminal import command_line
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import load_dataset
@@ -160,6 +161,10 @@ def only(scene: Scene) -> PendingRetrain:
     return one
 
 
+def commands(due: PendingRetrain) -> list[str]:
+    return [command_line(step) for step in due.next]
+
+
 def without(scene: Scene) -> None:
     """From now on versions are made of a dataset that is not withdrawn."""
     scene.dataset = put_dataset(scene.store, [lamp(n) for n in range(100, 140)])
@@ -174,19 +179,19 @@ def test_it_is_due_until_a_version_without_the_row_serves(scene: Scene, versions
     due = only(scene)
     assert (due.name, due.version, due.causes) == (NAME, f"{NAME}@v1", (f"row {row.id}",))
     assert (due.serves, due.answers, due.replacement) == (f"{NAME}@v1", False, None)
-    assert due.next == ("tunesmith run",)
+    assert commands(due) == ["tunesmith run"]
     assert list_pending_retrains(scene.store, "another") == []
 
     without(scene)
     new = scene.version(50, approved=False)
     due = only(scene)
     assert due.replacement == new.label
-    assert due.next == (
-        f"tunesmith approve {new.label} --as NAME --reason WHY",
+    assert commands(due) == [
+        f"tunesmith approve {new.label} --reason REASON --as USER",
         f"tunesmith rollout start {new.label}",
-    )
+    ]
     approve(scene.store, new, approver=APPROVER, reason="looks right")
-    assert only(scene).next == (f"tunesmith rollout start {new.label}",)
+    assert commands(only(scene)) == [f"tunesmith rollout start {new.label}"]
     # Nothing answers, so there is nothing to compare with: what replaces it serves at once.
     serve(scene, new)
     assert list_pending_retrains(scene.store) == []
@@ -204,7 +209,7 @@ def test_a_retrain_stays_pending_after_a_rollback(scene: Scene, versions: dict[i
     without(scene)
     third = scene.version(61)
     rollout = start(scene.store, name=NAME, version=third, steps=AT_ONCE, actor=OPERATOR)
-    assert only(scene).next == ("tunesmith rollout status",)
+    assert commands(only(scene)) == ["tunesmith rollout status"]
     while rollout.live:
         rollout = advance(scene.store, rollout.id)
     assert list_pending_retrains(scene.store) == []
@@ -216,7 +221,8 @@ def test_a_recalled_version_or_base_asks_for_a_change_and_each_tenant_is_a_place
     serve(scene, versions[3])
     withdraw(scene, "version", versions[4].digest)
     withdraw(scene, "version", versions[3].digest)
-    assert only(scene).next == ("change the rows or settings in tunesmith.yaml", "tunesmith run")
+    change, again = only(scene).next
+    assert (change, change.verb, again.verb) == ("change the rows or settings in tunesmith.yaml", "", "run")
     serve(scene, versions[1])
     serve(scene, versions[2], scope=Scope("acme"))
     withdraw(scene, "base", scene.base)

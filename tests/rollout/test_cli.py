@@ -184,7 +184,7 @@ def test_a_recall_ends_rollouts_and_a_retrain_is_due_until_another_version_serve
     assert f"{NAME}@v1 was recalled" in folder.told("monitor")
     said = folder.told("recall", "--pending")
     assert f"retrain pending: {NAME}: {NAME}@v1 was recalled" in said
-    assert f"next: tunesmith approve {NAME}@v4" in said
+    assert f"next: have {NAME}@v4 approved: `tunesmith approve {NAME}@v4" in said
     assert folder.run("recall", "--pending", "--row", "x")[0] == 2
     # v1 answers no more: what replaces it serves at once, and what was due is over.
     code, started = folder.run("rollout", "start", f"{NAME}@v2")

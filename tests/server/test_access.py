@@ -33,6 +33,7 @@ from tunesmith.server.errors import ApiError
 from tunesmith.store.people.identities import add_user, deactivate
 from tunesmith.store.people.roles import ROLES, TOKEN_SCOPES
 from tunesmith.store.people.tokens import issue_token, list_tokens, revoke_token
+from tunesmith.store.records import Record
 
 DECISIONS = {"public", "session", "any token", *TOKEN_SCOPES}
 OPEN = {"/healthz", "/readyz", "/metrics"}
@@ -238,6 +239,10 @@ def test_the_commands_that_list(scene: Scene) -> None:
     found = run("evaluations")
     assert (found["total"], found["evaluations"][0]["evaluation"]) == (5, measured)
     assert run("evaluations", measured[7:19])["summary"]["evaluation"] == measured
+    of_a_later_version = scene.store.put_record(Record(kind="evaluation", body={"n": "many"}))
+    (first, second, *_), lines = run("evaluations")["evaluations"], len(found["evaluations"])
+    assert (first["evaluation"], second["evaluation"], lines) == (of_a_later_version, measured, 5)
+    assert first["unreadable"].startswith(f"record {of_a_later_version[7:19]} does not state what")
     assert scene.dataset in [one["dataset"] for one in run("data", "list")["datasets"]]
     assert run("recalls") == {"recalls": []}
     withdrawn = list_versions(scene.store)[0]

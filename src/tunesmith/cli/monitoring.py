@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith import services
-from tunesmith.cli.terminal import Acting, Drawn, Here, add_commands, add_group, say, table
+from tunesmith.cli.terminal import Acting, Drawn, Here, add_commands, add_group, say, table, worded
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.wording import visible
 
@@ -108,7 +108,7 @@ def recall(
     done = here.do(services.monitoring.recall, kind=kind, value=value)
     here.emit(done, _draw_recall)
     for line in done.next:
-        say(line)
+        say(worded(line))
     return 0
 
 
@@ -168,7 +168,7 @@ def _draw_monitored(label: str, report: services.monitoring.Monitored) -> Drawn:
         p_value = "" if finding.p_value is None else f" (KS p = {finding.p_value:.2g})"
         yield f"  {finding.outcome:<12} {finding.reason}{p_value}"
     if report.recommendation:
-        yield f"  {report.recommendation}"
+        yield f"  {worded(report.recommendation)}"
     for champion in report.refused_champions:
         yield str(champion.warning), "bold red"
     yield from _draw_pending(report.pending_retrains)
@@ -187,7 +187,7 @@ def _draw_pending(pending: Sequence[PendingRetrain]) -> Drawn:
         yield f"retrain pending: {one.name}{one.scope.said}: {one.version} was recalled, {made}; {serves}"
         yield f"  by {', '.join(one.causes)}"
         for step in one.next:
-            yield f"  next: {step}"
+            yield f"  next: {worded(step)}"
 
 
 def _draw_status(status: RecallStatus) -> Drawn:

@@ -91,7 +91,7 @@ def doctor(here: Here, *, gpu: bool = False) -> int:
 
     gpu: Only compute a training step on the GPU, and compare it with the CPU's.
     """
-    found = services.doctor.examine_gpu() if gpu else services.doctor.examine(here.directory, worded)
+    found = services.doctor.examine_gpu() if gpu else services.doctor.examine(here.directory)
     here.emit(found, _draw_checks)
     return 0 if found.ok else 1
 
@@ -144,7 +144,7 @@ def _draw_status(found: services.home.Home) -> Drawn:
         yield f"rollout {rollout.rollout}: {moved}"
     for each in found.waiting:
         who = "you" if each.mine else " or ".join(each.roles)
-        yield f"waits for {who}: {each.says}: {each.command}"
+        yield f"waits for {who}: {worded(each.says)}"
     if found.versions:
         newest = f"of versions that wait for an approval, only those of the newest {found.versions} are listed"
         yield f"{newest}: tunesmith show"
@@ -217,7 +217,7 @@ def _draw_checks(found: Checks) -> Drawn:
     for check in found.checks:
         yield f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}"
         if check.fix:
-            yield f"     {check.fix}"
+            yield f"     {worded(check.fix)}"
 
 
 def settings_text(schema: Schema) -> str:

@@ -125,7 +125,7 @@ def _draw_list(found: services.evaluation_lookups.EvaluationList) -> Drawn:
             one.evaluation[7:19],
             one.at[:16],
             one.n,
-            f"{one.best} {one.score.mean:.1%}",
+            f"{one.best} {one.score.mean:.1%}" if one.score else f"unreadable: {one.unreadable}",
             ", ".join(f"{verdict.candidate}: {verdict.verdict}" for verdict in one.verdicts),
             ", ".join(version.version for version in one.versions),
             one.recalled or "",

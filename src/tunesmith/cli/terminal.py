@@ -83,8 +83,8 @@ def command_line(step: NextStep) -> str:
 
 
 def worded(step: NextStep) -> str:
-    """A step in words, and its command."""
-    return f"{step}: `{command_line(step)}`"
+    """A step in words, and its command if it has one."""
+    return f"{step}: `{command_line(step)}`" if step.verb else str(step)
 
 
 def say(text: str = "") -> None:
@@ -124,8 +124,8 @@ class Here:
     def emit(self, result: Result, draw: Callable[[Result], Drawn] | str) -> None:
         """Print a command's result on stdout: as JSON, or for a person. draw: makes what is drawn, or is its line."""
         if self.as_json:
-            document = result if isinstance(result, Mapping) else result.model_dump(mode="json", by_alias=True)
-            print(json_text(document), flush=True)
+            how: Any = {"mode": "json", "by_alias": True, "context": {"worded": worded}}
+            print(json_text(result if isinstance(result, Mapping) else result.model_dump(**how)), flush=True)
             return
         from tunesmith.cli.console import PlainConsole
 

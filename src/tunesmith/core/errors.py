@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
 
 
 class NextStep(str):
@@ -20,6 +23,21 @@ class NextStep(str):
         step = super().__new__(cls, words)
         step.verb, step.arguments = verb, arguments
         return step
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: object, _handler: object) -> CoreSchema:
+        """As a field of a result: a text, which the context of `model_dump` words as {"worded": FUNCTION} says."""
+        from pydantic_core import core_schema
+
+        def worded(step: NextStep, info: Any) -> str:
+            return str((info.context or {}).get("worded", str)(step))
+
+        text = core_schema.str_schema()
+        return core_schema.no_info_plain_validator_function(
+            lambda given: given if isinstance(given, cls) else cls(given),
+            json_schema_input_schema=text,
+            serialization=core_schema.plain_serializer_function_ser_schema(worded, info_arg=True, return_schema=text),
+        )
 
 
 class TunesmithError(Exception):

@@ -53,6 +53,20 @@ class ScopedView(View):
         return Scope(self.tenant, self.region)
 
 
+class Page(View):
+    """A part of a longer list. total: how many there are on all pages. page: from 1."""
+
+    total: int
+    page: int
+    pages: int
+
+    @classmethod
+    def within(cls, page: int, total: int, each: int) -> Page:
+        """The page of that number, with so many each; one beyond the last is the last."""
+        pages = max(1, -(-total // each))
+        return Page(total=total, page=min(max(1, page), pages), pages=pages)
+
+
 class Problem(View):
     """What is wrong with a file, record or entry. path: where; relative to the store's root if the file is in it."""
 

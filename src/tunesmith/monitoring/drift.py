@@ -30,6 +30,7 @@ from pydantic import field_serializer
 from sqlalchemy import select
 
 from tunesmith.core.clock import iso, now
+from tunesmith.core.errors import NextStep
 from tunesmith.core.view import View
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.store.store import Store
@@ -95,7 +96,7 @@ class Report(View):
     requests: int
     capped: dict[str, int]
     findings: tuple[DriftFinding, ...]
-    recommendation: str | None
+    recommendation: NextStep | None
 
 
 def watch(
@@ -132,7 +133,7 @@ def watch(
         requests=len(rows),
         capped=capped,
         findings=findings,
-        recommendation=_recommendation(findings) if verdict == "drift" else None,
+        recommendation=_recommendation(findings, name) if verdict == "drift" else None,
     )
 
 
@@ -274,11 +275,12 @@ def _overall(findings: Sequence[DriftFinding]) -> tuple[Verdict, str]:
     return "stable", f"{', '.join(finding.name for finding in telling)} within bounds"
 
 
-def _recommendation(findings: Sequence[DriftFinding]) -> str:
+def _recommendation(findings: Sequence[DriftFinding], name: str) -> NextStep:
     names = [finding.name for finding in findings if finding.outcome == "drift"]
     if names == ["json_valid"]:
-        return "fewer answers are valid although requests look alike: `tunesmith rollout rollback`, then find the cause"
-    return "retrain: collect and label requests of this window, add them to data.sources, then `tunesmith run`"
+        words = "fewer answers are valid although requests look alike: roll back, then find the cause"
+        return NextStep(words, "rollout rollback", name=name)
+    return NextStep("retrain: collect and label requests of this window, add them to data.sources, then run", "run")
 
 
 def _too_few(requests: int, kept: int, settings: MonitoringSettings) -> str:

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import NextStep, Refused
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import ScopedView
 from tunesmith.records.version import VersionBody
@@ -32,8 +32,8 @@ class PendingRetrain(ScopedView):
     """A name, for a tenant and region, whose champion was recalled. version: the newest recalled champion.
 
     causes: of its recalls. serves: the version that is champion now, "" for none. answers: whether that one may be
-    loaded. replacement: a later version that was made without what was recalled but is not champion yet. next: the
-    commands to run, in order.
+    loaded. replacement: a later version that was made without what was recalled but is not champion yet. next: what
+    to do, in order.
     """
 
     name: str
@@ -42,7 +42,7 @@ class PendingRetrain(ScopedView):
     serves: str
     answers: bool
     replacement: str | None
-    next: tuple[str, ...]
+    next: tuple[NextStep, ...]
 
 
 def list_pending_retrains(store: Store, name: str | None = None) -> list[PendingRetrain]:
@@ -120,19 +120,21 @@ def _causes(version: Version, statement: VersionBody, by_cause: dict[str, list[s
     ]
 
 
-def _next(store: Store, session: Session, place: _Place, by: list[str], replacement: Version | None) -> list[str]:
+def _next(store: Store, session: Session, place: _Place, by: list[str], replacement: Version | None) -> list[NextStep]:
     name, scope = place
     if replacement is None:
         kinds = {cause.partition(" ")[0] for cause in by}
         change = "name another `base`" if "base" in kinds else "change the rows or settings"
         # The next build leaves recalled rows out. It does not replace a base, or what a recalled version was made from.
-        return [*([f"{change} in tunesmith.yaml"] if kinds & {"base", "version"} else []), "tunesmith run"]
+        changes = [NextStep(f"{change} in tunesmith.yaml")] if kinds & {"base", "version"} else []
+        return [*changes, NextStep("build, train and measure again", "run")]
     rollout = live_rollout(session, name, scope)
     if rollout is not None and rollout.canary == replacement.digest:
-        return ["tunesmith rollout status"]
-    steps = [f"tunesmith rollout start {replacement.label}{scope.options()}"]
+        return [NextStep("see how its rollout goes", "rollout status")]
+    label = replacement.label
+    steps = [NextStep(f"start a rollout of {label}", "rollout start", version=label, **scope.fields())]
     try:
         check_may_serve(session, store, replacement, scope)
     except Refused:
-        steps.insert(0, f"tunesmith approve {replacement.label} --as NAME --reason WHY")
+        steps.insert(0, NextStep(f"have {label} approved", "approve", version=label, actor=..., reason=...))
     return steps

@@ -130,26 +130,20 @@ def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
     if problems:
         fix = NextStep("nothing was written; compare log and anchors", "audit verify", anchor=(there.name,))
         raise Refused(problems[0], where=there.name, fix=fix)
+    known = Anchored(place=there.name, store=first, head=head, written=False)
     if newest is not None and newest.action == _ANCHOR and newest.detail.get("place") == there.name:
-        return Anchored(place=there.name, store=first, head=head, written=False)
+        return known
     made = Anchor(store=first, seq=head.seq, digest=head.digest, at=stamp())
     stamped_at = None
     if asked.time_stamp is not None and roots is not None:
-        token, stamped_at = time_stamps.time_stamp(asked.time_stamp, made.statement, roots)
-        made = made.model_copy(update={"time_stamp": token})
+        token, signed = time_stamps.time_stamp(asked.time_stamp, made.statement, roots)
+        made, stamped_at = made.model_copy(update={"time_stamp": token}), signed.isoformat()
     until = there.write(made, now() + timedelta(days=asked.keep_days))
     kept_until = None if until is None else until.isoformat()
     detail = {"place": there.name, "seq": head.seq, "digest": head.digest, "kept_until": kept_until}
     with store.change(acting.actor, _ANCHOR, "audit", detail) as session:
         require(session, acting.actor, _ANCHOR)
-    return Anchored(
-        place=there.name,
-        store=first,
-        head=head,
-        written=True,
-        kept_until=kept_until,
-        stamped_at=None if stamped_at is None else stamped_at.isoformat(),
-    )
+    return known.model_copy(update={"written": True, "kept_until": kept_until, "stamped_at": stamped_at})
 
 
 @action("audit.verify", tokens=("read",), at="/audit/verification", whole=True, form=True, reads_files=True)
@@ -298,7 +292,7 @@ def backup(store: Store, file: Path, *, actor: str | None = None, progress: Prog
     copied = write_archive(store, file.absolute(), progress)
     with store.change(user, "store.backup", file.name, {"rows": copied.rows, "objects": copied.objects}):
         pass
-    return StoreCopy(place=str(file), objects=copied.objects, bytes=copied.bytes, rows=copied.rows)
+    return StoreCopy.of(copied, place=str(file))
 
 
 def restore(store: Store, file: Path, *, actor: str | None = None, progress: Progress = SILENT) -> StoreCopy:

@@ -26,7 +26,7 @@ class Check(View):
     name: str
     ok: bool
     detail: str
-    fix: str | None = None
+    fix: NextStep | None = None
 
 
 class Checks(View):
@@ -36,13 +36,10 @@ class Checks(View):
     checks: tuple[Check, ...]
 
 
-def examine(directory: Path, word: Callable[[NextStep], str] = str) -> Checks:
-    """Check this machine, the project, its base, its store, its audit log, and whether its champions may serve.
-
-    word: says what to do next.
-    """
+def examine(directory: Path) -> Checks:
+    """Check this machine, the project, its base, its store, its audit log, and whether its champions may serve."""
     checks = (_python, _processor, _gpus, _extras, _memory, _cache, _disk, _project, _base, _store, _champions)
-    found = tuple(_checked(check, directory, word) for check in checks)
+    found = tuple(_checked(check, directory) for check in checks)
     return Checks(ok=all(check.ok for check in found), checks=found)
 
 
@@ -75,17 +72,16 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
-def _checked(check: Callable[[Path], Check], directory: Path, word: Callable[[NextStep], str]) -> Check:
+def _checked(check: Callable[[Path], Check], directory: Path) -> Check:
     try:
         return check(directory)
     except TunesmithError as error:
         where = f" ({error.where})" if error.where else ""
-        fix = word(error.fix) if isinstance(error.fix, NextStep) else error.fix
-        return Check(name=check.__name__.strip("_"), ok=False, detail=f"{error.what}{where}", fix=fix)
+        return _check(check.__name__.strip("_"), f"{error.what}{where}", False, error.fix)
 
 
 def _check(name: str, detail: str, ok: bool = True, fix: str | None = None) -> Check:
-    return Check(name=name, ok=ok, detail=detail, fix=None if ok else fix)
+    return Check.model_validate({"name": name, "ok": ok, "detail": detail, "fix": None if ok else fix})
 
 
 def _python(_directory: Path) -> Check:

@@ -7,7 +7,9 @@ one: services/held_out_requests.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -63,19 +65,21 @@ class ListedVerdict(View):
 class ListedEvaluation(View):
     """One line of the list. best: the candidate with the highest mean by the primary metric, and its interval.
 
-    recalled: why its evidence may no longer be used, None if it may.
+    recalled: why its evidence may no longer be used, None if it may. unreadable: why its record, or that of a verdict
+    on it, cannot be read, None if they can; without them, what they state is empty.
     """
 
     evaluation: str
     at: str
-    n: int
-    primary: str
-    candidates: int
-    best: str
-    score: MetricInterval
-    verdicts: tuple[ListedVerdict, ...]
+    n: int = 0
+    primary: str = ""
+    candidates: int = 0
+    best: str = ""
+    score: MetricInterval | None = None
+    verdicts: tuple[ListedVerdict, ...] = ()
     versions: tuple[RegisteredFrom, ...]
     recalled: str | None
+    unreadable: str | None = None
 
 
 class EvaluationList(View):
@@ -122,29 +126,37 @@ def list_evaluations(store: Store, user: User, page: int = 1) -> EvaluationList:
         ordered = seen.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((page - 1) * LISTED)
         rows = session.execute(ordered.limit(LISTED)).all()
         digests = [digest for digest, _ in rows]
-        verdicts = _verdicts(session, store, user.scope, digests)
+        verdicts = _verdicts(session, user.scope, digests)
         versions = _versions(session, user.scope, digests)
         reasons = recalls_of(session, digests)
-    found = []
+    listed = []
     for digest, at in rows:
-        body = EvaluationBody.read(store, digest)
-        scores = {name: stated.metrics[body.primary] for name, stated in body.candidates.items()}
-        best = max(sorted(scores), key=lambda name: scores[name].mean)
-        found.append(
-            ListedEvaluation(
-                evaluation=digest,
-                at=at,
-                n=body.n,
-                primary=body.primary,
-                candidates=len(scores),
-                best=best,
-                score=scores[best],
-                verdicts=tuple(verdicts.get(digest, ())),
-                versions=tuple(versions.get(digest, ())),
-                recalled=reasons.get(digest),
-            )
-        )
-    return EvaluationList(evaluations=tuple(found), total=total)
+        try:
+            stated = _stated(store, digest, verdicts[digest])
+        except (Refused, UsageError) as error:  # it must not hide the others
+            stated = {"unreadable": error.what}
+        index = {"at": at, "versions": tuple(versions[digest]), "recalled": reasons.get(digest)}
+        listed.append(ListedEvaluation(evaluation=digest, **index, **stated))
+    return EvaluationList(evaluations=tuple(listed), total=total)
+
+
+def _stated(store: Store, digest: str, verdicts: Sequence[str]) -> dict[str, Any]:
+    """What the list takes from the records of an evaluation and its verdicts."""
+    body = EvaluationBody.read(store, digest)
+    best = max(sorted(body.candidates), key=body.mean)
+    return {
+        "n": body.n,
+        "primary": body.primary,
+        "candidates": len(body.candidates),
+        "best": best,
+        "score": body.candidates[best].metrics[body.primary],
+        "verdicts": tuple(_verdict(store, each) for each in verdicts),
+    }
+
+
+def _verdict(store: Store, digest: str) -> ListedVerdict:
+    body = VerdictBody.read(store, digest)
+    return ListedVerdict(digest=digest, candidate=body.name, verdict=body.verdict)
 
 
 def newest_evaluation(store: Store, user: User) -> str:
@@ -163,17 +175,17 @@ def show_evaluation(store: Store, user: User, digest: str, verdict: str | None =
         at = when_made(session, user.scope, digest)
         if at is None:
             raise NotThere(_NO_EVALUATION)
-        verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
-        versions = _versions(session, user.scope, [digest]).get(digest, [])
+        verdicts = _verdicts(session, user.scope, [digest])[digest]
+        versions = _versions(session, user.scope, [digest])[digest]
         reason = recalls_of(session, [digest]).get(digest)
-    chosen = verdict or leading_verdict(store, digest, [one.digest for one in verdicts])
-    if chosen is not None and chosen not in {one.digest for one in verdicts}:
+    chosen = verdict or leading_verdict(store, digest, verdicts)
+    if chosen is not None and chosen not in verdicts:
         raise NotThere(_NO_EVALUATION)
     return EvaluationPage(
         summary=evaluation_summary(store, digest),
         at=at,
         dataset=store.record(digest).parents["dataset"],
-        verdicts=tuple(verdicts),
+        verdicts=tuple(_verdict(store, each) for each in verdicts),
         verdict=None if chosen is None else verdict_summary(store, chosen),
         endpoint=chosen is not None and _of_endpoint(store, chosen),
         versions=tuple(versions),
@@ -238,15 +250,19 @@ def show_findings(store: Store, user: User, digest: str, verdict: str | None = N
     not state what a report shows.
     """
     page = show_evaluation(store, user, digest, verdict)
-    try:
+    with refused_if_inconsistent():
         found = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
-    except Inconclusive as error:
-        raise Refused(error.what, where=error.where, fix=error.fix) from error
     groups = user.may(READ_PERMISSION) and user.scope == Scope()
     return found if groups else found.model_copy(update={"by_group": None})
 
 
-# Reading
+@contextlib.contextmanager
+def refused_if_inconsistent() -> Iterator[None]:
+    """Raise Refused for evidence that is not consistent."""
+    try:
+        yield
+    except Inconclusive as error:
+        raise Refused(error.what, where=error.where, fix=error.fix) from error
 
 
 @lru_cache(maxsize=32)
@@ -277,18 +293,14 @@ def when_made(session: Session, scope: Scope, digest: str) -> str | None:
     return None if row is None else str(row[1])
 
 
-def _verdicts(
-    session: Session, store: Store, scope: Scope, evaluations: Sequence[str]
-) -> dict[str, list[ListedVerdict]]:
+def _verdicts(session: Session, scope: Scope, evaluations: Sequence[str]) -> dict[str, list[str]]:
     """Evaluation -> its verdicts, oldest first. People of a tenant or region see those that released theirs."""
     query = select(EdgeRow.parent, EdgeRow.child).join(RecordRow, RecordRow.digest == EdgeRow.child)
     query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", RecordRow.kind == "verdict")
     query = query.where(*_released(scope, "verdict"))
-    found: dict[str, list[ListedVerdict]] = {}
-    for evaluation, digest in session.execute(query.order_by(RecordRow.created_at, RecordRow.digest)).all():
-        body = VerdictBody.read(store, digest)
-        one = ListedVerdict(digest=digest, candidate=body.name, verdict=body.verdict)
-        found.setdefault(evaluation, []).append(one)
+    found = defaultdict[str, list[str]](list)
+    for evaluation, digest in session.execute(query.order_by(RecordRow.created_at, RecordRow.digest)):
+        found[evaluation].append(digest)
     return found
 
 
@@ -299,10 +311,9 @@ def _versions(session: Session, scope: Scope, evaluations: Sequence[str]) -> dic
     query = query.join(VersionRow, VersionRow.digest == EdgeRow.child)
     query = query.join(verdict, verdict.c.child == EdgeRow.child)
     query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", *within(VersionRow, scope))
-    found: dict[str, list[RegisteredFrom]] = {}
-    for evaluation, name, number, digest, judged in session.execute(
-        query.order_by(VersionRow.name, VersionRow.number)
-    ).all():
+    found = defaultdict[str, list[RegisteredFrom]](list)
+    rows = session.execute(query.order_by(VersionRow.name, VersionRow.number))
+    for evaluation, name, number, digest, judged in rows:
         one = RegisteredFrom(version=str(VersionRef(name, number)), digest=digest, verdict=judged)
-        found.setdefault(evaluation, []).append(one)
+        found[evaluation].append(one)
     return found

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -96,18 +96,9 @@ def derived(
     settings = project.on_base(arguments.model).settings
     given, name = stated(settings), trained_name(settings)
     files = [(training, None), *([] if validation is None else [(validation, "test")])]
+    terms = given.model_dump(include={"licence", "attribution"})
     sources = tuple(
-        Source.model_validate(
-            {
-                "path": file.path,
-                "name": file.name,
-                "format": OPENAI,
-                "licence": given.licence,
-                "attribution": given.attribution,
-                "split": split,
-            }
-        )
-        for file, split in files
+        Source.model_validate({**file._asdict(), **terms, "format": OPENAI, "split": split}) for file, split in files
     )
     changes = {"sources": sources, "split": given.split or settings.data.split, "review": None}
     data = changed(settings.data, changes, "validation_file")
@@ -163,15 +154,10 @@ def _serving(store: Store, names: Sequence[str], alias: str, scope: Scope, candi
 
 
 def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
-    asked, changes = arguments.hyperparameters, dict[str, Any]()
-    if asked.n_epochs is not None:
-        changes["epochs"] = asked.n_epochs
-    if asked.batch_size is not None:
-        changes["batch"] = asked.batch_size
-    if asked.learning_rate_multiplier is not None:
-        changes["learning_rate"] = train.learning_rate * asked.learning_rate_multiplier
-    if arguments.seed is not None:
-        changes["seed"] = arguments.seed
+    asked, multiplier = arguments.hyperparameters, arguments.hyperparameters.learning_rate_multiplier
+    rate = None if multiplier is None else train.learning_rate * multiplier
+    given = {"epochs": asked.n_epochs, "batch": asked.batch_size, "learning_rate": rate, "seed": arguments.seed}
+    changes = {key: value for key, value in given.items() if value is not None}
     return changed_training(train, changes, "hyperparameters")
 
 

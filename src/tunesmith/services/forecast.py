@@ -162,17 +162,10 @@ def memory_plan(
         needs, trained = trains(quantized=quantized, recompute=recompute), 0 if full else rank * shapes.adapted
         operations = training_flops(shapes, tokens=rows, scored=rows, trained=trained, recompute=recompute)
         operations += 2.0 * rows * (shapes.computed + shapes.head) if full else 0.0
-        way = Way(
-            quantize="4bit" if quantized else None,
-            recompute=recompute,
-            base=needs.base,
-            trained=needs.trained,
-            activations=needs.activations,
-            total=needs.total,
-            fits=needs.total <= room,
-            seconds=None if rate is None else operations / rate / ranks,
-        )
-        ways.append(way)
+        quantize: Literal["4bit"] | None = "4bit" if quantized else None
+        seconds = None if rate is None else operations / rate / ranks
+        fits = needs.total <= room
+        ways.append(Way.of(needs, quantize=quantize, recompute=recompute, fits=fits, seconds=seconds))
     numbers, each = shapes.linear + shapes.rest, cache_bytes(shapes, DTYPES[precision], 1)
     beside = room - numbers * (2 if precision == "bf16" else 4)
     return MemoryPlan(

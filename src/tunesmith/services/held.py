@@ -105,7 +105,7 @@ def list_held(store: Store, user: User, *, everything: bool = False, reviews: bo
     state = [] if everything else [HeldRow.state == queue.WAITING]
     with database.reading(store.engine) as session:
         rows = queue.listed(session, wanted, *state, most=LISTED)
-        return HeldList(held=tuple(HeldView(**_facts(session, store, row, user)) for row in rows))
+        return HeldList(held=tuple(HeldView.of(row, **_facts(session, store, row, user)) for row in rows))
 
 
 def show(store: Store, user: User, identifier: str, *, reviews: bool = True) -> HeldAnswerView:
@@ -122,7 +122,7 @@ def show(store: Store, user: User, identifier: str, *, reviews: bool = True) -> 
         texts: JsonObject = {"completion": queue.response_of(row)}
         if reviews:
             texts |= {key: row.texts.get(key) for key in ("messages", "answer", "edited")}
-        return HeldAnswerView(**_facts(session, store, row, user), **texts)
+        return HeldAnswerView.of(row, **_facts(session, store, row, user), **texts)
 
 
 @action("answer.decide", permission="answer.review", tokens=("decisions",), at="/held/{identifier}/decide", form=True)
@@ -168,15 +168,9 @@ def _facts(session: Session, store: Store, row: HeldRow, user: User) -> JsonObje
         label = load_version(store, row.version, session).label
     except TunesmithError:  # a record that cannot be read
         label = row.version
-    waits = row.state == queue.WAITING
     return {
-        **{key: getattr(row, key) for key in ("id", "name", "tenant", "region", "caller", "state", "at_deadline")},
-        **{key: getattr(row, key) for key in ("digest", "given", "decided_by", "reason")},
         "version": label,
-        "reasons": tuple(row.reasons),
-        "at": second(row.at),
-        "deadline": second(row.deadline),
-        "until": second(row.until),
+        **{name: second(getattr(row, name)) for name in ("at", "deadline", "until")},
         "decided_at": None if row.decided is None else second(row.decided),
-        "may_decide": waits and _reviews(row, user) and row.caller != user.name,
+        "may_decide": row.state == queue.WAITING and _reviews(row, user) and row.caller != user.name,
     }

@@ -6,12 +6,11 @@ Requests and answers are texts of rows: they take the permission `evidence.read`
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 
 from tunesmith.core.access import Caller
-from tunesmith.core.errors import Inconclusive, NextStep, NotThere, Refused, UsageError
+from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import Change, differences
 from tunesmith.core.view import View
@@ -19,7 +18,7 @@ from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight
 from tunesmith.evaluation.report.matrix import Change as RowChange
 from tunesmith.evaluation.summary import EvaluationSummary, rival_of, verdict_summary
-from tunesmith.services.evaluation_lookups import show_evaluation, when_made
+from tunesmith.services.evaluation_lookups import refused_if_inconsistent, show_evaluation, when_made
 from tunesmith.services.evaluations import READ_PERMISSION
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
@@ -124,15 +123,7 @@ class OpenedRequest(View):
     next: str | None
 
 
-@contextlib.contextmanager
-def _refused_if_not_consistent() -> Iterator[None]:
-    try:
-        yield
-    except Inconclusive as error:
-        raise Refused(error.what, where=error.where, fix=error.fix) from error
-
-
-@_refused_if_not_consistent()
+@refused_if_inconsistent()
 def show_requests(
     store: Store, user: User, region: str, digest: str, chosen: Mapping[str, str], first: int = 0, most: int = 0
 ) -> RequestMatrix:
@@ -147,7 +138,7 @@ def show_requests(
     use = _filter(store, user, digest, matrix, chosen)
     found, sight = matrix.select(use, reader), matrix.sight(reader)
     changes = matrix.changes(use.focus, use.rival, use.metric)
-    names = tuple(dict.fromkeys((use.focus, use.rival, *matrix.candidates)))
+    names = _names(use, matrix)
     return RequestMatrix(
         evaluation=digest,
         dataset=matrix.dataset,
@@ -164,7 +155,7 @@ def show_requests(
                 place=first + number,
                 id=matrix.rows[place].id,
                 group=matrix.rows[place].group,
-                request=_last_turn(matrix, place)[:_SHOWN_REQUEST],
+                request=matrix.rows[place].request[-1].text[:_SHOWN_REQUEST],
                 change=CHANGES[changes[place]],
                 cells=tuple(_cell(matrix, sight, name, use.metric, place) for name in names),
             )
@@ -173,7 +164,7 @@ def show_requests(
     )
 
 
-@_refused_if_not_consistent()
+@refused_if_inconsistent()
 def show_request(
     store: Store, user: User, region: str, digest: str, row: str, chosen: Mapping[str, str], compared: str = REFERENCE
 ) -> OpenedRequest:
@@ -192,8 +183,8 @@ def show_request(
     if compared not in (REFERENCE, *matrix.candidates):
         raise UsageError(f"there is no candidate {compared[:80]!r} to compare with", fix="name one of the evaluation")
     start = example.answer if compared == REFERENCE else _text(matrix, sight, compared, place)
-    at, before, after = _neighbours(matrix, matrix.select(use, reader), place)
-    names = tuple(dict.fromkeys((use.focus, use.rival, *matrix.candidates)))
+    found, names = matrix.select(use, reader), _names(use, matrix)
+    at, before, after = _neighbours(matrix, found, place)
     return OpenedRequest(
         evaluation=digest,
         id=example.id,
@@ -207,7 +198,7 @@ def show_request(
         compared=compared,
         answers=tuple(_opened(matrix, sight, name, place, start) for name in names),
         place=at,
-        chosen=len(matrix.select(use, reader).places),
+        chosen=len(found.places),
         previous=before,
         next=after,
     )
@@ -254,16 +245,16 @@ def _filter(store: Store, user: User, digest: str, matrix: Matrix, chosen: Mappi
     return Filter(focus, rival, chosen.get("metric") or matrix.primary, **given)  # type: ignore[arg-type]
 
 
+def _names(use: Filter, matrix: Matrix) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((use.focus, use.rival, *matrix.candidates)))
+
+
 def _best(store: Store, matrix: Matrix, measured: EvaluationSummary) -> str:
     def rank(name: str) -> tuple[bool, bool, float]:
         candidate = matrix.candidates[name]
         return approach_of(store, candidate) != CONTROL, candidate.tuned, measured.mean(name)
 
     return max(sorted(matrix.candidates), key=rank)
-
-
-def _last_turn(matrix: Matrix, place: int) -> str:
-    return matrix.rows[place].request[-1].text
 
 
 def _text(matrix: Matrix, sight: Sight, name: str, place: int) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,11 +14,12 @@ from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.project import Project
+from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.champions import Champion, list_champions
@@ -56,16 +58,15 @@ class ServingNow(View):
 
 
 class Waiting(View):
-    """Something that waits for people. roles: of those who may do it. mine: whether the viewer is one of them.
+    """Something that waits for people. says: with the command that does it. roles: of those who may do it.
 
-    page: where in the console, "" where no page does it. command: the same on the command line.
+    mine: whether the viewer is one of them. page: where in the console.
     """
 
-    says: str
+    says: NextStep
     roles: tuple[str, ...]
     mine: bool
     page: str
-    command: str
 
 
 class Home(View):
@@ -83,12 +84,6 @@ class Home(View):
     rollouts: int | None
 
 
-class _Unapproved(NamedTuple):
-    version: Version
-    missing: tuple[str, ...]
-    approvers: tuple[str, ...]
-
-
 class _Kept(NamedTuple):
     """What only changes with the audit log, for every tenant and region. since: champion -> when it was set.
 
@@ -97,7 +92,7 @@ class _Kept(NamedTuple):
 
     champions: list[Champion]
     since: dict[tuple[str, Scope], str]
-    unapproved: list[_Unapproved]
+    unapproved: list[tuple[Version, Approvals]]
     pending: list[PendingRetrain]
     proposed: list[ProposedKey]
     more_versions: bool
@@ -106,7 +101,7 @@ class _Kept(NamedTuple):
 
 _Requests = Mapping[tuple[str, Scope], tuple[int, int]]
 _KEPT: WeakKeyDictionary[Store, UntilChanged[_Kept]] = WeakKeyDictionary()
-_DUE: WeakKeyDictionary[Store, tuple[float, tuple[tuple[str, str], ...]]] = WeakKeyDictionary()
+_DUE: WeakKeyDictionary[Store, tuple[float, tuple[NextStep, ...]]] = WeakKeyDictionary()
 _DUE_LOCK = threading.Lock()
 _REQUESTS: WeakKeyDictionary[Store, tuple[float, _Requests]] = WeakKeyDictionary()
 
@@ -118,21 +113,12 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
     requests = _requests(store, kept.champions)
     with database.reading(store.engine) as session:
         moving = live_lines(session, user.scope)
-    waiting = [
-        *_for_approval(user, kept.unapproved),
-        *_for_held(user, waiting_for(store, user)),
-        *_for_keys(user, kept.proposed),
-        *_for_rollouts(user, moving),
-        *_for_champions(user, kept.champions),
-        *_for_retrains(user, kept.pending),
-        *(_for_webhooks(user, project) if project else ()),
-    ]
     return Home(
         serving=tuple(
             _serving(one, user.scope, kept, requests) for one in kept.champions if _serves(one.scope, user.scope)
         ),
         moving=tuple(moving),
-        waiting=tuple(sorted(waiting, key=lambda one: not one.mine)),
+        waiting=_viewers_first(_all_waiting(store, user, kept, moving, project)),
         health=(PartHealth(part="database", ok=True, says="answers"), queue_health(store, user.scope)),
         versions=_VERSIONS if kept.more_versions else None,
         champions=_CHAMPIONS if kept.more_champions else None,
@@ -143,8 +129,7 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
 def status(project: Project, viewer: str) -> Home:
     """The first page for a user with what is due."""
     found = home(project.store, viewer, project)
-    waiting = sorted((*found.waiting, *due(project, viewer)), key=lambda one: not one.mine)
-    return found.model_copy(update={"waiting": tuple(waiting)})
+    return found.model_copy(update={"waiting": _viewers_first((*found.waiting, *due(project, viewer)))})
 
 
 def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
@@ -160,7 +145,7 @@ def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
         if time.monotonic() - at >= _DUE_SECONDS:
             found = tuple(_due(project))
             _DUE[project.store] = time.monotonic(), found
-    return tuple(_waiting(user, says, "job.add", _OPERATIONS, command) for says, command in found)
+    return tuple(_waiting(user, says, "job.add", _OPERATIONS) for says in found)
 
 
 def last_changes(store: Store) -> tuple[object, ...]:
@@ -182,7 +167,7 @@ def _read(session: Session, store: Store) -> _Kept:
     return _Kept(
         champions[:_CHAMPIONS],
         _since(session, champions),
-        _unapproved(session, [versions[digest] for digest in waiting]),
+        [(versions[digest], approvals_of(session, versions[digest])) for digest in waiting],
         list_pending_retrains(store),
         waiting_keys(store),
         len(newest) > _VERSIONS,
@@ -207,11 +192,6 @@ def _newest(session: Session) -> list[str]:
     query = select(VersionRow.digest).join(RecordRow, RecordRow.digest == VersionRow.digest)
     ordered = query.order_by(RecordRow.created_at.desc(), VersionRow.number.desc())
     return list(session.scalars(ordered.limit(_VERSIONS + 1)))
-
-
-def _unapproved(session: Session, versions: list[Version]) -> list[_Unapproved]:
-    decided = ((version, approvals_of(session, version)) for version in versions)
-    return [_Unapproved(version, found.missing, found.approvers) for version, found in decided]
 
 
 def _requests(store: Store, champions: list[Champion]) -> _Requests:
@@ -254,120 +234,58 @@ def _serving(one: Champion, viewer: Scope, kept: _Kept, requests: _Requests) -> 
 # What waits for whom
 
 
-def _waiting(user: User, says: str, action: str, page: str, command: str, *, not_for: tuple[str, ...] = ()) -> Waiting:
-    roles = tuple(sorted(ACTIONS[action]))
-    return Waiting(
-        says=says, roles=roles, mine=user.may(action) and user.name not in not_for, page=page, command=command
-    )
+def _viewers_first(waiting: Iterable[Waiting]) -> tuple[Waiting, ...]:
+    return tuple(sorted(waiting, key=lambda one: not one.mine))
 
 
-def _for_approval(user: User, unapproved: list[_Unapproved]) -> list[Waiting]:
-    return [
-        _waiting(
-            user,
-            f"{version.label} waits for {' and '.join(missing)}",
-            "version.approve",
-            f"/console/versions/{version.name}/{version.number}#decide",
-            f"tunesmith approve {version.label}",
-            not_for=(version.signer, *approvers),
-        )
-        for version, missing, approvers in unapproved
-        if user.scope.covers(version.scope)
-    ]
+def _waiting(user: User, says: NextStep, action: str, page: str, *, not_for: Iterable[str | None] = ()) -> Waiting:
+    may = user.may(action) and user.name not in not_for
+    return Waiting(says=says, roles=tuple(sorted(ACTIONS[action])), mine=may, page=page)
 
 
-def _for_keys(user: User, proposed: list[ProposedKey]) -> list[Waiting]:
-    if user.scope != Scope():
-        return []
-    return [
-        _waiting(
-            user,
-            f"a key of {key.user} waits to be confirmed",
-            "user.change",
-            "/console/keys",
-            f"tunesmith keys confirm {key.user} FINGERPRINT",
-            not_for=tuple(filter(None, (key.user, key.link_by))),
-        )
-        for key in proposed
-    ]
+def _all_waiting(
+    store: Store, user: User, kept: _Kept, moving: list[RolloutLine], project: Project | None
+) -> Iterator[Waiting]:
+    for version, decided in kept.unapproved:
+        if user.scope.covers(version.scope):
+            words = f"{version.label} waits for {' and '.join(decided.missing)}"
+            says = NextStep(words, "approve", version=version.label)
+            page = f"/console/versions/{version.name}/{version.number}#decide"
+            yield _waiting(user, says, "version.approve", page, not_for=(version.signer, *decided.approvers))
+    if count := waiting_for(store, user):
+        says = NextStep(f"{count} held answer{' waits' if count == 1 else 's wait'} for a reviewer", "held list")
+        yield _waiting(user, says, "answer.review", f"{_OPERATIONS}/held")
+    for key in kept.proposed if user.scope == Scope() else ():
+        says = NextStep(f"a key of {key.user} waits to be confirmed", "keys confirm", name=key.user)
+        yield _waiting(user, says, "user.change", "/console/keys", not_for=(key.user, key.link_by))
+    for rollout in moving:
+        if rollout.waits:
+            words = f"rollout {rollout.rollout} of {rollout.name} is paused: resume or abort it"
+            says = NextStep(words, "rollout resume", which=rollout.rollout)
+            yield _waiting(user, says, "rollout.change", f"{_ROLLOUTS}/{rollout.rollout}")
+    for one in kept.champions:
+        if one.refused and user.scope.covers(one.scope):
+            words = f"nothing serves {one.name}{one.scope.said}: {one.version or 'its version'} {one.refused}"
+            says = NextStep(words, "rollout rollback", name=one.name, **one.scope.fields())
+            yield _waiting(user, says, "rollout.start", _ROLLOUTS)
+    for retrain in kept.pending:
+        if user.scope.covers(retrain.scope):
+            words = f"{retrain.name}{retrain.scope.said} needs a new version: {retrain.version} was recalled"
+            yield _waiting(user, NextStep(words, "recall", pending=True), "job.add", _OPERATIONS)
+    counted = deliveries.count(store, project.settings.name) if project and user.scope == Scope() else {}
+    for (name, given_up), n in sorted(counted.items()):
+        if given_up:
+            words = f"{n} deliver{'y' if n == 1 else 'ies'} of the webhook {name} were given up"
+            yield _waiting(user, NextStep(words, "webhooks retry", webhook=name), "webhook.retry", _OPERATIONS)
 
 
-def _for_rollouts(user: User, moving: list[RolloutLine]) -> list[Waiting]:
-    return [
-        _waiting(
-            user,
-            f"rollout {one.rollout} of {one.name} is paused: resume or abort it",
-            "rollout.change",
-            f"{_ROLLOUTS}/{one.rollout}",
-            f"tunesmith rollout resume {one.rollout}",
-        )
-        for one in moving
-        if one.waits
-    ]
-
-
-def _for_champions(user: User, champions: list[Champion]) -> list[Waiting]:
-    return [
-        _waiting(
-            user,
-            f"nothing serves {one.name}{one.scope.said}: {one.version or 'its version'} {one.refused}",
-            "rollout.start",
-            _ROLLOUTS,
-            f"tunesmith rollout rollback {one.name}{one.scope.options()}",
-        )
-        for one in champions
-        if one.refused and user.scope.covers(one.scope)
-    ]
-
-
-def _for_retrains(user: User, pending: list[PendingRetrain]) -> list[Waiting]:
-    return [
-        _waiting(
-            user,
-            f"{one.name}{one.scope.said} needs a new version: {one.version} was recalled",
-            "job.add",
-            _OPERATIONS,
-            "tunesmith recall --pending",
-        )
-        for one in pending
-        if user.scope.covers(one.scope)
-    ]
-
-
-def _for_held(user: User, count: int) -> list[Waiting]:
-    says = f"{count} held answer{' waits' if count == 1 else 's wait'} for a reviewer"
-    page = "/console/operations/held"
-    return [_waiting(user, says, "answer.review", page, "tunesmith held list")] if count else []
-
-
-def _for_webhooks(user: User, project: Project) -> list[Waiting]:
-    if user.scope != Scope():
-        return []
-    counted = deliveries.count(project.store, project.settings.name)
-    given_up = {name: n for (name, ended), n in counted.items() if ended}
-    return [
-        _waiting(
-            user,
-            f"{n} deliver{'y' if n == 1 else 'ies'} of the webhook {name} were given up",
-            "webhook.retry",
-            _OPERATIONS,
-            f"tunesmith webhooks retry {name}",
-        )
-        for name, n in sorted(given_up.items())
-    ]
-
-
-def _due(project: Project) -> list[tuple[str, str]]:
-    """(what is due, the command that says more)."""
-    found = []
-    try:
+def _due(project: Project) -> Iterator[NextStep]:
+    """What is due, with the command that says more."""
+    with contextlib.suppress(TunesmithError):  # nothing serves, or what it was measured with is gone: others say so
         report, label = monitoring.monitor(project)
         if report.verdict == "drift":
-            found.append((f"requests to {label} drifted: {report.reason}", "tunesmith monitor"))
+            yield NextStep(f"requests to {label} drifted: {report.reason}", "monitor")
         if project.settings.retraining is not None:
-            causes = retraining.look(project).causes
-            says = (f"retraining is due: {one.says}" for one in causes if one.cause != "drift" and one.job is None)
-            found += [(each, "tunesmith run") for each in says]
-    except TunesmithError:  # nothing serves, or what it was measured with is gone: other items say so
-        return found
-    return found
+            for one in retraining.look(project).causes:
+                if one.cause != "drift" and one.job is None:
+                    yield NextStep(f"retraining is due: {one.says}", "run")

@@ -159,7 +159,7 @@ def create(acting: Acting, asked: CreateKey) -> EnrolledKey:
     user = asked.user or acting.actor
     key = keys.create_key(acting.store, user, actor=acting.actor, label=asked.label)
     path = keys.private_key_path(acting.store, user, key.label)
-    return EnrolledKey(user=user, label=key.label, fingerprint=key.fingerprint, path=path)
+    return EnrolledKey.of(key, user=user, path=path)
 
 
 @action("user.key.enrol")
@@ -167,7 +167,7 @@ def enrol(acting: Acting, asked: EnrolKey) -> EnrolledKey:
     """Bind a public key that was made elsewhere to a user. Needs what a new key pair needs."""
     pem = asked.public_key.encode()
     key = keys.enrol_public_key(acting.store, asked.user, pem, actor=acting.actor, label=asked.label)
-    return EnrolledKey(user=asked.user, label=key.label, fingerprint=key.fingerprint)
+    return EnrolledKey.of(key, user=asked.user)
 
 
 # No token proposes or confirms a key: nobody may have a hand in both, and a token does not say who made it.
@@ -176,11 +176,9 @@ def enrol(acting: Acting, asked: EnrolKey) -> EnrolledKey:
 @action("user.key.propose", says="proposed a key", at="/keys", form=True, api=False)
 def propose(acting: Acting, asked: ProposeKey) -> ProposedKeyView:
     """Propose a key of one's own, whose private half may be in a browser. It counts once an admin confirmed it."""
-    pem = keys.read_public_key(asked.public_key.encode())
-    session = acting.session or None
-    return ProposedKeyView.of(
-        proposals.propose_key(acting.store, acting.actor, pem, actor=acting.actor, session=session)
-    )
+    pem, session = keys.read_public_key(asked.public_key.encode()), acting.session or None
+    key = proposals.propose_key(acting.store, acting.actor, pem, actor=acting.actor, session=session)
+    return ProposedKeyView.of(key)
 
 
 @action("user.key.confirm", permission="user.change", at="/keys/{user}/confirm", whole=True, form=True, api=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
 from pydantic import Field, ValidationError
 from sqlalchemy import case, func, select
 
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.data.governance.licences import spelled
@@ -56,7 +56,7 @@ class Recalled(Recall):
     """What a recall reached. aborted_rollouts: rollouts that it ended; next: what a person has to do."""
 
     aborted_rollouts: tuple[int, ...]
-    next: tuple[str, ...]
+    next: tuple[NextStep, ...]
 
 
 class VersionOnBase(View):
@@ -204,14 +204,11 @@ def queue_health(store: Store, scope: Scope) -> PartHealth:
     with database.reading(store.engine) as session:
         total, runs, waits, silent = (number or 0 for number in session.execute(query).one())
     if silent:
-        return PartHealth(
-            part="worker", ok=False, says=f"{silent} running jobs were not heard of: is a worker running?"
-        )
+        return PartHealth(part="worker", ok=False, says=f"{silent} running jobs were not heard of: start a worker")
     if waits and not runs:
-        return PartHealth(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: tunesmith worker")
-    return PartHealth(
-        part="worker", ok=True, says=f"jobs: {runs} running, {total - runs} waiting" if total else "no job waits"
-    )
+        return PartHealth(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: start one")
+    says = f"jobs: {runs} running, {total - runs} waiting" if total else "no job waits"
+    return PartHealth(part="worker", ok=True, says=says)
 
 
 def list_pending_retrains(store: Store) -> PendingRetrains:
@@ -292,24 +289,23 @@ def recall_status_of(store: Store, cause: Cause) -> RecallStatus:
     return recall_status.recall_status(store, cause)
 
 
-def _next_steps(found: Recall) -> list[str]:
-    if not found.done:
-        return ["nothing was changed; without --dry-run it is withdrawn"]
-    lines = []
-    for champion in found.champions:
-        command = f"tunesmith rollout rollback {champion.name}{champion.scope.options()}"
-        lines.append(f"{champion.name}@champion is withdrawn and no longer answers: {command}")
+def _next_steps(found: Recall) -> Iterator[NextStep]:
     kind, _, value = found.cause.partition(" ")
+    if not found.done:
+        yield NextStep("nothing was changed; withdraw it", "recall", reason=..., **{kind: value})
+        return
+    for champion in found.champions:
+        words = f"{champion.name}@champion is withdrawn and no longer answers"
+        yield NextStep(words, "rollout rollback", rollout=champion.name, **champion.scope.fields())
     if any(one.kind == "dataset" for one in found.reached):
-        lines.append("`tunesmith run` builds, trains and measures again without these rows")
+        yield NextStep("build, train and measure again without these rows", "run")
     elif found.adapters:
-        lines.append("change what these weights were trained on (rows, settings or base), then `tunesmith run`")
+        yield NextStep("change what these weights were trained on (rows, settings or base), then run", "run")
     if found.other_licences:
-        lines.append(f"not withdrawn, since they do not need it: {'; '.join(found.other_licences)}")
+        yield NextStep(f"not withdrawn, since they do not need it: {'; '.join(found.other_licences)}")
     if any(one.kind == "version" for one in found.reached):
-        lines.append("`tunesmith recall --pending` lists the names that need a new version, until it serves")
-    lines.append(f"`tunesmith recall --{kind} {shlex.quote(value)} --check` shows whether it is gone")
-    return lines
+        yield NextStep("list the names that need a new version, until it serves", "recall", pending=True)
+    yield NextStep("see whether it is gone", "recall", check=True, **{kind: value})
 
 
 def _examples(store: Store, report: Report) -> list[MovedExample]:
