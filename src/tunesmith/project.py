@@ -307,10 +307,21 @@ class Project:
         path = self.settings.task.schema_path
         return None if path is None else load_answer_schema(self.root / path)
 
+    def with_settings(self, **settings: Any) -> Project:
+        """This project and its store with other settings."""
+        made = Project(self.root, self.settings.model_copy(update=settings))
+        made.store = self.store
+        return made
+
+    def read_again(self) -> Project:
+        """This project and its store as its file says now. Raises UsageError where that is not valid."""
+        made = Project.load(self.root)
+        made.store = self.store
+        return made
+
     def in_this_process(self) -> Project:
         """This project without the Ray cluster of its settings: this process trains and answers."""
-        engine = self.settings.engine.model_copy(update={"ray": None})
-        return Project(self.root, self.settings.model_copy(update={"engine": engine}))
+        return self.with_settings(engine=self.settings.engine.model_copy(update={"ray": None}))
 
     def on_base(self, model: str) -> Project:
         """This project on the base that a name of `fine_tuning.models` means. Raises UsageError for an unknown name."""
@@ -321,7 +332,7 @@ class Project:
                 where="tunesmith.yaml",
                 fix=f"name one of {', '.join(known)}" if known else "add fine_tuning: {models: {...}}",
             )
-        return Project(self.root, self.settings.model_copy(update={"base": known[model] or self.settings.base}))
+        return self.with_settings(base=known[model] or self.settings.base)
 
     def actor(self, name: str | None = None) -> str:
         """The name of the person who acts: name, else $TUNESMITH_USER, else the store's owner."""

@@ -37,8 +37,8 @@ from tunesmith.registry.signing.attestations import public_pem, seal
 from tunesmith.registry.verification import verify_version
 from tunesmith.rollout import commands
 from tunesmith.rollout.settings import Step
-from tunesmith.services import keys as service
 from tunesmith.services import users
+from tunesmith.services import users as service
 from tunesmith.store import database, tables, uploads
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TRUST_KEY, is_written, read_trust
@@ -153,10 +153,10 @@ def make(folder: Path) -> dict[str, Operation]:
         "users deactivate": lambda s: do(s, users.deactivate, user=APPROVER),
         "users token": lambda s: do(s, users.issue_token, user="eve", name="first"),
         "users revoke-token": lambda s: do(s, users.revoke_token, user=APPROVER, name="first"),
-        "keys create": lambda s: do(s, service.create, actor="ivy", label="second"),
-        "keys enrol": lambda s: do(s, service.enrol, actor="ivy", user="ivy", public_key=pem, label="card"),
-        "keys retire": lambda s: do(s, service.retire, actor=APPROVER, user=APPROVER, label="key-1"),
-        "keys revoke": lambda s: do(s, service.revoke, user=APPROVER, label="key-1", since="10"),
+        "keys create": lambda s: do(s, service.create_key, actor="ivy", label="second"),
+        "keys enrol": lambda s: do(s, service.enrol_key, actor="ivy", user="ivy", public_key=pem, label="card"),
+        "keys retire": lambda s: do(s, service.retire_key, actor=APPROVER, user=APPROVER, label="key-1"),
+        "keys revoke": lambda s: do(s, service.revoke_key, user=APPROVER, label="key-1", since="10"),
         "files put": lambda s: keep(s, "file-new"),
         "files delete": lambda s: uploads.delete(s, file.file, actor=OWNER, scope=Scope()),
     }

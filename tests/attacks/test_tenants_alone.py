@@ -16,11 +16,11 @@ from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
 from tunesmith.project import Project
-from tunesmith.services.evaluation_lookups import list_evaluations
-from tunesmith.services.fine_tuning import KIND, PURPOSE, Arguments, create
-from tunesmith.services.fine_tuning_jobs import perform_fine_tuning
+from tunesmith.services.evaluations import list_evaluations
+from tunesmith.services.fine_tuning import PURPOSE, Arguments, create, perform_fine_tuning
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import add_user, ensure_owner
+from tunesmith.store.tables import FINE_TUNING
 
 
 def tuned(folder: Path, tenant: str, data: bytes) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def tuned(folder: Path, tenant: str, data: bytes) -> dict[str, Any]:
     source.write_bytes(data)
     file = uploads.put(store, source, name="rows.jsonl", purpose=PURPOSE, actor=user.name, scope=scope).file
     job = create(project, Arguments(model=MODEL, training_file=file, settings=project.settings.digest), user=user)
-    lease = leases.claim(store, "w", [KIND], project="tiny")
+    lease = leases.claim(store, "w", [FINE_TUNING], project="tiny")
     assert lease is not None
     perform(store, lease, lambda progress: perform_fine_tuning(project, job, progress))
     done = queue.get(store, job.id)

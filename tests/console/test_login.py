@@ -40,7 +40,7 @@ from tunesmith.server.console import changes
 from tunesmith.server.console.changes import Changes
 from tunesmith.server.console.routing import COOKIE, SECURE_COOKIE, Viewer, local_page
 from tunesmith.server.errors import not_stored, passes
-from tunesmith.services import keys, users
+from tunesmith.services import users
 from tunesmith.store import audit, database
 from tunesmith.store.people import sessions
 from tunesmith.store.people.identities import add_user, deactivate
@@ -285,7 +285,7 @@ def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served) -> N
         assert f"a link of {OWNER} opened" in page
         assert "another admin confirms this key" in page
     with pytest.raises(Refused, match=f"{OWNER} made the link"):
-        do(store, keys.confirm, actor=OWNER, user=APPROVER, fingerprint=mine)  # on the command line
+        do(store, users.confirm_key, actor=OWNER, user=APPROVER, fingerprint=mine)  # on the command line
     assert not confirmed(opened(served.scene, "amy", OWNER), mine)  # one person, by links for two
     assert confirmed(opened(served.scene, "amy", "amy"), mine)
     assert confirmed(opened(served.scene, OWNER, "amy"), proposed(opened(served.scene, APPROVER, APPROVER)))

@@ -30,7 +30,7 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.keys import read_public_key
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort
-from tunesmith.services import audit, home, monitoring, users, webhooks
+from tunesmith.services import audit, home, monitoring, users
 from tunesmith.services.actions import audit_words
 from tunesmith.services.home import Home
 from tunesmith.store import database
@@ -182,7 +182,7 @@ def test_an_operator_sees_what_moved_what_was_recalled_and_what_did_not_arrive(
     assert any("1 delivery of the webhook chat" in one.says and one.mine for one in status.waiting)
     page.get_by_role("button", name="Retry chat").click()
     expect(page.get_by_role("button", name="Retry chat")).to_have_count(0, timeout=60_000)
-    assert [hook.given_up for hook in webhooks.list_webhooks(project).webhooks] == [0]
+    assert [hook.given_up for hook in monitoring.list_webhooks(project).webhooks] == [0]
 
 
 def says(found: Home, *, mine: bool | None = None) -> list[str]:

@@ -16,10 +16,11 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene, put_requests
 from tests.rollout.conftest import begin, champion
 from tests.server.conftest import Served
 from tunesmith.registry.versions import Version
+from tunesmith.rollout import course
 from tunesmith.rollout.commands import abort, promote
 from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
-from tunesmith.services import rollout_course
+from tunesmith.services import rollouts
 from tunesmith.services import versions as version_service
 from tunesmith.store import database
 from tunesmith.store.people.identities import get_user
@@ -51,15 +52,15 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     expect(traffic).to_be_visible(timeout=60_000)
     expect(page.get_by_role("img", name="Evidence (e-values, logarithmic)")).to_be_visible()
     expect(page.get_by_text("not decided", exact=True)).to_be_visible()
-    found = rollout_course.course(store, rollout.id)
+    found = rollouts.course(store, rollout.id)
     asked = [span for span in found.traffic.spans if span.stable.requests or span.canary.requests]
     assert sum(span.stable.requests + span.canary.requests for span in asked) == 24
     assert all(span.canary.score in (1.0, None) for span in asked)
     (evidence,) = found.evidence
     assert (evidence.points[-1].requests, evidence.whole) == (24, True)
     with monkeypatch.context() as patch:
-        patch.setattr(rollout_course, "_DRAWN", 10)
-        (first,) = rollout_course.course(store, rollout.id).evidence
+        patch.setattr(course, "_DRAWN", 10)
+        (first,) = rollouts.course(store, rollout.id).evidence
     assert (first.points[-1].requests, first.whole) == (10, False)
     decides = look(store, get_rollout(store, rollout.id))
     assert decides is not None
@@ -111,7 +112,7 @@ def test_traffic_has_some_hundred_spans_however_long_it_lasts(scene: Scene, vers
         common = {"rollout": rollout.id, "scores": {"json_valid": 0.5}, "features": {"step": 1}}
         put_requests(scene.store, versions[2].digest, [{**common, **row} for row in rows])
         old = get_rollout(scene.store, rollout.id).model_copy(update={"started_at": began.isoformat()})
-        found = rollout_course.traffic_of(scene.store, old)
+        found = course.traffic_of(scene.store, old)
         assert (found.minutes, 80 <= len(found.spans) <= 300) == (minutes, True)
         assert sum(span.canary.requests for span in found.spans) == 25
         assert sum(span.stable.failed + span.canary.failed for span in found.spans) == 10

@@ -34,7 +34,7 @@ from tunesmith.engines.protocol import Generation, Question
 from tunesmith.engines.settings import EngineSettings, RaySettings, VllmSettings, WeightSettings
 from tunesmith.models.base import Base
 from tunesmith.project import ProjectSettings, parse_settings
-from tunesmith.services.doctor import examine, examine_gpu
+from tunesmith.services.home import examine, examine_gpu
 from tunesmith.training import gpu_step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.gpu_step import Figure, compare_step

@@ -28,7 +28,7 @@ from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.training_protocol import LoadedModel
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
-from tunesmith.services.doctor import examine_gpu
+from tunesmith.services.home import examine_gpu
 from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.schedule import TrainerState

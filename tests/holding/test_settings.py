@@ -12,7 +12,7 @@ from tunesmith.engines.protocol import Completion, TokenScore
 from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.project import Project, parse_settings
-from tunesmith.services.held import answer_holder
+from tunesmith.services.review import answer_holder
 
 PROJECT = """
 name: x

@@ -26,12 +26,12 @@ from tunesmith.project import Project
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.services import fine_tuning, worker
-from tunesmith.services.fine_tuning import KIND, Arguments, Hyperparameters
+from tunesmith.services import fine_tuning, jobs
+from tunesmith.services.fine_tuning import Arguments, Hyperparameters
 from tunesmith.store import audit, database, uploads
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobRow
+from tunesmith.store.tables import FINE_TUNING, JobRow
 
 pytestmark = pytest.mark.slow
 JOBS, WORKERS, KILLS = 24, 3, 6
@@ -106,7 +106,7 @@ def attempt(folder: Path, lease: Lease) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     database._write = counted
-    worker.perform_in_child(folder, lease, os.getppid())
+    jobs.perform_in_child(folder, lease, os.getppid())
 
 
 @pytest.mark.attack("crash", "kill -9 of a fine-tuning job after every fifth effect")
@@ -128,7 +128,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
         session.execute(update(JobRow).values(most_attempts=100))
     killed = 0
     while queue.get(store, number).ended is None:
-        lease = leases.claim(store, "w", [KIND], project="tiny")
+        lease = leases.claim(store, "w", [FINE_TUNING], project="tiny")
         assert lease is not None
         process = forkserver().Process(target=attempt, args=(folder, lease))
         process.start()
@@ -141,10 +141,10 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
     assert job.state == "succeeded", job.error
     assert killed >= 3, "it was hardly disturbed: the test did not test"
     (version,) = list_versions(store)
-    assert job.result[KIND]["version"] == version.label
+    assert job.result[FINE_TUNING]["version"] == version.label
     assert verify_version(store, version.label).ok
     files = [each.file for each in uploads.list_files(store, Scope(), most=9, oldest_first=True)]
-    assert files == [file.file, *job.result[KIND]["result_files"]]
+    assert files == [file.file, *job.result[FINE_TUNING]["result_files"]]
     with store.reading() as session:
         effects = Counter((entry.action, entry.subject) for entry in audit.entries(session))
     assert set(effects.values()) == {1}, effects.most_common(3)

@@ -24,8 +24,9 @@ from tests.tiny_project import write_project
 from tests.webhooks.conftest import Receiver, receiver
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.jobs import leases
+from tunesmith.jobs import leases, retraining
 from tunesmith.jobs.queue import JobError
+from tunesmith.jobs.retraining import Retraining
 from tunesmith.monitoring import cases
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.causes import CAUSES, Cause
@@ -35,9 +36,8 @@ from tunesmith.rollout.champions import list_champions, note_champions
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.services import held, jobs, monitoring, retraining, training, worker
-from tunesmith.services.retraining import Retraining
-from tunesmith.services.webhooks import Deliverer
+from tunesmith.services import jobs, monitoring, review, training
+from tunesmith.services.monitoring import Deliverer
 from tunesmith.store.people import identities
 from tunesmith.store.tables import WebhookRow
 
@@ -238,7 +238,7 @@ def test_a_worker_deletes_texts_before_it_looks_for_causes(folder: Path, monkeyp
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(retraining, "look_again", failing)
     monkeypatch.setattr(cases, "delete_expired", lambda _store: done.append("kept texts"))
-    monkeypatch.setattr(held, "tidy", lambda _store: done.append("held answers"))
+    monkeypatch.setattr(review, "tidy", lambda _store: done.append("held answers"))
     result = CliRunner().invoke(app, ["worker", "--until-empty", "-C", str(folder)])
     assert done == ["kept texts", "held answers"]
     assert "nothing was added: the project file cannot be read" in result.stderr
@@ -253,9 +253,9 @@ def test_a_run_that_gives_the_champion_again_says_so(folder: Path, monkeypatch: 
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "end_with_parent", lambda _: None)
+        patch.setattr(jobs, "end_with_parent", lambda _: None)
         patch.setattr(signal, "signal", lambda *_: None)
-        worker.perform_in_child(folder, lease, os.getppid())
+        jobs.perform_in_child(folder, lease, os.getppid())
     (job,) = jobs.list_jobs(project.store).jobs
     assert (job.state, job.error["code"], job.cause) == ("failed", "nothing_new", "drift: tiny@v1")
     result = CliRunner().invoke(app, ["retrain", "-C", str(folder)])

@@ -15,13 +15,14 @@ from tests.jobs.processes import keep, meet
 from tests.tiny_project import settings, write_project
 from tunesmith.core.errors import UsageError
 from tunesmith.engines import device
-from tunesmith.jobs import leases, queue, slots
+from tunesmith.jobs import leases, project_places, queue, slots
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.places import LocalPlace
+from tunesmith.jobs.project_places import make_places
 from tunesmith.jobs.slots import HeldSlot, Slot, divide
 from tunesmith.jobs.worker import Worker
 from tunesmith.project import Project
-from tunesmith.services import worker
+from tunesmith.services import jobs
 from tunesmith.store.store import Store
 
 LEFT, RIGHT, BOTH = Slot((0,), ("0",)), Slot((1,), ("1",)), Slot((0, 1), ("0", "1"))
@@ -143,12 +144,12 @@ def test_a_worker_waits_for_jobs_of_others(store: Store, olive: None, monkeypatc
 
 
 def places(project: Project, at_once: int | None = None) -> list[str]:
-    return [str(place) for place in worker.make_places(project, at_once, worker.perform_in_child)]
+    return [str(place) for place in make_places(project, at_once, jobs.perform_in_child)]
 
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
-    monkeypatch.setattr(worker, "usable_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(project_places, "usable_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(slots, "_place", lambda core: (0, 0, core))
     monkeypatch.setattr(device, "gpu_names", lambda: ())
 

@@ -27,7 +27,7 @@ from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
 from tunesmith.services import jobs, training
-from tunesmith.services.worker import OwnWorker, perform_in_child, run_here
+from tunesmith.services.jobs import OwnWorker, perform_in_child, run_here
 from tunesmith.store.store import Store
 
 
@@ -158,7 +158,7 @@ def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch
     write_project(folder, candidates={"plain": plain["plain"]}, gates={})
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
-    monkeypatch.setattr("tunesmith.services.worker.end_with_parent", lambda _: None)
+    monkeypatch.setattr("tunesmith.services.jobs.end_with_parent", lambda _: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     perform_in_child(folder, lease, os.getppid())
     changed = jobs.show(project.store, queued.job)

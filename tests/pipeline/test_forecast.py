@@ -18,7 +18,7 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.progress import Silent, Stopped, Task
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import lift_gate
-from tunesmith.services.forecast import ForecastView, forecast, newest_forecast
+from tunesmith.services.training import ForecastView, forecast, newest_forecast
 from tunesmith.training.estimates.estimate import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings
 

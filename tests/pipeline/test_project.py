@@ -17,7 +17,7 @@ from tunesmith.cli.main import app, main
 from tunesmith.cli.project import settings_text
 from tunesmith.core.errors import UsageError
 from tunesmith.project import parse_settings, settings_schema
-from tunesmith.services.doctor import examine
+from tunesmith.services.home import examine
 
 
 def _parse(**changes: Any) -> Any:

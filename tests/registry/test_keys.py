@@ -31,7 +31,7 @@ from tunesmith.registry.signing.attestations import ENVELOPE, key_statement, sea
 from tunesmith.registry.signing.signatures import SIGNATURE, Untrusted, sign_folder
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.services.keys import revoke
+from tunesmith.services.users import revoke_key
 from tunesmith.store import audit
 from tunesmith.store.people import identities, user_keys
 from tunesmith.store.people.user_keys import Proof
@@ -231,7 +231,7 @@ def test_a_stolen_key_is_revoked_from_a_time_on(
     at(3)
     approve(store, another(store, 3), approver="ann")
     at(8)
-    ended = do(store, revoke, user="olive", label="key-1", since=theft.isoformat())
+    ended = do(store, revoke_key, user="olive", label="key-1", since=theft.isoformat())
     assert ended.invalidated == ("intents@v3", "intents@v4")
     assert serving(store, version).granted
     assert serving(store, second).granted
@@ -240,14 +240,14 @@ def test_a_stolen_key_is_revoked_from_a_time_on(
     assert serving(store, third).reason == "signer"
     assert not verify_version(store, "intents@v3").ok
     # Back-dated once more: further versions stop serving. It cannot be taken back.
-    ended = do(store, revoke, user="olive", label="key-1", since=at(0.5).isoformat())
+    ended = do(store, revoke_key, user="olive", label="key-1", since=at(0.5).isoformat())
     at(9)
     assert ended.invalidated == ("intents@v2", "intents@v3", "intents@v4")
     assert (serving(store, version).granted, serving(store, second).reason) == (True, "signer")
     with pytest.raises(UsageError, match="already"):
-        do(store, revoke, user="olive", label="key-1", since=theft.isoformat())
+        do(store, revoke_key, user="olive", label="key-1", since=theft.isoformat())
     # An approval by a stolen key: the same rule.
-    ended = do(store, revoke, user="ann", label="key-1", since=at(0.2).isoformat())
+    ended = do(store, revoke_key, user="ann", label="key-1", since=at(0.2).isoformat())
     assert ended.unapproved == ("intents@v2", "intents@v3", "intents@v4")
     assert serving(store, version).granted
     # With a new key, the same verdict is the next version.
@@ -270,10 +270,10 @@ def test_a_clock_set_back_does_not_help_a_thief(
     stolen = another(store, 1)
     approve(store, stolen, approver="ann")
     at(8)
-    ended = do(store, revoke, user="olive", label="key-1", since=theft.isoformat())
+    ended = do(store, revoke_key, user="olive", label="key-1", since=theft.isoformat())
     assert ended.invalidated == ("intents@v2",)
     # A clock that was set back for a while long before does not void what came between.
-    ended = do(store, revoke, user="ann", label="key-1", since=at(5).isoformat())
+    ended = do(store, revoke_key, user="ann", label="key-1", since=at(5).isoformat())
     assert ended.unapproved == ("intents@v2",)
     assert serving(store, version).reason is None
     happened("does not count", 2)
@@ -292,8 +292,8 @@ def test_a_key_enrolled_by_a_thief_falls_with_the_stolen_one(
     stolen = register(store, name="other", verdict=put_chain(store, seed=5).verdict, actor="eve")
     for wrong in ("0", "100000", "yesterday", "2031-01-01T00:00:00", (now() + timedelta(days=1)).isoformat()):
         with pytest.raises(UsageError):
-            do(store, revoke, user="eve", label="key-1", since=wrong)
-    ended = do(store, revoke, user="eve", label="key-1", since=str(entry))
+            do(store, revoke_key, user="eve", label="key-1", since=wrong)
+    ended = do(store, revoke_key, user="eve", label="key-1", since=str(entry))
     assert (ended.until, ended.also_revoked, ended.invalidated) == (entry, ("thief", "second"), (stolen.label,))
     assert serving(store, stolen).reason == "signer"
     with pytest.raises(Refused, match="all keys of eve were retired or revoked"):
@@ -315,7 +315,7 @@ def test_keys_that_a_thief_gave_as_an_admin_are_named(store: Store, happened: Ha
     user_keys.enrol_key(store, "ann", drawn(), actor="olive", label="hers")
     identities.add_user(store, "eve", ["approver"], actor="olive", public_key=drawn())
     identities.add_user(store, "zoe", ["approver"], actor="olive")
-    ended = do(store, revoke, user="olive", label="key-1", since=str(entry))
+    ended = do(store, revoke_key, user="olive", label="key-1", since=str(entry))
     assert ended.also_revoked == ("proven",)
     assert ended.to_look_at == tuple(
         f"{key} (entry {entry + number})"
@@ -336,8 +336,8 @@ def test_only_a_holder_of_an_active_key_or_an_admin_changes_keys(
         lambda: keys.create_key(store, "ann", actor="ann"),
         lambda: keys.retire_key(store, "ann", "key-1", actor="ann"),
         lambda: keys.retire_key(store, "olive", "key-1", actor="ann"),
-        lambda: do(store, revoke, user="ann", label="key-1", since="1", actor="ann"),
-        lambda: do(store, revoke, user="olive", label="key-1", since="1", actor="ann"),
+        lambda: do(store, revoke_key, user="ann", label="key-1", since="1", actor="ann"),
+        lambda: do(store, revoke_key, user="olive", label="key-1", since="1", actor="ann"),
         lambda: user_keys.retire_key(store, "ann", "key-1", actor="ann"),
     ]
     stranger = identities.get_user(store, "olive").fingerprint or ""

@@ -27,6 +27,7 @@ from tests.waiting import SECONDS
 from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.rollout.commands import start
+from tunesmith.rollout.served_scorers import served_scorers
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.answering.work import AnsweringThreads
@@ -34,7 +35,6 @@ from tunesmith.server.app import create_app
 from tunesmith.server.limits import ServerSettings
 from tunesmith.server.listening import DrainingServer
 from tunesmith.server.serving import Serving
-from tunesmith.services.rollouts import served_scorers
 from tunesmith.store import database
 from tunesmith.store.audit import revision
 from tunesmith.store.people.identities import add_user

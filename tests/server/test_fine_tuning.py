@@ -31,11 +31,21 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.services.fine_tuning import KIND, Arguments, Hyperparameters, Uploaded, create, derived, find, series
-from tunesmith.services.fine_tuning_jobs import VALIDATING, _WithLosses, perform_fine_tuning
+from tunesmith.services.fine_tuning import (
+    VALIDATING,
+    Arguments,
+    Hyperparameters,
+    Uploaded,
+    create,
+    derived,
+    find,
+    perform_fine_tuning,
+    series,
+)
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import get_user
 from tunesmith.store.people.tokens import issue_token, revoke_token
+from tunesmith.store.tables import FINE_TUNING
 
 
 def opened(root: Path, **changes: object) -> Project:
@@ -73,7 +83,7 @@ def uploaded(client: openai.OpenAI, data: bytes = b"{}\n") -> str:
 
 
 def claimed(served: Served) -> Lease:
-    lease = leases.claim(served.scene.store, "w", [KIND], project="tiny")
+    lease = leases.claim(served.scene.store, "w", [FINE_TUNING], project="tiny")
     assert lease is not None
     return lease
 
@@ -272,14 +282,15 @@ def test_clients_see_neither_tracebacks_nor_paths(
 
 def test_a_training_tells_its_loss_some_times(scene: Scene) -> None:
     store = scene.store
-    lease = leases.begin(store, "w", KIND, {}, project="p", actor=OWNER)
+    lease = leases.begin(store, "w", FINE_TUNING, {}, project="p", actor=OWNER)
 
     def work(progress: JobProgress) -> Outcome:
-        with _WithLosses(progress).task("training", 500) as task:
+        progress.logged = "training"
+        with progress.task("training", 500) as task:
             for step in range(500):
                 task.note(f"loss {step}")
                 task.advance()
-        with _WithLosses(progress).task("answering", 500) as task:
+        with progress.task("answering", 500) as task:
             task.note("no loss")
         return Outcome({})
 

@@ -46,11 +46,11 @@ from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.fine_tuning import KIND
-from tunesmith.services.fine_tuning_jobs import VALIDATING, perform_fine_tuning
-from tunesmith.services.worker import perform_in_child
+from tunesmith.services.fine_tuning import VALIDATING, perform_fine_tuning
+from tunesmith.services.jobs import perform_in_child
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.people.tokens import issue_token
+from tunesmith.store.tables import FINE_TUNING
 
 pytestmark = pytest.mark.slow
 OTHER_MODEL = "gpt-4.1-nano"
@@ -90,7 +90,7 @@ def test_a_model_on_another_base_that_knows_tools_is_served_by_a_server_of_that_
         file = client.files.create(file=("rows.jsonl", examples_with_calls()), purpose="fine-tune").id
         asked: Any = {"training_file": file, "suffix": "nano", "hyperparameters": {"n_epochs": 1}}
         made = client.fine_tuning.jobs.create(model=OTHER_MODEL, **asked)
-        lease = leases.claim(project.store, "w", [KIND], project="tiny")
+        lease = leases.claim(project.store, "w", [FINE_TUNING], project="tiny")
         assert lease is not None
         perform(project.store, lease, partial(perform_fine_tuning, project, queue.get(project.store, lease.job)))
         done = client.fine_tuning.jobs.retrieve(made.id)
@@ -189,7 +189,7 @@ class Tuner:
         return self.client.fine_tuning.jobs.create(**asked).id
 
     def taken(self) -> Lease:
-        lease = leases.claim(self.project.store, "w", [KIND], project="tiny")
+        lease = leases.claim(self.project.store, "w", [FINE_TUNING], project="tiny")
         assert lease is not None
         return lease
 
@@ -210,7 +210,7 @@ class Tuner:
         """A job after what a worker's child does, but in this process."""
         lease = self.taken()
         with monkeypatch.context() as patch:
-            patch.setattr("tunesmith.services.worker.end_with_parent", lambda _: None)
+            patch.setattr("tunesmith.services.jobs.end_with_parent", lambda _: None)
             patch.setattr(signal, "signal", lambda *_: None)
             perform_in_child(self.folder, lease, os.getppid())
         return self.client.fine_tuning.jobs.retrieve(f"ftjob-{lease.job}")

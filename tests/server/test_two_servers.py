@@ -33,7 +33,6 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
-from tunesmith.services import held
 from tunesmith.store import audit, database
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
@@ -246,14 +245,14 @@ def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
         for number in range(10):
             with contextlib.suppress(Refused):
                 fields = {"identifier": f"{number:032x}", "decision": decision, "reason": "why"}
-                do(serving.store, held.decide, actor=name, **fields)
+                do(serving.store, review.decide_held, actor=name, **fields)
 
     def tidy() -> None:
         barrier.wait(300)
         end = time.monotonic() + 300
-        while held.waiting(serving.store):
+        while review.count_held(serving.store):
             assert time.monotonic() < end
-            held.tidy(serving.store)
+            review.tidy(serving.store)
 
     threads = [
         threading.Thread(target=review, args=(STEWARD, "release")),

@@ -12,9 +12,9 @@ from tests.tiny_project import write_project
 from tunesmith.core.errors import Forbidden, NotThere, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import queue
+from tunesmith.jobs.arguments import project_of
 from tunesmith.project import Project
 from tunesmith.services import jobs
-from tunesmith.services.training import project_of
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.training.settings import TrainSettings
 

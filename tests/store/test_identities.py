@@ -16,7 +16,7 @@ from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import public_pem
-from tunesmith.services import keys, users
+from tunesmith.services import users
 from tunesmith.store.people import identities, tokens, user_keys
 from tunesmith.store.people.roles import ACTIONS, ROLES
 from tunesmith.store.store import Store
@@ -219,7 +219,7 @@ def test_twins_of_a_users_name_are_refused(team: Store, happened: Happened) -> N
 @pytest.mark.attack("people", "a user is added with a key that is refused")
 def test_a_refused_key_leaves_no_user_behind(team: Store, happened: Happened) -> None:
     taken, free = (public_pem(ec.generate_private_key(ec.SECP256R1()).public_key()) for _ in range(2))
-    do(team, keys.enrol, user="the-approver", public_key=taken)
+    do(team, users.enrol_key, user="the-approver", public_key=taken)
     before, eve = details(team), {"name": "eve", "roles": ["engineer"]}
     for pem, error in ((taken, Refused), ("no key", UsageError)):
         with pytest.raises(error):

@@ -19,7 +19,7 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing.attestations import public_pem, seal
 from tunesmith.registry.signing.signatures import Untrusted
 from tunesmith.registry.versions import Version
-from tunesmith.services import keys
+from tunesmith.services import users
 from tunesmith.store.people.identities import add_user, deactivate, get_user, list_users
 from tunesmith.store.store import Store
 
@@ -29,7 +29,7 @@ __all__ = ["made", "scene", "versions"]
 def proposal(store: Store, user: str = APPROVER) -> tuple[ec.EllipticCurvePrivateKey, str]:
     """A new private key, and the fingerprint under which its public half waits."""
     key = ec.generate_private_key(ec.SECP256R1())
-    return key, do(store, keys.propose, actor=user, public_key=public_pem(key.public_key())).fingerprint
+    return key, do(store, users.propose_key, actor=user, public_key=public_pem(key.public_key())).fingerprint
 
 
 def test_a_proposed_key_signs_once_another_person_confirmed_it(scene: Scene, versions: dict[int, Version]) -> None:
@@ -51,17 +51,17 @@ def test_a_proposed_key_signs_once_another_person_confirmed_it(scene: Scene, ver
         (OWNER, "nobody", fingerprint, "no key of nobody waits"),
     ):
         with pytest.raises((Refused, UsageError), match=why) as caught:
-            do(store, keys.confirm, actor=actor, user=whose, fingerprint=told)
+            do(store, users.confirm_key, actor=actor, user=whose, fingerprint=told)
         assert caught.value.fix or actor != OWNER or "digits" in why
     assert (store.root / "trust" / "keys.json").read_bytes() == before
     spoken = " ".join(fingerprint[7:31][i : i + 4] for i in range(0, 24, 4)).upper()
-    done = do(store, keys.confirm, actor=OWNER, user=APPROVER, fingerprint=spoken)
+    done = do(store, users.confirm_key, actor=OWNER, user=APPROVER, fingerprint=spoken)
     assert (done.fingerprint, get_user(store, APPROVER).fingerprint) == (fingerprint, fingerprint)
-    assert not keys.waiting(store)
+    assert not users.waiting_keys(store)
     assert submit_approval(store, seal(request, key)).approval.approver == APPROVER
     assert verify_log(store) == []
     with pytest.raises(Refused, match="this key is bob's"):
-        do(store, keys.propose, actor="olga", public_key=get_user(store, APPROVER).keys[-1].public_key)
+        do(store, users.propose_key, actor="olga", public_key=get_user(store, APPROVER).keys[-1].public_key)
 
 
 def test_proposals_end_are_few_and_of_p256(scene: Scene) -> None:
@@ -69,21 +69,21 @@ def test_proposals_end_are_few_and_of_p256(scene: Scene) -> None:
     public = ec.generate_private_key(ec.SECP256K1()).public_key()
     for wrong in (public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode(), "", "\u202e"):
         with pytest.raises(UsageError):
-            do(store, keys.propose, actor=APPROVER, public_key=wrong)
+            do(store, users.propose_key, actor=APPROVER, public_key=wrong)
     _, first = proposal(store)
     prints = [first, *(proposal(store)[1] for _ in range(4))]
-    assert [key.fingerprint for key in keys.waiting(store, APPROVER)] == prints
+    assert [key.fingerprint for key in users.waiting_keys(store, APPROVER)] == prints
     with pytest.raises(UsageError, match="5 keys of bob wait"):
         proposal(store)
     with pytest.raises(Refused, match="it takes admin"):
-        do(store, keys.reject, actor="olga", user=APPROVER, fingerprint=first)
-    do(store, keys.reject, actor=APPROVER, user=APPROVER, fingerprint=first)  # its own user
-    do(store, keys.reject, actor=OWNER, user=APPROVER, fingerprint=prints[1])
+        do(store, users.reject_key, actor="olga", user=APPROVER, fingerprint=first)
+    do(store, users.reject_key, actor=APPROVER, user=APPROVER, fingerprint=first)  # its own user
+    do(store, users.reject_key, actor=OWNER, user=APPROVER, fingerprint=prints[1])
     with pytest.raises(UsageError, match="no key of bob waits"):
-        do(store, keys.confirm, actor=OWNER, user=APPROVER, fingerprint=first)
+        do(store, users.confirm_key, actor=OWNER, user=APPROVER, fingerprint=first)
     _, of_olga = proposal(store, "olga")
     deactivate(store, APPROVER, actor=OWNER)
-    assert [key.fingerprint for key in keys.waiting(store)] == [of_olga]
+    assert [key.fingerprint for key in users.waiting_keys(store)] == [of_olga]
     assert {user.name for user in list_users(store) if user.keys} == {OWNER, APPROVER}
     assert verify_log(store) == []
 

@@ -18,7 +18,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.text.names import VersionRef
 from tunesmith.project import open_store
-from tunesmith.services.doctor import examine
+from tunesmith.services.home import examine
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import RELEASE, Store
 

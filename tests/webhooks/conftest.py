@@ -14,7 +14,7 @@ import yaml
 from tests.http_server import answering
 from tests.tiny_project import settings
 from tunesmith.project import Project, parse_settings
-from tunesmith.services.webhooks import Deliverer
+from tunesmith.services.monitoring import Deliverer
 from tunesmith.store.store import Store
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

@@ -28,8 +28,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.queue import JobError
 from tunesmith.project import parse_settings
-from tunesmith.services import webhooks
-from tunesmith.services.webhooks import Deliverer, check_secrets
+from tunesmith.services import monitoring
+from tunesmith.services.monitoring import Deliverer, check_secrets
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.webhooks import deliveries, sending
@@ -74,7 +74,7 @@ def test_a_failure_is_tried_again_later_and_later_until_it_is_given_up(
     store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender, at = deliverer(store, receiver.url), [time.time()]
-    monkeypatch.setattr("tunesmith.services.webhooks.time.time", lambda: at[0])
+    monkeypatch.setattr("tunesmith.services.monitoring.time.time", lambda: at[0])
     receiver.answers = [500, 302, *[503] * 6]
     number = ended(store)
     sender.turn()
@@ -90,19 +90,19 @@ def test_a_failure_is_tried_again_later_and_later_until_it_is_given_up(
     assert len(receiver.got) == 8
     assert len({(headers["webhook-id"], body) for headers, body in receiver.got}) == 1
     project = project_of(store, ops={"url": receiver.url, "secret": "HOOK_SECRET"})
-    found = webhooks.list_webhooks(project)
+    found = monitoring.list_webhooks(project)
     assert [(each.waiting, each.given_up) for each in found.webhooks] == [(0, 1)]
     assert [(each.type, each.attempts, each.error) for each in found.failed] == [("job.succeeded", 8, "answered 503")]
     ended(store)
     sender.turn()
     assert len(receiver.got) == 9, "others are sent"
-    assert do(project, webhooks.retry, webhook="ops").events == 1
+    assert do(project, monitoring.retry_webhook, webhook="ops").events == 1
     sender.turn()
     assert [each["data"]["job"] for each in documents(receiver)][-2:] == [number + 1, number]
-    assert webhooks.list_webhooks(project).failed == ()
+    assert monitoring.list_webhooks(project).failed == ()
     identities.add_user(store, "ann", ["approver"], actor="olive")
     with pytest.raises(Refused):
-        do(project, webhooks.retry, actor="ann", webhook="ops")
+        do(project, monitoring.retry_webhook, actor="ann", webhook="ops")
 
 
 def test_a_process_killed_after_sending_sends_the_same_id_again(
@@ -156,7 +156,7 @@ def test_a_webhook_that_hangs_or_is_away_keeps_no_other_waiting(
     sender.turn()
     for _ in range(3):
         ended(store)
-    monkeypatch.setattr("tunesmith.services.webhooks.send", lambda queues: sending.send(queues, 3.0))
+    monkeypatch.setattr("tunesmith.services.monitoring.send", lambda queues: sending.send(queues, 3.0))
     with answering(hanging):
         sender.turn()
     assert (len(hanging.got), len(receiver.got)) == (1, 3)
@@ -170,8 +170,8 @@ def test_a_webhook_that_hangs_or_is_away_keeps_no_other_waiting(
 
 
 def test_one_process_sends_at_a_time(store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhooks, "_POLL", 0.05)
-    monkeypatch.setattr(webhooks, "_HELD", 0.05)
+    monkeypatch.setattr(monitoring, "_POLL", 0.05)
+    monkeypatch.setattr(monitoring, "_HELD", 0.05)
     sender = deliverer(store, receiver.url)
     ended(store)
     with store.lock("webhooks tiny", "another worker"):

@@ -25,7 +25,7 @@ def list_held(here: Acting, everything: Annotated[bool, typer.Option("--all")] =
     everything: Decided ones too, until they are deleted.
     """
     by = here.acting
-    found = services.held.list_held(by.store, by.user, everything=everything)
+    found = services.review.list_held(by.store, by.user, everything=everything)
     if not by.user.may("answer.review") and not here.as_json:
         say(f"{by.actor} may not review answers, so only their own are listed: act as a steward or approver with --as")
     here.emit(found, _draw_list)
@@ -34,7 +34,7 @@ def list_held(here: Acting, everything: Annotated[bool, typer.Option("--all")] =
 def show(here: Acting, identifier: Identifier) -> None:
     """Show a held answer; to reviewers with its conversation."""
     by = here.acting
-    here.emit(services.held.show(by.store, by.user, identifier), _draw_answer)
+    here.emit(services.review.show_held(by.store, by.user, identifier), _draw_answer)
 
 
 def release(here: Acting, identifier: Identifier, *, reason: Reason = "", answer: str | None = None) -> None:
@@ -51,11 +51,11 @@ def refuse(here: Acting, identifier: Identifier, reason: Reason = "") -> None:
 
 
 def _decide(here: Acting, decision: str) -> None:
-    done = here.do(services.held.decide, decision=decision)
+    done = here.do(services.review.decide_held, decision=decision)
     here.emit(done, f"{done.id} is {done.state} by {done.decided_by}")
 
 
-def _draw_list(found: services.held.HeldList) -> Drawn:
+def _draw_list(found: services.review.HeldList) -> Drawn:
     rows = [
         (one.id, one.version, one.caller, "; ".join(one.reasons), one.state, one.deadline, one.decided_by)
         for one in found.held
@@ -64,7 +64,7 @@ def _draw_list(found: services.held.HeldList) -> Drawn:
     yield table(rows, *headings) if rows else "no answer waits"
 
 
-def _draw_answer(one: services.held.HeldAnswerView) -> Drawn:
+def _draw_answer(one: services.review.HeldAnswerView) -> Drawn:
     yield f"{one.id} of {one.version}, asked by {one.caller} at {one.at}"
     yield f"held because: {'; '.join(one.reasons)}"
     yield f"{one.state}; the deadline is {one.deadline}, then: {one.at_deadline}"

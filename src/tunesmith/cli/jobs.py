@@ -13,6 +13,7 @@ from tunesmith.cli.terminal import Acting, Drawn, Here, Positive, add_commands, 
 from tunesmith.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from tunesmith.jobs.retraining import Retraining
     from tunesmith.services.jobs import JobList, JobLog, JobView
 
 Number = Annotated[int, typer.Argument(min=1, help="A job's number.")]
@@ -46,14 +47,15 @@ def worker(
     """
     import signal
 
+    from tunesmith.jobs.retraining import look_again
     from tunesmith.monitoring import cases
 
     def also() -> None:
         cases.delete_expired(here.store)  # before what may fail by the project file or its sources
-        services.held.tidy(here.store)
-        services.retraining.look_again(here.project.root, say)
+        services.review.tidy(here.store)
+        look_again(here.project.root, say)
 
-    working = services.worker.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
+    working = services.jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
 
     def stop(number: int, _frame: object) -> None:
         if working.stopping.is_set():
@@ -63,7 +65,7 @@ def worker(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with services.webhooks.delivering(here.project, say):
+    with services.monitoring.delivering(here.project, say):
         say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
         working.run(until_empty=until_empty)
 
@@ -75,12 +77,14 @@ def retrain(here: Acting, *, add: Annotated[bool, typer.Option("--queue")] = Fal
 
     add: Queue a run, as a worker does.
     """
-    found = here.do(services.retraining.retrain) if add else services.retraining.look(here.project, say=say)
+    from tunesmith.jobs.retraining import look
+
+    found = here.do(services.monitoring.retrain) if add else look(here.project, say=say)
     here.emit(found, _draw_retraining)
     return 3 if any(each.job is None for each in found.causes) else 0
 
 
-def _draw_retraining(found: services.retraining.Retraining) -> Drawn:
+def _draw_retraining(found: Retraining) -> Drawn:
     if not found.causes:
         yield f"{found.version}: no new version is due" if found.version else "nothing serves yet"
     for each in found.causes:

@@ -53,7 +53,7 @@ def run(
         return 0
     if priority or key is not None:
         raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
-    done = services.worker.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
+    done = services.jobs.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
     here.emit(done, _draw_run)
     return evaluation.EXITS[done.gate.verdict]
 
@@ -155,7 +155,7 @@ def forecast(
             raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
         here.emit(here.do(services.jobs.add, kind="forecast"), draw_job)
         return 0
-    found = services.forecast.forecast(
+    found = services.training.forecast(
         here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor
     )
     here.emit(found, _draw_forecast)
@@ -256,7 +256,7 @@ def _draw_run(done: RunSummary) -> Drawn:
         yield f"  {command:<52} {why}"
 
 
-def _draw_forecast(found: services.forecast.ForecastView) -> Drawn:
+def _draw_forecast(found: services.training.ForecastView) -> Drawn:
     rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
     rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
     rows += [

@@ -28,8 +28,9 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import Schema
 
 if TYPE_CHECKING:
-    from tunesmith.services.doctor import Checks
+    from tunesmith.services.home import Checks
     from tunesmith.services.new_project import NewProject
+    from tunesmith.training.estimates.memory_plan import MemoryPlan
 
 _GIB = 1 << 30
 
@@ -91,7 +92,7 @@ def doctor(here: Here, *, gpu: bool = False) -> int:
 
     gpu: Only compute a training step on the GPU, and compare it with the CPU's.
     """
-    found = services.doctor.examine_gpu() if gpu else services.doctor.examine(here.directory)
+    found = services.home.examine_gpu() if gpu else services.home.examine(here.directory)
     here.emit(found, _draw_checks)
     return 0 if found.ok else 1
 
@@ -127,7 +128,9 @@ def memory(
     """
     given = here.given | {"device": None if device is None else round(device * _GIB)}
     base = given.pop("base") or here.project.settings.base
-    found = services.forecast.memory_plan(base, here.directory, **given)
+    from tunesmith.training.estimates.memory_plan import memory_plan
+
+    found = memory_plan(base, here.directory, **given)
     here.emit(found, _draw_memory)
     return 0 if any(way.fits for way in found.ways) else 3
 
@@ -156,7 +159,7 @@ def _draw_status(found: services.home.Home) -> Drawn:
         yield f"{'healthy' if part.ok else 'unhealthy'}: {part.part}: {part.says}"
 
 
-def _draw_memory(found: services.forecast.MemoryPlan) -> Drawn:
+def _draw_memory(found: MemoryPlan) -> Drawn:
     kind = "LoRA" if found.method == "lora" else "full"
     title = f"{found.base}: {found.numbers / 1e9:.2f} billion numbers, {found.tokens:,} tokens at once"
     rows = [

@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, Drawn, Positive, add_commands, table
 from tunesmith.core.text.display import printable_line
 
 if TYPE_CHECKING:
-    from tunesmith.services.held_out_requests import OpenedRequest, RequestMatrix
+    from tunesmith.services.answers import OpenedRequest, RequestMatrix
     from tunesmith.store.people.identities import User
     from tunesmith.store.store import Store
 
@@ -52,7 +52,7 @@ def requests(
     """
     wanted = {name: here.given[name] for name in _FILTERS}
     store, user, digest = _which(here, evaluation)
-    found = services.held_out_requests.show_requests(store, user, user.region, digest, wanted, first, most)
+    found = services.answers.show_requests(store, user, user.region, digest, wanted, first, most)
     here.emit(found, _draw_requests)
 
 
@@ -63,7 +63,7 @@ def request(here: Acting, row: str, *, evaluation: Evaluation = "", compared: st
     compared: What answers are compared with: reference, or a candidate.
     """
     store, user, digest = _which(here, evaluation)
-    found = services.held_out_requests.show_request(store, user, user.region, digest, row, {}, compared)
+    found = services.answers.show_request(store, user, user.region, digest, row, {}, compared)
     here.emit(found, _draw_request)
 
 
@@ -75,9 +75,9 @@ def evaluations(here: Acting, evaluation: str | None = None, *, page: Positive =
     """
     if evaluation is None:
         acting = here.acting
-        here.emit(services.evaluation_lookups.list_evaluations(acting.store, acting.user, page), _draw_list)
+        here.emit(services.evaluations.list_evaluations(acting.store, acting.user, page), _draw_list)
     else:
-        here.emit(services.evaluation_lookups.show_evaluation(*_which(here, evaluation)), _draw_one)
+        here.emit(services.evaluations.show_evaluation(*_which(here, evaluation)), _draw_one)
 
 
 def _which(here: Acting, evaluation: str) -> tuple[Store, User, str]:
@@ -86,7 +86,7 @@ def _which(here: Acting, evaluation: str) -> tuple[Store, User, str]:
     store, user = acting.store, acting.user
     if evaluation:
         return store, user, store.find_record(evaluation)
-    return store, user, services.evaluation_lookups.newest_evaluation(store, user)
+    return store, user, services.evaluations.newest_evaluation(store, user)
 
 
 def _draw_requests(found: RequestMatrix) -> Drawn:
@@ -119,7 +119,7 @@ def _draw_request(found: OpenedRequest) -> Drawn:
             yield f"from {', '.join(dict.fromkeys(each.source for each in one.retrieved))}", "dim"
 
 
-def _draw_list(found: services.evaluation_lookups.EvaluationList) -> Drawn:
+def _draw_list(found: services.evaluations.EvaluationList) -> Drawn:
     rows = [
         (
             one.evaluation[7:19],
@@ -136,7 +136,7 @@ def _draw_list(found: services.evaluation_lookups.EvaluationList) -> Drawn:
     yield table(rows, "evaluation", "at", "requests", "best", "verdicts", "versions", "recalled", title=title)
 
 
-def _draw_one(found: services.evaluation_lookups.EvaluationPage) -> Drawn:
+def _draw_one(found: services.evaluations.EvaluationPage) -> Drawn:
     from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
 
     yield from draw_evaluation(found.summary)

@@ -10,6 +10,7 @@ from tunesmith import services
 from tunesmith.cli.terminal import Acting, Drawn, Here, Region, Tenant, add_commands, add_group, say, table
 
 if TYPE_CHECKING:
+    from tunesmith.rollout.course import RolloutCourse
     from tunesmith.services.rollouts import RolloutList, RolloutView
 
 Rollout = Annotated[str, typer.Argument(help="A rollout's number, or a name: its live rollout.")]
@@ -49,7 +50,7 @@ def show(here: Here, number: int) -> None:
 
     number ROLLOUT: A rollout's number.
     """
-    here.emit(services.rollout_course.course(here.store, number), _draw_course)
+    here.emit(services.rollouts.course(here.store, number), _draw_course)
 
 
 def resume(here: Acting, rollout: Rollout, *, reason: Reason = "") -> None:
@@ -104,7 +105,7 @@ def _draw_all(found: RolloutList) -> Drawn:
             yield warning, "bold red"
 
 
-def _draw_course(found: services.rollout_course.RolloutCourse) -> Drawn:
+def _draw_course(found: RolloutCourse) -> Drawn:
     steps = [(one.number, one.says, one.state, one.ended_at or "", one.ended_by or "") for one in found.steps]
     yield table(steps, "step", "what", "state", "ended", "by")
     spans = [

@@ -62,6 +62,7 @@ def serve(
     from tunesmith.core.telemetry import sending
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
+    from tunesmith.rollout.served_scorers import served_scorers
     from tunesmith.server.app import create_app
     from tunesmith.server.console.login import client_secret
     from tunesmith.server.limits import ServerSettings
@@ -70,7 +71,7 @@ def serve(
 
     project = here.project
     if worker:
-        services.webhooks.check_secrets(project)
+        services.monitoring.check_secrets(project)
     if project.settings.login is not None:
         client_secret(project.settings.login)
     listening = _listen(host, port)
@@ -92,10 +93,10 @@ def serve(
             idle_connections=idle_connections,
             file_bytes=largest_file << 20,
         ),
-        scorers=services.rollouts.served_scorers(project.settings.task.scorers, project.schema, project.root),
+        scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
         project=project,
         keeper=services.review.case_keeper(project),
-        holder=services.held.answer_holder(project),
+        holder=services.review.answer_holder(project),
     )
     app = create_app(serving)
     address, chosen = listening.getsockname()[:2]
@@ -114,7 +115,7 @@ def serve(
     logs.setFormatter(LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logs.addFilter(NoRepeats())
     logging.basicConfig(level=logging.INFO, handlers=[logs])
-    beside = services.worker.OwnWorker(project.root, say) if worker else None
+    beside = services.jobs.OwnWorker(project.root, say) if worker else None
     try:
         DrainingServer(app).run(sockets=[listening])
     finally:
@@ -131,9 +132,9 @@ def chat(here: Here, who: str, *, message: Annotated[str | None, typer.Option("-
     """
     if here.as_json and message is None:
         raise UsageError("--json needs --message", fix="ask one question with -m")
-    with services.chat.opened(here.project, who, progress=Terminal()) as answerer:
+    with services.answers.opened(here.project, who, progress=Terminal()) as answerer:
         if message is not None:
-            here.emit(services.chat.ask(answerer, message), _draw_answer)
+            here.emit(services.answers.ask(answerer, message), _draw_answer)
             return
         say(f"talking to {answerer.candidate.name}; an empty line or ctrl-D ends")
         with contextlib.suppress(EOFError):
@@ -191,7 +192,7 @@ def _draw_serving(document: Mapping[str, Any]) -> Drawn:
     yield "ctrl-C stops it after the requests under way, a second one at once"
 
 
-def _draw_answer(found: services.chat.ChatAnswer) -> Drawn:
+def _draw_answer(found: services.answers.ChatAnswer) -> Drawn:
     yield from printed_text(found.answer)(found)
     if found.sources:
         yield f"(from {', '.join(found.sources)})", "dim"

@@ -131,7 +131,7 @@ def revoke_token(here: Acting, user: User, name: str) -> None:
 
 def list_keys(here: Here) -> None:
     """List every key, retired, revoked and proposed ones included, and whether its private half is on this machine."""
-    here.emit(services.keys.list_keys(here.store), _draw_keys)
+    here.emit(services.users.list_keys(here.store), _draw_keys)
 
 
 def create(here: Acting, user: str | None = None, *, label: NewLabel = None) -> None:
@@ -141,7 +141,7 @@ def create(here: Acting, user: str | None = None, *, label: NewLabel = None) -> 
 
     user: Whose key; by default your own.
     """
-    made = here.do(services.keys.create)
+    made = here.do(services.users.create_key)
     say(f"the private key is {made.path}; keep it secret and keep a copy")
     here.emit(made, _draw_enrolled)
 
@@ -151,7 +151,7 @@ def enrol(here: Acting, user: User, file: Path, *, label: NewLabel = None) -> No
 
     file: A public key, PEM, EC P-256.
     """
-    here.emit(here.do(services.keys.enrol, public_key=read_text_file(file, "the public key")), _draw_enrolled)
+    here.emit(here.do(services.users.enrol_key, public_key=read_text_file(file, "the public key")), _draw_enrolled)
 
 
 def confirm(here: Acting, user: User, fingerprint: Fingerprint) -> None:
@@ -159,18 +159,18 @@ def confirm(here: Acting, user: User, fingerprint: Fingerprint) -> None:
 
     The fingerprint must come from the user by another way than this server: in person, by telephone or by a chat.
     """
-    here.emit(here.do(services.keys.confirm), _draw_enrolled)
+    here.emit(here.do(services.users.confirm_key), _draw_enrolled)
 
 
 def reject(here: Acting, user: User, fingerprint: Fingerprint) -> None:
     """End the proposal of a key that a user made in the web console."""
-    ended = here.do(services.keys.reject)
+    ended = here.do(services.users.reject_key)
     here.emit(ended, f"the proposed key {ended.fingerprint} of {ended.user} is rejected")
 
 
 def retire(here: Acting, user: User, label: Label) -> None:
     """End the use of a key. What it signed before keeps counting; what it signs from now on does not."""
-    here.emit(here.do(services.keys.retire), _draw_ended)
+    here.emit(here.do(services.users.retire_key), _draw_ended)
 
 
 def revoke(here: Acting, user: User, label: Label, *, since: str) -> None:
@@ -179,16 +179,16 @@ def revoke(here: Acting, user: User, label: Label, *, since: str) -> None:
     since TIME|ENTRY: Since when it may be stolen: ISO 8601 with a time zone, or the number of an entry of the audit
         log.
     """
-    ended = here.do(services.keys.revoke)
+    ended = here.do(services.users.revoke_key)
     _warn_of_champions(here)
     here.emit(ended, _draw_ended)
 
 
-def _draw_enrolled(made: services.keys.EnrolledKey) -> Drawn:
+def _draw_enrolled(made: services.users.EnrolledKey) -> Drawn:
     yield f"{made.user} signs with {made.label}: {made.fingerprint}"
 
 
-def _draw_ended(ended: services.keys.EndedKey) -> Drawn:
+def _draw_ended(ended: services.users.EndedKey) -> Drawn:
     yield f"the key {ended.label} of {ended.user} is {ended.status} from audit entry {ended.until} on"
     for what, labels in (
         ("revoked too, as it was enrolled with a stolen key", ended.also_revoked),
@@ -242,7 +242,7 @@ def _minute(at: str | None) -> str:
     return "never" if at is None else at[:16].replace("T", " ")
 
 
-def _draw_keys(found: services.keys.KeyList) -> Drawn:
+def _draw_keys(found: services.users.KeyList) -> Drawn:
     rows: list[tuple[object, ...]] = [
         (key.user, key.label, key.fingerprint, key.status, key.until or "", key.private) for key in found.keys
     ]

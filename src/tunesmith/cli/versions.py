@@ -163,7 +163,7 @@ def show(
     if what is not None:
         if name:
             raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
-        found = services.lineage.show(here.store, what, scope=Scope(tenant or "", region or ""))
+        found = services.versions.show_lineage(here.store, what, scope=Scope(tenant or "", region or ""))
         here.emit(found, _draw_lineage)
         return
     listed = services.versions.list_versions(here.store, name=name, limit=limit)

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 def list_webhooks(here: Here) -> int:
     """List the webhooks, and the events that did not arrive. Exit code 1: some failed too often and are given up."""
-    found = services.webhooks.list_webhooks(here.project)
+    found = services.monitoring.list_webhooks(here.project)
     here.emit(found, _draw_list)
     return 1 if any(webhook.given_up for webhook in found.webhooks) else 0
 
@@ -26,7 +26,7 @@ def retry(here: Acting, webhook: str) -> None:
 
     webhook: Its name in tunesmith.yaml.
     """
-    found = here.do(services.webhooks.retry)
+    found = here.do(services.monitoring.retry_webhook)
     here.emit(found, f"{found.events} events are tried again")
 
 
@@ -35,12 +35,12 @@ def test(here: Acting, webhook: str) -> int:
 
     webhook: Its name in tunesmith.yaml.
     """
-    found = here.do(services.webhooks.test)
+    found = here.do(services.monitoring.test_webhook)
     here.emit(found, f"{found.event}: {found.problem or 'arrived'}")
     return 1 if found.problem else 0
 
 
-def _draw_list(found: services.webhooks.WebhookList) -> Drawn:
+def _draw_list(found: services.monitoring.WebhookList) -> Drawn:
     if not found.webhooks:
         yield "no webhooks; `webhooks:` in tunesmith.yaml adds some"
         return

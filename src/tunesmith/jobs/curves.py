@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobCurveRow
 
@@ -86,3 +87,18 @@ def read(store: Store, job: int) -> dict[str, Curve]:
     found = select(JobCurveRow).where(JobCurveRow.job == job).order_by(JobCurveRow.training)
     with store.reading() as session:
         return {row.training: Curve(**row.curve) for row in session.scalars(found)}
+
+
+def curve_of(training: TrainingBody) -> Curve:
+    """The curve in a training's record."""
+    estimate, validated = training.estimate, {each.step: each for each in training.validation}
+    curve = Curve({"expected_seconds": estimate.seconds, "expected_memory_bytes": estimate.peak_memory_bytes})
+    curve.memory_bytes = training.peak_memory_bytes
+    for step in training.curve:
+        values = {"step": float(step.step), "loss": step.loss}
+        if (checked := validated.get(step.step)) is not None:
+            values["validation_loss"] = checked.loss
+            if checked.score is not None:
+                values["validation_score"] = checked.score
+        curve.add(values)
+    return curve

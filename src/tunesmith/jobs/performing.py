@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import traceback
@@ -22,6 +23,7 @@ from tunesmith.store.store import Store
 
 # Seconds between two signs of life, at most.
 _BEAT = 2.0
+_LOGGED_NOTES = 20  # of a step, at most
 _CODES: Mapping[type[TunesmithError], str] = {
     UsageError: "wrong_usage",
     Refused: "refused",
@@ -40,8 +42,11 @@ class Outcome:
 class JobProgress:
     """A core.progress.Progress that the job's row and log show, besides another one.
 
-    Once `stopping` is set, the next report of a finished part raises Stopped.
+    Once `stopping` is set, the next report of a finished part raises Stopped. logged: the step whose notes are lines of
+    the log, too, some of them: clients of fine-tuning jobs read a training's loss there.
     """
+
+    logged = ""
 
     def __init__(self, store: Store, lease: Lease, shown: Progress) -> None:
         self.stopping = threading.Event()
@@ -85,6 +90,7 @@ class _JobTask:
     def __init__(self, progress: JobProgress, shown: Task, title: str, total: float) -> None:
         self._progress, self._shown, self._title, self._total = progress, shown, title, total
         self._done, self._note, self._began = 0.0, "", time.monotonic()
+        self._logs_from = 0.0 if title == progress.logged else math.inf
 
     def advance(self, amount: float = 1.0) -> None:
         self._done += amount
@@ -94,6 +100,9 @@ class _JobTask:
     def note(self, text: str) -> None:
         self._note = text
         self._shown.note(text)
+        if self._done >= self._logs_from:
+            self._progress.say(f"{self._title.capitalize()} is {self._done / self._total:.0%} done: {text}")
+            self._logs_from = self._done + self._total / _LOGGED_NOTES
 
     def step(self) -> JobStep:
         seconds = time.monotonic() - self._began

@@ -70,12 +70,9 @@ def cause(says: str) -> Callable[[Look], Look]:
 
 @cause("requests to the champion drifted")
 def drift(seen: Seen) -> Due | None:
-    from tunesmith.monitoring.drift import watch
-    from tunesmith.monitoring.features import measured_baseline
+    from tunesmith.monitoring.features import drift_report
 
-    store, champion, label = seen.store, seen.champion, seen.champion.label
-    measure = lambda: measured_baseline(store, champion)  # noqa: E731
-    report = watch(store, seen.monitoring, name=champion.name, version=champion.digest, measure=measure)
+    label, report = seen.champion.label, drift_report(seen.store, seen.monitoring, seen.champion)
     return Due(label, f"requests to {label} drifted: {report.reason}") if report.verdict == "drift" else None
 
 

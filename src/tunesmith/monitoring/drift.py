@@ -279,7 +279,7 @@ def _recommendation(findings: Sequence[DriftFinding], name: str) -> NextStep:
     names = [finding.name for finding in findings if finding.outcome == "drift"]
     if names == ["json_valid"]:
         words = "fewer answers are valid although requests look alike: roll back, then find the cause"
-        return NextStep(words, "rollout rollback", name=name)
+        return NextStep(words, "rollout rollback", rollout=name)
     return NextStep("retrain: collect and label requests of this window, add them to data.sources, then run", "run")
 
 

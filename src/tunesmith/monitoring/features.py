@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.retrieval import example_index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, load_dataset
-from tunesmith.monitoring.drift import Baseline
+from tunesmith.monitoring.drift import Baseline, Report, watch
+from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.registry.versions import Version
 from tunesmith.store.store import Store
@@ -45,6 +47,12 @@ def measured_baseline(store: Store, version: Version) -> Baseline:
         features=measured_features(rows, nearest),
         json_valid=None if valid is None else (valid.mean, valid.low, valid.high),
     )
+
+
+def drift_report(store: Store, settings: MonitoringSettings, version: Version, tenant: str | None = None) -> Report:
+    """The drift report on what a version served. tenant: consider only its requests."""
+    baseline = partial(measured_baseline, store, version)
+    return watch(store, settings, name=version.name, version=version.digest, measure=baseline, tenant=tenant)
 
 
 def last_request(messages: Sequence[Message]) -> str:

@@ -437,3 +437,11 @@ def in_turns(rows: Sequence[Example]) -> list[Example]:
         return taken[row.group]
 
     return sorted(rows, key=turn)
+
+
+def only_tuned(project: Project) -> str:
+    """The name of the only candidate that is trained. Raises UsageError where there is none, or more than one."""
+    tuned = project.settings.tuned
+    if len(tuned) != 1:
+        raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
+    return tuned[0]

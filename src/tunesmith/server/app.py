@@ -33,7 +33,7 @@ from tunesmith.server.fine_tuning import jobs as fine_tuning
 from tunesmith.server.intake.rates import RateHeaders
 from tunesmith.server.listening import drain
 from tunesmith.server.serving import Serving
-from tunesmith.services.held import tidy, waiting
+from tunesmith.services.review import count_held, tidy
 from tunesmith.store import database
 from tunesmith.store.people.tokens import note_use
 from tunesmith.store.uploads import remove_leftovers
@@ -130,7 +130,7 @@ async def _control(serving: Serving) -> None:
             for _ in await asyncio.to_thread(tidy, serving.store):
                 serving.metrics.held.labels("expired").inc()
         with _go_on(serving, "looking for decisions on held answers"):
-            serving.metrics.held_waiting.set(await asyncio.to_thread(waiting, serving.store))
+            serving.metrics.held_waiting.set(await asyncio.to_thread(count_held, serving.store))
             await serving.awaited.look(serving.store)
         with _go_on(serving, "tidying the database"):
             await asyncio.to_thread(database.checkpoint, serving.store.engine)

@@ -29,6 +29,7 @@ from tunesmith.holding.rules import Holder
 from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
 from tunesmith.rollout.controller import give_up
+from tunesmith.rollout.served_scorers import ServedScorers
 from tunesmith.server import limits
 from tunesmith.server.answering.job import AwaitedDecisions
 from tunesmith.server.answering.recording import Recorder
@@ -42,8 +43,7 @@ from tunesmith.server.limits import ServerSettings
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.turns import SharedThreads
 from tunesmith.services.actions import Acting, Action
-from tunesmith.services.held import HeldAnswerView
-from tunesmith.services.rollouts import ServedScorers
+from tunesmith.services.review import HeldAnswerView
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.roles import TokenScope
 from tunesmith.store.people.tokens import Caller, Token

@@ -121,28 +121,28 @@ class Action(Generic[Asked, Result]):
 
     does: Callable[[Acting, Asked], Result]
     name: str
-    says: str
-    permission: str | None
-    tokens: tuple[TokenScope, ...]
-    at: str
-    method: Literal["POST", "DELETE"]
-    whole: bool
-    form: bool
-    api: bool
-    refused: str
-    reads_files: bool
+    says: str = ""
+    permission: str | None = None
+    tokens: tuple[TokenScope, ...] = ()
+    at: str = ""
+    method: Literal["POST", "DELETE"] = "POST"
+    whole: bool = False
+    form: bool = False
+    api: bool = True
+    refused: str = "refused"
+    reads_files: bool = False
 
     @cached_property
     def asked(self) -> type[Asked]:
         """The model of its requests."""
-        found: type[Asked] = next(self._hints[name] for name in self._hints if name not in ("acting", "return"))
-        return found
+        asked: type[Asked] = next(self._hints[name] for name in self._hints if name not in ("acting", "return"))
+        return asked
 
     @cached_property
     def result(self) -> type[Result]:
         """The model of its results."""
-        found: type[Result] = self._hints["return"]
-        return found
+        result: type[Result] = self._hints["return"]
+        return result
 
     @cached_property
     def _hints(self) -> dict[str, Any]:
@@ -174,26 +174,12 @@ class Action(Generic[Asked, Result]):
 _LISTED: dict[str, Action[Any, Any]] = {}
 
 
-def action(
-    name: str,
-    *,
-    says: str = "",
-    permission: str | None = None,
-    tokens: tuple[TokenScope, ...] = (),
-    at: str = "",
-    method: Literal["POST", "DELETE"] = "POST",
-    whole: bool = False,
-    form: bool = False,
-    api: bool = True,
-    refused: str = "refused",
-    reads_files: bool = False,
-) -> Callable[[Callable[[Acting, Asked], Result]], Action[Asked, Result]]:
+def action(name: str, **more: Any) -> Callable[[Callable[[Acting, Asked], Result]], Action[Asked, Result]]:
     """List a function as an action. The parameters are the fields of Action."""
 
     def listed(does: Callable[[Acting, Asked], Result]) -> Action[Asked, Result]:
-        found = Action(does, name, says, permission, tokens, at, method, whole, form, api, refused, reads_files)
-        _LISTED[name] = found
-        return found
+        _LISTED[name] = made = Action(does, name, **more)
+        return made
 
     return listed
 

@@ -15,7 +15,7 @@ from tunesmith.core.errors import NextStep, NotThere, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.text.display import json_text
-from tunesmith.core.view import View
+from tunesmith.core.view import Page, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.building.signoff import SignOff, sign_off, sign_offs, sign_offs_of
 from tunesmith.data.building.verify import DatasetVerification, verify_dataset
@@ -96,13 +96,10 @@ class DatasetLine(View):
     signed: tuple[str, ...]
 
 
-class DatasetPage(View):
-    """Some dataset versions, newest first. page: from 1."""
+class DatasetPage(Page):
+    """Some dataset versions, newest first."""
 
     datasets: tuple[DatasetLine, ...]
-    total: int
-    page: int
-    pages: int
 
 
 class FoundRow(View):
@@ -121,13 +118,10 @@ class FoundRow(View):
     messages: tuple[Message, ...] = ()
 
 
-class RowPage(View):
-    """Some rows of a dataset version that match. page: from 1. reasons: why rows were left out -> how many."""
+class RowPage(Page):
+    """Some rows of a dataset version that match."""
 
     rows: tuple[FoundRow, ...]
-    total: int
-    page: int
-    pages: int
 
 
 class SignOffList(View):
@@ -155,11 +149,6 @@ def show(store: Store, dataset: str | None = None, *, split: str = "train", limi
         rows = loaded.examples(split)
     shown = tuple(rows[:limit] if limit else rows)
     return ShownDataset(**dict(dataset_summary(store, digest)), split=split, examples=shown, total=len(rows))
-
-
-def summary(store: Store, dataset: str) -> DatasetSummary:
-    """The account of a dataset version. Raises Refused where its record is missing or damaged."""
-    return dataset_summary(store, dataset)
 
 
 def verify(store: Store, dataset: str | None = None) -> DatasetVerification:
@@ -250,18 +239,18 @@ def list_datasets(store: Store, page: int = 1) -> DatasetPage:
     of_kind = RecordRow.kind == "dataset"
     with database.reading(store.engine) as session:
         total = session.scalar(select(func.count()).select_from(RecordRow).where(of_kind)) or 0
-        page, pages = _within(page, total)
+        at = Page.within(page, total, EACH_PAGE)
         query = select(RecordRow.digest, RecordRow.created_at).where(of_kind)
-        newest = query.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((page - 1) * EACH_PAGE)
+        newest = query.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((at.page - 1) * EACH_PAGE)
         found = list(session.execute(newest.limit(EACH_PAGE)))
     signed = sign_offs_of(store, [digest for digest, _ in found])
     lines = []
-    for digest, at in found:
+    for digest, sealed in found:
         body = DatasetBody.read(store, digest)
         lines.append(
             DatasetLine(
                 dataset=digest,
-                at=at,
+                at=sealed,
                 read=body.rows.read,
                 kept=body.rows.kept,
                 removed=sum(body.rows.removed.values()),
@@ -269,7 +258,7 @@ def list_datasets(store: Store, page: int = 1) -> DatasetPage:
                 signed=tuple(one.steward for one in signed[digest]),
             )
         )
-    return DatasetPage(datasets=tuple(lines), total=total, page=page, pages=pages)
+    return DatasetPage(**dict(at), datasets=tuple(lines))
 
 
 def find_dataset(store: Store, given: str | None = None) -> str:
@@ -304,18 +293,17 @@ def list_rows(
     require(store, actor, "row.read")
     loaded = load_dataset(store, dataset)
     if split == "removed":
-        matching = [row for row in loaded.removed() if reason in ("", row.reason)]
         wanted = search.casefold()
-        matching = [row for row in matching if wanted in row.source.casefold()]
-        page, pages = _within(page, len(matching))
-        shown = [FoundRow.of(row, split=split) for row in _cut(matching, page)]
-        return RowPage(rows=tuple(shown), total=len(matching), page=page, pages=pages)
-    if split not in SPLITS:
+        left_out = [row for row in loaded.removed() if reason in ("", row.reason) and wanted in row.source.casefold()]
+        at = Page.within(page, len(left_out), EACH_PAGE)
+        rows: Sequence[Example | RemovedRow] = _cut(left_out, at)
+    elif split in SPLITS:
+        lines = list(_matching(store, loaded, split, search))
+        at = Page.within(page, len(lines), EACH_PAGE)
+        rows = [Example.model_validate_json(line) for line in _cut(lines, at)]
+    else:
         raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join((*SPLITS, 'removed'))}")
-    lines = list(_matching(store, loaded, split, search))
-    page, pages = _within(page, len(lines))
-    examples = [Example.model_validate_json(line) for line in _cut(lines, page)]
-    return RowPage(rows=tuple(_found(split, one) for one in examples), total=len(lines), page=page, pages=pages)
+    return RowPage(**dict(at), rows=tuple(FoundRow.of(row, split=split) for row in rows))
 
 
 def rows_by_id(store: Store, dataset: str, ids: Collection[str], *, actor: str) -> dict[str, FoundRow]:
@@ -327,7 +315,7 @@ def rows_by_id(store: Store, dataset: str, ids: Collection[str], *, actor: str) 
         for line in store.read_blob(loaded.record.blobs[f"{split}.jsonl"]).splitlines():
             if _id_of(line) in wanted:
                 example = Example.model_validate_json(line)
-                found[example.id] = _found(split, example)
+                found[example.id] = FoundRow.of(example, split=split)
     return found
 
 
@@ -349,16 +337,5 @@ def _id_of(line: bytes) -> bytes:
     return line.partition(b'"id":"')[2].partition(b'"')[0]
 
 
-def _found(split: str, one: Example) -> FoundRow:
-    facts = one.model_dump(include={"id", "source", "licence", "group", "subject", "tenant", "region"})
-    return FoundRow(split=split, messages=one.messages, **facts)
-
-
-def _within(page: int, total: int) -> tuple[int, int]:
-    """The page that there is, and how many there are."""
-    pages = max(1, -(-total // EACH_PAGE))
-    return min(max(1, page), pages), pages
-
-
-def _cut(items: list[Any], page: int) -> list[Any]:
-    return items[(page - 1) * EACH_PAGE : page * EACH_PAGE]
+def _cut(items: list[Any], at: Page) -> list[Any]:
+    return items[(at.page - 1) * EACH_PAGE : at.page * EACH_PAGE]

@@ -1,33 +1,44 @@
-"""Fine-tuning jobs of OpenAI's clients: what they ask for, accepting it, and the versions behind `ft:` names."""
+"""Fine-tuning jobs of OpenAI's clients: accept and perform them, and find the versions behind `ft:` names."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.digests import digest_of
+from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.settings import changed
 from tunesmith.core.text.names import check_name
 from tunesmith.core.view import View
+from tunesmith.data.formats.openai_rules import InvalidExamples, check_examples
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
+from tunesmith.evaluation.summary import EvaluationSummary
 from tunesmith.jobs import queue
+from tunesmith.jobs.performing import JobProgress, Outcome
+from tunesmith.jobs.queue import JobError
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
+from tunesmith.records.training import TrainingBody
 from tunesmith.registry.aliases import CHAMPION
 from tunesmith.registry.versions import resolve
+from tunesmith.services import training
+from tunesmith.services.training import RunSummary
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import FileRow, JobRow
+from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobRow
+from tunesmith.store.uploads import FileGone
 from tunesmith.training.settings import TrainSettings, changed_training
 
-KIND: Final = "fine_tuning"
 _LONGEST_NAME = 63
 
 
@@ -93,7 +104,8 @@ def derived(
     scope: the job's; a candidate that is the champion is the one that serves it. Raises UsageError for values that the
     settings do not allow, where: the client's field.
     """
-    settings = project.on_base(arguments.model).settings
+    based = project.on_base(arguments.model)
+    settings = based.settings
     given, name = stated(settings), trained_name(settings)
     files = [(training, None), *([] if validation is None else [(validation, "test")])]
     terms = given.model_dump(include={"licence", "attribution"})
@@ -112,15 +124,8 @@ def derived(
         else each
         for other, each in settings.candidates.items()
     }
-    others = {
-        "name": names[0],
-        "data": data,
-        "candidates": {**candidates, name: candidate.model_copy(update={"train": train})},
-        "release": name,
-    }
-    found = Project(project.root, settings.model_copy(update=others))
-    found.store = project.store
-    return found
+    candidates[name] = candidate.model_copy(update={"train": train})
+    return based.with_settings(name=names[0], data=data, candidates=candidates, release=name)
 
 
 def series(project: str, suffix: str | None) -> str:
@@ -192,7 +197,7 @@ def create(project: Project, arguments: Arguments, *, user: User, key: str | Non
     derived(project, arguments, uploaded, others, training.scope)
     return queue.add(
         project.store,
-        KIND,
+        FINE_TUNING,
         arguments.model_copy(update={"settings": project.settings.digest}).document(),
         project=project.settings.name,
         actor=user.name,
@@ -209,7 +214,7 @@ def find(store: Store, number: int | None, user: User) -> JobRow | None:
         job = queue.get(store, number)
     except UsageError:
         return None
-    return job if job.kind == KIND and user.scope.covers(job.scope) else None
+    return job if job.kind == FINE_TUNING and user.scope.covers(job.scope) else None
 
 
 def list_jobs(
@@ -230,7 +235,7 @@ def list_jobs(
 
 
 def _jobs(store: Store, user: User, before: int | None) -> Iterator[JobRow]:
-    while page := queue.list_jobs(store, kinds=[KIND], before=before, most=_PAGE, scope=user.scope):
+    while page := queue.list_jobs(store, kinds=[FINE_TUNING], before=before, most=_PAGE, scope=user.scope):
         yield from page
         before = page[-1].id
 
@@ -248,7 +253,6 @@ def _file(store: Store, user: User, identifier: str, field: str) -> FileRow:
 
 
 PREFIX: Final = "ft:"
-JOB: Final = "ftjob-"
 _NUMBER = re.compile("[1-9][0-9]{0,8}")
 
 
@@ -264,8 +268,8 @@ def model_name(job: JobRow) -> str:
 
 def job_number(identifier: str) -> int | None:
     """The number in a job's id; None for what is no id."""
-    found = identifier.removeprefix(JOB)
-    return int(found) if identifier.startswith(JOB) and _NUMBER.fullmatch(found) else None
+    found = identifier.removeprefix(FINE_TUNING_JOB)
+    return int(found) if identifier.startswith(FINE_TUNING_JOB) and _NUMBER.fullmatch(found) else None
 
 
 def version_behind(session: Session, name: str, scope: Scope) -> str:
@@ -276,9 +280,177 @@ def version_behind(session: Session, name: str, scope: Scope) -> str:
     number = name.rsplit(":", 1)[-1]
     row = session.get(JobRow, int(number)) if _NUMBER.fullmatch(number) else None
     visible = row is not None and row.tenant in ("", scope.tenant) and row.region in ("", scope.region)
-    if row is None or not visible or row.kind != KIND or model_name(row) != name:
+    if row is None or not visible or row.kind != FINE_TUNING or model_name(row) != name:
         raise UsageError(f"there is no model {name!r}")
     if row.state == "succeeded":
-        return str(row.result[KIND]["version"])
+        return str(row.result[FINE_TUNING]["version"])
     why = f": {row.error['code']}" if row.error else ""
-    raise NotYet(f"its fine-tuning job {JOB}{row.id} is {row.state}{why}")
+    raise NotYet(f"its fine-tuning job {FINE_TUNING_JOB}{row.id} is {row.state}{why}")
+
+
+VALIDATING = "validating files"
+# The columns of OpenAI's result files. Token accuracies are not measured, so these stay empty.
+_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_CODES = {"fail": "gate_failed", "inconclusive": "evidence_inconclusive"}
+
+
+def perform_fine_tuning(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
+    """Perform a job. A verdict other than pass, and a file that cannot be used, are errors with a code of their own."""
+    arguments = Arguments.model_validate(job.arguments)
+    with contextlib.ExitStack() as opened:
+        try:
+            made = _checked(project, job, arguments, progress, opened)
+            progress.logged = "training"
+            summary = training.run(made, progress=progress, actor=job.created_by, scope=job.scope)
+        except FileGone as error:
+            return _file_gone(error)
+        except InvalidExamples as error:
+            return Outcome({}, JobError(code=error.code, what=error.what, param=error.where))
+        except Inconclusive as error:
+            return Outcome({}, _error(_CODES["inconclusive"], error))
+        except (UsageError, FileNotFoundError):
+            try:  # a file that was deleted meanwhile explains it
+                _files(project, job, arguments, opened)
+            except FileGone as gone:
+                return _file_gone(gone)
+            raise
+        return _outcome(made, job, arguments, summary, progress)
+
+
+def _checked(
+    project: Project, job: JobRow, arguments: Arguments, progress: JobProgress, opened: contextlib.ExitStack
+) -> Project:
+    """The job's project, after its files were checked. They are there until `opened` is closed."""
+    files = _files(project, job, arguments, opened)
+    for field, (stored, path) in files.items():
+        lines = 1 + stored.size // 200  # a guess, for the progress only
+        progress.say(f"Validating {field.replace('_', ' ')}: {getattr(arguments, field)}")
+        with progress.task(VALIDATING, lines) as task:
+            try:
+                count = check_examples(path, training=field == "training_file", on_lines=task.advance)
+            except InvalidExamples as error:
+                error.what = f"The job failed due to an invalid {field.replace('_', ' ')}. {error.what}"
+                error.where = field
+                raise
+        progress.say(f"{count} examples")
+    progress.say("Files validated")
+    found = {
+        field: Uploaded(str(path), f"upload-{stored.digest.removeprefix('sha256:')[:24]}{path.suffix}")
+        for field, (stored, path) in files.items()
+    }
+    return derived(project, arguments, found["training_file"], found.get("validation_file"), job.scope)
+
+
+def _files(
+    project: Project, job: JobRow, arguments: Arguments, opened: contextlib.ExitStack
+) -> dict[str, tuple[FileRow, Path]]:
+    """The files of a job and where they are here until `opened` is closed, by the client's field. Raises FileGone."""
+    found = {}
+    for field in ("training_file", "validation_file"):
+        if (identifier := getattr(arguments, field)) is None:
+            continue
+        try:
+            stored = uploads.find(project.store, identifier, job.scope)
+            if stored is None:
+                raise FileGone("the file was deleted", fix="upload it again and create another job")
+            found[field] = stored, opened.enter_context(uploads.local_file(project.store, stored))
+        except FileGone as error:
+            error.where = field
+            raise
+    return found
+
+
+def _file_gone(error: FileGone) -> Outcome:
+    return Outcome({}, _error("file_deleted", error).model_copy(update={"param": error.where}))
+
+
+def _error(code: str, error: Inconclusive | FileGone) -> JobError:
+    return JobError(code=code, what=error.what, where=error.where, fix=error.fix)
+
+
+def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSummary, progress: JobProgress) -> Outcome:
+    """The job's result with its file of metrics, and an error unless the verdict is a pass."""
+    name = trained_name(made.settings)
+    body = TrainingBody.read(made.store, summary.train[name].training)
+    registered = None if summary.registered is None else summary.registered.version
+    multiplier = arguments.hyperparameters.learning_rate_multiplier
+    result = {
+        **summary.without_paths(),
+        FINE_TUNING: {
+            "fine_tuned_model": model_name(job) if registered else None,
+            "version": registered,
+            "result_files": [_put_metrics(made, job, body)],
+            "trained_tokens": body.tokens,
+            "hyperparameters": {
+                "n_epochs": body.settings.epochs,
+                "batch_size": body.settings.batch,
+                "learning_rate_multiplier": 1.0 if multiplier is None else multiplier,
+            },
+            "checkpoint": _metrics_at(body),
+        },
+    }
+    rival = _better_rival(summary.evaluate, name)
+    if summary.gate.verdict == "pass":
+        if rival:
+            progress.say(rival)
+        command = f"`tunesmith approve {registered}{job.scope.options()}`"
+        progress.say(f"registered {registered}; it can be called once it is approved: {command}")
+        if stated(made.settings).models[arguments.model] is not None:
+            progress.say(f"a server of its base answers: `tunesmith serve --base-of {arguments.model}`")
+        return Outcome(result)
+    more = "upload more examples and create another job; " if summary.gate.verdict == "inconclusive" else ""
+    failed = [f"{gate.name} ({gate.reason})" for gate in summary.gate.gates if gate.outcome != "pass"]
+    why = (
+        "did not pass the gates" if summary.gate.verdict == "fail" else "could not be judged: the evidence decides not"
+    )
+    return Outcome(
+        result,
+        JobError(
+            code=_CODES[summary.gate.verdict],
+            what=f"The model was trained, but {why}: {'; '.join(failed) or 'the project has none'}. {rival}".strip(),
+            where=f"verdict {summary.gate.digest}",
+            fix=f"{more}the evidence is kept, under that digest",
+        ),
+    )
+
+
+def _better_rival(found: EvaluationSummary, tuned: str) -> str:
+    """A sentence where a candidate without training is as good as the tuned one or better; else ""."""
+    means = {name: metrics[found.primary].mean for name, metrics in found.candidates.items()}
+    rivals = {name: mean for name, mean in means.items() if not found.tuned.get(name)}
+    best = max(rivals, key=rivals.__getitem__, default=None)
+    if best is None or rivals[best] < means[tuned]:
+        return ""
+    return (
+        f"Training did not pay: {best}, without training, reaches {found.primary} {rivals[best]:.3f} on the {found.n} "
+        f"test rows, {tuned} {means[tuned]:.3f}."
+    )
+
+
+def _put_metrics(made: Project, job: JobRow, body: TrainingBody) -> str:
+    """Keep the metrics of each step as a CSV file; returns its id, which is the same when the job is repeated."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(_metric_rows(body))
+    curve = [step.model_dump() for step in body.curve]
+    identifier = f"file-{digest_of([FINE_TUNING, job.id, curve]).removeprefix('sha256:')[:24]}"
+    with made.store.scratch() as folder:
+        path = folder / "metrics"
+        path.write_text(text.getvalue())
+        stored = uploads.put(
+            made.store, path, name="step_metrics.csv", purpose=RESULTS, actor=job.created_by, scope=job.scope,
+            file=identifier,
+        )  # fmt: skip
+    return stored.file
+
+
+def _metric_rows(body: TrainingBody) -> Iterator[dict[str, float]]:
+    validated = {each.step: {"valid_loss": each.loss} for each in body.validation}
+    for point in body.curve:
+        yield {"step": point.step, "train_loss": point.loss, **validated.get(point.step, {})}
+
+
+def _metrics_at(body: TrainingBody) -> dict[str, float]:
+    """The kept step's metrics, as a checkpoint states them."""
+    return next((row for row in _metric_rows(body) if row["step"] == body.kept), {"step": body.kept})

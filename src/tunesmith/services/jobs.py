@@ -1,27 +1,51 @@
-"""Jobs: queue, cancel, pause and resume them, and show them with their progress, log and curves."""
+"""Jobs: queue, change and show them; perform them here or by a worker."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import re
-from collections.abc import Callable, Collection, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core import telemetry
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.progress import SILENT, Progress, Stopped
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.scope import Scope
+from tunesmith.core.system.machine import end_with_parent
+from tunesmith.core.telemetry import names
 from tunesmith.core.view import View
 from tunesmith.jobs import curves as noted
-from tunesmith.jobs import queue
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.arguments import Changes, project_of, run_arguments, with_changes
 from tunesmith.jobs.curves import Curve
-from tunesmith.jobs.worker import has_ended
+from tunesmith.jobs.leases import LEASE_SECONDS, Lease
+from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs.project_places import make_places
+from tunesmith.jobs.queue import JobError
+from tunesmith.jobs.worker import Worker, has_ended, worker_name
+from tunesmith.pipeline.training import only_tuned
+from tunesmith.project import Project, open_store
 from tunesmith.records.training import TrainingBody
+from tunesmith.registry.aliases import get_alias
+from tunesmith.services import training
 from tunesmith.services.actions import Acting, Request, Short, action
-from tunesmith.services.training import only_tuned, read_again, run_arguments
+from tunesmith.services.fine_tuning import perform_fine_tuning
+from tunesmith.services.training import RunSummary, forecast
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobEventRow, JobRow, JobState
+from tunesmith.store.tables import FINE_TUNING, JobEventRow, JobRow, JobState
 
 STATES: tuple[JobState, ...] = get_args(JobState)
 
@@ -122,7 +146,7 @@ class ChangeJob(Request):
 )  # fmt: skip
 def add(acting: Acting, asked: AddJob) -> JobView:
     """Queue a run or a forecast. It is for all tenants and regions, and so must its caller be."""
-    project = read_again(acting.project)
+    project = acting.project.read_again()
     kind = asked.kind or ("run" if asked.candidate is None else "forecast")
     arguments = run_arguments(project, asked.changes)
     if kind == "forecast":
@@ -226,11 +250,6 @@ def newest_lines(
     return _log(number, state, queue.newest_events(store, number, before=before, most=most), reader)
 
 
-def cause_of(job: JobRow) -> str:
-    """Why a run was queued, where no person did it; "" where one did."""
-    return str(job.arguments.get("cause", ""))
-
-
 def _find(store: Store, number: int, reader: User | None) -> JobRow:
     job = queue.get(store, number)
     if not _scope(reader).covers(job.scope):
@@ -255,8 +274,7 @@ def _view(job: JobRow, now: float, reader: User | None) -> JobView:
         error = {name: for_client(said) if isinstance(said, str) else said for name, said in error.items()}
         if str(job.error.get("where")).startswith("/"):
             error["where"] = None
-    changes = job.arguments.get("changes", {})
-    return JobView.of(job, job=job.id, silent=silent, cause=cause_of(job), changes=changes, error=error)
+    return JobView.of(job, job=job.id, silent=silent, error=error)
 
 
 def _log(number: int, state: JobState, rows: Sequence[JobEventRow], reader: User | None) -> JobLog:
@@ -295,10 +313,12 @@ class CurvePoint(View):
     """A step. loss: on its training rows; validation_loss, score: on the validation rows, None where it was not
     validated, and where answers were not scored."""
 
+    model_config = ConfigDict(extra="ignore")
+
     step: int
     loss: float
-    validation_loss: float | None
-    score: float | None
+    validation_loss: float | None = None
+    score: Annotated[float | None, Field(validation_alias="validation_score")] = None
 
 
 class TrainingCurve(View):
@@ -331,8 +351,10 @@ def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
     trained = job.result.get("train", {})
     found = {name: _curve(name, trained.get(name, {}), each) for name, each in noted.read(store, number).items()}
     for name, summary in trained.items():
-        if name not in found and (recorded := _recorded(store, summary)) is not None:
-            found[name] = _curve(name, summary, recorded, earlier=True)
+        if name not in found:
+            with contextlib.suppress(Refused, UsageError):  # the store no longer has it
+                curve = noted.curve_of(TrainingBody.read(store, summary["training"]))
+                found[name] = _curve(name, summary, curve, earlier=True)
     order = {name: place for place, name in enumerate(trained)}
     names = sorted(found, key=lambda name: order.get(name, len(order)))
     return JobCurves(job=number, trainings=tuple(found[name] for name in names))
@@ -340,41 +362,221 @@ def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
 
 def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -> TrainingCurve:
     """summary: of the training, {} where it has not ended."""
-    expected = curve.expected
-    points = tuple(
-        CurvePoint(
-            step=int(each["step"]),
-            loss=each["loss"],
-            validation_loss=each.get("validation_loss"),
-            score=each.get("validation_score"),
-        )
-        for each in curve.points
-    )
     return TrainingCurve(
         name=name,
         metric=(summary.get("score") or {}).get("metric", ""),
         earlier=earlier,
-        expected_seconds=expected.get("expected_seconds"),
-        expected_memory_bytes=expected.get("expected_memory_bytes"),
+        expected_seconds=curve.expected.get("expected_seconds"),
+        expected_memory_bytes=curve.expected.get("expected_memory_bytes"),
         memory_bytes=curve.memory_bytes or None,
-        points=points,
+        points=tuple(CurvePoint.model_validate(each) for each in curve.points),
     )
 
 
-def _recorded(store: Store, summary: Fields) -> Curve | None:
-    """The curve in a training's record; None where the store no longer has it."""
+def run_here(
+    project: Project,
+    *,
+    changes: Changes = MappingProxyType({}),
+    progress: Progress = SILENT,
+    actor: str | None = None,
+) -> RunSummary:
+    """Run the whole pipeline in this process, as a job that others see in the list of jobs.
+
+    changes: training settings of this run that differ from the project file.
+
+    Raises what `training.run` raises, and TunesmithError where somebody stopped the job.
+    """
+    telemetry.check()
+    by = project.actor(actor)
+    arguments, name = run_arguments(project, changes), project.settings.name
+    lease = leases.begin(project.store, worker_name(), "run", arguments, project=name, actor=by)
+    project, done = with_changes(project, changes), list[RunSummary]()
+
+    def work(progress: JobProgress) -> Outcome:
+        with telemetry.span(names.JOB_SPAN, _traced(lease.job, "run", name)):
+            return _run(project, by, done, progress)
+
     try:
-        body = TrainingBody.read(store, summary["training"])
-    except (Refused, UsageError):
-        return None
-    found, validated = Curve(memory_bytes=body.peak_memory_bytes), {each.step: each for each in body.validation}
-    for step in body.curve:
-        values: dict[str, float] = {"step": step.step, "loss": step.loss}
-        if (checked := validated.get(step.step)) is not None:
-            values["validation_loss"] = checked.loss
-            if checked.score is not None:
-                values["validation_score"] = checked.score
-        found.add(values)
-    expected = body.estimate
-    found.expected = {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
-    return found
+        with telemetry.sending():
+            perform(project.store, lease, work, shown=progress)
+    except Stopped:
+        state = queue.get(project.store, lease.job).state
+        raise TunesmithError(
+            f"the run was stopped: its job is {state}",
+            where=f"job {lease.job}",
+            fix=NextStep("see by whom; another run continues from here", "jobs log", job=lease.job),
+        ) from None
+    return done[0]
+
+
+def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProgress) -> Outcome:
+    """Run the whole pipeline; its summary is appended to done. A verdict other than pass is an error."""
+    summary = training.run(project, progress=progress, actor=actor)
+    done.append(summary)
+    verdict, result = summary.gate.verdict, summary.without_paths()
+    if verdict == "pass":
+        return Outcome(result)
+    failed = [gate.name for gate in summary.gate.gates if gate.outcome != "pass"]
+    error = JobError(
+        code=f"verdict_{verdict}",
+        what=f"the verdict is {verdict}: {', '.join(failed) or 'there are no gates'}",
+        where=f"verdict {summary.gate.digest}",
+        fix="read the report of the evaluation",
+    )
+    return Outcome(result, error)
+
+
+def _perform_run(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
+    """Perform a queued run."""
+    done = list[RunSummary]()
+    if not job.cause:
+        return _run(project, job.created_by, done, progress)
+    progress.say(f"queued because of {job.cause}")
+    outcome = _run(project, job.created_by, done, progress)
+    made, champion = done[0].registered, get_alias(project.store, project.settings.name)
+    if made is None or champion is None or made.digest != champion.version:
+        return outcome
+    error = JobError(
+        code="nothing_new",
+        what=f"rows and settings are those of {made.version}, so the run gave the same version",
+        where=job.cause,
+        fix="add rows or change settings, then run again",
+    )
+    return Outcome(outcome.result, error)
+
+
+def _perform_forecast(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
+    """Perform a queued forecast."""
+    found = forecast(project, job.arguments["candidate"], progress=progress, actor=job.created_by)
+    progress.say(found.headline)
+    return Outcome(found.model_dump(mode="json"))
+
+
+_KINDS: Mapping[str, Callable[[Project, JobRow, JobProgress], Outcome]] = {
+    "run": _perform_run,
+    "forecast": _perform_forecast,
+    FINE_TUNING: perform_fine_tuning,
+}
+
+KINDS = tuple(_KINDS)
+
+
+# The worker
+
+
+def make_worker(
+    project: Project,
+    *,
+    at_once: int | None = None,
+    lease_seconds: float = LEASE_SECONDS,
+    say: Callable[[str], None] = lambda _: None,
+    also: Callable[[], None] = lambda: None,
+) -> Worker:
+    """A worker for a project's jobs. also: is called now and then besides.
+
+    at_once: jobs that are performed at the same time, each on its share of this machine's cores and GPUs; by default
+    one, or one for each GPU where there are several. With `jobs: {runner: ray}`: jobs that are given to the cluster at
+    the same time; by default as many as it has room for. Raises UsageError or Refused where that cannot be, and where
+    OpenTelemetry is set up in a way that cannot be honoured.
+    """
+    telemetry.check()  # here, and not first in the process of a job
+    return Worker(
+        project.store,
+        project.settings.name,
+        list(_KINDS),
+        make_places(project, at_once, perform_in_child, say),
+        lease_seconds=lease_seconds,
+        say=say,
+        also=also,
+    )
+
+
+def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
+    """Perform a job in this process. parent: the number of the process that started it, and with which it ends."""
+    end_with_parent(parent)
+    stopping = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the worker too, which ends this process in order
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    store = open_store(root)
+    job = queue.get(store, lease.job)
+
+    def work(progress: JobProgress) -> Outcome:
+        project = Project.load(root)
+        project.store = store
+        made = project_of(project, job)
+        with telemetry.span(names.JOB_SPAN, _traced(job.id, job.kind, job.project)):
+            return _KINDS[job.kind](made, job, progress)
+
+    with contextlib.suppress(Exception), telemetry.sending():  # it is recorded
+        perform(store, lease, work, stopping=stopping)
+
+
+def _traced(job: int, kind: str, project: str) -> dict[str, str | int]:
+    """What a job's span states."""
+    return {names.JOB: job, names.JOB_KIND: kind, names.PROJECT: project}
+
+
+# The worker that a server starts
+
+
+# Seconds until a worker that ended is started again.
+_PAUSE = 1.0
+# Seconds that a worker waits before it ends where it cannot start.
+_LONG_PAUSE = 30.0
+
+
+class OwnWorker:
+    """A worker for the project in a folder, started again when it ends. say: shows a line, in either process."""
+
+    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+        self._root, self._say = root, say
+        self._stopping = threading.Event()
+        self._process: BaseProcess | None = None
+        self._started = threading.Lock()
+        # A daemon, but it lives as long as the process: Linux ends the worker with the thread that started it.
+        self._thread = threading.Thread(target=self._keep, name="own worker", daemon=True)
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """Stop the worker: its jobs go back into the queue. It is killed after some seconds, which loses only time."""
+        with self._started:
+            self._stopping.set()
+            if self._process is not None:
+                self._process.terminate()
+        self._thread.join(seconds)
+        if self._process is not None and self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _keep(self) -> None:
+        while True:
+            with self._started:
+                if self._stopping.is_set():
+                    return
+                self._process = multiprocessing.get_context("spawn").Process(
+                    target=_work, args=(self._root, os.getpid(), self._say), name="worker"
+                )
+                self._process.start()
+            self._process.join()
+            if self._stopping.wait(_PAUSE):
+                return
+            self._say(f"the worker ended with exit code {self._process.exitcode}; another one is started")
+
+
+def _work(root: Path, parent: int, say: Callable[[str], None]) -> None:
+    from tunesmith.jobs.retraining import look_again  # what they import, a run of this process does not need
+    from tunesmith.services.monitoring import check_secrets, delivering
+
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the server too, which stops this process in order
+    try:
+        project = Project.load(root)
+        worker = make_worker(project, say=say, also=partial(look_again, root, say))
+        check_secrets(project)
+    except TunesmithError as error:  # a cluster that cannot be reached may come back
+        say(f"the worker cannot start: {error}")
+        time.sleep(_LONG_PAUSE)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: worker.stopping.set())  # after Ray has set its own
+    with delivering(project, say):
+        worker.run()

@@ -7,7 +7,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -15,25 +18,40 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from tunesmith.candidates.grammars.copying import text_fields
+from tunesmith.candidates.grammars.drafted_prompts import long_prompt, short_prompt
+from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, examine_answers, is_json, json_objects
 from tunesmith.core.errors import NextStep, TunesmithError, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.answer_schema import Schema, check_answer_schema
+from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import View
-from tunesmith.data.governance.licences import LicenceRefused, custom_ids, permitted
-from tunesmith.data.settings import Licences, Source
-from tunesmith.data.sources.remote import protocol_of
-from tunesmith.project import FILE, STORE, Project, parse_settings
-from tunesmith.services.new_project_rows import (
+from tunesmith.data.building.examine import control_token, refuse_control_tokens
+from tunesmith.data.building.survey import (
     FEWEST_GROUPS,
-    MAX_LENGTH,
-    ControlTokens,
-    RowFindings,
-    examine_rows,
+    first_fields,
+    groups_rows,
+    instruction_as_system,
     shares,
+    survey,
 )
+from tunesmith.data.duplicates import answer_key, request_key, request_text
+from tunesmith.data.formats.row_formats import inferred_rename
+from tunesmith.data.governance.licences import LicenceRefused, custom_ids, permitted
+from tunesmith.data.settings import Licences, Source, Split
+from tunesmith.data.sources.remote import protocol_of
+from tunesmith.data.splitting.assignment import split_of
+from tunesmith.data.splitting.groups import wording_group
+from tunesmith.evaluation.stats.statistics import effective_groups
+from tunesmith.project import FILE, STORE, Project, parse_settings
+from tunesmith.training.settings import TrainSettings
 
+MAX_LENGTH: int = TrainSettings.model_fields["max_length"].default
+_FEWEST = 20
+_USABLE = (
+    "; a usable row may begin with one system turn, then user and assistant turns alternate, the last is the "
+    "assistant's, and none is empty"
+)
 _LONGEST_NAME = 63
 _MOST_TOKENS = 32_768
 _BUDGET = "15m"  # a first run should end within half an hour on a laptop
@@ -91,10 +109,54 @@ def make_project(
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
     licences = _accepted_licences(licence, accept_licence)
+    named = str(data) if protocol_of(str(data)) else os.path.relpath(Path(data).absolute(), root)
+    source = Source(path=named, licence=licence, rename=dict(rename or {}))
+    if not base.startswith(("pypi:", "hf:")):
+        base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
+    otherwise = None if control_tokens == "drop" else NextStep("drop the tokens", "init", control_tokens="drop")
+    with _made(root):  # the rows are found from there
+        found = examine_rows(root, source, ControlTokens(base, root, progress), otherwise)
+        source = source.model_copy(update={"rename": dict(found.rename)})
+        if name is None:
+            plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
+            name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
+        settings, files = _compose(name, base, source, licences, found)
+        if control_tokens == "drop":
+            settings["data"]["control_tokens"] = control_tokens
+        plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
+        files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
+        parse_settings(files[FILE], str(root / FILE))
+        if found.answers.schema is not None:
+            check_answer_schema(found.answers.schema, "the schema that is inferred from the answers")
+        if there := next((root / relative for relative in files if (root / relative).exists()), None):
+            raise UsageError("this file is there already", where=str(there), fix="move it, or use -C")
+        texts = {relative: text.encode() for relative, text in files.items()}
+        written = _ignoring_the_store(root / ".gitignore") | texts
+        for relative, content in written.items():
+            write_atomic(root / relative, content)
+        Project.load(root)
+    return NewProject(
+        project=str(root / FILE),
+        rows=found.rows,
+        unusable=sum(found.unusable.values()),
+        broken=found.broken,
+        reordered=found.answers.reordered,
+        respelled=found.answers.respelled,
+        json_answers=found.answers.schema is not None,
+        files=tuple(written),
+        measured=measured(found),
+        notes=notes(found),
+        root=root,
+    )
+
+
+@contextlib.contextmanager
+def _made(root: Path) -> Iterator[None]:
+    """Make a folder, and remove it again where an error leaves it empty."""
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
-    root.mkdir(parents=True, exist_ok=True)  # the rows are found from there
+    root.mkdir(parents=True, exist_ok=True)
     try:
-        return _make(root, data, licence, licences, name, base, dict(rename or {}), control_tokens, progress)
+        yield
     except TunesmithError:
         with contextlib.suppress(OSError):
             for folder in new:
@@ -116,57 +178,6 @@ def _accepted_licences(licence: str, accept: bool) -> Licences:
                 refused.fix = NextStep(str(refused.fix), "init", licence=licence, accept_licence=True)
                 raise
             policy = policy.model_copy(update=dict(refused.accept))
-
-
-def _make(
-    root: Path,
-    data: Path | str,
-    licence: str,
-    licences: Licences,
-    name: str | None,
-    base: str,
-    rename: dict[str, str],
-    control_tokens: Literal["refuse", "drop"],
-    progress: Progress,
-) -> NewProject:
-    named = str(data) if protocol_of(str(data)) else os.path.relpath(Path(data).absolute(), root)
-    source = Source(path=named, licence=licence, rename=rename)
-    if not base.startswith(("pypi:", "hf:")):
-        base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
-    otherwise = None if control_tokens == "drop" else NextStep("drop the tokens", "init", control_tokens="drop")
-    found = examine_rows(root, source, ControlTokens(base, root, progress), otherwise)
-    source = source.model_copy(update={"rename": dict(found.rename)})
-    if name is None:
-        plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
-        name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
-    settings, files = _compose(name, base, source, licences, found)
-    if control_tokens == "drop":
-        settings["data"]["control_tokens"] = control_tokens
-    plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
-    files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
-    parse_settings(files[FILE], str(root / FILE))
-    if found.answers.schema is not None:
-        check_answer_schema(found.answers.schema, "the schema that is inferred from the answers")
-    for relative in files:
-        if (root / relative).exists():
-            raise UsageError("this file is there already", where=str(root / relative), fix="move it, or use -C")
-    written = _ignoring_the_store(root / ".gitignore") | {relative: text.encode() for relative, text in files.items()}
-    for relative, content in written.items():
-        write_atomic(root / relative, content)
-    Project.load(root)
-    return NewProject(
-        project=str(root / FILE),
-        rows=found.rows,
-        unusable=sum(found.unusable.values()),
-        broken=found.broken,
-        reordered=found.answers.reordered,
-        respelled=found.answers.respelled,
-        json_answers=found.answers.schema is not None,
-        files=tuple(written),
-        measured=measured(found),
-        notes=notes(found),
-        root=root,
-    )
 
 
 def _ignoring_the_store(file: Path) -> dict[str, bytes]:
@@ -192,7 +203,7 @@ def _compose(
     if found.system is not None:  # a prompt replaces the rows' own system turns
         long, short = {"prompt": "prompts/long.txt"}, {"prompt": "prompts/short.txt"}
         own = f"{found.system}\n" if found.system else ""
-        files |= {long["prompt"]: own or long_prompt(found), short["prompt"]: short_prompt(found)}
+        files |= {long["prompt"]: own or long_prompt(answers), short["prompt"]: short_prompt(answers)}
     if answers.schema is not None:
         files["answer.schema.json"] = json.dumps(answers.schema, indent=1, ensure_ascii=False) + "\n"
     split: dict[str, Any] = shares(found.rows)
@@ -244,76 +255,6 @@ def _compose(
 def default_training() -> dict[str, Any]:
     """The `train:` settings of a new project's candidate `tuned`."""
     return {"method": "lora", "rank": 16, "budget": _BUDGET, "rehearse": _REHEARSE}
-
-
-_WITH_KEYS = ("array", "object")  # named last: the lines of their keys follow
-
-
-def long_prompt(found: RowFindings) -> str:
-    """The prompt of the untuned candidates."""
-    schema, said = found.answers.schema, found.answers.said
-    if schema is None and found.answers.labels:
-        labels = [label if label.isprintable() else _quoted(label) for label in found.answers.labels]
-        return "\n".join(
-            ["Answer the request with one of these lines as it is written, and nothing else:", *labels, ""]
-        )
-    if schema is None:
-        return "Answer the request as the examples do: in the same style, at the same length, and nothing else.\n"
-    all_said = set(text_fields(schema)) <= said.keys() and set(said.values()) <= {None}  # said once, not of each field
-    lines = [
-        "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence.",
-        *_keys(schema, "", {} if all_said else said),
-        *(["Copy each string from the request as it is written."] if said and all_said else []),
-        *(["Leave out what the request does not say."] if _leaves_out(schema) else []),
-    ]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def short_prompt(found: RowFindings) -> str:
-    """The prompt of the tuned candidate, which has learned the rest from the rows."""
-    objects_only = found.answers.schema is not None and not found.answers.others
-    return "Answer with one JSON object.\n" if objects_only else "Answer as in the examples.\n"
-
-
-def _keys(schema: Schema, path: str, said: Mapping[str, str | None], indent: str = "") -> Iterator[str]:
-    """A line for each key of an object, followed by the lines of the objects in it."""
-    for key, value in schema.get("properties", {}).items():
-        place = f"{path}.{key}" if path else key
-        yield f"{indent}{_quoted(key)}: {_kind(value, place, said)}"
-        yield from _keys(value, place, said, f"{indent}  ")
-        while "items" in value:
-            place, value = f"{place}[]", value["items"]
-            yield from _keys(value, place, said, f"{indent}  ")
-
-
-def _kind(schema: Schema, path: str, said: Mapping[str, str | None]) -> str:
-    """What values a schema allows, in words."""
-    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    names = sorted((kind for kind in kinds if kind != "null"), key=_WITH_KEYS.__contains__)
-    words = {}
-    if path in said:
-        instead = said[path]
-        words["string"] = "string, copied from the request" + ("" if instead is None else f", or {_quoted(instead)}")
-    if "properties" in schema:
-        words["object"] = "an object with" if schema.get("required") else "an object with any of"
-    if "items" in schema:
-        words["array"] = f"array of {_kind(schema['items'], f'{path}[]', said)}"
-    if "enum" in schema:
-        words["string"] = f"one of {', '.join(map(_quoted, schema['enum']))}"
-    described = " or ".join(words.get(name, name) for name in names)
-    return described if "null" not in kinds else f"null where the request says nothing, or {described}"
-
-
-def _leaves_out(schema: Schema) -> bool:
-    """Whether the answers of the rows leave out a key."""
-    inner = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
-    return len(schema.get("required", ())) < len(schema.get("properties", ())) or any(map(_leaves_out, inner))
-
-
-def _quoted(text: str) -> str:
-    """A text as a JSON string on one line, with escapes for what cannot be seen."""
-    written = json.dumps(text, ensure_ascii=False)
-    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in written)
 
 
 _LISTED = 8  # keys in a note
@@ -482,3 +423,143 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
         yield "prompts/long.txt is the system turn of your rows"
     elif found.system is None:
         yield "the system turns of the rows differ: each candidate uses the row's own, and no prompt was written"
+
+
+# What its rows are
+
+
+@dataclass(frozen=True)
+class RowFindings:
+    """What was found in the rows of a new project.
+
+    rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
+    that are meant as JSON and are not. long: about how many rows have more than MAX_LENGTH tokens. tools: rows with
+    tools, calls or their results. without_nulls: answers that were read without keys that are null. groups: how many
+    groups the rows are in. split_rows: about how many rows each split gets. held_groups: how many groups of equal size
+    the held-out rows weigh as much as.
+    key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
+    rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
+    turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
+    read -> how often. unchecked: why it is not known whether rows hold control tokens of the base.
+    """
+
+    rows: int
+    copies: int
+    unusable: Mapping[str, int]
+    broken: int
+    answers: AnswerFindings
+    long: int
+    tools: int
+    without_nulls: int
+    group_by: str | None
+    groups: int
+    split_rows: Mapping[str, int]
+    held_groups: float
+    key_values: Mapping[str, int]
+    rename: Mapping[str, str]
+    one_instruction: bool
+    system: str | None
+    unread: Mapping[str, int]
+    unchecked: str | None
+
+
+def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: str | None = None) -> RowFindings:
+    """What the source's rows are. otherwise: what leaves out rows with control tokens; None where they are left out.
+
+    Raises UsageError where rows cannot be read, or too few are usable, and Refused for rows with control tokens.
+    """
+    if not source.rename:
+        source = source.model_copy(update={"rename": inferred_rename(first_fields(root, source))})
+    read = survey(root, source, control.reason)
+    if unknown := sorted(source.rename.keys() - read.keys):
+        raise UsageError(
+            f"no row has the key {unknown[0]}",
+            where=f"rename of {unknown[0]} to {source.rename[unknown[0]]}",
+            fix=f"the keys of the rows are {', '.join(sorted(read.keys))}",
+        )
+    one_instruction = len(read.instructions) == 1 and None not in read.instructions
+    if one_instruction:
+        source = source.model_copy(update={"rename": instruction_as_system(source.rename)})
+        read = survey(root, source, control.reason)
+    if otherwise is not None:
+        refuse_control_tokens(read.controlled, otherwise)
+    # A call is an answer by its row's tools, not by a schema of the task.
+    called = any(one[-1].tool_calls for one in read.conversations)
+    values, broken = ([], 0) if called else json_objects([one[-1].text for one in read.conversations])
+    usable = [one for one in read.conversations if not broken or is_json(one[-1].text)]
+    different = {(request_key(one[:-1]), answer_key(one[-1].text)): one for one in usable}
+    rows, copies = len(different), len(usable) - len(different)
+    if rows < _FEWEST:
+        unusable = {**read.unusable, "broken JSON": broken, "copies of other rows": copies}
+        why = ", ".join(f"{reason} ({count})" for reason, count in unusable.items() if count)
+        raise UsageError(
+            f"{rows} usable rows are too few to train on and test" + (f": {why}" if why else ""),
+            where=source.path,
+            fix=f"give at least {_FEWEST} that differ{_USABLE if read.unusable else ''}",
+        )
+    group_by = next((key for key, known in read.groups.items() if known and groups_rows(set(known), rows)), None)
+    stated = read.groups[group_by] if group_by else None
+    groups = stated or [wording_group(request_text(one), one[-1].text) for one in different.values()]
+    split = Split.model_validate(shares(rows))
+    splits = [split_of(group, split) for group in groups]
+    systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
+    return RowFindings(
+        rows=rows,
+        copies=copies,
+        unusable=dict(read.unusable.most_common()),
+        broken=broken,
+        answers=examine_answers(usable, json_objects=bool(values)),
+        long=sum(_tokens(one) > MAX_LENGTH for one in different.values()),
+        tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
+        without_nulls=read.without_nulls,
+        group_by=group_by,
+        groups=len(set(groups)),
+        split_rows=Counter(splits),
+        held_groups=effective_groups([group for group, where in zip(groups, splits, strict=True) if where == "test"]),
+        key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
+        rename=source.rename,
+        one_instruction=one_instruction,
+        system=systems.pop() if len(systems) == 1 else None,
+        unread={key: count for key, count in read.unread.most_common() if key != group_by},
+        unchecked=control.unknown,
+    )
+
+
+def _tokens(conversation: Sequence[Message]) -> float:
+    """About how many tokens a conversation has: one for four letters of English, and one for each that is not ASCII."""
+    texts = "".join(turn.content for turn in conversation)
+    ascii_letters = len(texts.encode("ascii", errors="ignore"))
+    return ascii_letters / 4 + len(texts) - ascii_letters
+
+
+# What control tokens look like in every known family: <|im_end|>, </s>, <start_of_turn>, [INST].
+_MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
+
+
+class ControlTokens:
+    """The control tokens of a base. root: where the path of a local one starts.
+
+    Its tokenizer is loaded, and downloaded where needed, for the first row that may hold one. unknown: why that failed.
+    """
+
+    unknown: str | None = None
+
+    def __init__(self, base: str, root: Path, progress: Progress) -> None:
+        self._base, self._root, self._progress = base, root, progress
+
+    def reason(self, messages: Sequence[Message]) -> str | None:
+        """Why `data build` removes or refuses a row; None for a row without control tokens."""
+        if not any(_MARK.search(text) for turn in messages for text in turn.shown_texts()):
+            return None
+        return control_token(messages, self._tokens)
+
+    @cached_property
+    def _tokens(self) -> tuple[str, ...]:
+        from tunesmith.models.base import tokenizer_folder
+        from tunesmith.models.rendering import Renderer
+
+        try:
+            return Renderer(tokenizer_folder(self._base, self._root, self._progress)).control_tokens
+        except (TunesmithError, OSError, ValueError) as error:  # a base may be made or downloaded later
+            self.unknown = str(error).partition("\n")[0]
+            return ()

@@ -1,51 +1,55 @@
-"""The review queue, and cases: flagged rows and kept requests, what people decide on them, and what becomes of it."""
+"""What people review: flagged rows, kept requests (cases) and held answers; what they decide, and what follows."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
-from sqlalchemy import select
+from sqlalchemy import and_, func, or_, select
+from sqlalchemy.orm import Session
 
+from tunesmith.core.clock import second
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import NextStep, Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.view import Omitted, View
+from tunesmith.core.view import Omitted, Page, View
 from tunesmith.data.building.examine import listed_values
-from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.building.flagged import rows_to_review
+from tunesmith.data.dataset import Example
 from tunesmith.data.governance.licences import permitted
-from tunesmith.data.governance.withdrawn import content_key, load_withdrawn
+from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.privacy.pseudonyms import recognised
-from tunesmith.data.quality.flags import read_flags
 from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import Agreement, agreements
 from tunesmith.data.review.decisions import EXPORTED, Choice, ReviewedRow, encode_reviewed
 from tunesmith.data.review.queue import Decision, NewItem
+from tunesmith.holding import queue as holding
+from tunesmith.holding.queue import Decision as HeldDecision
+from tunesmith.holding.queue import State, UnknownAnswer
+from tunesmith.holding.rules import Holder
 from tunesmith.monitoring import cases
 from tunesmith.monitoring.cases import Case
 from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
-from tunesmith.services.actions import Acting, Named, Reason, Request, Short, action
+from tunesmith.registry.versions import load_version
+from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
 from tunesmith.services.datasets import find_dataset
 from tunesmith.store import database
-from tunesmith.store.people.identities import acting, require
+from tunesmith.store.database import within
+from tunesmith.store.people.identities import User, acting, require
 from tunesmith.store.store import Store
-from tunesmith.store.tables import ReviewDecisionRow, ReviewItemRow
+from tunesmith.store.tables import HeldRow, ReviewDecisionRow, ReviewItemRow
 
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 EACH_PAGE = 25
 _FILE = "review.jsonl"
-CONFLICT = "equal request with another answer"
-NEAR = "similar request with another answer"
-PSEUDONYM = "holds a pseudonym"
-CHOSEN = "chosen by its text"
 FAILED = "failed in service"
-MOST_FOUND = 100  # rows that one search adds
 
 
 class FillQueue(Request):
@@ -156,13 +160,10 @@ class ReviewLine(View):
     reviewers: int
 
 
-class ReviewList(View):
-    """Some items, oldest first. page: from 1. counts: state -> items; agreements: of every two reviewers."""
+class ReviewList(Page):
+    """Some items, oldest first. counts: state -> items; agreements: of every two reviewers."""
 
     items: tuple[ReviewLine, ...]
-    total: int
-    page: int
-    pages: int
     counts: dict[str, int]
     agreements: tuple[Agreement, ...]
 
@@ -228,13 +229,12 @@ def fill(acting: Acting, asked: FillQueue) -> FilledQueue:
     or similar requests and other answers, and requests that failed in service. What is in it stays as it is."""
     store = acting.store
     digest = find_dataset(store, asked.dataset) if asked.dataset or store.records_of("dataset") else None
-    rows = rows_to_review(store, digest, pseudonyms=asked.pseudonyms, search=asked.search, by=acting.actor)
-    items = [*rows, *cases_to_review(store)]
+    items = cases_to_review(store)
+    if digest is not None:
+        pseudonyms, search, by = asked.pseudonyms, asked.search, acting.actor
+        items = [*rows_to_review(store, digest, pseudonyms=pseudonyms, search=search, by=by), *items]
     added = queue.add_items(store, items, wanted=asked.reviewers, actor=acting.actor)
-    found: defaultdict[str, int] = defaultdict(int)
-    for item in items:
-        for why in item.why:
-            found[why] += 1
+    found = Counter(why for item in items for why in item.why)
     with database.reading(store.engine) as session:
         counts = queue.counts(session)
     waiting = sum(counts[state] for state in queue.WAITING)
@@ -252,12 +252,10 @@ def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: st
     with database.reading(store.engine) as session:
         counts = queue.counts(session)
         agreed = agreements(queue.first_decisions(session))
-    total = sum(counts[one] for one in states)
-    pages = max(1, -(-total // EACH_PAGE))
-    page = min(max(1, page), pages)
-    found = queue.list_items(store, states, (page - 1) * EACH_PAGE, EACH_PAGE)
-    lines = tuple(ReviewLine.of(row, item=row.id, reviewers=row.wanted) for row in found)
-    return ReviewList(items=lines, total=total, page=page, pages=pages, counts=counts, agreements=tuple(agreed))
+    at = Page.within(page, sum(counts[one] for one in states), EACH_PAGE)
+    rows = queue.list_items(store, states, (at.page - 1) * EACH_PAGE, EACH_PAGE)
+    lines = tuple(ReviewLine.of(row, item=row.id, reviewers=row.wanted) for row in rows)
+    return ReviewList(**dict(at), items=lines, counts=counts, agreements=tuple(agreed))
 
 
 def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
@@ -267,7 +265,7 @@ def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
         row, decisions = queue.get_item(session, number)
         may = number in queue.waiting_for(session, who, _is_steward(store, who))
     messages, more = _text(store, row)
-    seen = row.state not in ("open",) or any(one.reviewer == who for one in decisions)
+    seen = row.state != "open" or any(one.reviewer == who for one in decisions)
     shown = tuple(ShownDecision.of(one, messages=queue.messages_of(one.messages)) for one in decisions if seen)
     facts = {"item": row.id, "reviewers": row.wanted, "messages": messages, "decisions": shown, "may": may}
     return ReviewItem.of(row, **facts, **more)
@@ -285,15 +283,9 @@ def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: b
 
 
 @action(
-    "review.decide",
-    says="reviewed a row",
-    permission=queue.ACTION,
-    tokens=("rows",),
-    at="/review/{item}/decide",
-    whole=True,
-    form=True,
-    reads_files=True,
-)
+    "review.decide", says="reviewed a row", permission=queue.ACTION, tokens=("rows",), at="/review/{item}/decide",
+    whole=True, form=True, reads_files=True,
+)  # fmt: skip
 def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
     """Accept, edit or reject an item. The audit log records it without the text."""
     store, who, number = acting.store, acting.actor, asked.item
@@ -311,23 +303,15 @@ def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
 
 
 @action(
-    "review.export",
-    says="exported reviewed rows",
-    permission=queue.ACTION,
-    tokens=("rows",),
-    at="/review/export",
-    whole=True,
-    form=True,
-    reads_files=True,
-)
+    "review.export", says="exported reviewed rows", permission=queue.ACTION, tokens=("rows",), at="/review/export",
+    whole=True, form=True, reads_files=True,
+)  # fmt: skip
 def export(acting: Acting, _asked: ExportReview) -> ExportedReview:
     """Write all decisions on rows to the file that `data.review` names, for the next build, and carry out those on
     kept requests: an edit becomes the expected answer, a rejected request is deleted."""
     project, store, who = acting.project, acting.store, acting.actor
     named = project.settings.data.review
-    target = (project.root / (named or _FILE)).resolve()
-    if not target.is_relative_to(project.root.resolve()):
-        raise UsageError("the file lies outside the project", where=f"data.review: {named}", fix="name one inside it")
+    target, file = _inside(project, named or _FILE)
     with database.reading(store.engine) as session:
         query = select(ReviewItemRow).where(ReviewItemRow.state.not_in(queue.WAITING)).order_by(ReviewItemRow.id)
         items = list(session.scalars(query))
@@ -342,7 +326,6 @@ def export(acting: Acting, _asked: ExportReview) -> ExportedReview:
         require(session, who, queue.ACTION)
         write_atomic(target, data)
     ready, gone = _carry_out(store, [item for item in items if item.kind == "case"], decisions, who)
-    file = target.relative_to(project.root.resolve()).as_posix()
     return ExportedReview(file=file, named=named is not None, **counts, cases=ready, dropped=gone)
 
 
@@ -368,14 +351,10 @@ def add_cases(acting: Acting, asked: AddCases) -> AddedCases:
     """Append the cases that wait to a JSONL source file, each with its origin; `data build` then reads them."""
     project = acting.project
     licence = permitted(asked.licence, project.settings.data.licences, "licence")
-    root = project.root.resolve()
-    path = (root / asked.target).resolve()
-    if not path.is_relative_to(root):
-        raise UsageError("the file lies outside the project", where=str(path), fix="name a file inside it")
+    path, name = _inside(project, asked.target)
     waiting = list_cases(project.store, everything=asked.everything).cases
     split = project.settings.data.split
     added = cases.add_cases(project.store, waiting, path, licence=licence, split=split, actor=acting.actor)
-    name = path.relative_to(root).as_posix()
     named = any(source.path == name for source in project.settings.data.sources)
     left = sum(case.expected is None for case in waiting)
     return AddedCases(added=added, source=name, named=named, without_answer=left)
@@ -401,38 +380,6 @@ def drop_cases(acting: Acting, asked: DropCases) -> DroppedCases:
     return DroppedCases(dropped=len(asked.requests))
 
 
-def rows_to_review(
-    store: Store, digest: str | None, *, pseudonyms: bool = False, search: str = "", by: str = ""
-) -> list[NewItem]:
-    """Rows of a dataset version that were flagged, and those that somebody chose; none without a version.
-
-    pseudonyms: also rows that hold one. search: also training and validation rows with this text. Test rows are not
-    chosen so: who corrects them where a candidate lost makes that candidate look better. Recalled rows are not added.
-    """
-    if digest is None:
-        return []
-    loaded = load_dataset(store, digest)
-    why: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for _, kind, child in store.children(digest):
-        if kind == "quality":
-            for flag in read_flags(store, store.record(child)):
-                why[flag.id][flag.flag] = flag.detail
-    body = loaded.body
-    for clusters, reason in ((body.conflicts.examples, CONFLICT), (body.near_clusters.examples, NEAR)):
-        for ids in clusters:
-            for name in ids:
-                why[name][reason] = f"{len(ids)} rows: {', '.join(ids)}"
-    for name in _with_text(loaded, search):
-        why[name][CHOSEN] = f"{by}: {search[:80]}"
-    withdrawn = load_withdrawn(store)
-    return [
-        NewItem("row", example.id, found, digest, split, example.messages)
-        for split, example in _examples(loaded)
-        if not withdrawn.holds(example)
-        and (found := why.get(example.id, {}) | (_pseudonyms(example) if pseudonyms else {}))
-    ]
-
-
 def cases_to_review(store: Store) -> list[NewItem]:
     """Kept requests that failed."""
     cases.delete_expired(store)
@@ -449,6 +396,15 @@ def marked(text: str) -> list[tuple[str, bool]]:
         pieces += [(text[place:start], False), (text[start:end], True)]
         place = end
     return [piece for piece in (*pieces, (text[place:], False)) if piece[0]]
+
+
+def _inside(project: Project, file: str | Path) -> tuple[Path, str]:
+    """A file of the project, and its path from the project's folder. Raises UsageError for one outside of it."""
+    root = project.root.resolve()
+    path = (root / file).resolve()
+    if not path.is_relative_to(root):
+        raise UsageError("the file lies outside the project", where=str(path), fix="name a file inside it")
+    return path, path.relative_to(root).as_posix()
 
 
 def _reviewer(store: Store, actor: str | None) -> str:
@@ -531,24 +487,152 @@ def _carry_out(
     return len(there) - len(dropped), len(dropped)
 
 
-def _examples(dataset: Dataset) -> list[tuple[str, Example]]:
-    return [(split, example) for split in SPLITS for example in dataset.examples(split)]
+LISTED = 100
 
 
-def _with_text(dataset: Dataset, search: str) -> list[str]:
-    """Ids of rows that are no test rows and hold a text, in upper or lower case."""
-    if not search:
-        return []
-    wanted = search.casefold()
-    found = [
-        example.id
-        for split, example in _examples(dataset)
-        if split != "test" and any(wanted in turn.text.casefold() for turn in example.messages)
-    ]
-    return found[:MOST_FOUND]
+class HeldView(View):
+    """A held answer without its texts. id: of its request; version: the label of the one that answered.
+
+    reasons: the rules that hold it. state: waiting, released, replaced or refused. at_deadline: what happens to it if
+    nobody decides. digest, given: of the answer's text, and of the text that left, "" while none did. until: when its
+    texts are deleted. may_decide: whether the one who looks may decide on it.
+    """
+
+    id: str
+    version: str
+    name: str
+    tenant: str
+    region: str
+    caller: str
+    reasons: tuple[str, ...]
+    state: State
+    at: str
+    deadline: str
+    at_deadline: str
+    until: str
+    digest: str
+    given: str
+    decided_by: str
+    decided_at: str | None
+    reason: str
+    may_decide: bool
 
 
-def _pseudonyms(example: Example) -> dict[str, str]:
-    texts = [turn.text for turn in example.messages]
-    found = [text[start:end] for text in texts for start, end in recognised(text)]
-    return {PSEUDONYM: ", ".join(dict.fromkeys(found))} if found else {}
+class HeldList(View):
+    """Held answers: those that wait first, by deadline, then the decided ones, newest first."""
+
+    held: tuple[HeldView, ...]
+
+
+class HeldAnswerView(HeldView):
+    """A held answer. messages, answer, edited: the conversation, the answer and the edited one, for reviewers only.
+
+    completion: the chat.completion object, once the answer may leave.
+    """
+
+    messages: Omitted[tuple[Message, ...]] = None
+    answer: Omitted[str] = None
+    edited: Omitted[str] = None
+    completion: Omitted[JsonObject] = None
+
+
+class DecideAnswer(Request):
+    """A reviewer's decision on a held answer. identifier: of the answer, as its list or its completion names it.
+
+    reason: for the audit log and the caller. answer: the edited one, with replace only.
+    """
+
+    identifier: Named
+    decision: HeldDecision
+    reason: Because
+    answer: Annotated[str, Field(max_length=65_536)] | None = None
+
+
+def answer_holder(project: Project) -> Holder | None:
+    """What applies the project's rules to answers; None where it has none."""
+    settings = project.settings
+    return None if settings.hold is None else Holder(settings.hold, settings.policy, project.schema)
+
+
+def list_held(store: Store, user: User, *, everything: bool = False, reviews: bool = True) -> HeldList:
+    """The held answers that a user may see: their own, and those of their tenant and region if they may review.
+
+    everything: also those that are decided. reviews: False lists only their own.
+    """
+    tidy(store)
+    mine = and_(HeldRow.caller == user.name, HeldRow.tenant == user.tenant)
+    wanted = mine
+    if reviews and user.may("answer.review"):
+        wanted = or_(mine, and_(True, *within(HeldRow, user.scope)))
+    state = [] if everything else [HeldRow.state == holding.WAITING]
+    with database.reading(store.engine) as session:
+        rows = holding.listed(session, wanted, *state, most=LISTED)
+        return HeldList(held=tuple(HeldView.of(row, **_facts(session, store, row, user)) for row in rows))
+
+
+def show_held(store: Store, user: User, identifier: str, *, reviews: bool = True) -> HeldAnswerView:
+    """A held answer. reviews: False shows what its caller sees.
+
+    Raises UnknownAnswer, also for one that the user may not see.
+    """
+    tidy(store)
+    with database.reading(store.engine) as session:
+        row = holding.get(session, identifier.removeprefix("chatcmpl-"))
+        reviews = reviews and _reviews(row, user)
+        if not reviews and (row.caller, row.tenant) != (user.name, user.tenant):
+            raise UnknownAnswer(identifier)
+        texts: JsonObject = {"completion": holding.response_of(row)}
+        if reviews:
+            texts |= {key: row.texts.get(key) for key in ("messages", "answer", "edited")}
+        return HeldAnswerView.of(row, **_facts(session, store, row, user), **texts)
+
+
+@action("answer.decide", permission="answer.review", tokens=("decisions",), at="/held/{identifier}/decide", form=True)
+def decide_held(acting: Acting, asked: DecideAnswer) -> HeldAnswerView:
+    """Release an answer, replace it by an edited one that fits the version's schema, or refuse it.
+
+    It is decided once: a second reviewer's other decision is refused.
+    """
+    store, user = acting.store, acting.user
+    found = show_held(store, user, asked.identifier)
+    holding.decide(store, found.id, asked.decision, actor=user.name, reason=asked.reason, answer=asked.answer)
+    return show_held(store, user, found.id)
+
+
+def tidy(store: Store) -> list[State]:
+    """Decide on the answers whose deadline is over and delete those whose time is; returns the outcomes."""
+    outcomes = holding.expire_due(store)
+    holding.delete_over(store)
+    return outcomes
+
+
+def waiting_for(store: Store, user: User) -> int:
+    """How many answers wait for a decision of this user, if they may review."""
+    if not user.may("answer.review"):
+        return 0
+    wanted = (HeldRow.state == holding.WAITING, HeldRow.caller != user.name, *within(HeldRow, user.scope))
+    with database.reading(store.engine) as session:
+        return session.scalar(select(func.count()).select_from(HeldRow).where(*wanted)) or 0
+
+
+def count_held(store: Store) -> int:
+    """How many answers wait for a reviewer."""
+    with database.reading(store.engine) as session:
+        return holding.count_waiting(session)
+
+
+def _reviews(row: HeldRow, user: User) -> bool:
+    return user.may("answer.review") and user.scope.covers(row.scope)
+
+
+def _facts(session: Session, store: Store, row: HeldRow, user: User) -> JsonObject:
+    try:
+        label = load_version(store, row.version, session).label
+    except TunesmithError:  # a record that cannot be read
+        label = row.version
+    return {
+        "version": label,
+        **{name: second(getattr(row, name)) for name in ("at", "deadline", "until")},
+        "decided_at": None if row.decided is None else second(row.decided),
+        "may_decide": row.state == holding.WAITING and _reviews(row, user) and row.caller != user.name,
+    }

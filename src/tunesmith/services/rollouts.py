@@ -1,42 +1,38 @@
-"""Rollouts: start, change and show them, and the scorers that service can apply to served answers."""
+"""Rollouts: start, change, list and show them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import NextStep, NotThere, UsageError
-from tunesmith.core.text.names import is_number
-from tunesmith.core.view import View
-from tunesmith.evaluation.metrics.declared import (
-    CONTEXT_SCORERS,
-    DeclaredScorer,
-    GrammarScorer,
-    JudgeScorer,
-    PatternScorer,
-    Scoring,
-    make_scoring,
-    metric_of,
-)
-from tunesmith.evaluation.metrics.scorers import Schema
+from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import VersionRef, is_number
+from tunesmith.core.view import Page, View
 from tunesmith.project import Project
-from tunesmith.registry.versions import resolve
+from tunesmith.registry.serving import standing
+from tunesmith.registry.versions import load_version, resolve
 from tunesmith.rollout import commands, controller
 from tunesmith.rollout.analysis import Judgement
 from tunesmith.rollout.champions import Champion, list_champions
-from tunesmith.rollout.settings import Step
-from tunesmith.rollout.state import Rollout, Seen, Status, get_rollout, list_rollouts
+from tunesmith.rollout.course import Progress, RolloutCourse, course_of, progress_of
+from tunesmith.rollout.served_scorers import check_analyses
+from tunesmith.rollout.state import Rollout, Seen, Status, from_row, get_rollout, list_rollouts
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
-from tunesmith.services.rollout_course import labels_of
 from tunesmith.store import database
+from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE
+from tunesmith.store.tables import LIVE, AliasRow, RolloutRow, VersionRow
+
+LISTED = 20  # rollouts on a page
+_STARTABLE = 20
 
 
 class Arm(View):
@@ -85,6 +81,38 @@ class RolloutList(View):
     """Rollouts, newest first."""
 
     rollouts: tuple[RolloutView, ...]
+
+
+class RolloutLine(View):
+    """One rollout in a list. stable, canary: labels of versions, "" for none. waits: for a person to end a pause."""
+
+    rollout: int
+    name: str
+    tenant: str
+    region: str
+    status: Status
+    weight: int
+    stable: str
+    canary: str
+    started_by: str
+    started_at: str
+    reason: str
+    waits: bool
+
+
+class RolloutPage(Page):
+    """Rollouts, newest first."""
+
+    rollouts: tuple[RolloutLine, ...]
+
+
+class StartableVersion(View):
+    """A version that a rollout could start with. waits: why it may not serve, "" where it may."""
+
+    version: str
+    tenant: str
+    region: str
+    waits: str
 
 
 class StartRollout(Request):
@@ -155,7 +183,7 @@ def start(acting: Acting, asked: StartRollout) -> RolloutView:
     """Start to move traffic to an approved version, in the project's steps. A name's first version serves at once."""
     project, scope = acting.project, acting.scope(asked.tenant, asked.region)
     plan = project.settings.rollout
-    check_analyses(project, plan.steps)
+    check_analyses(project.settings.task.scorers, plan.steps)
     found = resolve(project.store, asked.version, scope=scope)
     rollout = commands.start(
         project.store,
@@ -197,15 +225,85 @@ def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True
     return None if found is None else view_of(store, found, judged=judged)
 
 
+def list_page(store: Store, user: User, page: int = 1) -> RolloutPage:
+    """A page of the rollouts of the user's tenant and region."""
+    here = within(RolloutRow, user.scope)
+    with database.reading(store.engine) as session:
+        total = session.scalar(select(func.count()).select_from(RolloutRow).where(*here)) or 0
+        at = Page.within(page, total, LISTED)
+        query = select(RolloutRow).where(*here).order_by(RolloutRow.id.desc())
+        lines = _lines(session, query.limit(LISTED).offset((at.page - 1) * LISTED))
+    return RolloutPage(**dict(at), rollouts=tuple(lines))
+
+
+def live_lines(session: Session, scope: Scope) -> list[RolloutLine]:
+    """The newest rollouts of a scope that divide traffic."""
+    query = select(RolloutRow).where(RolloutRow.status.in_(LIVE), *within(RolloutRow, scope))
+    return _lines(session, query.order_by(RolloutRow.id.desc()).limit(LISTED))
+
+
+def _lines(session: Session, query: Select[RolloutRow]) -> list[RolloutLine]:
+    found = [from_row(row) for row in session.scalars(query)]
+    labels = labels_of(session, {digest for one in found for digest in (one.stable, one.canary)})
+    return [
+        RolloutLine.of(
+            one,
+            rollout=one.id,
+            stable=labels.get(one.stable, ""),
+            canary=labels.get(one.canary, ""),
+            waits=_waits(one),
+        )
+        for one in found
+    ]
+
+
+def _waits(rollout: Rollout) -> bool:
+    pause = rollout.current.pause if rollout.status == "paused" and rollout.current else None
+    return pause is not None and pause.seconds is None
+
+
+def labels_of(session: Session, digests: set[str]) -> dict[str, str]:
+    """Labels of versions by digest. A version that the registry does not have is left out."""
+    query = select(VersionRow.digest, VersionRow.name, VersionRow.number).where(VersionRow.digest.in_(digests))
+    return {digest: str(VersionRef(name, number)) for digest, name, number in session.execute(query)}
+
+
+def startable(project: Project, user: User) -> tuple[StartableVersion, ...]:
+    """The newest versions of the project's name for the user's scope, without those that serve all of it now."""
+    name, store = project.settings.name, project.store
+    query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, user.scope))
+    found = []
+    with database.reading(store.engine) as session:
+        serving = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == "champion")
+        query = query.where(VersionRow.digest.not_in(serving)).order_by(VersionRow.number.desc())
+        for digest in session.scalars(query.limit(_STARTABLE)).all():
+            try:
+                version = load_version(store, digest, session)
+            except TunesmithError:  # a record that cannot be read cannot be served
+                continue
+            permission = standing(session, version, version.scope)
+            waits = "" if permission.granted else permission.message
+            found.append(StartableVersion(version=version.label, waits=waits, **version.scope.fields()))
+    return tuple(found)
+
+
+def progress(store: Store, number: int) -> Progress:
+    """A rollout's steps and changes. Raises UsageError if there is none of that number."""
+    return progress_of(store, get_rollout(store, number))
+
+
+def course(store: Store, number: int) -> RolloutCourse:
+    """Everything about how a rollout goes. Raises UsageError if there is none of that number."""
+    return course_of(store, get_rollout(store, number))
+
+
 @action(
     "rollout.resume", says="resumed the rollout", permission="rollout.change", tokens=("operate",),
     at="/rollouts/{rollout}/resume", form=True, reads_files=True,
 )  # fmt: skip
 def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
     """End the pause of a rollout."""
-    number = _find(acting, asked.rollout).id
-    done = commands.resume(acting.store, number, actor=acting.actor, reason=asked.reason, seen=asked.seen(number))
-    return view_of(acting.store, done)
+    return _changed(acting, asked, commands.resume)
 
 
 @action(
@@ -214,11 +312,7 @@ def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
 )  # fmt: skip
 def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
     """Give the new version all traffic now."""
-    number = _find(acting, asked.rollout).id
-    done = commands.promote(
-        acting.store, number, actor=acting.actor, override=asked.override, reason=asked.reason, seen=asked.seen(number)
-    )
-    return view_of(acting.store, done)
+    return _changed(acting, asked, partial(commands.promote, override=asked.override))
 
 
 @action(
@@ -227,9 +321,7 @@ def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
 )  # fmt: skip
 def abort(acting: Acting, asked: AbortRollout) -> RolloutView:
     """Give all traffic back and end the rollout."""
-    number = _find(acting, asked.rollout).id
-    done = commands.abort(acting.store, number, actor=acting.actor, reason=asked.reason, seen=asked.seen(number))
-    return view_of(acting.store, done)
+    return _changed(acting, asked, commands.abort)
 
 
 @action(
@@ -255,6 +347,12 @@ def rollback(acting: Acting, asked: RollBack) -> RolloutView:
     return view_of(acting.store, done)
 
 
+def _changed(acting: Acting, asked: ChangeRollout, change: Callable[..., Rollout]) -> RolloutView:
+    number = _find(acting, asked.rollout).id
+    done = change(acting.store, number, actor=acting.actor, reason=asked.reason, seen=asked.seen(number))
+    return view_of(acting.store, done)
+
+
 def view_of(
     store: Store, rollout: Rollout, champions: Iterable[Champion] | None = None, *, judged: bool = True
 ) -> RolloutView:
@@ -262,16 +360,19 @@ def view_of(
 
     judged: False leaves the analysis out, which takes longer the more requests there are.
     """
-    if champions is None:
-        with database.reading(store.engine) as session:
+    with database.reading(store.engine) as session:
+        if champions is None:
             champions = list_champions(session, store, rollout.name, rollout.scope)
+        labels = labels_of(session, {rollout.stable, rollout.canary})
     champion = next((one for one in champions if (one.name, one.scope) == (rollout.name, rollout.scope)), None)
+    arms = (rollout.stable, rollout.canary)
+    stable, canary = (Arm(version=labels.get(digest, ""), digest=digest) if digest else None for digest in arms)
     return RolloutView.of(
         rollout,
         rollout=rollout.id,
         steps=tuple(step.model_dump(mode="json", exclude_none=True) for step in rollout.steps),
-        stable=_arm(store, rollout.stable),
-        canary=_arm(store, rollout.canary),
+        stable=stable,
+        canary=canary,
         step_began_at=rollout.began_at,
         analysis=controller.look(store, rollout) if judged else None,
         champion=champion,
@@ -282,13 +383,6 @@ def _list(store: Store, rollouts: Sequence[Rollout]) -> RolloutList:
     with database.reading(store.engine) as session:
         champions = list_champions(session, store)
     return RolloutList(rollouts=tuple(view_of(store, rollout, champions) for rollout in rollouts))
-
-
-def _arm(store: Store, digest: str) -> Arm | None:
-    if not digest:
-        return None
-    with database.reading(store.engine) as session:
-        return Arm(version=labels_of(session, {digest}).get(digest, ""), digest=digest)
 
 
 def _seen_by(user: User, store: Store, number: int) -> Rollout | None:
@@ -314,60 +408,3 @@ def _find(acting: Acting, which: str) -> Rollout:
             fix="name one by its number" if live else NextStep("list those that have ended", "rollout status"),
         )
     return live[0]
-
-
-_FREE = PatternScorer | GrammarScorer  # need no reference
-
-
-@dataclass(frozen=True, slots=True)
-class ServedScorers:
-    """How served answers are scored. every_answer: scorers that need no reference answer, by metric.
-
-    with_reference: scorers that need the expected answer, which feedback gives. unmeasured: metric -> why service
-    cannot apply its scorer.
-    """
-
-    every_answer: Mapping[str, Scoring] = field(default_factory=dict)
-    with_reference: Mapping[str, Scoring] = field(default_factory=dict)
-    unmeasured: Mapping[str, str] = field(default_factory=dict)
-
-
-def served_scorers(scorers: Sequence[str | DeclaredScorer], schema: Schema, root: Path) -> ServedScorers:
-    """Sort the task's scorers by what they need. schema: of JSON answers. root: the project's folder.
-
-    Raises UsageError for a function scorer whose file cannot be run.
-    """
-    reasons = {metric_of(scorer): reason for scorer in scorers if (reason := _unmeasured(scorer)) is not None}
-    known = {metric_of(scorer): scorer for scorer in scorers if metric_of(scorer) not in reasons}
-    free = {metric for metric, scorer in known.items() if metric == "json_valid" or isinstance(scorer, _FREE)}
-    scoring = {metric: make_scoring(scorer, schema, root) for metric, scorer in known.items()}
-    return ServedScorers(
-        every_answer={metric: scoring[metric] for metric in scoring if metric in free},
-        with_reference={metric: scoring[metric] for metric in scoring if metric not in free},
-        unmeasured=reasons,
-    )
-
-
-def check_analyses(project: Project, steps: Sequence[Step]) -> None:
-    """Raise UsageError where an analysis of a rollout needs a metric that service does not measure."""
-    scorers = project.settings.task.scorers
-    reasons = {metric_of(each): reason for each in scorers if (reason := _unmeasured(each))}
-    if "json_valid" not in map(metric_of, scorers):
-        reasons["json_valid"] = "task.scorers does not list it"
-    for number, step in enumerate(steps, start=1):
-        if step.analysis is not None and step.analysis.metric in reasons:
-            metric = step.analysis.metric
-            raise UsageError(
-                f"step {number} analyses {metric}, which service does not measure: {reasons[metric]}",
-                where="rollout.steps",
-                fix="write rollout.steps with a metric that is measured: success_rate (whether requests are answered), "
-                "or one of task.scorers that feedback can score",
-            )
-
-
-def _unmeasured(scorer: str | DeclaredScorer) -> str | None:
-    if isinstance(scorer, JudgeScorer):
-        return "it asks a judge model, and service sends served texts nowhere"
-    if metric_of(scorer) in CONTEXT_SCORERS:
-        return "it needs the retrieved texts, which service does not keep"
-    return None

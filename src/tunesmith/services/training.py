@@ -1,38 +1,37 @@
-"""Run the pipeline with the settings of one run, train candidates, and search for better training settings."""
+"""Train candidates, run the whole pipeline, forecast a training, and search for better training settings."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from tunesmith.core.errors import NextStep, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Duration
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.dataset import DatasetSummary, dataset_summary
+from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
+from tunesmith.jobs.arguments import CHANGEABLE
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
+from tunesmith.pipeline.training import only_tuned
 from tunesmith.pipeline.training_search import PRESENT
 from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
+from tunesmith.records.forecast import ForecastBody
 from tunesmith.records.search import TrainingSearchBody
 from tunesmith.records.training import TrainingBody, TrainingFigures
 from tunesmith.registry.registration import register
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobRow
 from tunesmith.training.estimates.more_time import MoreTime, more_time
-from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings, changed_training
-
-if TYPE_CHECKING:
-    pass
+from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings
 
 
 class TrainingSummary(TrainingFigures, View):
@@ -170,9 +169,6 @@ def training_summary(store: Store, digest: str) -> TrainingSummary:
     return TrainingSummary.of(body, training=digest, adapter=adapter, weights=weights, more_time=more_time(body))
 
 
-# Search for better training settings
-
-
 TRIALS = 12  # by default
 _MOST_TRIALS = 100
 
@@ -208,8 +204,8 @@ def settings_search(digest: str, body: TrainingSearchBody) -> SettingsSearch:
     """A search's result, from its record."""
     trials = tuple(each.model_copy(update={"settings": _ordered(each.settings)}) for each in body.trials)
     suggestion = None if body.suggestion is None else _ordered(body.suggestion)
-    found = {**dict(body), "trials": trials, "suggestion": suggestion}
-    return SettingsSearch(**found, search=digest, conclusion=_conclusion(body))
+    ordered = {**dict(body), "trials": trials, "suggestion": suggestion}
+    return SettingsSearch(**ordered, search=digest, conclusion=_conclusion(body))
 
 
 def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,19 +253,6 @@ def _conclusion(found: TrainingSearchBody) -> str:
     )
 
 
-# What a run may change, by candidate: values of keys of `train:`. A text that states a number is that number.
-Changes = Mapping[str, Mapping[str, int | float | str]]
-# The keys, with what people call them.
-CHANGEABLE: Mapping[str, str] = {
-    "epochs": "Epochs",
-    "budget": "Training time",
-    "learning_rate": "Learning rate",
-    "rank": "Rank of the adapter",
-    "batch": "Rows per step",
-    "seed": "Seed",
-}
-
-
 class Setting(View):
     """A training setting that a run may change. value: the project file's, None where a default applies; help: what it
     means."""
@@ -285,13 +268,6 @@ class TrainedCandidate(View):
 
     name: str
     settings: tuple[Setting, ...]
-
-
-def read_again(project: Project) -> Project:
-    """The project as its file says now. Raises UsageError where that is not valid."""
-    made = Project.load(project.root)
-    made.store = project.store
-    return made
 
 
 def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
@@ -316,85 +292,59 @@ def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
     return tuple(found)
 
 
-def _value_of(given: int | float | str) -> int | float | str:
-    """The number that a text states, else what is given."""
-    for kind in (int, float) if isinstance(given, str) else ():
-        with contextlib.suppress(ValueError):
-            return kind(given)
-    return given
+_LOOKED_AT = 50  # newest forecasts that are looked through for a project's
 
 
-def with_changes(project: Project, changes: Changes) -> Project:
-    """The project of one run. Epochs replace a budget, and a budget replaces epochs.
+class ForecastView(Forecast):
+    """A recorded forecast. forecast: its record's digest."""
 
-    Raises UsageError for what may not be changed, and for values that are not valid.
+    forecast: str
+
+
+def forecast(
+    project: Project,
+    name: str | None = None,
+    *,
+    rows: int | None = None,
+    goal: float | None = None,
+    progress: Progress = SILENT,
+    actor: str | None = None,
+) -> ForecastView:
+    """Forecast a candidate's training, by default that of the only one that is trained.
+
+    rows: of the largest subset, by default a sixteenth of the rows and 100 at least. goal: the lift from which tuning
+    pays, by default the lift gate's bound.
     """
-    if not changes:
-        return project
-    candidates = dict(project.settings.candidates)
-    for name, values in changes.items():
-        if name not in candidates or (train := candidates[name].train) is None:
-            trained = [each for each, candidate in candidates.items() if candidate.train]
-            raise UsageError(
-                f"no candidate {name[:80]!r} is trained", where="changes", fix=f"name one of {', '.join(trained)}"
-            )
-        if unknown := sorted(set(values) - set(CHANGEABLE)):
-            raise UsageError(
-                f"{unknown[0][:80]!r} cannot be changed for one run",
-                where=f"candidates.{name}.train",
-                fix=f"change one of {', '.join(CHANGEABLE)}; the project file has the other settings",
-            )
-        stated = {key: _value_of(value) for key, value in values.items()}
-        update = {"train": changed_training(train, stated, f"candidates.{name}.train")}
-        candidates[name] = candidates[name].model_copy(update=update)
-    made = Project(project.root, project.settings.model_copy(update={"candidates": candidates}))
-    made.store = project.store
-    return made
+    from tunesmith.pipeline.forecast import forecast as run_forecast  # loads torch
+
+    context, name = PipelineContext(project, progress, actor), name or only_tuned(project)
+    return forecast_view(project.store, run_forecast(context, name, rows=rows, goal=goal))
 
 
-def run_arguments(project: Project, changes: Changes) -> dict[str, Any]:
-    """The arguments of a job that takes a project's settings, named by their digest."""
-    found: dict[str, Any] = {"settings": project.settings.digest}
-    made = with_changes(project, changes)
-    if differing := _differing(project, made, changes):
-        found |= {"changes": differing, "changed_settings": made.settings.digest}
-    return found
+def forecast_view(store: Store, digest: str) -> ForecastView:
+    """A recorded forecast. Of one that an earlier version made, what is still computed."""
+    body = ForecastBody.read(store, digest)
+    return ForecastView(**{name: getattr(body, name) for name in ForecastBody.model_fields}, forecast=digest)
 
 
-def _differing(project: Project, made: Project, changes: Changes) -> dict[str, dict[str, Any]]:
-    """The changes to another value than the one that the project file has."""
-    found = {}
-    for name, values in changes.items():
-        before, after = project.settings.candidates[name].train, made.settings.candidates[name].train
-        assert before is not None
-        found[name] = {
-            key: _value_of(value)
-            for key, value in values.items()
-            if key not in before.model_fields_set or getattr(before, key) != getattr(after, key)
-        }
-    return {name: values for name, values in found.items() if values}
+class KeptForecast(View):
+    """A forecast that was made before. at: when, ISO 8601."""
+
+    at: str
+    forecast: ForecastView
 
 
-def project_of(project: Project, job: JobRow) -> Project:
-    """The project of a job, after its changes. Raises UsageError where its settings are not those that it was queued
-    with."""
-    if project.settings.digest == job.arguments["settings"]:
-        made = with_changes(project, job.arguments.get("changes", {}))
-        if made.settings.digest == job.arguments.get("changed_settings", made.settings.digest):
-            return made
-    raise UsageError(
-        "the project's settings changed since this job was queued, or their defaults with the version of Tunesmith",
-        where=str(project.root / "tunesmith.yaml"),
-        fix=NextStep("queue it again, or create another fine-tuning job after a restart", "run", queue=True),
-    )
+def newest_forecast(project: Project) -> KeptForecast | None:
+    """The newest forecast of a candidate that this project trains; None where there is none.
 
-
-def only_tuned(project: Project) -> str:
-    """The name of the only candidate that is trained. Raises UsageError where there is none, or more than one."""
-    tuned = project.settings.tuned
-    if len(tuned) != 1:
-        raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
-    return tuned[0]
-
-
-# Memory
+    A store may be shared with other projects: a forecast with rivals that this one does not have is another's.
+    """
+    known, trained = set(project.settings.candidates), set(project.settings.tuned)
+    for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
+        try:
+            found = forecast_view(project.store, digest)
+        except (Refused, UsageError):
+            continue
+        if found.name in trained and known >= set(found.rivals):
+            return KeptForecast(at=at, forecast=found)
+    return None

@@ -1,13 +1,13 @@
-"""Versions: register, verify and export them, list them with their states, and show one.
+"""Versions: register, verify, export, list and show them, and what they were made from.
 
-A person sees the versions of their tenant and region, and those that are for all; one without a tenant sees all.
-"""
+A person sees the versions of their tenant and region, and those that are for all; one without a tenant sees all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from sqlalchemy import ColumnElement, Select, func, or_, select
@@ -18,26 +18,30 @@ from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
-from tunesmith.core.view import View
+from tunesmith.core.view import Page, View
+from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.pipeline.verdicts import changed_since, latest
+from tunesmith.records.dataset import DatasetBody, ReadSource
 from tunesmith.records.version import Decision, Dtype, ExportBody, Form
 from tunesmith.registry import registration, serving, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.registry.lineage import Node, ancestors, summary_line, tree
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
-from tunesmith.registry.versions import resolve
-from tunesmith.services import evaluation_lookups, evaluations
+from tunesmith.registry.versions import load_version, resolve
+from tunesmith.services import evaluations
 from tunesmith.services.actions import Acting, Because, Named, Request, Short, action
 from tunesmith.services.datasets import datasheet
 from tunesmith.services.decisions import approvals_for
 from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
+from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import LIVE, AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
 
@@ -87,13 +91,10 @@ class ListedVersion(View):
     why: str
 
 
-class VersionPage(View):
-    """A page of a list, the newest versions first. total: on all pages."""
+class VersionPage(Page):
+    """A page of a list, the newest versions first."""
 
     versions: tuple[ListedVersion, ...]
-    total: int
-    page: int
-    pages: int
 
 
 class Decided(View):
@@ -165,7 +166,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
     verdict = asked.verdict or latest(project, "verdict", acting.user.scope)
     if verdict is None:
         raise UsageError("nothing was judged yet", where=str(acting.store.root), fix=NextStep("judge one", "gate"))
-    digest = evaluation_lookups.find_verdict(acting.store, acting.user, verdict)
+    digest = evaluations.find_verdict(acting.store, acting.user, verdict)
     version = registration.register(
         acting.store,
         name=asked.name or project.settings.name,
@@ -231,13 +232,14 @@ def page_of_versions(store: Store, user: User, *, text: str = "", state: str = "
     query = _visible(user.scope, text)
     with database.reading(store.engine) as session:
         if state:
-            found = [one for one in _listed(store, session, session.scalars(query)) if one.state == state]
-            total, first = len(found), (page - 1) * PAGE
-            shown = found[first : first + PAGE]
+            listed = [one for one in _listed(store, session, session.scalars(query)) if one.state == state]
+            at = Page.within(page, len(listed), PAGE)
+            listed = listed[(at.page - 1) * PAGE : at.page * PAGE]
         else:
             total = session.scalar(select(func.count()).select_from(query.order_by(None).subquery())) or 0
-            shown = _listed(store, session, session.scalars(query.offset((page - 1) * PAGE).limit(PAGE)))
-    return VersionPage(versions=tuple(shown), total=total, page=page, pages=max(1, -(-total // PAGE)))
+            at = Page.within(page, total, PAGE)
+            listed = _listed(store, session, session.scalars(query.offset((at.page - 1) * PAGE).limit(PAGE)))
+    return VersionPage(**dict(at), versions=tuple(listed))
 
 
 def find_version(store: Store, user: User, name: str, number: int) -> RegisteredVersion:
@@ -261,10 +263,9 @@ def details(store: Store, user: User, version: Version) -> VersionDetails:
     except (TunesmithError, KeyError):  # the state says what is wrong with its signature or evidence
         approvals, judged = None, None
     not_because = _not_because(user, version)
-    return VersionDetails(
+    return VersionDetails.of(
+        version,
         listed=listed,
-        candidate=version.candidate,
-        evaluation=version.evaluation,
         judged=judged,
         approvals=approvals,
         decisions=_decisions(store, version, approvals),
@@ -323,8 +324,7 @@ def _decisions(store: Store, version: Version, approvals: Approvals | None) -> t
         rows = list(session.scalars(entries.order_by(AuditRow.seq.desc())))
         prints = [str(row.detail.get("signature", {}).get("key")) for row in rows]
         known = {key.fingerprint: key for key in session.scalars(select(KeyRow).where(KeyRow.fingerprint.in_(prints)))}
-    found: list[Decided] = []
-    overturned = approvals is None
+    decided, overturned = list[Decided](), approvals is None
     for row, fingerprint in zip(rows, prints, strict=True):
         refused, key = row.action == "version.refuse", known.get(fingerprint)
         in_time = key is not None and (key.until is None or row.seq < key.until)
@@ -332,18 +332,11 @@ def _decisions(store: Store, version: Version, approvals: Approvals | None) -> t
         if approvals is not None and in_time and not overturned:
             counts = approvals.refused_by == row.actor if refused else row.actor in approvals.approvers
         overturned = overturned or (refused and in_time)
-        found.append(
-            Decided(
-                entry=row.seq,
-                at=row.at,
-                approver=row.actor,
-                decision="refuse" if refused else "approve",
-                reason=str(row.detail.get("reason", "")),
-                key=key.label if key else "",
-                counts=counts,
-            )
-        )
-    return tuple(found)
+        decision: Decision = "refuse" if refused else "approve"
+        reason, label = str(row.detail.get("reason", "")), key.label if key else ""
+        what = {"entry": row.seq, "approver": row.actor, "decision": decision, "reason": reason, "key": label}
+        decided.append(Decided.of(row, **what, counts=counts))
+    return tuple(decided)
 
 
 def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[ListedVersion]:
@@ -460,3 +453,154 @@ def _notes(candidate: Candidate) -> tuple[str, ...]:
             "out; here keys come in any order: measure the answers there, or do not hold them to the schema"
         )
     return tuple(notes)
+
+
+ROWS = 50
+_MOST = 100  # descendants of a record that are listed
+
+
+class NamedRecord(View):
+    """A record, and what distinguishes it from others of its kind. at: when it was made, None if not known."""
+
+    digest: str
+    kind: str
+    says: str
+    at: str | None
+
+
+class Related(NamedRecord):
+    """A record that another one names, or that names it, under a role."""
+
+    role: str
+
+
+class LineageRecord(NamedRecord):
+    """A record of a lineage, with those that it was made from."""
+
+    made_from: tuple[Related, ...]
+
+
+class Lineage(View):
+    """A version, what it was made from, and what was made from it directly. Each record comes after its parents."""
+
+    records: tuple[LineageRecord, ...]
+
+
+class RecordDetails(View):
+    """One record. facts: the plain values of its body; sources: of a dataset; further: how many more were made from it
+    than are listed.
+    """
+
+    digest: str
+    kind: str
+    says: str
+    facts: dict[str, str]
+    blobs: dict[str, str]
+    sources: tuple[ReadSource, ...]
+    licences: Mapping[str, int]
+    made_from: tuple[Related, ...]
+    used_for: tuple[Related, ...]
+    further: int
+
+
+class DatasetRow(View):
+    """Where a row comes from, and under which licence; never its text."""
+
+    id: str
+    split: str
+    source: str
+    licence: str
+    group: str
+
+
+class OriginPage(Page):
+    """A page of a dataset's rows."""
+
+    rows: tuple[DatasetRow, ...]
+
+
+def show_lineage(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
+    """The lineage of a version or of any record, named by the start of its digest; a version's approvals too."""
+    digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
+    node = tree(store, digest)
+    if node.kind != "version":
+        return node
+    return node.model_copy(update={"approvals": approvals_for(store, load_version(store, digest))})
+
+
+def lineage(store: Store, version: Version) -> Lineage:
+    """The lineage of a version."""
+    records = ancestors(store, [version.digest])
+    graph = {digest: record.parents.values() for digest, record in records.items()}
+    after = [digest for _, _, digest in store.children(version.digest)[:_MOST]]
+    digests = [*TopologicalSorter(graph).static_order(), *after]
+    times = store.times_of(digests)
+    return Lineage(records=tuple(_lineage_record(store, each, times) for each in digests))
+
+
+def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails:
+    """A record of a version's lineage. Raises NotThere for one that the user may not see."""
+    own = _own(store, version)
+    everything = user.scope == Scope()
+    if digest not in own and not (everything and store.has_record(digest)):
+        raise NotThere("there is no such record of this version")
+    record = store.record(digest)
+    below = [(role, kind, child) for role, kind, child in store.children(digest) if everything or child in own]
+    dataset = DatasetBody.of(record) if record.kind == "dataset" else None
+    times = store.times_of([*record.parents.values(), *(child for _, _, child in below[:_MOST])])
+    return RecordDetails(
+        digest=digest,
+        kind=record.kind,
+        says=summary_line(record),
+        facts={
+            key: str(value)
+            for key, value in sorted(record.body.items())
+            if isinstance(value, str | int | float | bool) and value != ""
+        },
+        blobs=dict(record.blobs),
+        sources=dataset.sources if dataset else (),
+        licences=dataset.licences if dataset else {},
+        made_from=_parents(store, record, times),
+        used_for=tuple(Related(**_named(store, child, times), role=role) for role, _, child in below[:_MOST]),
+        further=max(0, len(below) - _MOST),
+    )
+
+
+def dataset_rows(
+    store: Store, user: User, version: Version, digest: str, *, split: str = "train", text: str = "", page: int = 1
+) -> OriginPage:
+    """A page of the rows of a dataset in a version's lineage. Raises NotThere as `record_details`.
+
+    text: a part of the id, source, licence or group. Rows of another tenant or region are left out.
+    """
+    if record_details(store, user, version, digest).kind != "dataset" or split not in SPLITS:
+        raise NotThere("there are no such rows of this version")
+    rows = [
+        DatasetRow.of(row, split=split)
+        for row in load_dataset(store, digest).examples(split)
+        if user.scope.covers(Scope(row.tenant or user.scope.tenant, row.region or user.scope.region))
+    ]
+    if text:
+        rows = [row for row in rows if any(text in part for part in (row.id, row.source, row.licence, row.group))]
+    at = Page.within(page, len(rows), ROWS)
+    return OriginPage(**dict(at), rows=tuple(rows[(at.page - 1) * ROWS : at.page * ROWS]))
+
+
+def _own(store: Store, version: Version) -> set[str]:
+    """A version, what it was made from, and what was made from it directly: its decisions and exports."""
+    own = set(ancestors(store, [version.digest]))
+    return own | {digest for _, _, digest in store.children(version.digest)}
+
+
+def _lineage_record(store: Store, digest: str, times: Mapping[str, str]) -> LineageRecord:
+    parents = _parents(store, store.record(digest), times)
+    return LineageRecord(**_named(store, digest, times), made_from=parents)
+
+
+def _parents(store: Store, record: Record, times: Mapping[str, str]) -> tuple[Related, ...]:
+    return tuple(Related(**_named(store, digest, times), role=role) for role, digest in sorted(record.parents.items()))
+
+
+def _named(store: Store, digest: str, times: Mapping[str, str]) -> dict[str, Any]:
+    record = store.record(digest)
+    return {"digest": digest, "kind": record.kind, "says": summary_line(record), "at": times.get(digest)}

@@ -285,6 +285,10 @@ class RecallRow(Table):
 JobState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
+# A kind of jobs, and what the ids that its clients know begin with.
+FINE_TUNING, FINE_TUNING_JOB = "fine_tuning", "ftjob-"
+
+
 class JobRow(ForScope, Table):
     """A job of the queue (jobs/). Times are seconds since 1970, None for what has not happened.
 
@@ -317,6 +321,16 @@ class JobRow(ForScope, Table):
     created: Mapped[float]
     started: Mapped[float | None] = mapped_column(default=None)
     ended: Mapped[float | None] = mapped_column(default=None)
+
+    @property
+    def cause(self) -> str:
+        """Why it was queued, where no person did it; "" where one did."""
+        return str(self.arguments.get("cause", ""))
+
+    @property
+    def changes(self) -> JsonObject:
+        """Training settings, by candidate, that differ from the project file."""
+        return dict(self.arguments.get("changes", {}))
 
 
 class JobEventRow(Table):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.data.rows import turns
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, tools_of
-from tunesmith.data.formats import row_formats
+from tunesmith.data.formats import openai_rules, row_formats
 from tunesmith.data.formats import turns as turn_checks
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.openai_rules import InvalidExamples, check_examples
@@ -284,11 +284,12 @@ def test_the_first_broken_line_is_named(tmp_path: Path, line: object, said: str)
     assert found.value.code == "invalid_file_format"
 
 
-def test_good_files_and_too_few_examples(tmp_path: Path) -> None:
+def test_good_files_and_too_few_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+    monkeypatch.setattr(openai_rules, "_REPORTED", 5)
     path = written(tmp_path, *[GOOD] * 10, "", {**GOOD, "tools": []})
-    assert check_examples(path, on_line=lambda: seen.append(1)) == 11
-    assert len(seen) == 12
+    assert check_examples(path, on_lines=seen.append) == 11
+    assert seen == [5, 5]
     assert check_examples(written(tmp_path, GOOD), training=False) == 1
     for rows, training in ((9, True), (0, False)):
         with pytest.raises(InvalidExamples) as found:

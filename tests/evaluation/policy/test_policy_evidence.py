@@ -27,8 +27,7 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render, report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.records.evaluation import AnswersBody
-from tunesmith.services.evaluation_lookups import show_findings
-from tunesmith.services.evaluations import report_sections, version_report
+from tunesmith.services.evaluations import report_sections, show_findings, version_report
 from tunesmith.store.people.identities import acting, add_user
 
 Answering = Callable[[str], str]

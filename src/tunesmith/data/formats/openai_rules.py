@@ -87,6 +87,7 @@ def too_few(rows: int) -> str | None:
 
 
 _LONGEST_LINE: Final = 16 << 20
+_REPORTED: Final = 1000
 _EXPECTED: Final = "Expected file to have JSONL format"
 
 
@@ -96,15 +97,17 @@ class InvalidExamples(UsageError):
     usual_code = "invalid_file_format"
 
 
-def check_examples(path: Path, *, training: bool = True, on_line: Callable[[], object] = lambda: None) -> int:
-    """How many examples a file has. training: it needs at least ten. on_line: called for each line.
+def check_examples(path: Path, *, training: bool = True, on_lines: Callable[[int], object] = lambda _: None) -> int:
+    """How many examples a file has. training: it needs at least ten. on_lines: called for each 1,000 lines,
+    with their number.
 
     Raises InvalidExamples for the first line that breaks a rule.
     """
     found = 0
     with path.open("rb") as stream:
         for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), start=1):
-            on_line()
+            if number % _REPORTED == 0:  # each report costs time
+                on_lines(_REPORTED)
             if len(line) > _LONGEST_LINE:
                 raise InvalidExamples(f"Invalid file format. Line {number} is longer than {_LONGEST_LINE >> 20} MB.")
             if line.strip():

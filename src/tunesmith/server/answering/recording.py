@@ -26,6 +26,7 @@ from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, delete_case, put_case
 from tunesmith.monitoring.keeping import CaseKeeper, CaseTexts, NotKept
+from tunesmith.rollout.served_scorers import ServedScorers
 from tunesmith.rollout.traffic import LEFT, STEP, UNLOADED, end_user
 from tunesmith.server import limits
 from tunesmith.server.answering.job import ChatJob
@@ -33,7 +34,6 @@ from tunesmith.server.answering.request_rows import RequestRows
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored, unknown_request
 from tunesmith.server.limits import ServerSettings
 from tunesmith.server.metrics import Metrics
-from tunesmith.services.rollouts import ServedScorers
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store

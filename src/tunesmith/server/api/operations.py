@@ -11,8 +11,10 @@ from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from tunesmith.core.view import Frozen
+from tunesmith.jobs import retraining
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
+from tunesmith.rollout.course import RolloutCourse
 from tunesmith.server import limits
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
 from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text, document
@@ -20,19 +22,7 @@ from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import bad_request, missing, unknown_request
 from tunesmith.server.openapi import answers, body
 from tunesmith.server.serving import Calling, needs, read
-from tunesmith.services import (
-    audit,
-    held,
-    home,
-    jobs,
-    monitoring,
-    retraining,
-    rollout_course,
-    rollouts,
-    users,
-    webhooks,
-)
-from tunesmith.services import keys as key_services
+from tunesmith.services import audit, home, jobs, monitoring, review, rollouts, users
 
 routes = ApiRouter()
 Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]
@@ -88,29 +78,29 @@ def rollout(call: Calling, number: Number) -> rollouts.RolloutView:
 
 
 @routes.shows(_ROLLOUT + "/course", "read")
-def course(call: Calling, number: Number) -> rollout_course.RolloutCourse:
+def course(call: Calling, number: Number) -> RolloutCourse:
     """Traffic by version over time, each step's evidence as it grew, and who did what."""
     if rollouts.one_visible_to(call.store, call.user, number, judged=False) is None:
         raise missing("rollout")
-    return rollout_course.course(call.store, number)
+    return rollouts.course(call.store, number)
 
 
 @routes.shows("/held", "chat", "decisions")
-def held_answers(call: Calling, everything: str = "false") -> held.HeldList:
+def held_answers(call: Calling, everything: str = "false") -> review.HeldList:
     """The answers that wait: the caller's own, and those of their tenant and region if they may review and the token
     has the scope decisions. everything:
     `true` lists decided ones too, until they are deleted. Without texts."""
     if everything not in ("true", "false"):
         raise bad_request("everything is true or false.", param="everything")
     reviews = call.token.permits("decisions")
-    return held.list_held(call.store, call.user, everything=everything == "true", reviews=reviews)
+    return review.list_held(call.store, call.user, everything=everything == "true", reviews=reviews)
 
 
 @routes.shows("/held/{identifier}", "chat", "decisions")
-def held_answer(call: Calling, identifier: str) -> held.HeldAnswerView:
+def held_answer(call: Calling, identifier: str) -> review.HeldAnswerView:
     """One answer. `completion` is there once it may leave; reviewers also see the conversation and what waits. An
     answer that the caller may not see is answered like one that does not exist."""
-    return held.show(call.store, call.user, identifier, reviews=call.token.permits("decisions"))
+    return review.show_held(call.store, call.user, identifier, reviews=call.token.permits("decisions"))
 
 
 class Feedback(Frozen):
@@ -191,9 +181,9 @@ def due(call: Calling) -> retraining.Retraining:
 
 
 @routes.shows("/webhooks", "read", whole=True)
-def hooks(call: Calling) -> webhooks.WebhookList:
+def hooks(call: Calling) -> monitoring.WebhookList:
     """The project's webhooks, and deliveries that failed."""
-    return webhooks.list_webhooks(call.serving.own_project())
+    return monitoring.list_webhooks(call.serving.own_project())
 
 
 @routes.shows("/status", "read", slow=True)
@@ -226,12 +216,12 @@ def everybody(call: Calling) -> users.UserList:
 
 
 @routes.shows("/keys", "read")
-def keys(call: Calling) -> key_services.KeyList:
+def keys(call: Calling) -> users.KeyList:
     """Enrolled and proposed keys: for an admin of all tenants and regions everybody's, for others their own.
 
     Keys are proposed and confirmed in the console or on the command line, where the log knows who opened the session.
     """
-    return key_services.visible_keys(call.store, call.user)
+    return users.visible_keys(call.store, call.user)
 
 
 @routes.shows("/tokens", "tokens")

@@ -11,13 +11,12 @@ from fastapi import Query
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from tunesmith.core.view import View
-from tunesmith.data.dataset import DatasetSummary
+from tunesmith.data.dataset import DatasetSummary, dataset_summary
 from tunesmith.data.governance.difference import Difference
 from tunesmith.evaluation.report.evidence import EvidenceReport
 from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
 from tunesmith.server.serving import Calling
-from tunesmith.services import datasets, evaluation_lookups, held_out_requests, review
-from tunesmith.services import lineage as lineages
+from tunesmith.services import answers, datasets, evaluations, review
 from tunesmith.services import versions as service
 
 routes = ApiRouter()
@@ -28,21 +27,21 @@ REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 
 
 
 @routes.shows("/evaluations", "read")
-def evaluations(call: Calling, page: Page = 1) -> evaluation_lookups.EvaluationList:
+def listed_evaluations(call: Calling, page: Page = 1) -> evaluations.EvaluationList:
     """The evaluations that the caller may see, newest first, 25 a page."""
-    return evaluation_lookups.list_evaluations(call.store, call.user, page)
+    return evaluations.list_evaluations(call.store, call.user, page)
 
 
 @routes.shows(_EVALUATION, "read")
-def evaluation(call: Calling, digest: Digest, verdict: Verdict = "") -> evaluation_lookups.EvaluationPage:
+def evaluation(call: Calling, digest: Digest, verdict: Verdict = "") -> evaluations.EvaluationPage:
     """One evaluation: its candidates with intervals, and the gates of the leading verdict or of the one named."""
-    return evaluation_lookups.show_evaluation(call.store, call.user, digest, verdict or None)
+    return evaluations.show_evaluation(call.store, call.user, digest, verdict or None)
 
 
 @routes.shows(_EVALUATION + "/findings", "read")
 def findings(call: Calling, digest: Digest, verdict: Verdict = "") -> EvidenceReport:
     """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
-    return evaluation_lookups.show_findings(call.store, call.user, digest, verdict or None)
+    return evaluations.show_findings(call.store, call.user, digest, verdict or None)
 
 
 @routes.shows(_EVALUATION + "/requests", "rows")
@@ -58,7 +57,7 @@ def requests(
     search: Text = "",
     first: Annotated[int, Query(ge=0, le=10**9)] = 0,
     most: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> held_out_requests.RequestMatrix:
+) -> answers.RequestMatrix:
     """Held-out requests by candidates: where focus is worse than rival first, then where it is better.
 
     show: all, flips, wins, losses, invalid or long. group, label, search: only those requests. first: the place to
@@ -67,16 +66,14 @@ def requests(
     chosen = {"focus": focus, "rival": rival, "metric": metric, "show": show}
     chosen |= {"group": group, "label": label, "search": search}
     region = call.serving.settings.region
-    return held_out_requests.show_requests(call.store, call.user, region, digest, chosen, first, most)
+    return answers.show_requests(call.store, call.user, region, digest, chosen, first, most)
 
 
 @routes.shows(_EVALUATION + "/requests/{row}", "rows")
-def opened(
-    call: Calling, digest: Digest, row: Name, compared: Text = held_out_requests.REFERENCE
-) -> held_out_requests.OpenedRequest:
+def opened(call: Calling, digest: Digest, row: Name, compared: Text = answers.REFERENCE) -> answers.OpenedRequest:
     """One held-out request: every candidate's answer, how it differs from compared, and what was retrieved."""
     region = call.serving.settings.region
-    return held_out_requests.show_request(call.store, call.user, region, digest, row, {}, compared)
+    return answers.show_request(call.store, call.user, region, digest, row, {}, compared)
 
 
 @routes.shows("/datasets", "read", whole=True)
@@ -88,7 +85,7 @@ def listed(call: Calling, page: Page = 1) -> datasets.DatasetPage:
 @routes.shows(_DATASET, "read", whole=True)
 def dataset(call: Calling, digest: Digest) -> DatasetSummary:
     """The account of a dataset version: what happened to every row, splits, leakage, licences and privacy."""
-    return datasets.summary(call.store, datasets.find_dataset(call.store, digest))
+    return dataset_summary(call.store, datasets.find_dataset(call.store, digest))
 
 
 @routes.shows(_DATASET + "/difference/{other}", "read", whole=True)
@@ -164,16 +161,16 @@ def version(call: Calling, name: Name, number: Number) -> service.VersionDetails
 
 
 @routes.shows(_VERSION + "/lineage", "read")
-def lineage(call: Calling, name: Name, number: Number) -> lineages.Lineage:
+def lineage(call: Calling, name: Name, number: Number) -> service.Lineage:
     """What a version was made from, and what was made from it: records, each with its parents."""
-    return lineages.lineage(call.store, service.find_version(call.store, call.user, name, number))
+    return service.lineage(call.store, service.find_version(call.store, call.user, name, number))
 
 
 @routes.shows(_VERSION + "/records/{digest}", "read")
-def record(call: Calling, name: Name, number: Number, digest: Digest) -> lineages.RecordDetails:
+def record(call: Calling, name: Name, number: Number, digest: Digest) -> service.RecordDetails:
     """One record of a version's lineage."""
     found = service.find_version(call.store, call.user, name, number)
-    return lineages.record_details(call.store, call.user, found, digest)
+    return service.record_details(call.store, call.user, found, digest)
 
 
 @routes.shows(_VERSION + "/records/{digest}/rows", "read")
@@ -185,10 +182,10 @@ def origins(
     split: Literal["train", "validation", "test"] = "train",
     search: Text = "",
     page: Page = 1,
-) -> lineages.OriginPage:
+) -> service.OriginPage:
     """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
     found = service.find_version(call.store, call.user, name, number)
-    return lineages.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
+    return service.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
 
 
 @routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))

@@ -26,10 +26,9 @@ from tunesmith.server.api.routing import Page
 from tunesmith.server.console.rendering import pages, private
 from tunesmith.server.console.routing import Changing, Looking, Pages, Viewer, field, form
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.services import chat, evaluation_lookups, held_out_requests
-from tunesmith.services.chat import Choice
-from tunesmith.services.evaluation_lookups import EvaluationPage
-from tunesmith.services.evaluations import READ_PERMISSION, report_sections
+from tunesmith.services import answers, evaluations
+from tunesmith.services.answers import Choice
+from tunesmith.services.evaluations import READ_PERMISSION, EvaluationPage, report_sections
 
 routes = Pages()
 _AT = "/console/evidence"
@@ -53,8 +52,8 @@ CHANGES = {"loss": "loss", "win": "win", "differs": "others differ", "same": "al
 @routes.shows(_AT)
 def listed(viewer: Looking, page: Page = 1) -> Response:
     """The evaluations that this person may see, newest first."""
-    found = evaluation_lookups.list_evaluations(viewer.store, viewer.user, page)
-    last = pages(found.total, evaluation_lookups.LISTED)
+    found = evaluations.list_evaluations(viewer.store, viewer.user, page)
+    last = pages(found.total, evaluations.LISTED)
     return viewer.page("evidence.html.jinja", found=found, page=page, last=last)
 
 
@@ -68,7 +67,7 @@ def one(viewer: Looking, digest: str, verdict: str = "") -> Response:
 def findings(viewer: Looking, digest: str, verdict: str = "") -> Response:
     """The sections of the report, without requests and answers. Computing them takes seconds."""
     judged = verdict and _full(verdict)
-    found = evaluation_lookups.show_findings(viewer.store, viewer.user, _full(digest), judged)
+    found = evaluations.show_findings(viewer.store, viewer.user, _full(digest), judged)
     chosen = urlencode({"focus": found.focus, "rival": found.rival or ""})
     return private(report_sections(found, f"{_AT}/{digest}/requests?{chosen}"))
 
@@ -85,9 +84,7 @@ def requests(viewer: Looking, request: Request, digest: str, page: Page = 1) -> 
 def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Response:
     """The filters, and a page of the requests with every candidate's answer."""
     region, first = viewer.serving.settings.region, (page - 1) * _ROWS
-    found = held_out_requests.show_requests(
-        viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS
-    )
+    found = answers.show_requests(viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS)
     query = urlencode({key: value for key, value in found.filter.items() if value})
     response = viewer.page(
         "evidence_matrix.html.jinja",
@@ -104,12 +101,10 @@ def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Re
 
 
 @routes.shows(_AT + "/{digest}/requests/{row}")
-def opened(
-    viewer: Looking, request: Request, digest: str, row: str, compared: str = held_out_requests.REFERENCE
-) -> Response:
+def opened(viewer: Looking, request: Request, digest: str, row: str, compared: str = answers.REFERENCE) -> Response:
     """One request: answers side by side, their differences, and what was retrieved."""
     chosen, region = _chosen(request), viewer.serving.settings.region
-    found = held_out_requests.show_request(viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
+    found = answers.show_request(viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
     query, page = urlencode(chosen), (found.place or 0) // _ROWS + 1
     return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen, page=page)
 
@@ -121,7 +116,7 @@ def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | Non
     """
     if not viewer.user.may(READ_PERMISSION):
         return None
-    found = evaluation_lookups.compare_versions(viewer.store, viewer.user, version, before)
+    found = evaluations.compare_versions(viewer.store, viewer.user, version, before)
     if found is None or not found.rival:
         return None
     chosen = urlencode({"focus": found.focus, "rival": found.rival, "show": "losses"})
@@ -136,7 +131,7 @@ def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | Non
 def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
     """The evaluation of an address. Raises NotThere where this person sees none."""
     judged = verdict and _full(verdict)
-    return evaluation_lookups.show_evaluation(viewer.store, viewer.user, _full(digest), judged)
+    return evaluations.show_evaluation(viewer.store, viewer.user, _full(digest), judged)
 
 
 def _chosen(request: Request) -> dict[str, str]:
@@ -211,7 +206,7 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
 def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:
     viewer.user.require(READ_PERMISSION)
     evaluation, serving = shown(viewer, digest).summary.evaluation, viewer.serving
-    return chat.choices(viewer.store, viewer.user, serving.settings.region, serving.versions.base, evaluation)
+    return answers.choices(viewer.store, viewer.user, serving.settings.region, serving.versions.base, evaluation)
 
 
 def _ask_all(viewer: Viewer, chosen: Sequence[Choice], question: str, trial: Trial) -> None:
@@ -230,7 +225,7 @@ def _ask(viewer: Viewer, choice: Choice, question: str, stopped: Callable[[], bo
             answerer = serving.versions.answerer(choice.version)
         else:
             answerer = serving.versions.without_weights(choice.digest)
-        found = chat.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS, stopped=stopped)
+        found = answers.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS, stopped=stopped)
     except Stopped as error:
         return Tried(choice.name, "", False, (), str(error))
     except TunesmithError as error:

@@ -14,10 +14,9 @@ from tunesmith.server.api.routing import Page
 from tunesmith.server.console.rendering import Chart, Line, chart, pages
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import capital
-from tunesmith.services import jobs, training, worker
-from tunesmith.services.forecast import newest_forecast
+from tunesmith.services import jobs, training
 from tunesmith.services.jobs import CurvePoint, JobCurves, TrainingCurve
-from tunesmith.services.training import Setting
+from tunesmith.services.training import Setting, newest_forecast
 
 routes = Pages()
 _PAGE = 50  # jobs on a page
@@ -44,7 +43,7 @@ def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page:
         given=given,
         here="/console/jobs?" + (urlencode(given) + "&" if given else ""),
         states=jobs.STATES,
-        kinds=worker.KINDS,
+        kinds=jobs.KINDS,
         reason=no_start(viewer),
     )
 
@@ -55,7 +54,7 @@ def start(viewer: Looking) -> Response:
     project = viewer.serving.project
     if (reason := no_start(viewer)) or project is None:
         return viewer.page("jobs_start.html.jinja", reason=reason)
-    project = training.read_again(project)
+    project = project.read_again()
     return viewer.page(
         "jobs_start.html.jinja",
         reason="",

@@ -7,16 +7,16 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 
 from tunesmith.core.scope import Scope
+from tunesmith.jobs import retraining
 from tunesmith.server.api.routing import Page, Text
 from tunesmith.server.console.rendering import pages
 from tunesmith.server.console.routing import Looking, Pages, Viewer, gone_to
 from tunesmith.server.control import parts_that_answer
 from tunesmith.server.errors import ApiError
-from tunesmith.services import audit, held, jobs, monitoring, retraining, webhooks
+from tunesmith.services import audit, jobs, monitoring, review
 from tunesmith.services import home as service
-from tunesmith.services.keys import visible_keys, waiting
 from tunesmith.services.monitoring import PartHealth
-from tunesmith.services.users import is_admin, visible_tokens, visible_users
+from tunesmith.services.users import is_admin, visible_keys, visible_tokens, visible_users, waiting_keys
 from tunesmith.store.people.roles import ROLES
 
 routes = Pages()
@@ -55,7 +55,7 @@ def overview(viewer: Looking, request: Request) -> Response:
         "operations.html.jinja",
         recalls=monitoring.list_recalls(viewer.store).recalls,
         pending=monitoring.list_pending_retrains(viewer.store).pending_retrains,
-        hooks=webhooks.list_webhooks(project) if project else None,
+        hooks=monitoring.list_webhooks(project) if project else None,
     )
 
 
@@ -115,7 +115,7 @@ def people(viewer: Looking) -> Response:
 @routes.shows("/console/keys")
 def own_keys(viewer: Looking) -> Response:
     """The person's keys, and for admins those of others that wait."""
-    found = waiting(viewer.store)
+    found = waiting_keys(viewer.store)
     own = [key for key in found if key.user == viewer.user.name]
     others = [key for key in found if key.user != viewer.user.name] if is_admin(viewer.user) else None
     return viewer.page("keys.html.jinja", own=own, others=others)
@@ -125,15 +125,15 @@ def own_keys(viewer: Looking) -> Response:
 def answers(viewer: Looking) -> Response:
     """Answers that wait for a reviewer, by deadline, and those that were decided, until they are deleted."""
     _reviewer(viewer)
-    found = held.list_held(viewer.store, viewer.user, everything=True).held
-    return viewer.page("operations_held.html.jinja", held=found, most=held.LISTED)
+    found = review.list_held(viewer.store, viewer.user, everything=True).held
+    return viewer.page("operations_held.html.jinja", held=found, most=review.LISTED)
 
 
 @routes.shows(_ROOT + "/held/{identifier}")
 def answer(viewer: Looking, identifier: str) -> Response:
     """One answer, with the conversation that it ends."""
     _reviewer(viewer)
-    return viewer.page("operations_held_one.html.jinja", one=held.show(viewer.store, viewer.user, identifier))
+    return viewer.page("operations_held_one.html.jinja", one=review.show_held(viewer.store, viewer.user, identifier))
 
 
 def _reviewer(viewer: Viewer) -> None:

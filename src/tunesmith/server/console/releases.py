@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
+from tunesmith.rollout.course import Evidence, Traffic, steps_of
 from tunesmith.server.api.records import REPORT_POLICY
 from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.console.changes import changes_of
@@ -21,9 +22,7 @@ from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.rendering import BAD, CANARY, GOOD, PRIVATE, STABLE, Chart, Line, chart, private, rendered
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import ApiError
-from tunesmith.services import lineage, rollouts, versions
-from tunesmith.services import rollout_course as courses
-from tunesmith.services.rollout_course import Evidence, Traffic
+from tunesmith.services import rollouts, versions
 from tunesmith.services.rollouts import RolloutView
 
 routes = Pages()
@@ -50,7 +49,7 @@ def one_version(viewer: Looking, request: Request, name: Name, number: Number) -
     return viewer.page(
         "version.html.jinja",
         found=versions.details(viewer.store, viewer.user, version),
-        lineage=lineage.lineage(viewer.store, version),
+        lineage=versions.lineage(viewer.store, version),
         server=f"{request.url.scheme}://{request.url.netloc}",
         options=version.scope.options(),
         losses=lost(viewer, version.digest),
@@ -65,9 +64,9 @@ def record(
     """A record of a version's lineage; of a dataset also its rows with their licences."""
     store, user = viewer.store, viewer.user
     version, rows = versions.find_version(store, user, name, number), None
-    found = lineage.record_details(store, user, version, digest)
+    found = versions.record_details(store, user, version, digest)
     if found.kind == "dataset":
-        rows = lineage.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
+        rows = versions.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
     at = viewer.path.partition("/records/")[0]
     return viewer.page("record.html.jinja", found=found, rows=rows, version=version, at=at, split=split, q=q)
 
@@ -106,12 +105,12 @@ class Shared(Generic[Value]):
 @routes.shows(_ROLLOUTS)
 def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
     """The rollouts of this person's tenant and region, newest first. version: label of one to start with."""
-    found = courses.list_page(viewer.store, viewer.user, page)
+    found = rollouts.list_page(viewer.store, viewer.user, page)
     project = viewer.serving.project
     if project is None or not viewer.user.may("rollout.start"):
         return viewer.page("rollouts.html.jinja", found=found, startable=(), chosen=version)
-    steps = courses.steps_of(project.settings.rollout.steps)
-    startable = courses.startable(project, viewer.user)
+    steps = steps_of(project.settings.rollout.steps)
+    startable = rollouts.startable(project, viewer.user)
     return viewer.page("rollouts.html.jinja", found=found, startable=startable, steps=steps, chosen=version)
 
 
@@ -121,7 +120,7 @@ def one_rollout(viewer: Looking, number: int) -> Response:
     found = _find(viewer, number)
     before = found.stable.digest if found.stable else ""
     losses = lost(viewer, found.canary.digest, before) if found.canary else None
-    progress = courses.progress(viewer.store, number)
+    progress = rollouts.progress(viewer.store, number)
     return viewer.page("rollout.html.jinja", one=found, progress=progress, losses=losses)
 
 
@@ -130,7 +129,7 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
     """The part of a rollout's page that changes with traffic: made once for everybody who looks at it."""
 
     def made() -> str:
-        found = courses.course(viewer.store, number)
+        found = rollouts.course(viewer.store, number)
         shown = [(each, evidence_charts(each)) for each in reversed(found.evidence)]
         charts = traffic_charts(found.traffic)
         shares = {"traffic": found.traffic, "charts": charts, "evidence": shown, "number": number}

@@ -16,10 +16,9 @@ from tunesmith.project import Project
 from tunesmith.server import limits
 from tunesmith.server.answering.request import MetadataKey, MetadataText, Number
 from tunesmith.server.errors import bad_request
-from tunesmith.services.fine_tuning import JOB, KIND, Arguments, Hyperparameters, seed_of
-from tunesmith.services.fine_tuning_jobs import VALIDATING
+from tunesmith.services.fine_tuning import VALIDATING, Arguments, Hyperparameters, seed_of
 from tunesmith.services.jobs import LogLine, for_client
-from tunesmith.store.tables import FileRow, JobRow
+from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobRow
 
 _NOT_SUPPORTED = "is not supported"
 Auto: TypeAlias = Literal["auto"] | None
@@ -246,7 +245,7 @@ def ends(data: Sequence[Checkpoint | FileObject]) -> JsonObject:
 
 def job_object(job: JobRow, project: Project | None) -> FineTuningJob:
     """A job, as clients read it. project: the server's."""
-    arguments, done = Arguments.model_validate(job.arguments), job.result.get(KIND, {})
+    arguments, done = Arguments.model_validate(job.arguments), job.result.get(FINE_TUNING, {})
     asked = {name: "auto" if value is None else value for name, value in arguments.hyperparameters.document().items()}
     used = UsedHyperparameters.model_validate(done.get("hyperparameters", asked))
     validates = job.state == "running" and job.progress.get("step") == VALIDATING
@@ -254,7 +253,7 @@ def job_object(job: JobRow, project: Project | None) -> FineTuningJob:
     takes = settings is not None and settings.fine_tuning is not None
     return FineTuningJob.of(
         arguments,
-        id=f"{JOB}{job.id}",
+        id=f"{FINE_TUNING_JOB}{job.id}",
         object="fine_tuning.job",
         created_at=int(job.created),
         finished_at=None if job.ended is None else int(job.ended),
@@ -300,7 +299,7 @@ def event_object(job: JobRow, line: LogLine) -> FineTuningEvent:
 
 def checkpoint_objects(job: JobRow) -> list[Checkpoint]:
     """The one checkpoint of a job that succeeded."""
-    done = job.result.get(KIND, {})
+    done = job.result.get(FINE_TUNING, {})
     if job.state != "succeeded" or not done:
         return []
     metrics = done["checkpoint"]
@@ -309,7 +308,7 @@ def checkpoint_objects(job: JobRow) -> list[Checkpoint]:
         object="fine_tuning.job.checkpoint",
         created_at=int(job.ended or job.created),
         fine_tuned_model_checkpoint=done["fine_tuned_model"],
-        fine_tuning_job_id=f"{JOB}{job.id}",
+        fine_tuning_job_id=f"{FINE_TUNING_JOB}{job.id}",
         metrics=metrics,
         step_number=metrics["step"],
     )

@@ -9,13 +9,15 @@ link that opened it, so no one of those who proposed may be one of those who con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, UsageError
+from tunesmith.core.view import View
 from tunesmith.store.people.identities import User, changing, check_new_key
 from tunesmith.store.people.sessions import link_maker
 from tunesmith.store.people.user_keys import enrol_key
@@ -27,16 +29,16 @@ _MOST = 5  # that wait for one user
 _LEAST_DIGITS = 20  # 80 bits: nobody finds a second key whose fingerprint begins so
 
 
-@dataclass(frozen=True, slots=True)
-class ProposedKey:
-    """A key that waits. public_key: PEM; fingerprint: of that text; at: when it was proposed.
+class ProposedKey(View):
+    """A key that waits for an admin. public_key: PEM; fingerprint: of that text; at: when it was proposed.
 
-    link_by: who made the link that opened the session in which it was proposed, None for no link.
+    link_by: who made the link that opened the session in which it was proposed, and so may not confirm it; None for no
+    link.
     """
 
     user: str
     fingerprint: str
-    public_key: str
+    public_key: Annotated[str, Field(exclude=True)]
     at: str
     link_by: str | None
 
@@ -105,7 +107,8 @@ def _waiting(session: Session, name: str | None) -> list[ProposedKey]:
     for row in session.scalars(entries if name is None else entries.where(AuditRow.subject == name)):
         key = (row.subject, str(row.detail["key"]))
         if row.action == _PROPOSED:
-            found[key] = ProposedKey(*key, str(row.detail["public_key"]), row.at, row.detail.get("link_by"))
+            more = {"public_key": row.detail["public_key"], "link_by": row.detail.get("link_by")}
+            found[key] = ProposedKey(user=key[0], fingerprint=key[1], at=row.at, **more)
         else:
             found.pop(key, None)
     keys, users = {key for _, key in found}, {user for user, _ in found}

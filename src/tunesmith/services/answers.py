@@ -1,29 +1,46 @@
-"""The held-out requests of an evaluation, as people look them up: a matrix by candidates, and one request opened.
+"""Answers of candidates: to an evaluation's held-out requests, one by one, and to what people ask directly.
 
-Requests and answers are texts of rows: they take the permission `evidence.read` and an evaluation that the user may see
-(services/evaluation_lookups.py).
+Requests and answers of an evaluation are texts of rows: they take the permission `evidence.read` and an evaluation that
+the user may see. What candidates answer when they are asked directly is no evidence: it is not measured, recorded or
+kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
+from sqlalchemy import select
+
+from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.access import Caller
+from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress, Stopped
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import Change, differences
 from tunesmith.core.view import View
+from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight
 from tunesmith.evaluation.report.matrix import Change as RowChange
 from tunesmith.evaluation.summary import EvaluationSummary, rival_of, verdict_summary
-from tunesmith.services.evaluation_lookups import refused_if_inconsistent, show_evaluation, when_made
-from tunesmith.services.evaluations import READ_PERMISSION
+from tunesmith.pipeline.candidates import answerer, candidate
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.project import Project
+from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.serving import may_load
+from tunesmith.registry.versions import Version, load_version, resolve
+from tunesmith.services.evaluations import READ_PERMISSION, refused_if_inconsistent, show_evaluation, when_made
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
-from tunesmith.store.records import recalls_of
+from tunesmith.store.records import recalled, recalls_of
 from tunesmith.store.store import Store
+from tunesmith.store.tables import EdgeRow, VersionRow
 
 REFERENCE = "reference"  # what an answer may be compared with, beside candidates
 _SHOWN_REQUEST, _SHOWN_ANSWER = 120, 60  # characters of a text in the matrix
@@ -294,3 +311,123 @@ def _neighbours(matrix: Matrix, found: Selected, place: int) -> tuple[int | None
         return None, None, None
     ids = [matrix.rows[each].id for each in found.places[max(0, at - 1) : at + 2].tolist()]
     return at, ids[0] if at else None, ids[-1] if at + 1 < len(found.places) else None
+
+
+class ChatAnswer(View):
+    """One answer. finish: stop, or length if it reached max_tokens; sources: the retrieved texts."""
+
+    answer: str
+    finish: str
+    candidate: str
+    sources: tuple[str, ...]
+
+
+class Choice(View):
+    """A candidate of an evaluation. version: the newest version of it that the user's scope lets load, None without.
+
+    digest: the candidate's record. refused: why the server cannot answer for it, None if it can.
+    """
+
+    name: str
+    digest: str
+    version: Version | None
+    refused: str | None
+
+
+@contextlib.contextmanager
+def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterator[Answerer]:
+    """A candidate of the project, or a registered version, ready to answer. A version is verified first.
+
+    who: a candidate's name, NAME@v1, an alias or the start of a digest. Raises UsageError where there is none.
+    """
+    training = PipelineContext(project, progress)
+    context = PipelineContext(project.in_this_process(), progress) if training.ray else training
+    if who in project.settings.candidates:
+        yield answerer(context, load_candidate(project.store, candidate(training, who)))
+        return
+    if "@" not in who and not is_digest("sha256:" + who.removeprefix("sha256:").ljust(64, "0")):
+        context.settings_of(who)  # raises an error that lists the candidates
+    with verified_copy(project.store, resolve(project.store, who)) as loaded:
+        if loaded.adapter is not None and loaded.candidate.training is not None:
+            context.engine.load_adapter(loaded.candidate.training, loaded.adapter)
+        engine = context.engine if loaded.candidate.asks_base else None
+        yield Answerer(project.store, engine, loaded.candidate)
+
+
+def ask(
+    to: Answerer,
+    message: str,
+    *,
+    caller: Caller | None = None,
+    max_tokens: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> ChatAnswer:
+    """The answer to one message. caller: who asks, by default whom evaluations stand for. max_tokens: a lower bound.
+
+    stopped: asked after each piece of the answer; once it is true, the engine stops and Stopped is raised.
+    """
+    turn = [Message(role="user", content=message)]
+    who = to.composer.asked_as if caller is None else caller
+    found: Streamed | Completion | None = None
+    for piece in to.responder.stream(to.generation(turn, who, max_tokens=max_tokens), to.candidate.training):
+        found = piece
+        if stopped():
+            raise Stopped("the question was stopped")
+    assert isinstance(found, Completion)  # the last item of a stream
+    sources = tuple(to.composer.retrieved(turn, who).sources)
+    return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.candidate.name, sources=sources)
+
+
+def choices(store: Store, user: User, region: str, base: str, evaluation: str) -> tuple[Choice, ...]:
+    """The candidates of an evaluation. region, base: the server's. Expects that the user may see the evaluation."""
+    measured = EvaluationBody.read(store, evaluation).candidates
+    return tuple(_choice(store, user, region, base, name, one.candidate) for name, one in measured.items())
+
+
+def _choice(store: Store, user: User, region: str, base: str, name: str, digest: str) -> Choice:
+    candidate = load_candidate(store, digest)
+    version, why = None, _why_not(candidate, base)
+    if why is None:
+        version, why = _loadable(store, Scope(user.tenant, region), digest)
+        if version is None and why is None and user.scope != Scope():
+            why = "no version of it is registered for you: it may answer with rows of other tenants"
+        elif version is None and not candidate.tuned and why is None:
+            why = _recalled(store, digest)
+        elif version is None:
+            why = why or "its weights are not registered as a version"
+    return Choice(name=name, digest=digest, version=version, refused=why)
+
+
+def _why_not(candidate: Candidate, base: str) -> str | None:
+    if candidate.endpoint is not None:
+        return "it is an endpoint of somebody else, which only evaluations ask"
+    if candidate.asks_base and candidate.base != base:
+        return "it was made for another base model than this server runs"
+    return None
+
+
+def _recalled(store: Store, digest: str) -> str | None:
+    with database.reading(store.engine) as session:
+        reason = recalled(session, digest)
+    return None if reason is None else f"it was recalled: {reason}"
+
+
+def _loadable(store: Store, scope: Scope, candidate: str) -> tuple[Version | None, str | None]:
+    """The newest version of a candidate that a scope may load; without one, why the newest of the scope may not."""
+    own = {"tenant": ("", scope.tenant), "region": ("", scope.region)}
+    query = select(VersionRow.digest).join(EdgeRow, EdgeRow.child == VersionRow.digest)
+    query = query.where(EdgeRow.parent == candidate, EdgeRow.role == "candidate")
+    query = query.where(VersionRow.tenant.in_(own["tenant"]), VersionRow.region.in_(own["region"]))
+    first = None
+    with database.reading(store.engine) as session:
+        for digest in session.scalars(query.order_by(VersionRow.number.desc(), VersionRow.name)).all():
+            try:
+                version = load_version(store, digest, session)
+                permission = may_load(session, version, scope)
+            except Refused as error:
+                first = first or error.what
+                continue
+            if permission.granted:
+                return version, None
+            first = first or f"{version.label} {permission.message}"
+    return None, first

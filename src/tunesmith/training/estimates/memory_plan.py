@@ -1,81 +1,19 @@
-"""Say before a training what it will give, whether it pays, and which ways of training fit the memory."""
+"""What each way of training a base takes, in memory and time, from its configuration: which ways fit a device."""
 
 from __future__ import annotations
 
 import itertools
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.view import View
-from tunesmith.evaluation.learning_curve import Forecast
+from tunesmith.engines.device import computing_device, device_name, gpu_present, stated_peak
+from tunesmith.engines.hf.costs import DTYPES, Shapes, cache_bytes, training_flops
+from tunesmith.engines.hf.engine import MOST_ROWS
+from tunesmith.engines.process import DeviceMemory
 from tunesmith.models.base import config_folder
-from tunesmith.pipeline.context import PipelineContext
-from tunesmith.project import Project
-from tunesmith.records.forecast import ForecastBody
-from tunesmith.services.training import only_tuned
-from tunesmith.store.store import Store
-
-if TYPE_CHECKING:
-    from tunesmith.engines.hf.costs import Shapes
-_LOOKED_AT = 50  # newest forecasts that are looked through for a project's
-
-
-class ForecastView(Forecast):
-    """A recorded forecast. forecast: its record's digest."""
-
-    forecast: str
-
-
-def forecast(
-    project: Project,
-    name: str | None = None,
-    *,
-    rows: int | None = None,
-    goal: float | None = None,
-    progress: Progress = SILENT,
-    actor: str | None = None,
-) -> ForecastView:
-    """Forecast a candidate's training, by default that of the only one that is trained.
-
-    rows: of the largest subset, by default a sixteenth of the rows and 100 at least. goal: the lift from which tuning
-    pays, by default the lift gate's bound.
-    """
-    from tunesmith.pipeline.forecast import forecast as run_forecast  # loads torch
-
-    context, name = PipelineContext(project, progress, actor), name or only_tuned(project)
-    return forecast_view(project.store, run_forecast(context, name, rows=rows, goal=goal))
-
-
-def forecast_view(store: Store, digest: str) -> ForecastView:
-    """A recorded forecast. Of one that an earlier version made, what is still computed."""
-    body = ForecastBody.read(store, digest)
-    return ForecastView(**{name: getattr(body, name) for name in ForecastBody.model_fields}, forecast=digest)
-
-
-class KeptForecast(View):
-    """A forecast that was made before. at: when, ISO 8601."""
-
-    at: str
-    forecast: ForecastView
-
-
-def newest_forecast(project: Project) -> KeptForecast | None:
-    """The newest forecast of a candidate that this project trains; None where there is none.
-
-    A store may be shared with other projects: a forecast with rivals that this one does not have is another's.
-    """
-    known, trained = set(project.settings.candidates), set(project.settings.tuned)
-    for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
-        try:
-            found = forecast_view(project.store, digest)
-        except (Refused, UsageError):
-            continue
-        if found.name in trained and known >= set(found.rivals):
-            return KeptForecast(at=at, forecast=found)
-    return None
+from tunesmith.training.estimates.prediction import measured_peak, read_shapes, training_memory
 
 
 class Way(View):
@@ -144,12 +82,6 @@ def memory_plan(
     machine's GPU, or what this machine reaches on the widest product. utilisation: the share of it that a training
     reaches. Raises UsageError, Refused or TunesmithError for a base whose configuration cannot be read.
     """
-    from tunesmith.engines.device import computing_device
-    from tunesmith.engines.hf.costs import DTYPES, cache_bytes, training_flops
-    from tunesmith.engines.hf.engine import MOST_ROWS
-    from tunesmith.engines.process import DeviceMemory
-    from tunesmith.training.estimates.prediction import read_shapes, training_memory
-
     shapes = read_shapes(config_folder(spec, root))
     room = device if device is not None else DeviceMemory(computing_device()).available()
     peak, basis = _peak(shapes, precision, tflops, elsewhere=device is not None)
@@ -189,9 +121,6 @@ def memory_plan(
 
 def _peak(shapes: Shapes, precision: str, tflops: float | None, *, elsewhere: bool) -> tuple[float | None, str]:
     """Operations a second that a device can reach, and where that comes from. elsewhere: it is not this machine's."""
-    from tunesmith.engines.device import computing_device, device_name, gpu_present, stated_peak
-    from tunesmith.training.estimates.prediction import measured_peak
-
     if tflops is not None:
         return tflops * 1e12, f"a peak of {tflops:g} TFLOPS, as stated with --tflops"
     if elsewhere:

@@ -16,13 +16,11 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.view import View
 from tunesmith.jobs import queue
+from tunesmith.jobs.arguments import run_arguments
 from tunesmith.monitoring.causes import CAUSES, Due, RetrainCause, RetrainingSettings, Seen
 from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.versions import Version, list_versions
-from tunesmith.services.actions import Acting, Request, action
-from tunesmith.services.jobs import cause_of
-from tunesmith.services.training import run_arguments
+from tunesmith.registry.versions import Version, load_version
 from tunesmith.store.tables import JobRow
 
 _LOG = logging.getLogger("tunesmith.retraining")
@@ -100,16 +98,6 @@ def look(
     return Retraining(version=champion.label, causes=tuple(causes))
 
 
-class QueueRetraining(Request):
-    """A run for the first cause of `retraining:` that has none yet."""
-
-
-@action("job.retrain", permission="job.add", whole=True)
-def retrain(acting: Acting, asked: QueueRetraining) -> Retraining:
-    """Look for causes of a new version, and queue a run for the first that had none, if one may be queued."""
-    return look(acting.project, by=acting.actor)
-
-
 def look_again(root: Path, say: Callable[[str], None]) -> None:
     """Read the project file anew, and look and queue a run where one may be queued. For a worker."""
     project = Project.load(root)
@@ -124,18 +112,15 @@ def look_again(root: Path, say: Callable[[str], None]) -> None:
 
 def _champion(project: Project) -> Version | None:
     """The version that the project's name means for callers without a tenant."""
-    name = project.settings.name
-    alias = get_alias(project.store, name)
-    if alias is None:
-        return None
-    return next(each for each in list_versions(project.store, name) if each.digest == alias.version)
+    alias = get_alias(project.store, project.settings.name)
+    return None if alias is None else load_version(project.store, alias.version)
 
 
 def _runs(project: Project) -> list[JobRow]:
     """The project's runs that have not ended, and those that a cause queued; newest first."""
     found = queue.list_jobs(project.store, most=_LISTED)
     own = (job for job in found if (job.project, job.kind) == (project.settings.name, "run"))
-    return [job for job in own if job.ended is None or cause_of(job)]
+    return [job for job in own if job.ended is None or job.cause]
 
 
 def _key(project: Project, cause: str, found: Due) -> str:

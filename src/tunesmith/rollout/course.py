@@ -6,29 +6,20 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Select, case, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import case, func, select
 
 from tunesmith.core.clock import now
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import Fields
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
-from tunesmith.project import Project
-from tunesmith.registry.serving import standing
-from tunesmith.registry.versions import load_version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Judgement, judge
 from tunesmith.rollout.settings import Analysis, Step
-from tunesmith.rollout.state import Rollout, Status, from_row, get_rollout
+from tunesmith.rollout.state import Rollout
 from tunesmith.store import database
-from tunesmith.store.database import within
-from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, AliasRow, AuditRow, RequestRow, RolloutRow, VersionRow
+from tunesmith.store.tables import AuditRow, RequestRow
 
-LISTED = 20  # rollouts on a page
 _BUCKETS = 300
 # Length of a time's text -> minutes of a bucket whose requests share it: 2026-01-31T10:4 is ten minutes.
 _LENGTHS = {16: 1, 15: 10, 13: 60, 10: 1440}
@@ -36,35 +27,8 @@ _FULL = "0000-00-00T00:00:00+00:00"
 _POINTS = 16
 _DRAWN = 5000  # requests of a step: judging more takes seconds for each point
 _CHANGES = 200
-_STARTABLE = 20
 # Judgements of a step's first requests, which do not change. Data -> judgement.
 _KNOWN: dict[tuple[Analysis, int], Judgement] = {}
-
-
-class RolloutLine(View):
-    """One rollout in a list. stable, canary: labels of versions, "" for none. waits: for a person to end a pause."""
-
-    rollout: int
-    name: str
-    tenant: str
-    region: str
-    status: Status
-    weight: int
-    stable: str
-    canary: str
-    started_by: str
-    started_at: str
-    reason: str
-    waits: bool
-
-
-class RolloutPage(View):
-    """Rollouts, newest first. page: from 1. total: how many there are on all pages."""
-
-    rollouts: tuple[RolloutLine, ...]
-    page: int
-    pages: int
-    total: int
 
 
 class StepView(View):
@@ -73,8 +37,8 @@ class StepView(View):
     number: int
     says: str
     state: Literal["done", "current", "to come", "not reached"]
-    ended_at: str | None
-    ended_by: str | None
+    ended_at: str | None = None
+    ended_by: str | None = None
 
 
 class ArmTraffic(View):
@@ -151,117 +115,40 @@ class RolloutCourse(Progress):
     evidence: tuple[Evidence, ...]
 
 
-class StartableVersion(View):
-    """A version that a rollout could start with. waits: why it may not serve, "" where it may."""
-
-    version: str
-    tenant: str
-    region: str
-    waits: str
+def progress_of(store: Store, rollout: Rollout) -> Progress:
+    """A rollout's steps and changes."""
+    steps, changes = steps_of(rollout.steps, rollout), changes_of(store, rollout)
+    return Progress(rollout=rollout.id, steps=steps, changes=changes)
 
 
-def list_page(store: Store, user: User, page: int = 1) -> RolloutPage:
-    """A page of the rollouts of the user's tenant and region."""
-    here = within(RolloutRow, user.scope)
-    with database.reading(store.engine) as session:
-        total = session.scalar(select(func.count()).select_from(RolloutRow).where(*here)) or 0
-        pages = max(1, -(-total // LISTED))
-        page = min(max(1, page), pages)
-        query = select(RolloutRow).where(*here).order_by(RolloutRow.id.desc())
-        lines = _lines(session, query.limit(LISTED).offset((page - 1) * LISTED))
-    return RolloutPage(rollouts=tuple(lines), page=page, pages=pages, total=total)
-
-
-def live_lines(session: Session, scope: Scope) -> list[RolloutLine]:
-    """The newest rollouts of a scope that divide traffic."""
-    query = select(RolloutRow).where(RolloutRow.status.in_(LIVE), *within(RolloutRow, scope))
-    return _lines(session, query.order_by(RolloutRow.id.desc()).limit(LISTED))
-
-
-def _lines(session: Session, query: Select[RolloutRow]) -> list[RolloutLine]:
-    found = [from_row(row) for row in session.scalars(query)]
-    labels = labels_of(session, {digest for one in found for digest in (one.stable, one.canary)})
-    return [
-        RolloutLine.of(
-            one,
-            rollout=one.id,
-            stable=labels.get(one.stable, ""),
-            canary=labels.get(one.canary, ""),
-            waits=_waits(one),
-        )
-        for one in found
-    ]
-
-
-def _waits(rollout: Rollout) -> bool:
-    pause = rollout.current.pause if rollout.status == "paused" and rollout.current else None
-    return pause is not None and pause.seconds is None
-
-
-def labels_of(session: Session, digests: set[str]) -> dict[str, str]:
-    """Labels of versions by digest. A version that the registry does not have is left out."""
-    query = select(VersionRow.digest, VersionRow.name, VersionRow.number).where(VersionRow.digest.in_(digests))
-    return {digest: str(VersionRef(name, number)) for digest, name, number in session.execute(query)}
-
-
-def startable(project: Project, user: User) -> tuple[StartableVersion, ...]:
-    """The newest versions of the project's name for the user's scope, without those that serve all of it now."""
-    name, store = project.settings.name, project.store
-    query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, user.scope))
-    found = []
-    with database.reading(store.engine) as session:
-        serving = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == "champion")
-        query = query.where(VersionRow.digest.not_in(serving)).order_by(VersionRow.number.desc())
-        for digest in session.scalars(query.limit(_STARTABLE)).all():
-            try:
-                version = load_version(store, digest, session)
-            except TunesmithError:  # a record that cannot be read cannot be served
-                continue
-            permission = standing(session, version, version.scope)
-            waits = "" if permission.granted else permission.message
-            found.append(StartableVersion(version=version.label, waits=waits, **version.scope.fields()))
-    return tuple(found)
-
-
-def progress(store: Store, number: int) -> Progress:
-    """A rollout's steps and changes. Raises UsageError if there is none of that number."""
-    found = get_rollout(store, number)
-    return Progress(rollout=number, steps=steps_of(found.steps, found), changes=changes_of(store, found))
-
-
-def course(store: Store, number: int) -> RolloutCourse:
-    """Everything about how a rollout goes. Raises UsageError if there is none of that number."""
-    found = get_rollout(store, number)
-    begun = (place for place, step in enumerate(found.steps) if step.analysis and place <= found.step)
+def course_of(store: Store, rollout: Rollout) -> RolloutCourse:
+    """Everything about how a rollout goes."""
+    begun = (place for place, step in enumerate(rollout.steps) if step.analysis and place <= rollout.step)
     return RolloutCourse(
-        **dict(progress(store, number)),
-        traffic=traffic_of(store, found),
-        evidence=tuple(evidence_of(store, found, place) for place in begun),
+        **dict(progress_of(store, rollout)),
+        traffic=traffic_of(store, rollout),
+        evidence=tuple(evidence_of(store, rollout, place) for place in begun),
     )
 
 
 def steps_of(steps: Sequence[Step], rollout: Rollout | None = None) -> tuple[StepView, ...]:
     """A rollout's steps with what ended each; without one, the steps as they are to come."""
-    ended: dict[int, Mapping[str, Any]] = {}
+    ended = dict[int, Mapping[str, Any]]()
     for each in rollout.history if rollout else ():
         if each["action"] not in ("rollout.pause", "rollout.clock"):
             ended.setdefault(int(each["step"]), each)
-    views = []
-    for place, step in enumerate(steps):
-        event: Mapping[str, Any] | None = ended.get(place)
-        state: Literal["done", "current", "to come", "not reached"] = "done" if event else "to come"
-        if rollout is not None and event is None:
-            state = "not reached" if not rollout.live else "current" if place == rollout.step else "to come"
-        views.append(
-            StepView(
-                number=place + 1,
-                says=_says(step),
-                state=state,
-                ended_at=None if event is None else str(event["at"]),
-                ended_by=None if event is None or rollout is None else _ended_by(event, rollout),
-            )
-        )
-    return tuple(views)
+    return tuple(_step(place, step, ended.get(place), rollout) for place, step in enumerate(steps))
+
+
+def _step(place: int, step: Step, event: Mapping[str, Any] | None, rollout: Rollout | None) -> StepView:
+    """event: what ended it."""
+    if rollout is not None and event is not None:
+        how = {"state": "done", "ended_at": str(event["at"]), "ended_by": _ended_by(event, rollout)}
+    elif rollout is None or (rollout.live and place != rollout.step):
+        how = {"state": "to come"}
+    else:
+        how = {"state": "current" if rollout.live else "not reached"}
+    return StepView.model_validate({"number": place + 1, "says": _says(step), **how})
 
 
 def traffic_of(store: Store, rollout: Rollout) -> Traffic:
@@ -305,9 +192,9 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
         seen = hash((seen, row, main))
         if place % width == 0 or place == len(rows):
             last = _judged(analysis, rows[:place], main, seen)
-            points.append(_point(place, last))
-    needed = last.evidence["needed"]
-    return Evidence.of(last, step=step + 1, needed=needed, points=tuple(points), whole=whole)
+            means = {arm: getattr(last, arm)["mean"] for arm in ("canary", "stable")}
+            points.append(EvidencePoint(requests=place, **last.evidence, **means))
+    return Evidence.of(last, step=step + 1, metric=analysis.metric, points=tuple(points), whole=whole)
 
 
 def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
@@ -330,12 +217,6 @@ def _judged(analysis: Analysis, rows: Sequence[traffic.Counted], main: frozenset
             _KNOWN.clear()
         _KNOWN[key] = judge(analysis, *traffic.arms_of(rows, main))
     return _KNOWN[key]
-
-
-def _point(requests: int, found: Judgement) -> EvidencePoint:
-    means = {"canary": found.canary["mean"], "stable": found.stable["mean"]}
-    not_worse, worse = found.evidence["not_worse"], found.evidence["worse"]
-    return EvidencePoint(requests=requests, not_worse=not_worse, worse=worse, **means)
 
 
 def _moment(key: str) -> datetime:

@@ -1,0 +1,76 @@
+"""How served answers are scored: which of the task's scorers service can apply, and which metrics it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.metrics.declared import (
+    CONTEXT_SCORERS,
+    DeclaredScorer,
+    GrammarScorer,
+    JudgeScorer,
+    PatternScorer,
+    Scoring,
+    make_scoring,
+    metric_of,
+)
+from tunesmith.evaluation.metrics.scorers import Schema
+from tunesmith.rollout.settings import Step
+
+_FREE = PatternScorer | GrammarScorer  # need no reference
+
+
+@dataclass(frozen=True, slots=True)
+class ServedScorers:
+    """How served answers are scored. every_answer: scorers that need no reference answer, by metric.
+
+    with_reference: scorers that need the expected answer, which feedback gives. unmeasured: metric -> why service
+    cannot apply its scorer.
+    """
+
+    every_answer: Mapping[str, Scoring] = field(default_factory=dict)
+    with_reference: Mapping[str, Scoring] = field(default_factory=dict)
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+
+
+def served_scorers(scorers: Sequence[str | DeclaredScorer], schema: Schema, root: Path) -> ServedScorers:
+    """Sort the task's scorers by what they need. schema: of JSON answers. root: the project's folder.
+
+    Raises UsageError for a function scorer whose file cannot be run.
+    """
+    unmeasured, free, others = dict[str, str](), dict[str, Scoring](), dict[str, Scoring]()
+    for scorer in scorers:
+        metric = metric_of(scorer)
+        if reason := _unmeasured(scorer):
+            unmeasured[metric] = reason
+        else:
+            needs_none = metric == "json_valid" or isinstance(scorer, _FREE)
+            (free if needs_none else others)[metric] = make_scoring(scorer, schema, root)
+    return ServedScorers(every_answer=free, with_reference=others, unmeasured=unmeasured)
+
+
+def check_analyses(scorers: Sequence[str | DeclaredScorer], steps: Sequence[Step]) -> None:
+    """Raise UsageError where an analysis of a rollout needs a metric that service does not measure."""
+    reasons = {metric_of(each): reason for each in scorers if (reason := _unmeasured(each))}
+    if "json_valid" not in map(metric_of, scorers):
+        reasons["json_valid"] = "task.scorers does not list it"
+    for number, step in enumerate(steps, start=1):
+        if step.analysis is not None and step.analysis.metric in reasons:
+            metric = step.analysis.metric
+            raise UsageError(
+                f"step {number} analyses {metric}, which service does not measure: {reasons[metric]}",
+                where="rollout.steps",
+                fix="write rollout.steps with a metric that is measured: success_rate (whether requests are answered), "
+                "or one of task.scorers that feedback can score",
+            )
+
+
+def _unmeasured(scorer: str | DeclaredScorer) -> str | None:
+    if isinstance(scorer, JudgeScorer):
+        return "it asks a judge model, and service sends served texts nowhere"
+    if metric_of(scorer) in CONTEXT_SCORERS:
+        return "it needs the retrieved texts, which service does not keep"
+    return None
