@@ -16,7 +16,6 @@ from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Judgement, judge
 from tunesmith.rollout.settings import Analysis, Step
 from tunesmith.rollout.state import Rollout
-from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, RequestRow
 
@@ -163,7 +162,7 @@ def traffic_of(store: Store, rollout: Rollout) -> Traffic:
     query = select(start, RequestRow.arm, func.count(), func.sum(case((RequestRow.ok, 0), else_=1)), score).where(
         RequestRow.rollout == rollout.id
     )
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.execute(query.group_by(start, RequestRow.arm)).all()
     found = {(key, arm): ArmTraffic(requests=n, failed=failed, score=mean) for key, arm, n, failed, mean in rows}
     keys = [key for key, _ in found]
@@ -192,9 +191,11 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
         seen = hash((seen, row, main))
         if place % width == 0 or place == len(rows):
             last = _judged(analysis, rows[:place], main, seen)
-            means = {arm: getattr(last, arm)["mean"] for arm in ("canary", "stable")}
-            points.append(EvidencePoint(requests=place, **last.evidence, **means))
-    return Evidence.of(last, step=step + 1, metric=analysis.metric, points=tuple(points), whole=whole)
+            shown = {"canary": last.canary["mean"], "stable": last.stable["mean"]}
+            shown |= {name: last.evidence[name] for name in ("not_worse", "worse")}
+            points.append(EvidencePoint.model_validate({"requests": place, **shown}))
+    more = {"step": step + 1, "needed": last.evidence["needed"], "points": tuple(points), "whole": whole}
+    return Evidence.of(last, **more)
 
 
 def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
@@ -204,7 +205,7 @@ def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
         AuditRow.action.startswith("rollout."),
         AuditRow.detail["rollout"].as_integer() == rollout.id,
     )
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.scalars(query.order_by(AuditRow.seq.desc()).limit(_CHANGES)).all()
     return tuple(RolloutChange.of(row, reason=_reason(row.detail)) for row in rows)
 

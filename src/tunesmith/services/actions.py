@@ -67,6 +67,13 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class ScopedRequest(Request):
+    """A request about a tenant and a region: by default those of whoever asks."""
+
+    tenant: Short | None = None
+    region: Short | None = None
+
+
 Asked = TypeVar("Asked", bound=Request)
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -95,12 +102,13 @@ class Acting:
         """The project. Raises NotThere where there is none."""
         return self.load()
 
-    def scope(self, tenant: str | None, region: str | None) -> Scope:
+    def scope(self, asked: ScopedRequest) -> Scope:
         """The scope that a request states; what it leaves out is the user's. Raises Forbidden outside the user's."""
-        found = Scope(self.user.tenant if tenant is None else tenant, self.user.region if region is None else region)
-        if not self.user.scope.covers(found):
-            raise Forbidden(f"{self.actor} is for {self.user.scope}, which does not include {found}")
-        return found
+        user, tenant, region = self.user, asked.tenant, asked.region
+        scope = Scope(user.tenant if tenant is None else tenant, user.region if region is None else region)
+        if not user.scope.covers(scope):
+            raise Forbidden(f"{self.actor} is for {user.scope}, which does not include {scope}")
+        return scope
 
 
 def acting_in(project: Project, actor: str | None = None) -> Acting:

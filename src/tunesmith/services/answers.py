@@ -36,7 +36,6 @@ from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import Version, load_version, resolve
 from tunesmith.services.evaluations import READ_PERMISSION, refused_if_inconsistent, show_evaluation, when_made
-from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import recalled, recalls_of
 from tunesmith.store.store import Store
@@ -232,7 +231,7 @@ def _matrix(store: Store, digest: str) -> Matrix:
 def _readable(store: Store, user: User, digest: str) -> Matrix:
     """The matrix, where the user may read its texts. Raises as `show_requests` says."""
     user.require(READ_PERMISSION)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         if when_made(session, user.scope, digest) is None:
             raise NotThere("there is no such evaluation", fix=NextStep("list the evaluations", "evaluations"))
         reason = recalls_of(session, [digest]).get(digest)
@@ -407,7 +406,7 @@ def _why_not(candidate: Candidate, base: str) -> str | None:
 
 
 def _recalled(store: Store, digest: str) -> str | None:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         reason = recalled(session, digest)
     return None if reason is None else f"it was recalled: {reason}"
 
@@ -419,7 +418,7 @@ def _loadable(store: Store, scope: Scope, candidate: str) -> tuple[Version | Non
     query = query.where(EdgeRow.parent == candidate, EdgeRow.role == "candidate")
     query = query.where(VersionRow.tenant.in_(own["tenant"]), VersionRow.region.in_(own["region"]))
     first = None
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         for digest in session.scalars(query.order_by(VersionRow.number.desc(), VersionRow.name)).all():
             try:
                 version = load_version(store, digest, session)

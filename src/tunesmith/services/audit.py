@@ -22,7 +22,7 @@ from tunesmith.core.text.names import is_number
 from tunesmith.core.view import Omitted, Problem, View
 from tunesmith.registry.history import verify_log
 from tunesmith.services.actions import Acting, Request, action
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.anchoring import time_stamps
 from tunesmith.store.anchoring.anchors import Anchor, AnchorsFound, open_place
 from tunesmith.store.audit import Head, Pin
@@ -121,7 +121,7 @@ def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
         )
     roots = None if asked.tsa_roots is None else time_stamps.load_roots(asked.tsa_roots)
     store, there = acting.store, open_place(asked.place, acting.store.root)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         found = there.read()
         problems = audit.verify(session) + _place_problems(session, there.name, found)
         problems += audit.verify(session, _pins(there.name, found)) if not problems else []
@@ -167,7 +167,7 @@ def verify_audit(
     for place in anchors:
         there = open_place(place, store.root)
         found = there.read()
-        with database.reading(store.engine) as session:
+        with store.reading() as session:
             reasons = _place_problems(session, there.name, found)
         if not found.anchors:
             reasons.append("there is no anchor here")
@@ -179,7 +179,7 @@ def verify_audit(
         pins += _pins(there.name, found)
         compared += len(found.anchors)
     problems += [Problem(path="audit log", reason=reason) for reason in verify_log(store, pins)]
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         newest = audit.newest(session)
     return AuditVerification(
         ok=not problems,
@@ -213,7 +213,7 @@ def show_audit(
     query = select(AuditRow).where(*wanted).order_by(AuditRow.seq.desc())
     if before is not None:
         query = query.where(AuditRow.seq < before)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.scalars(query.offset(skip).limit(limit) if limit else query).all()
         total = session.scalar(select(func.count()).select_from(AuditRow).where(*wanted)) or 0
     return AuditLog(entries=tuple(AuditEntry.of(row) for row in reversed(rows)), total=total)
@@ -323,7 +323,7 @@ def migrate(root: Path, *, actor: str | None = None, progress: Progress = SILENT
     with contextlib.ExitStack() as held, source.scratch() as folder:
         rows = None
         if not same_database:
-            held.enter_context(database.writing(source.engine))  # nobody changes the source until it is copied
+            held.enter_context(source.writing())  # nobody changes the source until it is copied
             rows = folder / "database.jsonl"
             export_rows(source, rows)
         keys = [] if same_blobs else keys_of(source.blobs)
@@ -347,7 +347,7 @@ def _fill(
             require_no_rows(connection)
     count, total = put_objects(store, contents, progress) if objects else (0, 0)
     kept = set(store.blobs.keys("files/"))
-    with database.writing(store.engine) as session:
+    with store.writing() as session:
         rows = 0 if contents.rows is None else import_rows(session, contents.rows)
         user = actor or os.environ.get("TUNESMITH_USER") or first_user(session) or ""
         require(session, user, _ACTION)

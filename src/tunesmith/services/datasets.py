@@ -28,7 +28,6 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.records.dataset import DatasetBody, Flag, QualityBody, RemovedRow
 from tunesmith.services.actions import Acting, Because, Named, Request, action
-from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecordRow
@@ -237,7 +236,7 @@ def quality(
 def list_datasets(store: Store, page: int = 1) -> DatasetPage:
     """Dataset versions, newest first. page: from 1; one beyond the last gives the last."""
     of_kind = RecordRow.kind == "dataset"
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         total = session.scalar(select(func.count()).select_from(RecordRow).where(of_kind)) or 0
         at = Page.within(page, total, EACH_PAGE)
         query = select(RecordRow.digest, RecordRow.created_at).where(of_kind)

@@ -28,31 +28,25 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import envelope_of, fingerprint_of, read_statement, seal, signed_bytes
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.versions import load_version, resolve
-from tunesmith.services.actions import Acting, Action, Digest, Named, Reason, Request, Short, action
-from tunesmith.store import database
+from tunesmith.services.actions import Acting, Action, Digest, Named, Reason, Request, ScopedRequest, action
 from tunesmith.store.store import Store
 
 Answer = TypeVar("Answer", bound=View)
 _SECONDS = 300  # the server verifies the version first
 
 
-class ApproveVersion(Request):
-    """A version to approve, with the key of this machine. version: NAME@v3, an alias or the start of a digest.
+class DecideVersion(ScopedRequest):
+    """A version to approve or refuse, with the key of this machine.
 
-    reason: signed with the decision. tenant, region: the version's; by default those of whoever decides.
+    version: NAME@v3, an alias or the start of a digest. reason: signed with the decision; a refusal needs one. tenant,
+    region: the version's; by default those of whoever decides.
     """
 
     version: Named
     reason: Reason = ""
-    tenant: Short | None = None
-    region: Short | None = None
 
 
-class RefuseVersion(ApproveVersion):
-    """A version to refuse, with the key of this machine. It takes a reason."""
-
-
-class PrepareDecision(ApproveVersion):
+class PrepareDecision(DecideVersion):
     """What is to be decided. version: `NAME@v3`, an alias or the start of a digest.
 
     reason: signed with the decision; a refusal needs one. tenant, region: the version's, by default the caller's.
@@ -110,13 +104,13 @@ class RecordedDecision(View):
 
 
 @action("version.approve", says="approved a version", permission="version.approve")
-def approve(acting: Acting, asked: ApproveVersion) -> RecordedDecision:
+def approve(acting: Acting, asked: DecideVersion) -> RecordedDecision:
     """Verify a version and approve it with the actor's signature. The one who registered it may not approve it."""
     return _signed_here(acting, asked, "approve")
 
 
 @action("version.refuse", says="refused a version", permission="version.approve")
-def refuse(acting: Acting, asked: RefuseVersion) -> RecordedDecision:
+def refuse(acting: Acting, asked: DecideVersion) -> RecordedDecision:
     """Refuse a version with the actor's signature: it serves no request until as many people approve it again as its
     risk class takes.
     """
@@ -153,7 +147,7 @@ def submit(acting: Acting, asked: SubmitDecision) -> RecordedDecision:
 
 def approvals_for(store: Store, version: Version) -> Approvals:
     """Who approved or refused a version, and what it still takes before it may serve."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return approvals_of(session, version)
 
 
@@ -199,13 +193,13 @@ def decide(server: str, key_file: Path | None, asked: PrepareDecision, *, actor:
         return _sent(http, submit, signed)
 
 
-def _stated(acting: Acting, asked: ApproveVersion, decision: Decision) -> tuple[Version, JsonObject]:
+def _stated(acting: Acting, asked: DecideVersion, decision: Decision) -> tuple[Version, JsonObject]:
     """The version, and what the actor signs to decide on it."""
-    version = resolve(acting.store, asked.version, scope=acting.scope(asked.tenant, asked.region))
+    version = resolve(acting.store, asked.version, scope=acting.scope(asked))
     return version, approvals.prepare_approval(acting.store, version, acting.actor, asked.reason, decision)
 
 
-def _signed_here(acting: Acting, asked: ApproveVersion, decision: Decision) -> RecordedDecision:
+def _signed_here(acting: Acting, asked: DecideVersion, decision: Decision) -> RecordedDecision:
     version, statement = _stated(acting, asked, decision)
     key = keys.load_signing_key(acting.store, keys.ensure_key(acting.store, acting.actor))
     return _recorded(acting.store, version, approvals.submit_approval(acting.store, seal(statement, key)))

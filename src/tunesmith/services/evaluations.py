@@ -44,7 +44,7 @@ from tunesmith.records.verdict import Outcome, VerdictBody
 from tunesmith.records.version import VersionBody
 from tunesmith.registry.versions import Version, load_version, resolve
 from tunesmith.services.actions import audit_words
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import recalls_of
@@ -105,7 +105,7 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
     texts = texts and everything and user.may(READ_PERMISSION)
     trail = release_trail(store, version.name if everything else version.label, version.digest)
     found = report_data(store, version.evaluation, version.verdict, version.digest, trail)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         texts = texts and not recalls_of(session, [version.evaluation])
     found = found if texts else without_texts(found)
     return found if everything else found.model_copy(update={"by_group": None})
@@ -113,7 +113,7 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
 
 def release_trail(store: Store, name: str, version: str | None) -> list[TrailEntry]:
     """The audit log's newest entries about a model: its versions, approvals, aliases and rollouts, oldest first."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         found = [
             TrailEntry.of(row, does=audit_words(row.action))
             for row in audit.entries(session)
@@ -131,13 +131,6 @@ def without_texts(found: EvidenceReport) -> EvidenceReport:
     return found.model_copy(update={"examples": None, "policy": policy})
 
 
-def report_html(found: EvidenceReport) -> str:
-    """A report as one HTML page, without scripts or files of its own."""
-    from tunesmith.evaluation.report.html import render
-
-    return render(found)
-
-
 def report_sections(found: EvidenceReport, requests: str) -> str:
     """A report's sections as HTML that wears the sheets of `style_sheets`. requests: address of its requests."""
     from tunesmith.evaluation.report.html import render_sections
@@ -151,8 +144,10 @@ def style_sheets() -> dict[str, Path]:
 
 
 def report_page(found: EvidenceReport, path: Path) -> None:
-    """Write a report as one HTML page."""
-    write_atomic(path, report_html(found).encode())
+    """Write a report as one HTML page, without scripts or files of its own."""
+    from tunesmith.evaluation.report.html import render
+
+    write_atomic(path, render(found).encode())
 
 
 def latest_evaluation(project: Project) -> str:
@@ -267,7 +262,7 @@ class CandidatePair(View):
 
 def list_evaluations(store: Store, user: User, page: int = 1) -> EvaluationList:
     """A page of the evaluations that a user may see, newest first."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         seen = _visible(user.scope)
         total = session.scalar(select(func.count()).select_from(seen.subquery())) or 0
         ordered = seen.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((page - 1) * LISTED)
@@ -308,7 +303,7 @@ def _verdict(store: Store, digest: str) -> ListedVerdict:
 
 def newest_evaluation(store: Store, user: User) -> str:
     """Digest of the newest evaluation that a user may see. Raises UsageError where there is none."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         found = _visible(user.scope).order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(1)
         digest: str | None = session.scalars(found).first()
     if digest is None:
@@ -318,7 +313,7 @@ def newest_evaluation(store: Store, user: User) -> str:
 
 def show_evaluation(store: Store, user: User, digest: str, verdict: str | None = None) -> EvaluationPage:
     """One evaluation with a verdict, by default the leading one. Raises NotThere for those that a user does not see."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         at = when_made(session, user.scope, digest)
         if at is None:
             raise NotThere(_NO_EVALUATION)
@@ -352,7 +347,7 @@ def find_verdict(store: Store, user: User, start: str) -> str:
     """
     query = select(RecordRow.digest).where(RecordRow.kind == "verdict", *_released(user.scope, "verdict"))
     begins = RecordRow.digest.startswith(f"sha256:{start.removeprefix('sha256:')}", autoescape=True)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         found = list(session.scalars(query.where(begins).limit(2)))
     if not found:
         raise NotThere("there is no such verdict", where="verdict", fix=NextStep("judge a candidate", "gate"))
@@ -368,7 +363,7 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
     that the report compares with.
     """
     try:
-        with database.reading(store.engine) as session:
+        with store.reading() as session:
             found = load_version(store, version, session)
             other = load_version(store, before, session) if before else None
         page = show_evaluation(store, user, found.evaluation, found.verdict)

@@ -24,7 +24,7 @@ from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads
-from tunesmith.core.view import View
+from tunesmith.core.view import ScopedView, View
 from tunesmith.jobs import retraining
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.project import Project
@@ -36,7 +36,7 @@ from tunesmith.services import monitoring
 from tunesmith.services.monitoring import PartHealth, queue_health
 from tunesmith.services.review import waiting_for
 from tunesmith.services.rollouts import LISTED, RolloutLine, live_lines
-from tunesmith.store import audit, database
+from tunesmith.store import audit
 from tunesmith.store.people.identities import User, get_user
 from tunesmith.store.people.proposed_keys import ProposedKey, waiting_keys
 from tunesmith.store.people.roles import ACTIONS
@@ -52,12 +52,10 @@ _DUE_SECONDS = 300.0  # drift is measured this seldom
 _ROLLOUTS, _OPERATIONS = "/console/rollouts", "/console/operations"
 
 
-class ServingNow(View):
+class ServingNow(ScopedView):
     """A champion. requests, failed: of the last hour, answered by it. refused: why it may not serve, "" if it may."""
 
     name: str
-    tenant: str
-    region: str
     version: str
     digest: str
     since: str
@@ -120,7 +118,7 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
     user = get_user(store, viewer)
     kept = _KEPT.setdefault(store, UntilChanged(store)).get("home", lambda session: _read(session, store), _holds)
     requests = _requests(store, kept.champions)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         moving = live_lines(session, user.scope)
     return Home(
         serving=tuple(
@@ -161,7 +159,7 @@ def last_changes(store: Store) -> tuple[object, ...]:
     """The newest audit entry, running jobs with their newest lines, the newest request: equal while nothing changed."""
     lines = select(func.max(JobEventRow.number)).where(JobEventRow.job == JobRow.id).scalar_subquery()
     running = select(JobRow.id, JobRow.progress, lines).where(JobRow.state == "running").order_by(JobRow.id)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         jobs = str(session.execute(running).all())
         return audit.newest(session), jobs, session.scalar(select(func.max(RequestRow.at)))
 
@@ -213,7 +211,7 @@ def _requests(store: Store, champions: list[Champion]) -> _Requests:
     counts = (func.count(), func.sum(case((RequestRow.ok, 0), else_=1)))
     mine = RequestRow.version.in_({one.digest for one in champions})
     query = select(*place, *counts).where(mine, RequestRow.at >= since).group_by(*place)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.execute(query).all()
     found = {(version, Scope(tenant, region)): (n, failed) for version, tenant, region, n, failed in rows}
     _REQUESTS[store] = time.monotonic(), found
@@ -430,13 +428,13 @@ def _base(directory: Path) -> Check:
 
 
 def _store(directory: Path) -> Check:
-    from tunesmith.store import audit, database
+    from tunesmith.store import audit
     from tunesmith.store.people.trust import TRUST_KEY
 
     project = Project.load(directory)
     if not project.store.is_made:
         return _check("store", "not made yet: a run makes it")
-    with database.reading(project.store.engine) as session:
+    with project.store.reading() as session:
         problems = audit.verify(session)
     if problems:
         raise Refused(problems[0], fix=NextStep("list all problems", "audit verify"))

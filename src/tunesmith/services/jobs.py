@@ -25,7 +25,7 @@ from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.machine import end_with_parent
 from tunesmith.core.telemetry import names
-from tunesmith.core.view import View
+from tunesmith.core.view import ScopedView, View
 from tunesmith.jobs import curves as noted
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.arguments import Changes, project_of, run_arguments, with_changes
@@ -50,7 +50,7 @@ from tunesmith.store.tables import FINE_TUNING, JobEventRow, JobRow, JobState
 STATES: tuple[JobState, ...] = get_args(JobState)
 
 
-class JobView(View):
+class JobView(ScopedView):
     """A job. Times are seconds since 1970, null for what has not happened.
 
     state: queued, running, paused, succeeded, failed or cancelled; wanted: the state that a person asked a running job
@@ -69,8 +69,6 @@ class JobView(View):
     state: JobState
     wanted: str
     priority: int
-    tenant: str
-    region: str
     created_by: str
     key: str | None
     attempts: int
@@ -84,11 +82,6 @@ class JobView(View):
     due: float
     started: float | None
     ended: float | None
-
-    @property
-    def scope(self) -> Scope:
-        """Whom it is for."""
-        return Scope(self.tenant, self.region)
 
 
 class JobList(View):

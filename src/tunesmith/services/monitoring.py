@@ -16,7 +16,7 @@ from sqlalchemy import case, func, select
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.view import View
+from tunesmith.core.view import ScopedView, View
 from tunesmith.data.governance.licences import spelled
 from tunesmith.jobs import queue, retraining
 from tunesmith.jobs.retraining import Retraining
@@ -35,7 +35,6 @@ from tunesmith.rollout.champions import Champion
 from tunesmith.rollout.controller import give_up
 from tunesmith.services.actions import Acting, Because, Named, Request, action
 from tunesmith.services.rollouts import refused_champions
-from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.people.identities import require
@@ -71,7 +70,7 @@ class Recalled(Recall):
     next: tuple[NextStep, ...]
 
 
-class VersionOnBase(View):
+class VersionOnBase(ScopedView):
     """A version that was made from a base. aliases: `champion` and the like, with the tenant and region they are for.
 
     requests: answered by it, as far as the server's records say; last: the time of the last one, "" for none.
@@ -79,8 +78,6 @@ class VersionOnBase(View):
 
     version: str
     digest: str
-    tenant: str
-    region: str
     aliases: tuple[str, ...]
     requests: int
     last: str
@@ -202,7 +199,7 @@ def list_recalls(store: Store) -> RecallList:
     """What was recalled, and why."""
     first = func.min(RecallRow.at)
     query = select(RecallRow.cause, func.min(RecallRow.reason), first, func.count()).group_by(RecallRow.cause)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = session.execute(query.order_by(first.desc()).limit(_RECALLS)).all()
     found = (RecalledCause(cause=cause, reason=reason, at=at, records=n) for cause, reason, at, n in rows)
     return RecallList(recalls=tuple(found))
@@ -216,7 +213,7 @@ def queue_health(store: Store, scope: Scope) -> PartHealth:
     lost = case(((JobRow.state == "running") & (JobRow.until < at), 1), else_=0)
     query = select(func.count(), func.sum(running), func.sum(late), func.sum(lost))
     query = query.where(JobRow.state.in_(("queued", "running")), *within(JobRow, scope))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         total, runs, waits, silent = (number or 0 for number in session.execute(query).one())
     if silent:
         return PartHealth(part="worker", ok=False, says=f"{silent} running jobs were not heard of: start a worker")
@@ -241,7 +238,7 @@ def impact(store: Store, base: str) -> Impact:
     digest = named[-1] if named else store.find_record(base)
     if digest not in specs:
         raise UsageError("it is not a base", where=base, fix=f"name one of {', '.join(sorted(set(specs.values())))}")
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         found, _ = recalls.find_reached(store, session, Cause(kind="base", value=digest), "", done=False)
     reached = {one.digest for one in found.reached if one.kind == "version"}
     return Impact(
@@ -328,7 +325,7 @@ def _examples(store: Store, report: Report) -> list[MovedExample]:
     kept = {case.request: case for case in list_cases(store, everything=True) if case.version == report.version}
     if not kept:
         return []
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         query = select(RequestRow.id, RequestRow.features).where(
             RequestRow.id.in_(kept), RequestRow.at >= report.since, RequestRow.at <= report.until
         )

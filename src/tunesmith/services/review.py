@@ -18,7 +18,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.view import Omitted, Page, View
+from tunesmith.core.view import Omitted, Page, ScopedView, View
 from tunesmith.data.building.examine import listed_values
 from tunesmith.data.building.flagged import rows_to_review
 from tunesmith.data.dataset import Example
@@ -40,7 +40,6 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import load_version
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
 from tunesmith.services.datasets import find_dataset
-from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User, acting, require
 from tunesmith.store.store import Store
@@ -235,7 +234,7 @@ def fill(acting: Acting, asked: FillQueue) -> FilledQueue:
         items = [*rows_to_review(store, digest, pseudonyms=pseudonyms, search=search, by=by), *items]
     added = queue.add_items(store, items, wanted=asked.reviewers, actor=acting.actor)
     found = Counter(why for item in items for why in item.why)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         counts = queue.counts(session)
     waiting = sum(counts[state] for state in queue.WAITING)
     return FilledQueue(dataset=digest, added=added, found=dict(sorted(found.items())), waiting=waiting)
@@ -249,7 +248,7 @@ def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: st
         raise UsageError(f"there is no state {state!r}", fix=f"one of {', '.join((*groups, *queue.STATES))}")
     cases.delete_expired(store)
     states = groups.get(state, (state,))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         counts = queue.counts(session)
         agreed = agreements(queue.first_decisions(session))
     at = Page.within(page, sum(counts[one] for one in states), EACH_PAGE)
@@ -261,7 +260,7 @@ def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: st
 def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
     """An item with its text. Raises UsageError for an unknown one, Refused if its case is deleted."""
     who = _reviewer(store, actor)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         row, decisions = queue.get_item(session, number)
         may = number in queue.waiting_for(session, who, _is_steward(store, who))
     messages, more = _text(store, row)
@@ -274,7 +273,7 @@ def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
 def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: bool = False) -> int | None:
     """The number of the next item that waits for a person, else of the first one; back: of the one before."""
     who = _reviewer(store, actor)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         waiting = queue.waiting_for(session, who, _is_steward(store, who))
     if back:
         earlier = [number for number in waiting if number < after]
@@ -289,7 +288,7 @@ def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: b
 def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
     """Accept, edit or reject an item. The audit log records it without the text."""
     store, who, number = acting.store, acting.actor, asked.item
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         row, _ = queue.get_item(session, number)
     messages, more = _text(store, row)
     edited: tuple[Message, ...] = ()
@@ -312,7 +311,7 @@ def export(acting: Acting, _asked: ExportReview) -> ExportedReview:
     project, store, who = acting.project, acting.store, acting.actor
     named = project.settings.data.review
     target, file = _inside(project, named or _FILE)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         query = select(ReviewItemRow).where(ReviewItemRow.state.not_in(queue.WAITING)).order_by(ReviewItemRow.id)
         items = list(session.scalars(query))
         made = select(ReviewDecisionRow).order_by(ReviewDecisionRow.item, ReviewDecisionRow.number)
@@ -490,7 +489,7 @@ def _carry_out(
 LISTED = 100
 
 
-class HeldView(View):
+class HeldView(ScopedView):
     """A held answer without its texts. id: of its request; version: the label of the one that answered.
 
     reasons: the rules that hold it. state: waiting, released, replaced or refused. at_deadline: what happens to it if
@@ -501,8 +500,6 @@ class HeldView(View):
     id: str
     version: str
     name: str
-    tenant: str
-    region: str
     caller: str
     reasons: tuple[str, ...]
     state: State
@@ -565,7 +562,7 @@ def list_held(store: Store, user: User, *, everything: bool = False, reviews: bo
     if reviews and user.may("answer.review"):
         wanted = or_(mine, and_(True, *within(HeldRow, user.scope)))
     state = [] if everything else [HeldRow.state == holding.WAITING]
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = holding.listed(session, wanted, *state, most=LISTED)
         return HeldList(held=tuple(HeldView.of(row, **_facts(session, store, row, user)) for row in rows))
 
@@ -576,7 +573,7 @@ def show_held(store: Store, user: User, identifier: str, *, reviews: bool = True
     Raises UnknownAnswer, also for one that the user may not see.
     """
     tidy(store)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         row = holding.get(session, identifier.removeprefix("chatcmpl-"))
         reviews = reviews and _reviews(row, user)
         if not reviews and (row.caller, row.tenant) != (user.name, user.tenant):
@@ -611,13 +608,13 @@ def waiting_for(store: Store, user: User) -> int:
     if not user.may("answer.review"):
         return 0
     wanted = (HeldRow.state == holding.WAITING, HeldRow.caller != user.name, *within(HeldRow, user.scope))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return session.scalar(select(func.count()).select_from(HeldRow).where(*wanted)) or 0
 
 
 def count_held(store: Store) -> int:
     """How many answers wait for a reviewer."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return holding.count_waiting(session)
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef, is_number
-from tunesmith.core.view import Page, View
+from tunesmith.core.view import Page, ScopedView, View
 from tunesmith.project import Project
 from tunesmith.registry.serving import standing
 from tunesmith.registry.versions import load_version, resolve
@@ -24,8 +24,7 @@ from tunesmith.rollout.champions import Champion, list_champions
 from tunesmith.rollout.course import Progress, RolloutCourse, course_of, progress_of
 from tunesmith.rollout.served_scorers import check_analyses
 from tunesmith.rollout.state import Rollout, Seen, Status, from_row, get_rollout, list_rollouts
-from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
-from tunesmith.store import database
+from tunesmith.services.actions import Acting, Because, Named, Reason, Request, ScopedRequest, action
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
@@ -42,7 +41,7 @@ class Arm(View):
     digest: str
 
 
-class RolloutView(View):
+class RolloutView(ScopedView):
     """One rollout. weight: percent of requests that go to the canary. step: index into steps.
 
     steps: as the project file writes them, each with one of setWeight, pause and analysis. stable: None where nothing
@@ -53,8 +52,6 @@ class RolloutView(View):
 
     rollout: int
     name: str
-    tenant: str
-    region: str
     status: Status
     weight: int
     step: int
@@ -83,13 +80,11 @@ class RolloutList(View):
     rollouts: tuple[RolloutView, ...]
 
 
-class RolloutLine(View):
+class RolloutLine(ScopedView):
     """One rollout in a list. stable, canary: labels of versions, "" for none. waits: for a person to end a pause."""
 
     rollout: int
     name: str
-    tenant: str
-    region: str
     status: Status
     weight: int
     stable: str
@@ -106,24 +101,20 @@ class RolloutPage(Page):
     rollouts: tuple[RolloutLine, ...]
 
 
-class StartableVersion(View):
+class StartableVersion(ScopedView):
     """A version that a rollout could start with. waits: why it may not serve, "" where it may."""
 
     version: str
-    tenant: str
-    region: str
     waits: str
 
 
-class StartRollout(Request):
+class StartRollout(ScopedRequest):
     """A rollout to start, in the steps of the project file. version: NAME@v3, an alias or the start of a digest.
 
     tenant, region: by default those of whoever starts it. override: an admin's reason to start without an approval.
     """
 
     version: Named
-    tenant: Short | None = None
-    region: Short | None = None
     override: Reason | None = None
 
 
@@ -157,15 +148,13 @@ class AbortRollout(ChangeRollout):
     reason: Because
 
 
-class RollBack(AbortRollout):
+class RollBack(AbortRollout, ScopedRequest):
     """Back to the version that served before. override: an admin's reason to do so without an approval of that one.
 
     rollout: a rollout's number, or the name that its versions share. tenant, region: of a name; by default those of
     whoever asks.
     """
 
-    tenant: Short | None = None
-    region: Short | None = None
     override: Reason | None = None
 
     @model_validator(mode="after")
@@ -181,7 +170,7 @@ class RollBack(AbortRollout):
 )  # fmt: skip
 def start(acting: Acting, asked: StartRollout) -> RolloutView:
     """Start to move traffic to an approved version, in the project's steps. A name's first version serves at once."""
-    project, scope = acting.project, acting.scope(asked.tenant, asked.region)
+    project, scope = acting.project, acting.scope(asked)
     plan = project.settings.rollout
     check_analyses(project.settings.task.scorers, plan.steps)
     found = resolve(project.store, asked.version, scope=scope)
@@ -209,7 +198,7 @@ def status(store: Store, which: str | None = None) -> RolloutList:
 
 def refused_champions(store: Store, name: str | None = None) -> list[Champion]:
     """The champions that may not serve now, of one name or of all."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return [one for one in list_champions(session, store, name) if one.refused is not None]
 
 
@@ -228,7 +217,7 @@ def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True
 def list_page(store: Store, user: User, page: int = 1) -> RolloutPage:
     """A page of the rollouts of the user's tenant and region."""
     here = within(RolloutRow, user.scope)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         total = session.scalar(select(func.count()).select_from(RolloutRow).where(*here)) or 0
         at = Page.within(page, total, LISTED)
         query = select(RolloutRow).where(*here).order_by(RolloutRow.id.desc())
@@ -273,7 +262,7 @@ def startable(project: Project, user: User) -> tuple[StartableVersion, ...]:
     name, store = project.settings.name, project.store
     query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, user.scope))
     found = []
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         serving = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == "champion")
         query = query.where(VersionRow.digest.not_in(serving)).order_by(VersionRow.number.desc())
         for digest in session.scalars(query.limit(_STARTABLE)).all():
@@ -334,7 +323,7 @@ def rollback(acting: Acting, asked: RollBack) -> RolloutView:
         one = _find(acting, asked.rollout)
         name, scope, seen = one.name, one.scope, asked.seen(one.id)
     else:
-        name, scope, seen = asked.rollout, acting.scope(asked.tenant, asked.region), asked.seen(None)
+        name, scope, seen = asked.rollout, acting.scope(asked), asked.seen(None)
     done = commands.rollback(
         acting.store,
         name=name,
@@ -360,7 +349,7 @@ def view_of(
 
     judged: False leaves the analysis out, which takes longer the more requests there are.
     """
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         if champions is None:
             champions = list_champions(session, store, rollout.name, rollout.scope)
         labels = labels_of(session, {rollout.stable, rollout.canary})
@@ -380,7 +369,7 @@ def view_of(
 
 
 def _list(store: Store, rollouts: Sequence[Rollout]) -> RolloutList:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         champions = list_champions(session, store)
     return RolloutList(rollouts=tuple(view_of(store, rollout, champions) for rollout in rollouts))
 

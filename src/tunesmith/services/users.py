@@ -14,7 +14,7 @@ from pydantic import Field
 from tunesmith.core.errors import Forbidden, NextStep, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
-from tunesmith.core.view import View
+from tunesmith.core.view import ScopedView, View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.keys import read_public_key
@@ -35,7 +35,7 @@ Groups = Annotated[tuple[Named, ...], Field(max_length=100)]
 PublicKey = Annotated[str, Field(max_length=10_000)]
 
 
-class UserView(View):
+class UserView(ScopedView):
     """One user. fingerprint: of their newest active key, None without one. groups: whose documents they may see.
 
     invalidated: labels of the versions that they signed and that no longer verify after this change.
@@ -43,8 +43,6 @@ class UserView(View):
 
     user: str
     roles: tuple[str, ...]
-    tenant: str
-    region: str
     groups: tuple[str, ...]
     active: bool
     fingerprint: str | None

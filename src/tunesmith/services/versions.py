@@ -18,7 +18,7 @@ from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
-from tunesmith.core.view import Page, View
+from tunesmith.core.view import Page, ScopedView, View
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
@@ -35,10 +35,9 @@ from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import load_version, resolve
 from tunesmith.services import evaluations
-from tunesmith.services.actions import Acting, Because, Named, Request, Short, action
+from tunesmith.services.actions import Acting, Because, Named, Request, ScopedRequest, action
 from tunesmith.services.datasets import datasheet
 from tunesmith.services.decisions import approvals_for
-from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import Record
@@ -73,15 +72,13 @@ class VersionList(View):
     total: int
 
 
-class ListedVersion(View):
+class ListedVersion(ScopedView):
     """A version in a list. version: NAME@v3. state, why: whether it may serve, and what stands against it."""
 
     version: str
     name: str
     number: int
     digest: str
-    tenant: str
-    region: str
     signer: str
     created_at: str
     expires_at: str | None
@@ -130,7 +127,7 @@ class VersionDetails(View):
     dataset: str | None
 
 
-class RegisterVersion(Request):
+class RegisterVersion(ScopedRequest):
     """A judged candidate that becomes the next version of a name.
 
     verdict: the digest of its verdict or the start of it, by default the newest. name: by default the project's.
@@ -142,8 +139,6 @@ class RegisterVersion(Request):
     name: Named | None = None
     override: Because | None = None
     expires_at: Named | None = None
-    tenant: Short | None = None
-    region: Short | None = None
 
 
 class VerifyVersion(Request):
@@ -173,7 +168,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
         verdict=digest,
         changed=changed_since(project, digest),
         actor=acting.actor,
-        scope=acting.scope(asked.tenant, asked.region),
+        scope=acting.scope(asked),
         override=asked.override,
         expires_at=asked.expires_at,
         risk=None if risk is None else risk.requirement,
@@ -230,7 +225,7 @@ def page_of_versions(store: Store, user: User, *, text: str = "", state: str = "
     if state and state not in STATES:
         raise UsageError(f"{state[:40]!r} is no state of a version", fix=f"one of {', '.join(STATES)}")
     query = _visible(user.scope, text)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         if state:
             listed = [one for one in _listed(store, session, session.scalars(query)) if one.state == state]
             at = Page.within(page, len(listed), PAGE)
@@ -245,7 +240,7 @@ def page_of_versions(store: Store, user: User, *, text: str = "", state: str = "
 def find_version(store: Store, user: User, name: str, number: int) -> RegisteredVersion:
     """A version that a user may see. Raises NotThere for any other."""
     query = _visible(user.scope, "").where(VersionRow.name == name, VersionRow.number == number)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         digest = session.scalars(query.with_only_columns(VersionRow.digest)).first()
     if digest is None:
         raise NotThere("there is no such version")
@@ -254,7 +249,7 @@ def find_version(store: Store, user: User, name: str, number: int) -> Registered
 
 def details(store: Store, user: User, version: Version) -> VersionDetails:
     """What a version's page shows."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         row = session.get_one(VersionRow, (version.name, version.number))
         (listed,) = _listed(store, session, [row])
     try:
@@ -320,7 +315,7 @@ def _not_because(user: User, version: Version) -> str:
 
 def _decisions(store: Store, version: Version, approvals: Approvals | None) -> tuple[Decided, ...]:
     entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action.in_(DECIDED))
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         rows = list(session.scalars(entries.order_by(AuditRow.seq.desc())))
         prints = [str(row.detail.get("signature", {}).get("key")) for row in rows]
         known = {key.fingerprint: key for key in session.scalars(select(KeyRow).where(KeyRow.fingerprint.in_(prints)))}
@@ -386,7 +381,7 @@ class ExportedVersion(ExportBody):
     notes: tuple[str, ...] = ()
 
 
-class ExportVersion(Request):
+class ExportVersion(ScopedRequest):
     """An approved version whose weights are written to target, a new folder.
 
     form: peft (the adapter alone), merged (a Hugging Face folder) or gguf (for llama.cpp). dtype: of merged weights.
@@ -397,8 +392,6 @@ class ExportVersion(Request):
     target: Path
     form: Form
     dtype: Dtype = "bf16"
-    tenant: Short | None = None
-    region: Short | None = None
 
 
 @action("version.export", says="exported a version", permission="version.export")
@@ -412,7 +405,7 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
     from tunesmith.registry.export import export_version
 
     store, settings, progress = acting.store, acting.project.settings.engine, acting.progress
-    found = resolve(store, asked.version, scope=acting.scope(asked.tenant, asked.region))
+    found = resolve(store, asked.version, scope=acting.scope(asked))
     candidate = load_candidate(store, found.candidate)
     base = open_base(store, candidate.base)
     if asked.form == "gguf":
