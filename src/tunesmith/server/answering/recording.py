@@ -169,7 +169,7 @@ class Recorder:
             raise unknown_request(request)
         if keep and held is not None and held.caller != user.name:
             raise forbidden("Only the user who made this request may ask to keep it. Nothing was done.")
-        added = dict(given) if expected is None else self._scored(held, user, request, expected)
+        added = dict(given) if expected is None else self._scored(user, held, request, expected)
         wrong = not added or any(value < 1.0 for value in added.values())
         wanted = keep or (held is not None and held.store and wrong)
         texts, not_kept = self._texts(held, expected) if wanted else (None, None)
@@ -291,7 +291,7 @@ class Recorder:
         reasons = dict.fromkeys((*self._scorers.every_answer, *self._scorers.with_reference), _CUT) if cut else {}
         return {**reasons, **self._scorers.unmeasured} or None
 
-    def _scored(self, held: _Kept | None, user: User, request: str, expected: str) -> dict[str, float]:
+    def _scored(self, user: User, held: _Kept | None, request: str, expected: str) -> dict[str, float]:
         if held is None:
             with database.reading(self._store.engine) as session:
                 row = session.get(RequestRow, request)
