@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from tunesmith.core.messages import Message
 from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.native import engine as embedded
+from tunesmith.engines.native.adapters import trainable as losses
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import EngineSettings, WeightSettings
-from tunesmith.models.base import Base
+from tunesmith.models.base import _LOADING, Base
 from tunesmith.models.rendering import Rendered
 
 NATIVE = "qwen3"
@@ -178,7 +180,7 @@ def test_log_probabilities_are_the_models_own(opened: Opened, monkeypatch: pytes
         for first in answer.scores[:1]:
             assert [each.logprob for each in first.top] == pytest.approx(scores.topk(3).values.tolist(), abs=1e-4)
             assert (scores - first.logprob).abs().min() < 1e-4
-    monkeypatch.setattr(embedded, "_LOGIT_ROWS", 3)
+    monkeypatch.setattr(losses, "LOGIT_ROWS", losses.GRAIN)
     for together, tokens in ((2, 100), (64, 1)):
         monkeypatch.setattr(NativeEngine, "choice_rows", together)
         monkeypatch.setattr(NativeEngine, "choice_tokens", tokens)
@@ -285,3 +287,18 @@ while not any("decoding" in each.name for each in threading.enumerate()):
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
+
+
+def test_one_thread_at_a_time_loads_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers puts its own classes back as it found them, which two loads at once would get wrong."""
+    base, free = base_of_family(tmp_path, "gpt2"), []
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        with ThreadPoolExecutor(1) as another:
+            free.append(another.submit(_LOADING.acquire, blocking=False).result())
+        raise ValueError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(Refused):
+        open_engine(base).generate(_requests())
+    assert free == [False]

@@ -12,12 +12,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.batch import Batch, label_count, lay_out
 from tunesmith.engines.decoding.answers import Answer, DecodedRow, choice_rows, prompt_ids
 from tunesmith.engines.decoding.constraint import Constraints
 from tunesmith.engines.protocol import Completion, Engine, Generation, Loaded, Question, Streamed
 from tunesmith.models.base import Base
-from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.rendering import Renderer
 from tunesmith.models.weight_files import has_whole_model
 
 _WHOLE_KEPT = 3  # models trained in full: a champion, its canary, one more
@@ -29,11 +32,13 @@ class InProcessEngine(ABC, Generic[Loaded]):
     batches. Implements engines.protocol.Engine.
 
     choice_rows, choice_tokens: the most rows, and the most tokens of several rows, in one forward pass of choose().
+    shares_prefix: whether it computes their common prefix once.
     """
 
     follows_grammars = True
     choice_rows: int
     choice_tokens: int
+    shares_prefix: bool
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -129,14 +134,16 @@ class InProcessEngine(ABC, Generic[Loaded]):
         sums: dict[int, float] = {}
         with progress.task("scoring choices", len(rows)) as task:
             for chosen in self._choice_batches([len(row.ids) for row in rows]):
-                sums |= zip(chosen, self._log_probabilities([rows[place] for place in chosen], adapter), strict=True)
+                losses = self._label_losses(lay_out([rows[row] for row in chosen], share=self.shares_prefix), adapter)
+                each = losses.split([label_count(rows[row]) for row in chosen])
+                sums |= {row: -float(own.sum()) for row, own in zip(chosen, each, strict=True)}
                 task.advance(len(chosen))
         every = itertools.count()
         return [[sums[next(every)] for _ in question.choices] for question in questions]
 
     @abstractmethod
-    def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        """The summed log-probability of each row's labels."""
+    def _label_losses(self, batch: Batch, adapter: str | None) -> Tensor:
+        """The negative log-likelihood of each label [N] of a batch, fp32, on the CPU."""
 
     @cached_property
     def _constraints(self) -> Constraints:

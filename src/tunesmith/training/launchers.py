@@ -101,25 +101,23 @@ class _Written(Silent):
         self._file = file
 
     def say(self, text: str) -> None:
-        self._write({"say": text})
+        self._write(text)
 
     def measured(self, name: str, values: Mapping[str, float]) -> None:
-        self._write({"measured": name, "values": dict(values)})
+        self._write([name, dict(values)])
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def _write(self, said: Any) -> None:
         with self._file.open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
+            lines.write(json.dumps(said) + "\n")
 
 
 def _whole(lines: TextIO) -> Iterator[str]:
     """The lines that were written since the last look. One whose end is not written yet waits."""
-    while True:
+    at = lines.tell()
+    while (line := lines.readline()).endswith("\n"):
         at = lines.tell()
-        line = lines.readline()
-        if not line.endswith("\n"):
-            lines.seek(at)
-            return
         yield line
+    lines.seek(at)
 
 
 def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
@@ -138,10 +136,10 @@ def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
         while True:
             ended = bool(wait([fitted], timeout=_SHOWN).done)
             for said in map(json.loads, _whole(lines)):
-                if "say" in said:
-                    progress.say(said["say"])
+                if isinstance(said, str):
+                    progress.say(said)
                 else:
-                    progress.measured(said["measured"], said["values"])
+                    progress.measured(*said)
             if (work / _FAILED).exists():
                 failed = json.loads((work / _FAILED).read_bytes())
                 raise _KINDS[failed["exit"]](failed["what"], where=failed["where"], fix=failed["fix"])
@@ -159,7 +157,7 @@ def begin(ranks: Ranks, spec: TrainingSpec, score: AnswerScore | None) -> None:
 
 def end(ranks: Ranks) -> None:
     """Let the other ranks end."""
-    ranks.agree(_nothing)
+    ranks.agree(dict)
 
 
 def take_part(ranks: Ranks) -> None:
@@ -167,7 +165,7 @@ def take_part(ranks: Ranks) -> None:
 
     Raises Refused where this rank does not see the training's folder or has other files of the base.
     """
-    while (job := ranks.agree(_nothing)) is not None:
+    while job := ranks.agree(dict[str, Any]):
         spec = TrainingSpec.model_validate(job["spec"]).model_copy(update={"metrics": None})  # rank 0 shows the curves
         if not spec.work.is_dir():
             raise Refused(
@@ -185,8 +183,3 @@ def _answer(model: ShardedModel, trained: TrainableModel | None, _rows: int) -> 
     """Take part in answering; rank 0 scores the answers."""
     model.answer_together([], trained)
     return Score(0.0, 0.0)
-
-
-def _nothing() -> dict[str, Any] | None:
-    """What rank 0 wants done at the end."""
-    return None

@@ -75,7 +75,10 @@ class FakeVllm:
         return 200, self._complete(body)
 
     def _load(self, base: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        from tunesmith.models.base import loading  # an engine of the same process may load a model, too
+
+        with loading():
+            return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
     def _listed(self) -> dict[str, Any]:
         base, adapter = copy.deepcopy(RECORDED["models with adapter"]["body"]["data"])

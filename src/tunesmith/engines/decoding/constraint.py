@@ -54,12 +54,11 @@ class Constraints:
 
         Raises UsageError for one that llguidance does not support, or that is too large.
         """
-        by = request.constrained_by
-        if request.grammar is not None:
-            return Guide(self._of_grammar(request.grammar, by).deep_copy(), self._ends, self._tokens.vocab_size, by)
-        assert request.schema is not None
-        compiled = self._of_schema if by == "constrain" else self._of_request
-        return Guide(compiled(request.schema, by).deep_copy(), self._ends, self._tokens.vocab_size, by)
+        by, stated, compiled = request.constrained_by, request.grammar, self._of_grammar
+        if stated is None:
+            assert request.schema is not None
+            stated, compiled = request.schema, self._of_schema if by == "constrain" else self._of_request
+        return Guide(compiled(stated, by).deep_copy(), self._ends, self._tokens.vocab_size, by)
 
     def token_bytes(self, token: int) -> bytes:
         """A token's bytes. A character may be split over several tokens."""

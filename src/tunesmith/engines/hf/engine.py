@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.batch import label_count, lay_out
+from tunesmith.engines.batch import Batch
 from tunesmith.engines.decoding.answers import DecodedRow
 from tunesmith.engines.decoding.constraint import mask_disallowed_
 from tunesmith.engines.device import computing_device
@@ -34,7 +34,6 @@ from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.engines.weights import check_room, read_model_file
 from tunesmith.models.base import Base
-from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import MODEL_FILE
 
 
@@ -44,7 +43,7 @@ class HFEngine(InProcessEngine[str]):
     An adapter is known by its name in the model.
     """
 
-    choice_rows, choice_tokens = 8, sys.maxsize
+    choice_rows, choice_tokens, shares_prefix = 8, sys.maxsize, False
 
     def __init__(self, base: Base, model: Callable[[], HFModel]) -> None:
         """model: the base with its weights, asked for when the first request is to be answered."""
@@ -97,11 +96,9 @@ class HFEngine(InProcessEngine[str]):
             cancelled.set()
         yield answer.completion()
 
-    def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        batch = lay_out(rows, share=False)
+    def _label_losses(self, batch: Batch, adapter: str | None) -> Tensor:
         with self._model.using(loaded(self._adapters, adapter)), torch.inference_mode():
-            each = self._model.label_losses(batch).cpu()
-        return [-float(part.sum()) for part in each.split([label_count(row) for row in rows])]
+            return self._model.label_losses(batch).cpu()
 
     def _batches(self, rows: Sequence[DecodedRow]) -> list[list[DecodedRow]]:
         """Rows of similar length together, such that the longest prompt fits the context with the longest answer."""

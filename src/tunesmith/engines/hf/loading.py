@@ -20,7 +20,7 @@ from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.weights import ReadLate, stored_tensors, without_weights
-from tunesmith.models.base import INDEX, base_files, weight_files
+from tunesmith.models.base import INDEX, base_files, loading, weight_files
 from tunesmith.models.weight_files import MODEL_FILE
 
 _BLOCK = 64
@@ -52,6 +52,7 @@ def model_settings(weights: WeightSettings) -> ModelSettings:
     return ModelSettings(weights.quantize is not None, dtype, weights.attention, weights.kernels == "liger")
 
 
+@loading()
 def load(
     folder: Path,
     device: torch.device,

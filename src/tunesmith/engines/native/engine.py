@@ -7,19 +7,19 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from tunesmith.core.progress import Progress
-from tunesmith.engines.batch import common_prefix, label_count, lay_out
+from tunesmith.engines.batch import Batch, common_prefix
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, read_adapter
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
+from tunesmith.engines.native.adapters.trainable import label_losses
 from tunesmith.engines.native.decoding.running_batch import Prefix, Row, RunningBatch
 from tunesmith.engines.native.decoding.scheduler import Scheduler
-from tunesmith.engines.native.network.attention import shared_prefix_attention
-from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
+from tunesmith.engines.native.network.network import Network, frozen_linear
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation, Streamed, loaded
@@ -27,9 +27,7 @@ from tunesmith.engines.settings import WeightSettings, lacks, refuse
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.engines.weights import read_model_file
 from tunesmith.models.base import Base
-from tunesmith.models.rendering import Rendered
 
-_LOGIT_ROWS = 512  # labels whose logits over the whole vocabulary are in memory at once
 _PREFIXES_KEPT = 8
 _LEAST_PREFIX = 16  # tokens; computing a shorter prefix again costs less than keeping it
 
@@ -37,7 +35,7 @@ _LEAST_PREFIX = 16  # tokens; computing a shorter prefix again costs less than k
 class NativeEngine(InProcessEngine[PackedAdapter]):
     """Implements engines.protocol.Engine."""
 
-    choice_rows, choice_tokens = 64, 1 << 15
+    choice_rows, choice_tokens, shares_prefix = 64, 1 << 15, True
 
     def __init__(self, base: Base, network: Network | None = None) -> None:
         """network: the one to answer with; the base's own is loaded where it is None."""
@@ -85,23 +83,10 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
                 yield piece
         yield answer.completion()
 
-    def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        return self._scheduler.run(lambda: self._compute_log_probabilities(rows, adapter))
-
-    @torch.inference_mode()
-    def _compute_log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
+    def _label_losses(self, batch: Batch, adapter: str | None) -> Tensor:
         network, packed = self._network, loaded(self._adapters, adapter)
-        batch = lay_out(rows)
         linear = frozen_linear(network) if packed is None else adapted_linear(network, packed)
-        hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
-        pieces = []
-        for part, labels in zip(
-            hidden[batch.predicts].split(_LOGIT_ROWS), batch.labels.split(_LOGIT_ROWS), strict=True
-        ):
-            scores = logits(network, part).float()
-            pieces.append(scores.log_softmax(-1).gather(1, labels[:, None])[:, 0])
-        each = torch.cat(pieces)
-        return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
+        return self._scheduler.run(lambda: label_losses(network, linear, batch))
 
     @contextlib.contextmanager
     def _decoding(self, rows: Sequence[Row], adapter: str | None) -> Iterator[None]:

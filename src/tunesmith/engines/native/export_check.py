@@ -29,7 +29,7 @@ from tunesmith.engines.native.network.network import Linear, Network, forward, f
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Engine, Generation, Question
 from tunesmith.engines.weights import read_model_file
-from tunesmith.models.base import Base, weight_files
+from tunesmith.models.base import Base, loading, weight_files
 from tunesmith.models.export.gguf import FILE as GGUF
 from tunesmith.models.export.merging import merged_shards
 from tunesmith.models.rendering import Rendered, Renderer
@@ -236,6 +236,7 @@ def _transformers(form: str, exported: Path, base: Base) -> Scorer:
     return score
 
 
+@loading()
 def _load(form: str, exported: Path, base: Base) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging

@@ -25,7 +25,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.hf.libraries import transformers
 from tunesmith.engines.vllm.http import NotThere, Returned, Server, ServerError, Unavailable
-from tunesmith.models.base import Base, cache_folder
+from tunesmith.models.base import Base, cache_folder, loading
 from tunesmith.models.rendering import Renderer
 
 Item = TypeVar("Item")
@@ -294,6 +294,7 @@ def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
     return found
 
 
+@loading()
 def _logits(base: Base, ids: Sequence[int]) -> Tensor:
     """Logits at every id but the last, by transformers' module in fp32. On the CPU: a GPU's memory is vLLM's."""
     load = transformers().AutoModelForCausalLM.from_pretrained

@@ -68,16 +68,13 @@ class NativeTrainable(TrainableModel):
         loss: Tensor = _CrossEntropy.apply(predicting, network.head, labels, weights, learned, network.shape.logit_cap)
         return loss
 
-    @torch.no_grad()
     def label_losses(self, batch: Batch) -> Tensor:
         """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
-        return _losses(self.network, _predicting(self.network, self.linear(), batch), batch)
+        return label_losses(self.network, self.linear(), batch)
 
-    @torch.no_grad()
     def reference_losses(self, batch: Batch) -> Tensor:
         """As label_losses, by the base's network."""
-        base = self.base_network
-        return _losses(base, _predicting(base, frozen_linear(base), batch), batch)
+        return label_losses(self.base_network, frozen_linear(self.base_network), batch)
 
     def memory_estimate(self, batch: Batch) -> int:
         """Bytes that loss, backward pass and collect_gradients() of a batch need on top of what is allocated now."""
@@ -122,6 +119,12 @@ def _predicting(network: Network, linear: Linear, batch: Batch) -> Tensor:
     """The hidden states [N, M] that predict a batch's labels, behind the final norm."""
     hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
     return final(network, hidden[batch.predicts])
+
+
+@torch.no_grad()
+def label_losses(network: Network, linear: Linear, batch: Batch) -> Tensor:
+    """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
+    return _losses(network, _predicting(network, linear, batch), batch)
 
 
 @torch.no_grad()

@@ -73,9 +73,7 @@ class Layout:
         """The blocks of a layer's qkv [T, (H + 2 K) * D], with queries and keys rotated."""
         blocks = self.blocks(qkv)
         cos, sin = self.turns[self.layers[layer].rotary]
-        kernel = ops.kernel_for("split", qkv)
-        if kernel is not None:
-            ops.call(kernel, self.native, qkv.contiguous(), cos, sin, *blocks, True)
+        if ops.ran("split", qkv, self.native, qkv.contiguous(), cos, sin, *blocks, True):
             return blocks
         heads = self.kv * self.group
         parts = qkv.unflatten(-1, (-1, self.shape.head)).split((heads, self.kv, self.kv), 1)
@@ -89,9 +87,7 @@ class Layout:
         heads = self.kv * self.group
         cos, sin = self.turns[self.layers[layer].rotary]
         out = blocks.q.new_empty(len(self.row_of), (heads + 2 * self.kv) * self.shape.head)
-        kernel = ops.kernel_for("split", out)
-        if kernel is not None:
-            ops.call(kernel, self.native, out, cos, sin, *blocks, False)
+        if ops.ran("split", out, self.native, out, cos, sin, *blocks, False):
             return out
         parts = [self._take(shared, own) for shared, own in zip(blocks[:3], blocks[3:], strict=True)]
         rotated = (ops.rotate(parts[0], cos, -sin), ops.rotate(parts[1], cos, -sin), parts[2])
@@ -100,20 +96,14 @@ class Layout:
     def tokens(self, shared: Tensor, own: Tensor) -> Tensor:
         """Values mixed by attention, in the blocks of queries, as [T, H * D]."""
         out = own.new_empty(len(self.row_of), self.kv * self.group * self.shape.head)
-        kernel = ops.kernel_for("gather", out)
-        if kernel is None:
-            return self._take(shared, own).flatten(1)
-        ops.call(kernel, self.native, out, shared, own, True)
-        return out
+        ran = ops.ran("gather", out, self.native, out, shared, own, True)
+        return out if ran else self._take(shared, own).flatten(1)
 
     def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H * D] in the blocks of queries: qp and q."""
         blocks = self.blocks(x)
-        kernel = ops.kernel_for("gather", x)
-        if kernel is None:
+        if not ops.ran("gather", x, self.native, x.contiguous(), blocks.qp, blocks.q, False):
             self._fill(x.unflatten(-1, (-1, self.shape.head)), blocks.qp, blocks.q)
-        else:
-            ops.call(kernel, self.native, x.contiguous(), blocks.qp, blocks.q, False)
         return blocks.qp, blocks.q
 
     def _fill(self, x: Tensor, shared: Tensor, own: Tensor) -> None:

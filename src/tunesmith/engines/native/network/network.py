@@ -245,40 +245,27 @@ def recompute(x: Tensor) -> Recompute | None:
 
 
 class _AddNorm(torch.autograd.Function):
-    """The sum of x and y and its norm. The backward pass computes the normalised input again."""
+    """The sum of x and y, None where y is None, and its norm. The backward pass computes the normalised input again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset: float
+    ) -> tuple[Tensor | None, Tensor]:
         total, out, scale = ops.add_norm(x, y, weight, epsilon, offset)
         ctx.save_for_backward(total, weight, scale)
-        ctx.offset, ctx.recompute = offset, Recompute(output=1)
-        return total, out
+        ctx.adds, ctx.offset, ctx.recompute = y is not None, offset, Recompute(output=1)
+        return total if ctx.adds else None, out
 
     @staticmethod
-    def backward(ctx: Any, sum_gradient: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, sum_gradient: Tensor | None, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         total, weight, scale = ctx.saved_tensors
         asked = ctx.recompute.asked
         result, out = ops.norm_backward(gradient, total, weight, scale, sum_gradient, ctx.offset, again=asked)
         ctx.recompute.give(out)
         weight_gradient = _norm_weight_gradient(gradient, total, scale) if ctx.needs_input_grad[2] else None
-        return result, result, weight_gradient, None, None
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
-        x, out, scale = ops.add_norm(x, None, weight, epsilon, offset)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.offset, ctx.recompute = offset, Recompute()
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        weight_gradient = _norm_weight_gradient(gradient, x, scale) if ctx.needs_input_grad[1] else None
-        result, out = ops.norm_backward(gradient, x, weight, scale, None, ctx.offset, again=ctx.recompute.asked)
-        ctx.recompute.give(out)
-        return result, weight_gradient, None, None
+        return result, result if ctx.adds else None, weight_gradient, None, None
 
 
 def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
@@ -290,18 +277,14 @@ def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
     """RMSNorm over the last dimension with weight + offset, computed in fp32."""
-    if not torch.is_grad_enabled():
-        return ops.add_norm(x, None, weight, epsilon, offset)[1]
-    return _RmsNorm.apply(x, weight, epsilon, offset)  # type: ignore[no-any-return]
+    return add_norm(x, None, weight, epsilon, offset)[1]
 
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """x + y (x where y is None) and its RMSNorm."""
-    if y is None:
-        return x, rms_norm(x, weight, epsilon, offset)
-    if not torch.is_grad_enabled():
-        return ops.add_norm(x, y, weight, epsilon, offset)[:2]
-    return _AddNorm.apply(x, y, weight, epsilon, offset)  # type: ignore[no-any-return]
+    compute = _AddNorm.apply if torch.is_grad_enabled() else ops.add_norm
+    total, out, *_ = compute(x, y, weight, epsilon, offset)
+    return x if y is None else total, out
 
 
 class _Gated(torch.autograd.Function):

@@ -46,6 +46,13 @@ def call(kernel: Any, *given: Any) -> None:
         calls.append((kernel, arguments, given))
 
 
+def ran(name: str, x: Tensor, *given: Any) -> bool:
+    """Call the compiled kernel of that name for tensors like x. False where there is none: PyTorch has to compute."""
+    if (kernel := kernel_for(name, x)) is not None:
+        call(kernel, *given)
+    return kernel is not None
+
+
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
     """Records the calls of kernels on this thread. To repeat them does the same to the same tensors."""
@@ -117,14 +124,11 @@ def norm_backward(
 def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
     """silu(gate) * up: [T, 2 F] -> [T, F]. gelu: GELU's tanh approximation instead of SiLU, always in PyTorch."""
     width = gate_up.shape[-1] // 2
-    kernel = None if gelu else kernel_for("gated", gate_up)
-    if kernel is None:
-        gate, other = gate_up.chunk(2, -1)
-        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * other
-    gate_up = gate_up.contiguous()
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    call(kernel, gate_up, out, out.numel() // width, width)
-    return out
+    if not gelu and ran("gated", gate_up, gate_up.contiguous(), out, out.numel() // width, width):
+        return out
+    gate, other = gate_up.chunk(2, -1)
+    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * other
 
 
 def gated_backward(
@@ -163,9 +167,8 @@ def softmax_(
     cut = 0 if shared is None else shared.shape[-1]
     if window is not None and cut + longest <= window:
         window = None
-    kernel = kernel_for("softmax", own) if window is None and cap is None else None
-    if kernel is not None:
-        call(kernel, shared, own, own.numel() // longest, cut, longest, float(scale))
+    given = (shared, own, own.numel() // longest, cut, longest, float(scale))
+    if window is None and cap is None and ran("softmax", own, *given):
         return
     scores = own if shared is None else torch.cat((shared.view(*own.shape[:-1], cut), own), -1)
     hidden = torch.ones(longest, cut + longest, dtype=torch.bool)
@@ -187,9 +190,8 @@ def softmax_backward_(
 ) -> None:
     """Turn gradients of attention weights, shared_gradient and own_gradient, into gradients of scores, in place."""
     longest, cut = own.shape[-1], 0 if shared is None else shared.shape[-1]
-    kernel = kernel_for("softmax_backward", own)
-    if kernel is not None:
-        call(kernel, shared, own, shared_gradient, own_gradient, own.numel() // longest, cut, longest, float(scale))
+    given = (shared, own, shared_gradient, own_gradient, own.numel() // longest, cut, longest, float(scale))
+    if ran("softmax_backward", own, *given):
         return
     dot = (own.float() * own_gradient.float()).sum(-1, keepdim=True)
     if shared is not None and shared_gradient is not None:
@@ -204,10 +206,8 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
 
     share [N]: weights of the labels; scores then become the gradient of the weighted sum of losses, in place.
     """
-    kernel = kernel_for("cross_entropy", scores)
-    if kernel is not None:
-        loss = torch.empty(len(scores))
-        call(kernel, scores, labels, loss, *scores.shape, share)
+    loss = torch.empty(len(scores))
+    if ran("cross_entropy", scores, scores, labels, loss, *scores.shape, share):
         return loss
     wide = scores.float()
     normaliser = torch.logsumexp(wide, -1, keepdim=True)
@@ -269,18 +269,16 @@ def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
     """The rotated queries [K, B, G, D] of B tokens, qkv [B, (H + 2 K) * D], whose keys and values go to their pages."""
     rows, kv, group, size = len(qkv), keys.shape[1], places.group, values.shape[3]
-    kernel = kernel_for("decode_split", qkv)
-    if kernel is None:
-        q, k, v = qkv.unflatten(-1, (-1, size)).split((kv * group, kv, kv), 1)
-        pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
-        within, packing = places.lengths % places.page, keys.shape[4]
-        keys[pages, :, :, within] = rotate(k, cos, sin).unflatten(2, (-1, packing))
-        values[pages, :, within // packing, :, within % packing] = v
-        return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
-    qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
+    q = qkv.new_empty(kv, rows, group, size)
     places.native.stride = keys.stride(0)
-    call(kernel, places.native, qkv, cos, sin, q, keys, values)
-    return q
+    if ran("decode_split", qkv, places.native, qkv.contiguous(), cos, sin, q, keys, values):
+        return q
+    q, k, v = qkv.unflatten(-1, (-1, size)).split((kv * group, kv, kv), 1)
+    pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
+    within, packing = places.lengths % places.page, keys.shape[4]
+    keys[pages, :, :, within] = rotate(k, cos, sin).unflatten(2, (-1, packing))
+    values[pages, :, within // packing, :, within % packing] = v
+    return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
 
 
 def decode_mix(
@@ -349,20 +347,14 @@ def _grouped(x: Tensor, y: Tensor) -> Tensor:
 
 def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
     """As decoding.constraint.forbid_."""
-    kernel = kernel_for("forbid", scores)
-    if kernel is None:
+    if not ran("forbid", scores, scores, rows, bits, *bits.shape, scores.shape[1]):
         constraint.forbid_(scores, rows, bits)
-        return
-    call(kernel, scores, rows, bits, *bits.shape, scores.shape[1])
 
 
 def mask_(x: Tensor, masked: Tensor) -> None:
     """Set numbers to zero where masked, in place. Both have the same shape."""
-    kernel = kernel_for("mask", x)
-    if kernel is None:
+    if not ran("mask", x, x, masked, x.numel()):
         x.masked_fill_(masked, 0.0)
-    else:
-        call(kernel, x, masked, x.numel())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ def load_network(
     family or variant that is not supported.
     """
     config = _configuration(folder)
-    found = read_weights(folder, dtype) if weights is None else weights
-    tensors = {name: tensor.to(dtype) for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
+    every = (read_weights(folder) if weights is None else weights).items()
+    tensors = {name: tensor.to(dtype) for name, tensor in every if not name.endswith(ROTARY_TABLE)}
+    del every  # with the mapped files
     rotation_of = [_rotation_name(config, number) for number in range(config.num_hidden_layers)]
     rotations = list(dict.fromkeys(rotation_of))
     embedding = _copy(tensors, "model.embed_tokens.weight", folder)
