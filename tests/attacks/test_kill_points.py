@@ -238,26 +238,22 @@ def run_all(made: Path, name: str, operation: Operation) -> int:
         points = record(root, operation, number)
         return Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"), points
 
-    before, points = run("points")
-    last = len(points)
+    whole, points = run("whole")
+    stores = [*(run(f"{number}", number)[0] for number in range(len(points))), whole]
     # The states before it and after each of its transactions.
     after = [number + 1 for number, what in enumerate(points) if what == "commit"]
-    stores = [run(f"state-{n}", n if n < last else None)[0] for n in (0, *after)]
-    states = [snapshot(store) for store in stores]
+    states = [snapshot(stores[number]) for number in (0, *after)]
     assert states[0] != states[-1], f"{name} commits nothing that is looked at"
     writes_files = any(what != "commit" for what in points)
-    for number in range(last + 1):
-        store, _ = run(f"{number}", number if number < last else None)
+    for number, store in enumerate(stores):
         try:
             check_killed(store, states, writes_files=writes_files)
             check_goes_on(store, operation, states)
         except BaseException as error:
             raise AssertionError(f"{name}, killed at {[*points, 'its end'][number]} ({number}): {error}") from error
         store.engine.dispose()
-    for store in (before, *stores):
-        store.engine.dispose()
     shutil.rmtree(folder)
-    return last + 1
+    return len(stores)
 
 
 def kill_all(folder: Path) -> None:
