@@ -266,7 +266,7 @@ def test_a_queue_that_nobody_works_on_is_not_well(served: Served) -> None:
     with database.writing(store.engine) as session:
         session.add(JobRow(**row, due=time.time() - 600, created=time.time() - 600))
     (worker,) = (each for each in home.home(store, OPERATOR).health if each.part == "worker")
-    assert (worker.ok, "tunesmith worker" in worker.says) == (False, True)
+    assert (worker.ok, "no worker takes them" in worker.says) == (False, True)
 
 
 def test_more_champions_take_no_more_queries_and_a_list_that_is_cut_says_so(
