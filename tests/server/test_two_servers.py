@@ -33,6 +33,7 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
+from tunesmith.services import review
 from tunesmith.store import audit, database
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
@@ -240,7 +241,7 @@ def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
             row.deadline = time.time() + 0.3
     barrier = threading.Barrier(4)
 
-    def review(name: str, decision: queue.Decision) -> None:
+    def reviewer(name: str, decision: queue.Decision) -> None:
         barrier.wait(300)
         for number in range(10):
             with contextlib.suppress(Refused):
@@ -255,8 +256,8 @@ def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
             review.tidy(serving.store)
 
     threads = [
-        threading.Thread(target=review, args=(STEWARD, "release")),
-        threading.Thread(target=review, args=(APPROVER, "refuse")),
+        threading.Thread(target=reviewer, args=(STEWARD, "release")),
+        threading.Thread(target=reviewer, args=(APPROVER, "refuse")),
         threading.Thread(target=tidy),
         threading.Thread(target=tidy),
     ]
