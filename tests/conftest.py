@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from tests.statements import share_compiled
 from tunesmith.core.system.machine import available_memory
 from tunesmith.store import database
-from tunesmith.store.store import DATABASE
+from tunesmith.store.store import DATABASE, Store
 
 pytest_plugins = [
     "tests.attack_table",
@@ -98,6 +98,13 @@ def _statements_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         share_compiled(patch)
         yield
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty one whose owner will be olive."""
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    return Store(tmp_path / "store")
 
 
 def _put(path: Path, content: bytes) -> None:

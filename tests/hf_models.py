@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.tiny import TEMPLATE, write_model, write_tokenizer
+from tests.tiny import TEMPLATE, write_model, write_random
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
@@ -63,17 +63,7 @@ FAMILIES: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
 
 def write_hf_model(folder: Path, family: str = "gpt2", seed: int = 0, template: str = TEMPLATE) -> Path:
     """A folder with random fp32 weights, tokenizer and template; returns it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    size = write_tokenizer(folder, template)
-    torch.manual_seed(seed)
-    config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith("A_log"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return folder
+    return write_random(folder, FAMILIES[family], seed, template)
 
 
 def base_of_family(folder: Path, family: str, **options: Any) -> Base:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,20 @@ def write_model(
     folder: Path, family: str = "llama", seed: int = 0, template: str = TEMPLATE, sizes: Mapping[str, Any] = SIZES
 ) -> Path:
     """A folder with random fp32 weights, tokenizer and template; returns it."""
+    return write_random(folder, FAMILIES[family], seed, template, **sizes)
+
+
+def write_random(folder: Path, config: Callable[..., Any], seed: int, template: str, **sizes: Any) -> Path:
+    """The same of any configuration of transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, template)
     torch.manual_seed(seed)
-    config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    settings = config(vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: a weight of exactly one or zero hides mistakes
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, parameter in model.named_parameters():
+            if not name.endswith("A_log"):  # norms and biases too: a weight of exactly one or zero hides mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder
 

@@ -8,16 +8,12 @@ from typing import Any
 
 import yaml
 
+from tests.schemas import closed
 from tests.tiny import write_model
 
 ROOMS = ("kitchen", "hall", "attic", "cellar", "study", "porch", "garage", "office", "den", "loft")
 THINGS = ("light", "fan", "heater", "radio", "blind", "lamp")
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"on": {"type": "boolean"}, "room": {"enum": [*ROOMS]}, "thing": {"enum": [*THINGS]}},
-    "required": ["on", "room", "thing"],
-    "additionalProperties": False,
-}
+SCHEMA = closed({"on": {"type": "boolean"}, "room": {"enum": [*ROOMS]}, "thing": {"enum": [*THINGS]}})
 
 
 # Half of a run would be spent on loading the recognisers of personal data and measuring their detection recall, which
@@ -38,7 +34,7 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def settings() -> dict[str, object]:
+def settings() -> dict[str, Any]:
     """The project file as data."""
     return {
         "name": "tiny",

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from tests.tiny import write_model
+from tests.hf_models import base_of_family
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.grammars.copying import (
     Constraint,
@@ -30,8 +30,6 @@ from tunesmith.core.messages import Message
 from tunesmith.engines.decoding.constraint import Guide
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Generation
-from tunesmith.models.base import resolve_base
-from tunesmith.store.store import Store
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string", "minLength": 1}
@@ -317,9 +315,7 @@ def test_answers_that_decoding_cannot_give_are_known() -> None:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> NativeEngine:
-    folder = tmp_path_factory.mktemp("base")
-    write_model(folder / "m", "qwen3")
-    return NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
+    return NativeEngine(base_of_family(tmp_path_factory.mktemp("base"), "qwen3"))
 
 
 def asked(texts: Sequence[str], **how: Any) -> Generation:

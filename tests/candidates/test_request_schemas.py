@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from tests.candidates.test_copying import fits
+from tests.schemas import closed
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.grammars.copying import Constraint
@@ -29,12 +30,6 @@ from tunesmith.services.versions import _notes
 
 Schema = dict[str, Any]
 TURNS = (Message(role="user", content="switch on the lamp"),)
-
-
-def closed(properties: Schema, **more: Any) -> Schema:
-    """An object with these properties and no other."""
-    names = {"required": list(properties), "additionalProperties": False}
-    return {"type": "object", "properties": properties, **names, **more}
 
 
 TREE = closed({"v": {"type": "string", "maxLength": 2}, "c": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}})

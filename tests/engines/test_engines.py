@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.hf_models import base_of_family, change_adapter
 from tests.said import Said
+from tests.schemas import SWITCH
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import engine_kind, open_engine
@@ -40,12 +41,6 @@ NATIVE = "qwen3"
 FAMILIES = (NATIVE, "gpt2", "opt", "falcon", "phi3", "cohere", "mamba")
 SYSTEM = Message(role="system", content="You are a very brief assistant that turns on the kitchen light.")
 TEXTS = ["turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please", "off"]
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"enum": ["on", "off"]}, "n": {"type": "integer", "minimum": 1, "maximum": 3}},
-    "required": ["a", "n"],
-    "additionalProperties": False,
-}
 Opened = tuple[Base, Any]
 
 
@@ -137,14 +132,14 @@ def test_limits_stop_texts_and_streams(opened: Opened) -> None:
 
 def test_a_constrained_answer_fits(opened: Opened) -> None:
     _, engine = opened
-    held = _requests(max_tokens=40, schema=json.dumps(SCHEMA))
+    held = _requests(max_tokens=40, schema=json.dumps(SWITCH))
     free = engine.generate(_requests(max_tokens=40))
     answers = engine.generate([*held[:3], *_requests(max_tokens=40)[3:]])
     assert answers[3:] == free[3:], "rows without a schema are left alone"
-    drawn = engine.generate(_requests(max_tokens=40, schema=json.dumps(SCHEMA), temperature=2.0, seed=1))
+    drawn = engine.generate(_requests(max_tokens=40, schema=json.dumps(SWITCH), temperature=2.0, seed=1))
     for answer in (*answers[:3], *drawn):
         assert answer.finish == "stop"
-        jsonschema.validate(json.loads(answer.text), SCHEMA)
+        jsonschema.validate(json.loads(answer.text), SWITCH)
     *pieces, last = engine.stream(held[0])
     assert last == answers[0]
     assert "".join(map(str, pieces)) == answers[0].text

@@ -1,8 +1,6 @@
-"""An empty store with an owner, olive, and a clock that tests set."""
+"""The owner of the store, olive, and a clock that tests set."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from sqlalchemy.orm import Session
@@ -20,12 +18,6 @@ class SetClock:
 
     def __call__(self, _session: Session) -> float:
         return self.at
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("TUNESMITH_USER", "olive")
-    return Store(tmp_path / "store")
 
 
 @pytest.fixture

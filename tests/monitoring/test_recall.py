@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, lamp, put_base, put_dataset
+from tests.rollout.conftest import begin, serve
 from tunesmith.cli.terminal import command_line
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
@@ -146,16 +147,6 @@ def test_a_recall_is_not_gone_while_something_is_made_of_its_rows(scene: Scene) 
 # What a recall left to be made anew is seen until what replaces it serves, and then no more
 
 
-AT_ONCE = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-
-
-def serve(scene: Scene, version: Version, scope: Scope = Scope()) -> None:
-    rollout = start(scene.store, name=NAME, version=version, steps=AT_ONCE, actor=OPERATOR, scope=scope)
-    while rollout.live:
-        rollout = advance(scene.store, rollout.id)
-    assert rollout.status == "promoted"
-
-
 def only(scene: Scene) -> PendingRetrain:
     (one,) = list_pending_retrains(scene.store)
     return one
@@ -208,7 +199,7 @@ def test_a_retrain_stays_pending_after_a_rollback(scene: Scene, versions: dict[i
     assert (only(scene).version, only(scene).serves, only(scene).answers) == (second.label, f"{NAME}@v1", True)
     without(scene)
     third = scene.version(61)
-    rollout = start(scene.store, name=NAME, version=third, steps=AT_ONCE, actor=OPERATOR)
+    rollout = begin(scene, third)
     assert commands(only(scene)) == ["tunesmith rollout status"]
     while rollout.live:
         rollout = advance(scene.store, rollout.id)

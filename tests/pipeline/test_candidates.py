@@ -58,7 +58,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Pro
     folder.mkdir()
     (folder / "other.txt").write_text("Reply in JSON, nothing else.\n")
     (folder / "rooms.md").write_text(DOCUMENT)
-    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.3, "group_by": "template"}}  # type: ignore[dict-item]
+    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.3, "group_by": "template"}}
     write_project(folder, candidates=candidates, documents={"paths": ["*.md"], "licence": "CC0-1.0"}, data=data)
     loaded = Project.load(folder)
     with pytest.MonkeyPatch.context() as patch:

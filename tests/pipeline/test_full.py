@@ -154,7 +154,7 @@ def test_what_is_no_plain_weight_of_this_base_is_not_signed(released: Path, tmp_
 
 def _released(folder: Path, tuned: dict[str, Any], **more: Any) -> tuple[Project, dict[str, Any]]:
     """A project that went the whole way, with an approved version of `tuned` that verifies, answers and was trained."""
-    held = settings()["candidates"]["held"]  # type: ignore[index]
+    held = settings()["candidates"]["held"]
     write_project(folder, candidates={"held": held, "tuned": tuned, **more}, release="tuned")
     project = Project.load(folder)
     document = project.run().document()

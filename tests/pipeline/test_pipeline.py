@@ -86,7 +86,7 @@ def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tu
 
 
 def _candidates(**changes: Any) -> dict[str, Any]:
-    return {"candidates": {**settings()["candidates"], **changes}}  # type: ignore[dict-item]
+    return {"candidates": {**settings()["candidates"], **changes}}
 
 
 PLAIN = {"prompt": "prompt.txt", "max_tokens": 4}
@@ -120,7 +120,7 @@ def test_gates_that_do_not_pass_register_nothing(project: Path) -> None:
     assert "register" not in document
     assert _again(project, gates={})["gate"]["verdict"] == "inconclusive", "no gates is not a pass"
     assert _again(project, release="held")["gate"]["candidate"] == "held"
-    without = {name: each for name, each in settings()["candidates"].items() if name != "tuned"}  # type: ignore[attr-defined]
+    without = {name: each for name, each in settings()["candidates"].items() if name != "tuned"}
     document = _again(project, candidates=without, task={"schema": "schema.json", "scorers": ["json_valid"]})
     assert document["gate"]["candidate"] == "held", "if prompting wins, prompting is what gets released"
 
@@ -199,7 +199,7 @@ def test_forms_of_answers_that_do_not_fit_are_refused(
 
 
 def test_nothing_is_trained_before_a_steward_signed(tmp_path: Path) -> None:
-    folder = write_project(tmp_path / "p", data={**settings()["data"], "sign_off": True})  # type: ignore[dict-item]
+    folder = write_project(tmp_path / "p", data={**settings()["data"], "sign_off": True})
     with pytest.raises(Refused, match="no steward"):
         Project.load(folder).run()
     project = Project.load(folder)

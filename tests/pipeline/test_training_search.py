@@ -36,7 +36,7 @@ SEARCH = ("--search", "--trials", "4")
 
 
 def write(folder: Path, validation: float = 0.3, **train: Any) -> Path:
-    data = {**settings()["data"], "split": {"validation": validation, "test": 0.3, "group_by": "template"}}  # type: ignore[dict-item]
+    data = {**settings()["data"], "split": {"validation": validation, "test": 0.3, "group_by": "template"}}
     candidates = {
         "plain": {"prompt": "prompt.txt", "max_tokens": 4},
         "tuned": {"prompt": "prompt.txt", "train": {**TRAIN, **train}, "max_tokens": 4},
@@ -221,7 +221,7 @@ def test_it_says_what_validation_rows_are_missing() -> None:
 
 def test_a_metric_that_cannot_run_stops_a_training_before_it_begins(tmp_path: Path) -> None:
     """Validation by the loss instead would hide it until the evaluation, after the training."""
-    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.2, "group_by": "template"}}  # type: ignore[dict-item]
+    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.2, "group_by": "template"}}
     project = write_large(tmp_path / "p", value="1.0", data=data)
     (tmp_path / "p" / "scorer.py").write_text("def score(answer, reference, request:\n")
     with pytest.raises(UsageError, match=r"scorer.py cannot be run: SyntaxError"):

@@ -38,7 +38,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_tokens": 8,
         "constrain": {"copy": ["room"]},
     }
-    write_project(folder, candidates={"plain": settings()["candidates"]["plain"], "tuned": tuned})  # type: ignore[index]
+    write_project(folder, candidates={"plain": settings()["candidates"]["plain"], "tuned": tuned})
     properties = {**SCHEMA["properties"], "room": {"type": "string"}}
     (folder / "schema.json").write_text(json.dumps({**SCHEMA, "properties": properties}))
     project = Project.load(folder)
@@ -124,7 +124,7 @@ def test_what_nobody_approved_or_tuned_is_not_exported(released: Path, tmp_path:
     with pytest.raises(Refused, match=r"version.export|may not|it takes"):
         call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
     assert list(tmp_path.iterdir()) == []
-    folder = write_project(tmp_path / "p", candidates={"plain": settings()["candidates"]["plain"]})  # type: ignore[index]
+    folder = write_project(tmp_path / "p", candidates={"plain": settings()["candidates"]["plain"]})
     project = Project.load(folder)
     project.run()
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())

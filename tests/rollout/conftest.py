@@ -67,10 +67,10 @@ def begin(scene: Scene, version: Version, *steps: dict[str, Any], **more: Any) -
     return start(scene.store, **{"name": NAME, "version": version, "steps": plan, "actor": OPERATOR, **more})
 
 
-def serve(scene: Scene, *several: Version) -> None:
+def serve(scene: Scene, *several: Version, **more: Any) -> None:
     """Promote versions one after another."""
     for version in several:
-        rollout = begin(scene, version)
+        rollout = begin(scene, version, **more)
         while rollout.live:
             rollout = advance(scene.store, rollout.id)
         assert rollout.status == "promoted", rollout.reason

@@ -21,14 +21,12 @@ from fastapi import FastAPI
 
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.postgresql_server import moved_to_postgresql
-from tests.rollout.conftest import copied, made, scene, versions
+from tests.rollout.conftest import begin, copied, made, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import SECONDS
 from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.rollout.commands import start
 from tunesmith.rollout.served_scorers import served_scorers
-from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.answering.work import AnsweringThreads
 from tunesmith.server.app import create_app
@@ -115,9 +113,7 @@ class Served:
 
     def begin(self, version: Version, *steps: dict[str, Any], **more: Any) -> Rollout:
         """Start a rollout."""
-        plan = RolloutSettings.model_validate({"steps": list(steps) or [{"setWeight": 100}]}).steps
-        more = {"actor": OPERATOR, **more}
-        return start(self.scene.store, name=version.name, version=version, steps=plan, **more)
+        return begin(self.scene, version, *steps, **{"name": version.name, **more})
 
     def paused(self, version: Version, weight: int) -> Rollout:
         """A rollout that waits at the canary's weight."""
@@ -245,7 +241,6 @@ def serving(
     scene = copied(made, tmp_path / "store")
     if request.param == "postgresql":
         scene.store = moved_to_postgresql(scene.store, str(request.getfixturevalue("postgresql")))
-    plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-    start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
+    begin(scene, list_versions(scene.store)[0])
     yield scene
     scene.store.engine.dispose()

@@ -7,10 +7,9 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tests.commands import Forked, first_line
-from tests.tiny_project import ROOMS, THINGS, settings, write_project
+from tests.tiny_project import rows, settings, write_project
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.store.people.identities import add_user, ensure_owner
@@ -35,12 +34,6 @@ def fine_tuning_settings(**changes: object) -> dict[str, object]:
     }
 
 
-def tiny_data() -> dict[str, Any]:
-    found = settings()["data"]
-    assert isinstance(found, dict)
-    return found
-
-
 def write_fine_tuning_project(folder: Path, **changes: object) -> Path:
     """A project whose fine-tuning jobs take seconds."""
     return write_project(folder, **fine_tuning_settings(**changes))
@@ -49,12 +42,10 @@ def write_fine_tuning_project(folder: Path, **changes: object) -> Path:
 def examples() -> bytes:
     """A file as OpenAI's clients upload it. No two requests have the same wording, so that each is a group."""
     found = []
-    for room in ROOMS:
-        for thing in THINGS:
-            for verb in ("on", "off"):
-                answer = {"role": "assistant", "content": json.dumps({"on": verb == "on"})}
-                found.append({"messages": [{"role": "user", "content": f"turn {verb} {room} {thing}"}, answer]})
-    return b"".join(json.dumps(row).encode() + b"\n" for row in found)
+    for request, answer in (row["messages"] for row in rows()):
+        short = {"role": "assistant", "content": json.dumps({"on": json.loads(answer["content"])["on"]})}
+        found.append(json.dumps({"messages": [request, short]}).encode() + b"\n")
+    return b"".join(found)
 
 
 def token_of_engineer(folder: Path, scope: Scope = Scope()) -> str:

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from tests.fabricate import NAME, OWNER, Scene
 from tests.models.test_rendering_tools import SHORT_CALLS
+from tests.schemas import closed
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID
-from tests.server.test_costs import ONE, TIME, TOOLS, WEATHER, calling, closed, said, schema_format, strict
+from tests.server.test_costs import ONE, TIME, TOOLS, WEATHER, calling, said, schema_format, strict
 from tests.server.tiny_engine import TinyEngine
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate

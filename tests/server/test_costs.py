@@ -17,6 +17,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from tests.attack_table import Happened
 from tests.fabricate import NAME
+from tests.schemas import closed
 from tests.server.conftest import HELLO, Served
 from tests.server.fake_engine import VALID
 from tunesmith.server import limits
@@ -198,12 +199,7 @@ def test_text_that_cannot_fit_is_not_tokenised(tiny: Served, monkeypatch: pytest
 # What is refused by name, before the engine is asked
 
 
-CITY = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
+CITY = closed({"city": {"type": "string"}})
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": CITY}}
 TIME: Any = {"type": "function", "function": {"parameters": {"type": "object"}, "name": "time"}}
 TOOLS = [WEATHER, TIME]
@@ -211,12 +207,6 @@ TOOLS = [WEATHER, TIME]
 
 def schema_format(schema: Any, **more: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "command", "schema": schema, **more}}
-
-
-def closed(properties: dict[str, Any]) -> dict[str, Any]:
-    """An object with these properties and no other."""
-    names = {"required": list(properties), "additionalProperties": False}
-    return {"type": "object", "properties": properties, **names}
 
 
 ONE = closed({"intent": {"enum": ["on", "off"]}})

@@ -24,6 +24,7 @@ from tests.commands import Forked
 from tests.fabricate import OPERATOR, Scene
 from tests.models.test_rendering_tools import SHORT_CALLS
 from tests.own_cache import own_cache
+from tests.schemas import closed
 from tests.server.conftest import HELLO, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import (
@@ -35,7 +36,6 @@ from tests.server.fine_tuning_project import (
     token_of_engineer,
     write_fine_tuning_project,
 )
-from tests.server.test_costs import closed
 from tests.tiny import write_model
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError

@@ -12,9 +12,9 @@ import pytest
 
 from tests.own_cache import own_cache
 from tests.own_group import run_whole_group
-from tests.server.fine_tuning_project import MODEL, examples, tiny_data
-from tests.server.test_costs import closed
-from tests.tiny_project import write_project
+from tests.schemas import closed
+from tests.server.fine_tuning_project import MODEL, examples
+from tests.tiny_project import settings, write_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]  # cheaper: jobs/test_killed_effects.py, test_fine_tuning_service.py
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def hosted_project(folder: Path) -> Path:
     held = {"prompt": "prompt.txt", "max_tokens": 16, "constrain": True}
     write_project(
         folder,
-        data={**tiny_data(), "split": {"validation": 0.1, "test": 0.4}},
+        data={**settings()["data"], "split": {"validation": 0.1, "test": 0.4}},
         candidates={
             "plain": {"prompt": "prompt.txt", "max_tokens": 8},
             "tuned": {**held, "train": {"epochs": 8, "rank": 2, "batch": 8, "checkpoint_seconds": 0.5}},

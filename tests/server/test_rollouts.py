@@ -262,7 +262,7 @@ def test_declared_scorers_score_served_answers(start_server: StartServer, tmp_pa
 def test_rollout_refuses_a_metric_that_service_does_not_measure(tmp_path: Path) -> None:
     """The second step analyses what needs retrieved texts, or json_valid, as by default."""
     steps = [{"setWeight": 10}, {"analysis": {"metric": "groundedness"}}, {"setWeight": 100}]
-    task: Any = {**settings()["task"], "scorers": ["exact_match", "groundedness"]}  # type: ignore[dict-item]
+    task: Any = {**settings()["task"], "scorers": ["exact_match", "groundedness"]}
     project = Project.load(write_project(tmp_path / "a", task=task, gates={}, rollout={"steps": steps}))
     with pytest.raises(UsageError, match="step 2 analyses groundedness, which service does not measure"):
         do(project, rollouts.start, version="tiny@v1")

@@ -6,12 +6,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.tiny import TEMPLATE, write_model
+from tests.hf_models import base_of_family
+from tests.tiny import TEMPLATE
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Generation, Streamed
-from tunesmith.models.base import resolve_base
 from tunesmith.models.call_format import CallFormat
-from tunesmith.store.store import Store
 
 
 class TinyEngine:
@@ -20,8 +19,7 @@ class TinyEngine:
     follows_grammars = True
 
     def __init__(self, base: str, folder: Path, template: str = TEMPLATE) -> None:
-        write_model(folder / "m", template=template)
-        self.native = NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
+        self.native = NativeEngine(base_of_family(folder, "llama", template=template))
         self.base, self.context_length = base, self.native.context_length
         self.count_prompt, self.gate = self.native._renderer.count_prompt, threading.Event()
         self._loaded: set[str] = set()

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from tests.adapters import write_adapter
-from tests.tiny import write_model
+from tests.hf_models import base_of_family
+from tests.schemas import SWITCH
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT
@@ -38,12 +39,6 @@ pytestmark = [
     pytest.mark.skipif(not COMMAND, reason="`make test-vllm` runs it: $TUNESMITH_VLLM names no command"),
 ]
 TEXTS = ("Name a colour.", "What is the capital of France?", "Count to five.", "turn on the kitchen light")
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"enum": ["on", "off"]}, "n": {"type": "integer", "minimum": 1, "maximum": 3}},
-    "required": ["a", "n"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,7 +114,7 @@ def test_it_decodes_streams_and_stops(engine: VllmEngine, here: NativeEngine) ->
 
 
 def test_it_holds_answers_to_a_schema(engine: VllmEngine, here: NativeEngine) -> None:
-    requests = [Generation(_asked(text), max_tokens=40, schema=json.dumps(SCHEMA)) for text in TEXTS]
+    requests = [Generation(_asked(text), max_tokens=40, schema=json.dumps(SWITCH)) for text in TEXTS]
     for answer in engine.generate(requests, "a"):
         found = json.loads(answer.text)
         assert found.keys() == {"a", "n"}
@@ -139,8 +134,7 @@ def test_what_is_served_is_what_was_trained(engine: VllmEngine, here: NativeEngi
 
 
 def test_another_base_and_what_it_cannot_serve_are_refused(engine: VllmEngine, base: Base, tmp_path: Path) -> None:
-    write_model(tmp_path / "m")
-    other = resolve_base(Store(tmp_path / "store"), "m", tmp_path)
+    other = base_of_family(tmp_path, "llama")
     with pytest.raises(Refused, match="runs another model"):
         ModelServer(engine._pool._servers[0]._http, other, Renderer(other.folder)).check()
     with pytest.raises(Refused, match="max_lora_rank 8"):

@@ -1,21 +1,13 @@
-"""An empty store whose owner will be olive, and buckets on an S3 server."""
+"""Buckets on an S3 server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.s3_server import new_bucket, s3_environment
-from tunesmith.store.store import Store
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("TUNESMITH_USER", "olive")
-    return Store(tmp_path / "store")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.engines.vllm import vllm_server
-from tests.tiny import write_model
+from tests.hf_models import base_of_family
 from tests.waiting import gone, until
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message
@@ -24,8 +24,6 @@ from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm import guard
 from tunesmith.engines.vllm import process as vllm_process
 from tunesmith.engines.vllm.engine import VllmEngine
-from tunesmith.models.base import resolve_base
-from tunesmith.store.store import Store
 
 STAND_IN = f"{sys.executable} {vllm_server.__file__}"
 REQUESTS = [Generation((Message(role="user", content=f"turn on light {number}"),), max_tokens=4) for number in range(6)]
@@ -53,8 +51,7 @@ def _pids(folder: Path) -> list[int]:
 
 
 def test_a_server_is_started_restarted_and_stopped(tmp_path: Path) -> None:
-    write_model(tmp_path / "m")
-    base = resolve_base(Store(tmp_path / "store"), "m", tmp_path)
+    base = base_of_family(tmp_path, "llama")
     engine = VllmEngine(base, _settings(command=STAND_IN, gpus=[]))
     expected = engine.generate(REQUESTS)
     group = _group(tmp_path)

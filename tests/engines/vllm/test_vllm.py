@@ -19,7 +19,7 @@ import torch
 from tests.adapters import write_adapter
 from tests.engines.vllm import vllm_server
 from tests.engines.vllm.vllm_server import FakeVllm, serving
-from tests.hf_models import write_hf_model
+from tests.hf_models import base_of_family, write_hf_model
 from tests.said import Said
 from tests.tiny import write_model
 from tests.waiting import until
@@ -47,9 +47,7 @@ def _requests(**how: Any) -> list[Generation]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    folder = tmp_path_factory.mktemp("base")
-    write_model(folder / "m")
-    return resolve_base(Store(folder / "store"), "m", folder)
+    return base_of_family(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="module")
