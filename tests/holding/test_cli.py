@@ -8,7 +8,7 @@ import pytest
 
 from tests.commands import call, printed
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
-from tests.rollout.conftest import made, scene, versions
+from tests.rollout.conftest import begin, made, scene, versions
 from tunesmith.candidates.grammars.copying import CopyGrammars
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
@@ -16,8 +16,6 @@ from tunesmith.core.scope import Scope
 from tunesmith.holding import queue
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.commands import start
-from tunesmith.rollout.settings import RolloutSettings
 
 __all__ = ["made", "scene", "versions"]
 
@@ -30,8 +28,7 @@ COPIED = '{"type": "object", "properties": {"who": {"type": "string"}, "n": {"ty
 def waiting(scene: Scene, versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch) -> Scene:
     """A scene with two answers that wait."""
     monkeypatch.setenv("COLUMNS", "250")
-    plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-    start(scene.store, name=NAME, version=versions[1], steps=plan, actor=OPERATOR)
+    begin(scene, versions[1])
     for identifier in ("a" * 32, "b" * 32):
         answer = queue.HeldAnswer(
             id=identifier, name=NAME, version=versions[1].digest, scope=versions[1].scope, caller=OPERATOR,

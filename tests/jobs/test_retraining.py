@@ -17,8 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.acting import do
-from tests.fabricate import approve, put_requests
+from tests.fabricate import Scene, approve, put_requests
 from tests.http_server import answering
+from tests.rollout.conftest import serve
 from tests.tiny import write_model
 from tests.tiny_project import write_project
 from tests.webhooks.conftest import Receiver, receiver
@@ -33,9 +34,6 @@ from tunesmith.monitoring.causes import CAUSES, Cause
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.champions import list_champions, note_champions
-from tunesmith.rollout.commands import start
-from tunesmith.rollout.controller import advance
-from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.services import jobs, monitoring, review, training
 from tunesmith.services.monitoring import Deliverer
 from tunesmith.store.people import identities
@@ -47,7 +45,6 @@ HELD = {"prompt": "prompt.txt", "max_tokens": 40, "constrain": True}
 CHAMPION = {"version": "champion"}
 NOT_WORSE = {"kept": {"metric": "json_valid", "not_below": "champion", "drop_at_most": 0.2}}
 ONE_HOUR = timedelta(hours=1)
-AT_ONCE = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +58,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         identities.add_user(project.store, "ann", ["approver"], actor="olive")
         (version,) = list_versions(project.store, "tiny")
         approve(project.store, version, approver="ann", reason="read")
-        rollout = start(project.store, name="tiny", version=version, steps=AT_ONCE, actor="olive")
-        while rollout.live:
-            rollout = advance(project.store, rollout.id)
+        serve(Scene(project.store, "", ""), version, name="tiny", actor="olive")
         project.store.engine.dispose()
         yield folder
 

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from openai.types.fine_tuning import FineTuningJobEvent
 
-from tests.fabricate import NAME, OPERATOR, OWNER, Scene
+from tests.fabricate import NAME, OWNER, Scene
+from tests.rollout.conftest import begin
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settings
@@ -28,9 +29,7 @@ from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.pipeline.candidates import candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project, parse_settings
-from tunesmith.registry.versions import Version, resolve
-from tunesmith.rollout.commands import start
-from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.registry.versions import resolve
 from tunesmith.services.fine_tuning import (
     VALIDATING,
     Arguments,
@@ -341,10 +340,6 @@ def test_a_candidate_that_is_the_champion_is_the_one_that_serves_the_jobs_tenant
     file = uploads.put(scene.store, path, name="r.jsonl", purpose="fine-tune", actor=OWNER, scope=acme).file
     arguments, rows = Arguments(settings="", model=MODEL, training_file=file), Uploaded("/a.jsonl", "a")
 
-    def serve(version: Version, scope: Scope) -> None:
-        steps = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-        start(scene.store, name=version.name, version=version, steps=steps, actor=OPERATOR, scope=scope)
-
     def used(scope: Scope) -> str:
         context = PipelineContext(derived(project, arguments, rows, scope=scope), scope=scope)
         context.base = SimpleNamespace(digest=scene.base)  # type: ignore[assignment]
@@ -356,9 +351,9 @@ def test_a_candidate_that_is_the_champion_is_the_one_that_serves_the_jobs_tenant
 
     with pytest.raises(UsageError, match="no champion of home-ft or home to compare with"):
         create(project, arguments, user=get_user(scene.store, OWNER))
-    serve(resolve(scene.store, f"{NAME}@v1"), Scope())
+    begin(scene, resolve(scene.store, f"{NAME}@v1"))
     assert used(acme) == "home@v1"
-    serve(scene.version(9, name="home-ft", scope=acme), acme)
+    begin(scene, scene.version(9, name="home-ft", scope=acme), name="home-ft", scope=acme)
     assert [used(scope) for scope in (acme, Scope("globex"), Scope())] == ["home-ft@v1", "home@v1", "home@v1"]
     assert create(project, arguments, user=get_user(scene.store, OWNER)).scope == acme
 
