@@ -42,7 +42,7 @@ from tunesmith.store.audit import Head
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.store.tables import RequestRow
+from tunesmith.store.tables import RecallRow, RequestRow
 
 FINGERPRINT = digest_bytes(b"rendering")
 
@@ -522,3 +522,9 @@ def build_scene(root: Path, base: str | None = None) -> Scene:
     base = base or put_base(store, spec="tiny", context_length=64, files={})
     rows = [lamp(number, subject=f"person-{number % 5}") for number in range(60)]
     return Scene(store, base, put_dataset(store, rows[:40], rows[40:45], rows[45:]))
+
+
+def put_recall(store: Store, digest: str) -> None:
+    """Recall a record, and nothing that was made of it."""
+    with store.writing() as session:
+        session.add(RecallRow(digest=digest, cause="row x", reason="consent withdrawn", at=stamp()))

@@ -16,8 +16,8 @@ from tests.console.conftest import Login, check_page, follow
 from tests.console.evidence_rows import HOSTILE, SECRET, Evaluated, put_evaluation
 from tests.console.test_login import cookie_of, csrf, plain
 from tests.data.review.test_review import project_in
-from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
-from tests.rollout.conftest import copied, put_recall
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene, put_recall
+from tests.rollout.conftest import copied
 from tests.server.conftest import Served
 from tests.waiting import until
 from tunesmith.cli.main import app
@@ -146,10 +146,10 @@ def test_bad_addresses_are_answered_and_texts_take_the_permission(served: Served
             answer = http.get(evaluated.path + path)
             assert answer.status_code in (403, 409), path
             assert evaluated.rows[0].answer not in answer.text
-    put_recall(served.scene, evaluated.evaluation)
+    put_recall(served.scene.store, evaluated.evaluation)
     with plain(served, cookie_of(served, APPROVER)) as http:
         assert "recalled" in http.get("/console/evidence").text
-        assert "a licence was withdrawn" in http.get(evaluated.path).text
+        assert "consent withdrawn" in http.get(evaluated.path).text
         for path in ("/matrix", f"/requests/{evaluated.rows[0].id}"):
             answer = http.get(evaluated.path + path)
             assert (answer.status_code, evaluated.rows[0].answer in answer.text) == (409, False), path
@@ -227,8 +227,8 @@ def test_what_may_not_be_registered_is_refused_by_command_over_http_and_on_the_p
         with_project(served, tmp_path, at_least=0.6)
         refused("changed since this verdict: gate valid")
         with_project(served, tmp_path)
-        put_recall(served.scene, store.record(evaluated.evaluation).parents["dataset"])
-        refused("recalled: a licence was withdrawn")
+        put_recall(served.scene.store, store.record(evaluated.evaluation).parents["dataset"])
+        refused("recalled: consent withdrawn")
     with served.http(issue_token(store, "mia", actor="mia")) as other:
         told = [other.post("/api/versions", json={"verdict": one}) for one in (evaluated.verdict, f"sha256:{'0' * 64}")]
         assert [answer.status_code for answer in told] == [404, 404]

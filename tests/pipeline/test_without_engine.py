@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.fabricate import put_recall
 from tests.tiny_project import write_project
 from tunesmith.api import Project
-from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused
 from tunesmith.data.documents import Documents
 from tunesmith.monitoring.recall import Cause, recall
@@ -22,8 +22,6 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stages
 from tunesmith.pipeline.training import composed_rows
 from tunesmith.store.records import Record
-from tunesmith.store.store import Store
-from tunesmith.store.tables import RecallRow
 
 
 def _trained(**retrieve: Any) -> dict[str, Any]:
@@ -166,11 +164,6 @@ def project(tmp_path: Path) -> Project:
     return Project.load(write_project(tmp_path / "p"))
 
 
-def _recall(store: Store, digest: str) -> None:
-    with store.writing() as session:
-        session.add(RecallRow(cause="row 1", digest=digest, reason="asked to", at=stamp()))
-
-
 def test_a_second_run_takes_the_memo_that_it_waited_for_unless_it_was_recalled(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +184,7 @@ def test_a_second_run_takes_the_memo_that_it_waited_for_unless_it_was_recalled(
                 patch.setattr(store, "lock", lock)
                 made.append(run(Stages(project), number))
             if recall:
-                _recall(store, made[-1])
+                put_recall(store, made[-1])
             with lock(name, purpose):
                 yield
 
@@ -201,7 +194,7 @@ def test_a_second_run_takes_the_memo_that_it_waited_for_unless_it_was_recalled(
     assert run(second, 1) == made[0]
     assert [(stage.name, stage.skipped) for stage in second.done] == [("answer plain", True)]
     monkeypatch.setattr(store, "lock", waiting(2, recall=True))
-    with pytest.raises(Refused, match="was recalled: asked to"):
+    with pytest.raises(Refused, match="was recalled: consent withdrawn"):
         run(second, 2)
 
 
@@ -214,15 +207,15 @@ def test_what_was_made_from_a_recalled_record_is_refused(project: Project) -> No
     def make(_work: Path) -> str:
         if not recalls:
             recalls.append(base)
-            _recall(store, base)
+            put_recall(store, base)
         return store.put_record(Record(kind="answers", parents={"training": trained}))
 
     recalls = list[str]()
-    with pytest.raises(Refused, match="something that it was made from, was recalled: asked to"):
+    with pytest.raises(Refused, match="something that it was made from, was recalled: consent withdrawn"):
         Stages(project).run("answer plain", "answer", {"x": 1}, make)
     assert Stages(project).known("answer", {"x": 1}) is None, "it is no result"
     recalls = [base]
-    with pytest.raises(Refused, match="was recalled: asked to"):
+    with pytest.raises(Refused, match="was recalled: consent withdrawn"):
         Stages(project).run("answer plain", "answer", {"x": 1}, make)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
-from tests.fabricate import Chain, approve, put_chain
+from tests.fabricate import Chain, approve, put_chain, put_recall
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
@@ -149,9 +149,8 @@ def test_what_submit_refuses(store: Store, version: Version) -> None:
     with pytest.raises(Refused, match="ann may not do this"):
         submit_approval(store, signed)
     identities.set_roles(store, "ann", ["approver"], actor="olive")
-    with store.writing() as session:
-        session.add(RecallRow(digest=version.digest, cause="x", reason="withdrawn", at=stamp()))
-    with pytest.raises(Refused, match="recalled: withdrawn"):
+    put_recall(store, version.digest)
+    with pytest.raises(Refused, match="recalled: consent withdrawn"):
         submit_approval(store, signed)
     assert approval_count(store) == 0
 
@@ -241,8 +240,7 @@ def test_damage_or_a_recall_prevents_and_ends_an_approval(store: Store, version:
         (chain.dataset, lambda: approve(store, version, approver="ann")),
         (version.digest, lambda: require_approved(store, version)),
     ):
-        with store.writing() as session:
-            session.add(RecallRow(digest=digest, cause="row x", reason="withdrawn", at=stamp()))
+        put_recall(store, digest)
         with pytest.raises(Refused, match="recalled"):
             use()
         with store.writing() as session:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
-from tests.fabricate import Chain, approve, put_chain
-from tunesmith.core.clock import stamp
+from tests.fabricate import Chain, approve, put_chain, put_recall
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
@@ -116,8 +115,7 @@ def test_a_version_serves_while_nothing_speaks_against_it(
     assert asked(store, version) == GRANTED
     assert asked(store, version, scope=Scope("acme", "eu")).granted  # a version for no tenant is for every tenant
     assert asked(store, version.model_copy(update={"digest": "sha256:" + "0" * 64})).reason == "unknown"
-    with store.writing() as session:
-        session.add(RecallRow(digest=version.digest, cause="row x", reason="consent withdrawn", at=stamp()))
+    put_recall(store, version.digest)
     assert asked(store, version) == loadable(store, version)
     assert (asked(store, version).reason, asked(store, version).message) == (
         "recalled",
@@ -264,8 +262,7 @@ def test_another_versions_folder_is_not_served_instead(store: Store, version: Ve
 
 def test_recalled_versions_or_parents_are_not_opened(store: Store, version: Version, chain: Chain) -> None:
     for digest in (version.digest, chain.dataset, store.record(chain.dataset).blobs["train.jsonl"]):
-        with store.writing() as session:
-            session.add(RecallRow(digest=digest, cause="row x", reason="consent withdrawn", at=stamp()))
+        put_recall(store, digest)
         with pytest.raises(Refused, match="recalled: consent withdrawn"), verified_copy(store, version):
             pass
         with pytest.raises(Refused, match="recalled"):

@@ -18,7 +18,6 @@ from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout
 from tunesmith.store import audit
 from tunesmith.store.store import Store
-from tunesmith.store.tables import RecallRow
 
 Versions = dict[int, Version]
 _MADE: list[Scene] = []  # pytest makes a fixture again for each module that imports it
@@ -86,9 +85,3 @@ def logged(scene: Scene, action: str) -> list[dict[str, Any]]:
     """The details of the audit entries of an action."""
     with scene.store.reading() as session:
         return [dict(entry.detail) for entry in audit.entries(session) if entry.action == action]
-
-
-def put_recall(scene: Scene, digest: str) -> None:
-    """Recall a record, as by a licence that was withdrawn."""
-    with scene.store.writing() as session:
-        session.add(RecallRow(digest=digest, cause="licence X", reason="a licence was withdrawn", at="2026"))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import delete
 
-from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
-from tests.rollout.conftest import Versions, begin, champion, put_recall, serve
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene, put_recall
+from tests.rollout.conftest import Versions, begin, champion, serve
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
@@ -248,7 +248,7 @@ def test_rollback_passes_over_a_version_that_was_recalled_or_whose_files_are_gon
 ) -> None:
     serve(first, versions[2], versions[3])
     if recalled:
-        put_recall(first, versions[2].digest)
+        put_recall(first.store, versions[2].digest)
     else:
         (first.store.root / "versions" / NAME / "v2" / "model.sig").unlink()
     undo(first)
@@ -306,8 +306,8 @@ def test_an_error_that_may_pass_is_no_decision(
         (lambda scene, versions: point(scene, versions[3]), "the champion was changed during the rollout"),
         (lambda scene, versions: point(scene, None), "the champion was removed"),
         (lambda scene, versions: unregister(scene, versions[1]), "the champion is not in the registry"),
-        (lambda scene, versions: put_recall(scene, versions[1].digest), "the champion was recalled"),
-        (lambda scene, versions: put_recall(scene, versions[2].digest), "the canary was recalled"),
+        (lambda scene, versions: put_recall(scene.store, versions[1].digest), "the champion was recalled"),
+        (lambda scene, versions: put_recall(scene.store, versions[2].digest), "the canary was recalled"),
     ],
 )
 def test_a_rollout_aborts_when_an_arm_is_lost(
@@ -392,7 +392,7 @@ def test_what_changes_after_the_files_were_verified_counts(
         if lost == "signer":
             set_roles(Store(store.root), OWNER, ["admin"], actor=OWNER)
         else:
-            put_recall(first, version.candidate)
+            put_recall(first.store, version.candidate)
 
     monkeypatch.setattr(commands, "check_may_serve", checked)
     with pytest.raises(Refused, match="may not sign versions" if lost == "signer" else "was recalled"):

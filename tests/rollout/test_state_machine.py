@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.fabricate import NAME, OPERATOR, OWNER, Scene
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene, put_recall
 from tests.rollout.conftest import copied
 from tunesmith.core.errors import Refused
 from tunesmith.registry.aliases import get_alias
@@ -31,7 +31,6 @@ from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import LIVE, Rollout, list_rollouts
 from tunesmith.store import audit
-from tunesmith.store.tables import RecallRow
 
 PLAN = RolloutSettings.model_validate(
     {
@@ -127,8 +126,7 @@ class Machine(RuleBasedStateMachine):
         digest = self.versions[number].digest
         if digest not in self.recalled:
             self.recalled.add(digest)
-            with self.scene.store.writing() as session:
-                session.add(RecallRow(digest=digest, cause="test", reason="withdrawn", at="2026"))
+            put_recall(self.scene.store, digest)
 
     @invariant()
     def what_always_holds(self) -> None:
