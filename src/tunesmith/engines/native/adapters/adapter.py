@@ -5,6 +5,7 @@ Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,13 @@ class PackedAdapter:
 
     factors: dict[Place, LowRankFactors]
     row_scales: dict[Place, Tensor]
+
+    @property
+    def plain_factors(self) -> Callable[[Place], tuple[LowRankFactors, None] | None] | None:
+        """Each place's low-rank factors, which apply to every row; None where an adapter has row scales too."""
+        if self.row_scales:
+            return None
+        return lambda place: (self.factors[place], None) if place in self.factors else None
 
 
 def adapted_linear(network: Network, packed: PackedAdapter) -> Linear:

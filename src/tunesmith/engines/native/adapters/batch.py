@@ -7,15 +7,15 @@ instead. On a CPU, one dense product of a few dozen rows costs less than a call 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from tunesmith.engines.native.adapters.adapter import PackedAdapter, scale_rows
-from tunesmith.engines.native.network import ops
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, Place, scale_rows
 from tunesmith.engines.native.network.network import Linear, Network
+from tunesmith.engines.native.network.passes import FactorsAt
 from tunesmith.engines.native.network.products import LowRankFactors
 
 
@@ -33,29 +33,43 @@ class AdapterBatch:
             for place in self._places
         }
 
+    def factors(self, owners: Tensor) -> FactorsAt | None:
+        """The low-rank factors of each place, with a mask of the low-rank values that belong to other adapters.
+
+        owners: [T], the number of each row's adapter; -1 for the base alone. None where an adapter has row scales.
+        """
+        if any(self._row_scales.values()):
+            return None
+        others = _others(owners)
+
+        def at(place: Place) -> tuple[LowRankFactors, Tensor | None] | None:
+            found = self._places.get(place)
+            return None if found is None else (found[0], others(found[1]))
+
+        return at
+
     def linear(self, owners: Tensor) -> Linear:
         """The linear layers for rows whose adapters are owners [T]."""
+        others = _others(owners)
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._row_scales.values() for number, _ in each}
-
-        @cache
-        def others(widths: tuple[int, ...]) -> Tensor:
-            """Which low-rank values [T, R] belong to other adapters than a row's, by each adapter's number of them."""
-            return owners[:, None] != torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
             product, found = self._network.layers[number].linear[group], self._places.get((number, group))
             if found is None:
                 return product(x)
             factors, widths = found
-            low = factors.low(x)
-            ops.mask_(low, others(widths))
-            y = product(x, low, factors)
+            y = product(x, factors.low(x).masked_fill_(others(widths), 0.0), factors)
             for owner, scales in self._row_scales[number, group]:
                 own = rows[owner]
                 y[own] = scale_rows(y[own], scales, product.bias)
             return y
 
         return apply
+
+
+def _others(owners: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
+    """Which low-rank values [T, R] belong to other adapters than a row's, by each adapter's number of them."""
+    return cache(lambda widths: owners[:, None] != torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)))
 
 
 def _concatenated(factors: Sequence[LowRankFactors | None]) -> tuple[LowRankFactors, tuple[int, ...]]:

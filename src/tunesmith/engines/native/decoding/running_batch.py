@@ -14,7 +14,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -28,7 +27,7 @@ from tunesmith.engines.native.adapters.batch import AdapterBatch
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
 from tunesmith.engines.native.network.ops import PrefixPages, page_shapes
-from tunesmith.engines.native.network.passes import RecordedPass, fits
+from tunesmith.engines.native.network.passes import FactorsAt, Pass, fits
 from tunesmith.engines.native.runtime import LargePages
 
 MOST_ROWS = 64
@@ -89,7 +88,7 @@ class RunningBatch:
         self.rows: list[Row] = []
         self._plan: _PassPlan | None = None  # kept until a row joins or ends
         self._adapter_batch: tuple[list[PackedAdapter], AdapterBatch] | None = None
-        self._by_kernels = fits(network)
+        self._fits_native_pass = fits(network)
 
     def __bool__(self) -> bool:
         """Whether any row is decoded or waits."""
@@ -117,7 +116,7 @@ class RunningBatch:
         self._prefill_prefix()
         decoded, prompts = [row for row in self.rows if row.given], self._next_prompts()
         if prompts or (decoded and self._plan is None):
-            self._plan = _PassPlan(self._network, decoded, prompts, self._linear)
+            self._plan = _PassPlan(self._network, decoded, prompts, self._weights)
         plan = self._plan
         if plan is None:
             return
@@ -168,7 +167,7 @@ class RunningBatch:
             pages = ([torch.zeros(count, *size, dtype=dtype) for size in sizes] for _ in range(shape.layers))
             prefix.layers = [PrefixPages(keys, values, len(prefix.ids)) for keys, values in pages]
         part = prefix.ids[prefix.prefilled : prefix.prefilled + _CHUNK]
-        plan = _PassPlan(self._network, [], [(prefix, part)], self._linear)
+        plan = _PassPlan(self._network, [], [(prefix, part)], self._weights)
         self._run_pass(plan, ([layer.keys for layer in prefix.layers], [layer.values for layer in prefix.layers]))
         prefix.prefilled += len(part)
 
@@ -189,18 +188,17 @@ class RunningBatch:
     def _run_pass(self, plan: _PassPlan, caches: tuple[Sequence[Tensor], Sequence[Tensor]]) -> Tensor:
         """Run a pass; returns the hidden states [T, M]. caches: pages of keys and of values, by layer."""
         network, ids, positions = self._network, plan.ids(), plan.places.lengths + plan.starts
-        if plan.recorded is not None:
-            return plan.recorded.repeat(ids, positions)
-        attention = partial(self._attention, plan, caches)
-        if not (plan.repeats and self._by_kernels):
-            return forward(network, ids, plan.linear, attention(angles(network, positions)))
-        plan.recorded = RecordedPass(network, plan.linear, attention, ids, positions)
-        return plan.recorded.hidden()
+        if not self._fits_native_pass or plan.factors is None:
+            return forward(network, ids, plan.linear, self._attention(plan, positions, caches))
+        if plan.native is None:
+            plan.native = Pass(network, plan.factors, plan.places, plan.groups, caches)
+        return plan.native.run(ids, positions)
 
     def _attention(
-        self, plan: _PassPlan, caches: tuple[Sequence[Tensor], Sequence[Tensor]], turns: list[tuple[Tensor, Tensor]]
+        self, plan: _PassPlan, positions: Tensor, caches: tuple[Sequence[Tensor], Sequence[Tensor]]
     ) -> Attend:
         network, places, shape = self._network, plan.places, self._network.shape
+        turns = angles(network, positions)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             keys, values = caches[0][layer], caches[1][layer]
@@ -214,12 +212,14 @@ class RunningBatch:
 
         return attend
 
-    def _linear(self, adapters: Sequence[PackedAdapter | None]) -> Linear:
-        """The linear layers for rows of these adapters, one adapter a row."""
+    def _weights(self, adapters: Sequence[PackedAdapter | None]) -> tuple[Linear, FactorsAt | None]:
+        """The linear layers for rows of these adapters, one adapter a row, and the adapters' factors for a native pass;
+        None where it cannot apply them."""
         distinct = list(dict.fromkeys(adapters))
         if len(distinct) == 1:
-            only = distinct[0]
-            return frozen_linear(self._network) if only is None else adapted_linear(self._network, only)
+            if (only := distinct[0]) is None:
+                return frozen_linear(self._network), lambda _: None
+            return adapted_linear(self._network, only), only.plain_factors
         wanted = [adapter for adapter in distinct if adapter is not None]
         if self._adapter_batch is None or not set(wanted) <= set(self._adapter_batch[0]):
             # Earlier adapters may be wanted again, so they stay while there is room.
@@ -228,7 +228,7 @@ class RunningBatch:
             self._adapter_batch = (wanted, AdapterBatch(self._network, wanted))
         held, batch = self._adapter_batch
         owners = torch.tensor([-1 if adapter is None else held.index(adapter) for adapter in adapters])
-        return batch.linear(owners)
+        return batch.linear(owners), batch.factors(owners)
 
     # Choosing tokens
 
@@ -259,7 +259,7 @@ class _PassPlan:
     decoded: the decoded rows in the order of their tokens. groups: the pages of a prefix by layer, the slice of its
     rows' tokens, and whether they are neighbouring ones of one prompt. starts [T]: for each token, the position of its
     row's first token after the prefix. last [B]: the index of the last token of each decoded row, then of each part.
-    repeats: whether kernels alone compute what is done for these rows, again and again.
+    linear, factors: see RunningBatch._weights. native: created when the plan runs first.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class _PassPlan:
         network: Network,
         decoded: Sequence[Row],
         prompts: Sequence[tuple[Row | Prefix, Sequence[int]]],
-        linear: Callable[[Sequence[PackedAdapter | None]], Linear],
+        weights: Callable[[Sequence[PackedAdapter | None]], tuple[Linear, FactorsAt | None]],
     ) -> None:
         by_prefix: dict[Prefix | None, list[Row]] = {}
         for row in decoded:
@@ -286,11 +286,8 @@ class _PassPlan:
             self.groups.append((shared, slice(first, first + count), prompt))
             first += count
         row_of_token = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-        self.linear = linear([row.adapter for row in row_of_token])
-        # With DoRA's row scales, PyTorch computes too.
-        scaled = any(row.adapter is not None and row.adapter.row_scales for row in rows)
-        self.repeats = not prompts and not scaled
-        self.recorded: RecordedPass | None = None
+        self.linear, self.factors = weights([row.adapter for row in row_of_token])
+        self.native: Pass | None = None
         self.starts = torch.tensor([row.start for row in row_of_token])
         most, shape = max(len(row.pages) for row in rows), network.shape
         table = torch.tensor([[*row.pages] + [0] * (most - len(row.pages)) for row in rows])

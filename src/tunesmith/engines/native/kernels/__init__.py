@@ -50,7 +50,7 @@ class TokenLayout(ctypes.Structure):
 
 
 class RowPages(ctypes.Structure):
-    """Pages of decoding.cpp."""
+    """Pages of kernels.h."""
 
     _fields_ = fields((INT64, "rows kv group size page most longest stride"), (POINTER, "table length"))
 

@@ -2,22 +2,12 @@
 // tokens of prompts.
 
 #include "blocks.h"
+#include "kernels.h"
 
 // Layout of pages of `page` places, a multiple of 16.
 // Keys [pages, kv, D / 2, page, 2]: a query's scores on 16 places are 16 lanes.
 // Values [pages, kv, page / 2, D, 2]: 16 dimensions of the mixed values are 16 lanes.
 // Both are operands of tiles as they are. In this file, a "row" is a token of the pass.
-
-// Where the rows of a decoding batch keep their keys and values; decoding.cpp describes a page's layout.
-struct Pages {
-    int64_t rows, kv, group, size;  // size: of a head
-    int64_t page;                   // places in a page
-    int64_t most;                   // pages of the row that has most
-    int64_t longest;                // largest of the lengths
-    int64_t stride;                 // numbers from the start of a page to the start of the next
-    const int64_t* table;           // [rows, most]: numbers of each row's pages, in order
-    const int64_t* length;          // [rows]: filled places of each row
-};
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));

@@ -1,7 +1,7 @@
 // Element-wise operations outside attention: norms, the gated MLP's middle, the loss, tokens that a schema forbids. Each
 // passes over memory once.
 
-#include "numbers.h"
+#include "kernels.h"
 
 // A function of OpenMP 5, called with the number of omp_pause_soft. Runtimes older than GCC 9's do not have it.
 extern "C" int omp_pause_resource_all(int) __attribute__((weak));
@@ -183,10 +183,4 @@ extern "C" void forbid(bf16* scores, const int64_t* row, const uint32_t* bits, i
                 if (!(allowed >> i & 1)) s[w * 32 + i] = none;
         }
     }
-}
-
-// Sets numbers [count] to zero where masked.
-extern "C" void mask(bf16* numbers, const bool* masked, int64_t count, int) {
-    for (int64_t i = 0; i < count; ++i)
-        if (masked[i]) numbers[i].bits = 0;
 }

@@ -9,18 +9,12 @@
 // The order of a number's summands depends on K and K2 only. So a row's result depends neither on the other rows nor on
 // the number of threads.
 
+#include "kernels.h"
 #include "tiles.h"
 
 extern "C" int omp_get_num_threads();
 
 #ifdef TILES
-// Operands of a product on tiles: c [rows, N] = a [rows, K] B + a2 [rows, depth2] b2. b2 null: no second product.
-struct Operands {
-    const bf16 *a, *a2, *b2;
-    int64_t depth2, rows;
-    bf16* c;
-};
-
 static const int64_t DEPTH = 320;       // rows of a panel that fit the L1 cache together with a block of A
 static const int64_t FEW = 2;           // with so few blocks of A, reading B is the bottleneck: prefetch half of it
 static const int64_t GROUP = 1024;      // rows of a deep B that are summed for all of C before the next ones
@@ -33,6 +27,13 @@ static const int64_t NARROW = 4;              // a C of so few panels is narrow
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A, which stays in the L2 cache
 static const int64_t SUMS_BYTES = 640 << 10;  // most bytes of a deep product's sums that a thread holds
 static const int64_t SLAB = 4;                // blocks of 32 rows whose memory pages the TLB holds at once
+
+// 32 rows of a product, or fewer at the end. Tiles always load 32 rows, so an incomplete block is read from a copy.
+struct Block {
+    const bf16 *a, *a2, *b2;
+    int64_t depth2, rows;
+    bf16* c;
+};
 
 // Rounds sums [rows, 32], plus bias [32] if there is one, into c, rows of `ldc` numbers. past: as in put of numbers.h.
 static void round_sums(const float* sums, const float* bias, bf16* c, int64_t ldc, int64_t rows, bool past) {
@@ -54,20 +55,20 @@ static void round_sums(const float* sums, const float* bias, bf16* c, int64_t ld
     }
 }
 
-// A copy of `count` rows, filled up to 32 with zeros. It lives as long as `copies`.
-static const bf16* filled(const bf16* rows, int64_t count, int64_t depth, std::vector<std::vector<bf16>>& copies) {
-    copies.emplace_back(32 * depth);
-    std::copy(rows, rows + count * depth, copies.back().data());
-    return copies.back().data();
+// A copy of `count` rows, filled up to 32 with zeros. Its address is added to `copies`, to be freed.
+static const bf16* filled(const bf16* rows, int64_t count, int64_t depth, std::vector<bf16*>& copies) {
+    bf16* copy = (bf16*)taken(32 * depth * 2);
+    std::memcpy((void*)copy, rows, count * depth * 2);
+    std::memset((void*)(copy + count * depth), 0, (32 - count) * depth * 2);
+    copies.push_back(copy);
+    return copy;
 }
 
-// The operands in blocks of 32 rows, or fewer at the end, where B has `depth` rows and C rows of n numbers. Tiles always
-// load 32 rows, so an incomplete block is read from a copy.
-static std::vector<Operands> divided(const Operands& o, int64_t depth, int64_t n,
-                                     std::vector<std::vector<bf16>>& copies) {
-    std::vector<Operands> blocks;
+// The operands in blocks of 32 rows, where B has `depth` rows and C rows of n numbers.
+static std::vector<Block> divided(const Operands& o, int64_t depth, int64_t n, std::vector<bf16*>& copies) {
+    std::vector<Block> blocks;
     for (int64_t row = 0; row < o.rows; row += 32) {
-        Operands one = {o.a + row * depth, nullptr, o.b2, o.depth2, std::min<int64_t>(32, o.rows - row), o.c + row * n};
+        Block one = {o.a + row * depth, nullptr, o.b2, o.depth2, std::min<int64_t>(32, o.rows - row), o.c + row * n};
         if (o.b2) one.a2 = o.a2 + row * o.depth2;
         if (one.rows < 32) {
             one.a = filled(one.a, one.rows, depth, copies);
@@ -78,21 +79,50 @@ static std::vector<Operands> divided(const Operands& o, int64_t depth, int64_t n
     return blocks;
 }
 
-static inline Factors factors(const bf16* a, int64_t lda, const bf16* b, int64_t depth, const char* next, int64_t lines) {
-    return {a, a + 16 * lda, lda, 32, b, b + 512, 32, 1024, depth / 32, next, lines};
+// How many rows of a panel are multiplied before the next block of A.
+static int64_t part_rows(int64_t depth, int64_t blocks) {
+    int64_t most = blocks <= FEW ? DEPTH / 2 : DEPTH, parts = (depth + most - 1) / most;
+    return ((depth + parts - 1) / parts + 31) / 32 * 32;
+}
+
+// Adds the products with rows [from, to) of B to the sums `held` [bottom - top, 32, 32] of blocks [top, bottom) and one
+// panel. Calls ready(block, sums) for each block whose sums are complete.
+template <class Ready>
+static inline void add(const Block* blocks, int64_t top, int64_t bottom, const bf16* b, int64_t depth, int64_t part,
+                       int64_t panel, float* held, int64_t from, int64_t to, Ready ready) {
+    for (int64_t k = from; k < to; k += part) {
+        int64_t here = std::min(part, to - k);
+        const bf16* first = b + panel * depth * 32 + k * 32;
+        // Prefetch what follows in B, which is read next: otherwise the first block would wait for it.
+        const char* next = (const char*)(first + here * 32);
+        int64_t lines = (32 + bottom - top - 1) / (bottom - top);
+        bool last = k + here == depth;
+        for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
+            const Block& one = blocks[r];
+            float* into = held + (r - top) * 1024;
+            auto factors = [](const bf16* a, int64_t lda, const bf16* b, int64_t depth, const char* next, int64_t lines) {
+                return Factors{a, a + 16 * lda, lda, 32, b, b + 512, 32, 1024, depth / 32, next, lines};
+            };
+            const Factors mine = factors(one.a + k, depth, first, here, next, lines);
+            if (last && one.b2) {
+                const Factors other = factors(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
+                sum(into, 32, k > 0, one.rows, mine, &other);
+            } else {
+                sum(into, 32, k > 0, one.rows, mine);
+            }
+            if (last) ready(one, into);
+        }
+    }
 }
 
 // C [operands.rows, n] of the operands and B of `depth` rows; bias [n] or null.
 extern "C" void product(const Operands* operands, const bf16* b, int64_t depth, const float* bias, int64_t n,
                         int threads) {
     tiles_allowed();
-    std::vector<std::vector<bf16>> copies;
-    std::vector<Operands> all = divided(*operands, depth, n, copies);
+    std::vector<bf16*> copies;
+    std::vector<Block> all = divided(*operands, depth, n, copies);
     bool past = (uintptr_t)operands->c % 64 == 0 && operands->rows * n * 2 > PAST_BYTES;
-    int64_t panels = n / 32, blocks = all.size();
-    // How many rows of a panel are multiplied before the next block of A.
-    int64_t most = blocks <= FEW ? DEPTH / 2 : DEPTH, parts = (depth + most - 1) / most;
-    int64_t part = ((depth + parts - 1) / parts + 31) / 32 * 32;
+    int64_t panels = n / 32, blocks = all.size(), part = part_rows(depth, blocks);
     // A deep product is summed group by group with sums for all panels, because A would otherwise be read again for
     // each panel. A narrow one has too few panels for the threads, so its rows are divided among them.
     bool narrow = panels <= NARROW, deep = depth > DEEP && !narrow;
@@ -104,26 +134,10 @@ extern "C" void product(const Operands* operands, const bf16* b, int64_t depth, 
         band = std::min(narrow ? (blocks + started - 1) / started : blocks, std::max<int64_t>(2, band));
         Tiles tiles;
         float* sums = (float*)taken(kept * band * 4096);
-        // Adds the products with rows [from, to) of B to the sums `held` [bottom - top, 32, 32] of blocks [top, bottom)
-        // and one panel, and rounds those that are complete.
         auto panel_of = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
-            for (int64_t k = from; k < to; k += part) {
-                int64_t here = std::min(part, to - k);
-                const bf16* first = b + panel * depth * 32 + k * 32;
-                // Prefetch what follows in B, which is read next: otherwise the first block would wait for it.
-                const char* next = (const char*)(first + here * 32);
-                int64_t lines = (32 + bottom - top - 1) / (bottom - top);
-                bool last = k + here == depth;
-                for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
-                    const Operands& one = all[r];
-                    float* into = held + (r - top) * 1024;
-                    const Factors mine = factors(one.a + k, depth, first, here, next, lines);
-                    const Factors other = factors(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
-                    sum(into, 32, k > 0, one.rows, mine, last && one.b2 ? &other : nullptr);
-                    if (last)
-                        round_sums(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
-                }
-            }
+            add(all.data(), top, bottom, b, depth, part, panel, held, from, to, [&](const Block& one, float* into) {
+                round_sums(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
+            });
         };
         if (narrow) {
 #pragma omp for schedule(static) nowait
@@ -148,24 +162,47 @@ extern "C" void product(const Operands* operands, const bf16* b, int64_t depth, 
         settled();
         std::free(sums);
     }
+    for (bf16* copy : copies) std::free(copy);
 }
 
-// A kernel and its arguments: pointers, whole numbers and truth values, then fractions. Where there are tiles (x86-64 on
-// Linux), the two are passed in registers of their own, and arguments that a kernel does not have are not read. So calls
-// of every kernel are of one type.
-struct Call {
-    void (*kernel)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                   int64_t, float, float);
-    int64_t n[12];
-    float f[2];
-};
-
-// Makes recorded calls, one after another.
-extern "C" void repeat(const Call* calls, int64_t count) {
-    for (const Call* c = calls; c < calls + count; ++c) {
-        const int64_t* n = c->n;
-        c->kernel(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], c->f[0], c->f[1]);
+// The gated MLP's middle, C [M, n / 2] = silu(gate) * up, where A B [M, n] has gate in its first n / 2 columns and up
+// in the others. Both are rounded as `product` rounds them, but not written to memory. Returns false, and does nothing,
+// if B is deep or n is no multiple of 64.
+extern "C" bool gated_product(const Operands* operands, const bf16* b, int64_t depth, int64_t n, int threads) {
+    if (depth > DEEP || n % 64) return false;
+    std::vector<bf16*> copies;
+    std::vector<Block> all = divided(*operands, depth, n / 2, copies);
+    int64_t half = n / 64, blocks = all.size(), part = part_rows(depth, blocks);
+    int64_t band = std::min(blocks, std::max<int64_t>(2, BAND_BYTES / (64 * depth)));
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        float *gates = (float*)taken(2 * band * 4096), *others = gates + band * 1024;
+        for (int64_t top = 0; top < blocks; top += band) {
+            int64_t bottom = std::min(blocks, top + band);
+#pragma omp for schedule(static) nowait
+            for (int64_t panel = 0; panel < half; ++panel) {
+                add(all.data(), top, bottom, b, depth, part, panel, gates, 0, depth, [](const Block&, float*) {});
+                add(all.data(), top, bottom, b, depth, part, panel + half, others, 0, depth,
+                    [&](const Block& one, float* other) {
+                        const float* gate = gates + (other - others);
+                        for (int64_t r = 0; r < one.rows; ++r) {
+                            bf16* to = one.c + r * (n / 2) + panel * 32;
+#pragma omp simd
+                            for (int64_t at = 0; at < 32; ++at) {
+                                bf16 g, o;
+                                down(gate[r * 32 + at], &g);
+                                down(other[r * 32 + at], &o);
+                                down(up(g) * sigmoid(up(g)) * up(o), to + at);
+                            }
+                        }
+                    });
+            }
+        }
+        std::free(gates);
     }
+    for (bf16* copy : copies) std::free(copy);
+    return true;
 }
 
 // Whether this process may use tiles.

@@ -122,12 +122,7 @@ class Network:
 
 def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Tensor:
     """Hidden states [T, M] before the final norm, of ids [T]. attend knows the tokens' positions."""
-    x, added = run_layers(network, embedded(network, ids), linear, attend)
-    return x + added
-
-
-def run_layers(network: Network, x: Tensor, linear: Linear, attend: Attend) -> tuple[Tensor, Tensor]:
-    """The hidden states [T, M] of the first layer's input, in two parts: their sum, and the last sub-layer's output."""
+    x = embedded(network, ids)
     shape = network.shape
     epsilon, offset = shape.epsilon, shape.norm_offset
 
@@ -143,7 +138,7 @@ def run_layers(network: Network, x: Tensor, linear: Linear, attend: Attend) -> t
         added = linear(number, "down", gated(linear(number, "gate_up", h), gelu=shape.gelu))
         added = normed(added, layer.after_mlp)
     assert added is not None
-    return x, added
+    return x + added
 
 
 def embedded(network: Network, ids: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ Shapes: T tokens, M width, H query heads, K key/value heads, G query heads for e
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -33,17 +30,9 @@ def kernel_for(name: str, x: Tensor) -> Any:
 _threads = torch.get_num_threads
 
 
-# A kernel, its arguments, and what they point to.
-Call = tuple[Any, list[Any], Sequence[Any]]
-_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
-
-
 def call(kernel: Any, *given: Any) -> None:
     """Run a kernel with contiguous tensors (None: a null pointer), structures and numbers, on this thread's threads."""
-    arguments = [*map(_native, given), native.INT64(_threads())]
-    kernel(*arguments)
-    if (calls := _calls.get()) is not None:
-        calls.append((kernel, arguments, given))
+    kernel(*map(_native, given), _threads())
 
 
 def ran(name: str, x: Tensor, *given: Any) -> bool:
@@ -53,24 +42,13 @@ def ran(name: str, x: Tensor, *given: Any) -> bool:
     return kernel is not None
 
 
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Records the calls of kernels on this thread. To repeat them does the same to the same tensors."""
-    token = _calls.set(calls := list[Call]())
-    try:
-        yield calls
-    finally:
-        _calls.reset(token)
-
-
 _KINDS: dict[type, Any] = {type(None): native.POINTER, bool: ctypes.c_bool, int: native.INT64, float: native.FLOAT}
 
 
 def _native(value: Any) -> Any:
     if isinstance(value, Tensor):
         return native.POINTER(value.data_ptr())
-    kind = _KINDS.get(type(value))
-    return native.POINTER(ctypes.addressof(value)) if kind is None else kind(value)
+    return _KINDS.get(type(value), ctypes.byref)(value)
 
 
 def add_norm(
@@ -349,12 +327,6 @@ def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
     """As decoding.constraint.forbid_."""
     if not ran("forbid", scores, scores, rows, bits, *bits.shape, scores.shape[1]):
         constraint.forbid_(scores, rows, bits)
-
-
-def mask_(x: Tensor, masked: Tensor) -> None:
-    """Set numbers to zero where masked, in place. Both have the same shape."""
-    if not ran("mask", x, x, masked, x.numel()):
-        x.masked_fill_(masked, 0.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

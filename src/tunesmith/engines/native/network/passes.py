@@ -1,9 +1,8 @@
-"""A decoding pass that is run again and again, by the calls of kernels that its first run made.
+"""A decoding pass through all layers in one native call, for the networks that kernels/pass.cpp computes.
 
-network.forward prepares each call of a kernel in Python. That takes about eight microseconds, together a tenth of a
-small model's pass. The recorded calls are one call of tiles.cpp, during which other threads can compute.
+network.forward calls each kernel from Python. Each call costs about ten microseconds, a tenth of a small model's pass.
 
-Shapes: T tokens, M width.
+Shapes: T tokens, M width, H query heads, K key/value heads, D head size, F the MLP's middle, R low-rank columns.
 """
 
 from __future__ import annotations
@@ -13,80 +12,143 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tunesmith.engines.native import kernels
+from tunesmith.engines.native.adapters.adapter import Place
 from tunesmith.engines.native.kernels import FLOAT, INT64, POINTER
-from tunesmith.engines.native.network import ops
-from tunesmith.engines.native.network.network import (
-    Attend,
-    Layer,
-    Linear,
-    Network,
-    Shape,
-    angles,
-    embedded,
-    run_layers,
-)
+from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Shape, angles, embedded
+from tunesmith.engines.native.network.ops import Places, PrefixPages
+from tunesmith.engines.native.network.products import LowRankFactors, PackedLinear
 
-# What only kernels compute, of the fields that have a default, which means that a network is as Llama's there.
-_BY_KERNELS = ("norm_offset", "embedding_scale", "logit_cap", "rotary")  # the second and third around the layers
+# Place -> its factors, and a mask [T, R] of the low-rank activations to set to zero because they belong to another
+# row's adapter (no mask: there are none). Returns None for a place that is not adapted.
+FactorsAt = Callable[[Place], "tuple[LowRankFactors, Tensor | None] | None"]
+
+# What pass.cpp computes of the fields that have a default, which means that a network is as Llama's there.
+_COMPUTED = ("norm_offset", "embedding_scale", "logit_cap", "rotary")  # the second and third in Python, around the pass
+
+
+class _Product(ctypes.Structure):
+    """Product of pass.cpp."""
+
+    _fields_ = kernels.fields((POINTER, "packed a_for_low c_for_output bias masked"), (INT64, "out into rank"))
+
+
+class _Layer(ctypes.Structure):
+    """PassLayer of pass.cpp."""
+
+    _fields_ = kernels.fields((POINTER, "attention_norm mlp_norm keys values"), (_Product, " ".join(GROUPS)))
+
+
+class _Group(ctypes.Structure):
+    """Group of pass.cpp."""
+
+    _fields_ = kernels.fields((INT64, "first count prefix prompt"), (POINTER, "shared"))
+
+
+_BUFFERS = "x added normed qkv q mixed gate_up middle low norms"
+
+
+class _Pass(ctypes.Structure):
+    """Pass of pass.cpp."""
+
+    _fields_ = kernels.fields(
+        (INT64, "rows width layers groups threads"),
+        (FLOAT, "epsilon offset scale"),
+        (POINTER, f"layer group pages cosine sine {_BUFFERS}"),
+    )
 
 
 def fits(network: Network) -> bool:
-    """Whether nothing but kernels computes a network's layers: they are like Llama's, in bf16, on a processor with
-    tiles."""
-    if not _by_kernels(network.shape) or not all(map(_by_kernels, network.layers)):
+    """Whether pass.cpp computes a network: layers like Llama's, in bf16, on a processor with tiles."""
+    library = kernels.library()
+    if library is None or library.tiles() != 1 or network.dtype != torch.bfloat16 or len(network.rotary) != 1:
+        return False
+    if not _computes(network.shape) or not all(map(_computes, network.layers)):
         return False
     return all(product.tiles is not None for layer in network.layers for product in layer.linear.values())
 
 
-def _by_kernels(described: Shape | Layer) -> bool:
-    stated = [each for each in fields(described) if each.default is not MISSING and each.name not in _BY_KERNELS]
+def _computes(described: Shape | Layer) -> bool:
+    """Whether pass.cpp takes every field into account."""
+    stated = [each for each in fields(described) if each.default is not MISSING and each.name not in _COMPUTED]
     return all(getattr(described, each.name) is each.default for each in stated)
 
 
-class _Call(ctypes.Structure):
-    """Call of tiles.cpp."""
-
-    _fields_ = kernels.fields((POINTER, "kernel"), (INT64 * 12, "numbers"), (FLOAT * 2, "fractions"))
-
-
-class RecordedPass:
-    """A pass of T tokens at places that grow, with the same prefixes and adapters."""
+class Pass:
+    """A decoding pass that can be run again and again: T tokens at places, with the same prefixes and adapters."""
 
     def __init__(
         self,
         network: Network,
-        linear: Linear,
-        attention: Callable[[list[tuple[Tensor, Tensor]]], Attend],
-        ids: Tensor,
-        positions: Tensor,
+        factors: FactorsAt,
+        places: Places,
+        groups: Sequence[tuple[Sequence[PrefixPages] | None, slice, bool]],
+        caches: tuple[Sequence[Tensor], Sequence[Tensor]],
     ) -> None:
-        """Run the pass for the first time. attention: by the angles of the tokens."""
-        self._network, self._x, self._turns = network, embedded(network, ids), angles(network, positions)
-        with ops.recorded() as self._calls:
-            self._parts = run_layers(network, self._x, linear, attention(self._turns))
-        self._prepared: ctypes.Array[_Call] | None = None
+        """groups: a prefix's keys and values by layer, its rows' tokens, and whether they are of one prompt.
+        caches: keys and values by layer."""
+        self._network, shape, tokens = network, network.shape, len(places.lengths)
+        self._kept_alive: list[Any] = [caches, places]  # the native call reads them by address
+        heads, middle = shape.heads * shape.head, network.layers[0].linear["down"].into
+        layers = (_Layer * shape.layers)()
+        rank = 0
+        for number, layer in enumerate(network.layers):
+            native_layer = layers[number]
+            native_layer.attention_norm = layer.attention_norm.data_ptr()
+            native_layer.mlp_norm = layer.mlp_norm.data_ptr()
+            native_layer.keys, native_layer.values = (cache[number].data_ptr() for cache in caches)
+            for group, product in layer.linear.items():
+                rank = max(rank, self._fill(getattr(native_layer, group), product, factors((number, group))))
+        sizes = (shape.width, shape.width, shape.width, sum(network.parts("qkv")), heads, heads, 2 * middle, middle)
+        buffers = [torch.empty(tokens, size, dtype=network.dtype) for size in (*sizes, rank)]
+        self._x, self._added = buffers[:2]
+        buffers.append(torch.empty(tokens, 1))
+        native_groups = (_Group * len(groups))(*(self._group(*group) for group in groups))
+        self._call = _Pass(tokens, shape.width, shape.layers, len(groups), torch.get_num_threads())
+        self._call.epsilon, self._call.offset = shape.epsilon, shape.norm_offset
+        self._call.scale = shape.attention_scale
+        self._call.layer, self._call.group = ctypes.addressof(layers), ctypes.addressof(native_groups)
+        places.native.stride = caches[0][0].stride(0)
+        self._call.pages = ctypes.addressof(places.native)
+        for name, tensor in zip(_BUFFERS.split(), buffers, strict=True):
+            setattr(self._call, name, tensor.data_ptr())
+        self._kept_alive += [layers, native_groups, buffers]
 
-    def hidden(self) -> Tensor:
-        """Hidden states [T, M] before the final norm, of the last run."""
-        x, added = self._parts
-        return x + added
-
-    def repeat(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [T, M], of ids [T] at positions [T], as network.forward computes them."""
+    def run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [T, M] before the final norm, of ids [T] at positions [T], as network.forward computes them."""
+        ((cos, sin),) = angles(self._network, positions)
         self._x.copy_(embedded(self._network, ids))
-        for before, now in zip(self._turns, angles(self._network, positions), strict=True):
-            for kept, turn in zip(before, now, strict=True):
-                kept.copy_(turn)
-        if self._prepared is None:
-            self._prepared = (_Call * len(self._calls))(*(_prepared(kernel, given) for kernel, given, _ in self._calls))
-        kernels.library().repeat(self._prepared, INT64(len(self._prepared)))
-        return self.hidden()
+        self._call.cosine, self._call.sine = cos.data_ptr(), sin.data_ptr()
+        kernels.library().decoding_pass(ctypes.byref(self._call))
+        return self._x + self._added
 
+    def _fill(
+        self, native: _Product, product: PackedLinear, adapted: tuple[LowRankFactors, Tensor | None] | None
+    ) -> int:
+        """Describe a product to the native call; returns the rank of its factors, 0 where there are none."""
+        assert product.tiles is not None
+        native.packed, native.out, native.into = product.tiles.data_ptr(), product.out, product.into
+        if product.wide_bias is not None:
+            native.bias = product.wide_bias.data_ptr()
+        if adapted is None:
+            return 0
+        factors, masked = adapted
+        native.a_for_low, native.c_for_output = factors.a_for_low.data_ptr(), factors.c_for_output.data_ptr()
+        native.rank = len(factors.a)
+        if masked is not None:
+            native.masked = masked.data_ptr()
+        self._kept_alive.append(adapted)
+        return len(factors.a)
 
-def _prepared(kernel: Any, given: Sequence[Any]) -> _Call:
-    fractions = [each.value for each in given if isinstance(each, FLOAT)]
-    numbers = [each.value or 0 for each in given if not isinstance(each, FLOAT)]
-    return _Call(ctypes.cast(kernel, POINTER), (INT64 * 12)(*numbers), (FLOAT * 2)(*fractions))
+    def _group(self, prefix: Sequence[PrefixPages] | None, rows: slice, prompt: bool) -> _Group:
+        group = _Group(rows.start, rows.stop - rows.start, 0, prompt)
+        if prefix is not None:
+            pages = (ctypes.c_void_p * (2 * len(prefix)))(
+                *(layer.keys.data_ptr() for layer in prefix), *(layer.values.data_ptr() for layer in prefix)
+            )
+            group.prefix, group.shared = prefix[0].length, ctypes.addressof(pages)
+            self._kept_alive += [prefix, pages]
+        return group

@@ -163,7 +163,7 @@ def _pack(weight: Tensor, forward: Tensor | None, backward: Tensor | None) -> No
 
 
 class _Operands(ctypes.Structure):
-    """Operands of tiles.cpp. kept: the tensors that it points to."""
+    """Operands of kernels.h."""
 
     _fields_ = kernels.fields((POINTER, "a a2 b2"), (INT64, "depth2 rows"), (POINTER, "c"))
 
@@ -184,6 +184,5 @@ def _product(
     if low is not None and packed_low is not None:
         more = (low.data_ptr(), packed_low.data_ptr(), low.shape[1])
     operands = _Operands(x.data_ptr(), *more, rows, y.data_ptr())
-    operands.kept = (x, low, packed_low, y)
     call(_tile_library().product, operands, packed, depth, bias, out)
     return y
