@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sklearn.dummy import DummyClassifier
 
-from tunesmith.candidates.baselines import Confident, make_baseline
+from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.retrieval import Index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
@@ -64,7 +64,7 @@ def floors(folder: Path) -> None:
         given = floor.generate([Generation(messages=row.request) for row in test])
         answers = [each.text for each in given]
         right = [float(answer == truth) for answer, truth in zip(answers, wanted, strict=True)]
-        sure = tuple(each.confidence for each in given if isinstance(each, Confident))
+        sure = tuple(each.confidence for each in given if each.confidence is not None)
         labelled = Labelled(groups, groups, tuple(wanted), tuple(answers), sure if len(sure) == len(given) else None)
         macro = classes(labelled, 0.95, 0).macro_f1
         share = sum(right) / len(right)

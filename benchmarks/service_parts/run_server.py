@@ -14,11 +14,11 @@ from typing import Any
 
 from tests.server.fake_engine import FakeEngine
 
+from tunesmith.rollout.served_scorers import served_scorers
 from tunesmith.server.app import create_app
 from tunesmith.server.limits import ServerSettings
 from tunesmith.server.listening import DrainingServer
 from tunesmith.server.serving import Serving
-from tunesmith.services.rollouts import served_scorers
 from tunesmith.store.store import Store
 
 
