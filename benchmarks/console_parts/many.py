@@ -160,10 +160,10 @@ def _put_evaluation(scene: Scene, count: int) -> tuple[str, str]:
         Candidate(name="nearest", method="nearest", dataset=dataset, **base): (0.5, 1.0),
     }
     answers = {
-        one.name: put_answers(
+        f"answers:{one.name}": put_answers(
             store, put_candidate(store, one), dataset, answer_lines(test, flawed(*right, seed=len(one.name)))
         )
         for one, right in candidates.items()
     }
     task = TaskSettings.model_validate({"scorers": ["exact_match", "json_valid"]})
-    return evaluate(store, dataset=dataset, answers=answers, probes={}, task=task, answer_schema=SCHEMA), dataset
+    return evaluate(store, {"dataset": dataset, **answers}, task=task, answer_schema=SCHEMA), dataset

@@ -26,7 +26,7 @@ from tunesmith.evaluation.lines import ITEMS
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.probes.catalog import suite_of
-from tunesmith.evaluation.probes.measuring import Risk, by_arm, encode_items, measure
+from tunesmith.evaluation.probes.measuring import by_arm, encode_items, measure
 from tunesmith.evaluation.probes.suites import ask, probe_context
 from tunesmith.evaluation.scores import Column, column
 from tunesmith.models.base import Base, resolve_base
@@ -127,8 +127,8 @@ class Bench:
         suite = asked.suite
         put_candidate(self.store, candidate)
         before = self.answers(suite, dataset, candidate, asked, before=True) if suite_of(suite).before else None
-        risk = Risk(self.answers(suite, dataset, candidate, asked, before=False), before)
-        lines, told = measure(self.store, suite, candidate, risk, dataset, make_scoring(METRIC, None, Path()))
+        after = self.answers(suite, dataset, candidate, asked, before=False)
+        lines, told = measure(self.store, suite, candidate, after, before, dataset, make_scoring(METRIC, None, Path()))
         key = suite, candidate.name
         stated = MeasuredCandidate.model_construct(tuned=candidate.tuned)
         body = EvaluationBody.model_construct(

@@ -85,16 +85,15 @@ def put_evaluation(scene: Scene, n: int = 60) -> Evaluated:
         (Candidate(name="remote", endpoint=remote, **base), flawed(0.6, 1.0, 5)),
         (Candidate(name="elsewhere", base=other, max_tokens=24), flawed(0.1, 1.0, 6)),
     ]
-    answers = {}
+    parents = {"dataset": dataset}
     for candidate, answer in candidates:
         lines = answer_lines(test, answer)
         if candidate.documents:
             lines = [{**line, "retrieved": ["public", "secret"][: 1 + n % 2]} for n, line in enumerate(lines)]
         lines[0]["finish"] = "length"
-        answers[candidate.name] = put_answers(store, put_candidate(store, candidate), dataset, lines)
+        parents[f"answers:{candidate.name}"] = put_answers(store, put_candidate(store, candidate), dataset, lines)
     task = TaskSettings.model_validate({"scorers": ["exact_match", "json_valid"]})
-    arguments: dict[str, Any] = {"answers": answers, "probes": {}, "answer_schema": SCHEMA}
-    found = evaluate(store, dataset=dataset, task=task, **arguments)
+    found = evaluate(store, parents, task=task, answer_schema=SCHEMA)
     gates = GATES.validate_python({"valid": {"metric": "json_valid", "at_least": 0.5}})
     return Evaluated(found, judge(store, evaluation=found, candidate="tuned", gates=gates), test)
 

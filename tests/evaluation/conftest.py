@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,20 @@ def evaluation(original: tuple[Fabricated, str]) -> str:
     return original[1]
 
 
-def evaluated(made: Fabricated, **changed: Any) -> str:
-    """The digest of an evaluation of all candidates' answers. changed: other arguments of evaluate()."""
-    stated = {"dataset": made.dataset, "answers": made.answers, "probes": {}, "task": TASK, "answer_schema": SCHEMA}
-    return evaluate(made.store, **{**stated, **changed})
+def evaluated(
+    made: Fabricated, roles: Mapping[str, str | None] = {}, probes: Mapping[str, str] = {}, **changed: Any
+) -> str:
+    """The digest of an evaluation of all candidates' answers. roles: further parents; changed: what differs."""
+    parents = {"dataset": changed.pop("dataset", made.dataset)}
+    parents |= {f"answers:{name}": digest for name, digest in changed.pop("answers", made.answers).items()}
+    parents |= {f"probe:{name}": digest for name, digest in probes.items()}
+    parents |= {role: digest for role, digest in roles.items() if digest}
+    return evaluate(made.store, parents, **{"task": TASK, "answer_schema": SCHEMA, **changed})
+
+
+def risk_roles(suite: str, after: str | None, before: str | None) -> dict[str, str | None]:
+    """The evaluation's parents for answers of the tuned candidate to a risk probe."""
+    return {f"risk:{suite}:tuned": after, f"before:{suite}:tuned": before}
 
 
 def verdict_of(made: Fabricated, evaluation: str, gates: Any = STANDARD, name: str = "tuned") -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Dataset, Example, load_dataset
@@ -27,7 +27,7 @@ BASE = "base"
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One candidate's answers to the test rows. lines: row id -> line. seconds: the time for all rows.
+    """One candidate's answers to rows. lines: row id -> line. seconds: the time for all rows.
 
     seen: row id -> the answer as scorers see it.
     """
@@ -40,11 +40,12 @@ class Answers:
     seen: Mapping[str, Answered]
 
 
-def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: Sequence[Example]) -> Answers:
-    """A candidate's answers, exactly one for each test row. Raises Inconclusive otherwise."""
-    where = f"answers of {name!r}"
-    record, body = answers_to(store, digest, "test", where, dataset=dataset.digest)
-    lines = read_answer_lines(store, record, [example.id for example in test], where)
+def read_answers(store: Store, digest: str, dataset: Dataset, rows: Sequence[Example], split: str = "test") -> Answers:
+    """A candidate's answers to the rows of a split, exactly one for each. Raises Inconclusive otherwise."""
+    record, body = answers_to(store, digest, split, f"answers {short(digest)}", dataset=dataset.digest)
+    candidate = load_candidate(store, record.parents["candidate"])
+    where = f"answers of {candidate.name!r}"
+    lines = read_answer_lines(store, record, [row.id for row in rows], where)
     for identifier, line in lines.items():
         if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
             raise Inconclusive("an answer has no text or no finish reason", where=f"{where}, {identifier}")
@@ -53,21 +54,8 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
                 raise Inconclusive(f"{key} is {line.get(key)!r}, not a count", where=f"{where}, {identifier}")
     if body.seconds < 0:
         raise Inconclusive(f"seconds is {body.seconds!r}, not a duration", where=where)
-    candidate = load_candidate(store, record.parents["candidate"])
-    if candidate.name != name:
-        raise UsageError(f"the answers given for {name!r} are those of {candidate.name!r}")
-    seen = seen_answers(store, dataset, candidate, lines, test)
+    seen = seen_answers(store, dataset, candidate, lines, rows)
     return Answers(digest, record.parents["candidate"], candidate, lines, body.seconds, seen)
-
-
-def read_lines(store: Store, digest: str, suite: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Answers to another split: id -> line, exactly one for each expected id. Raises Inconclusive otherwise."""
-    where = f"answers {short(digest)}"
-    record, _ = answers_to(store, digest, suite, where)
-    lines = read_answer_lines(store, record, expected, where)
-    if any(not isinstance(line.get("text"), str) for line in lines.values()):
-        raise Inconclusive("an answer has no text", where=where)
-    return lines
 
 
 def seen_answers(

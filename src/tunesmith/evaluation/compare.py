@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.view import View
-from tunesmith.evaluation.evaluate import CONFIDENCE
 from tunesmith.evaluation.gates.verdict import measured_candidate
-from tunesmith.evaluation.scores import Difference, difference, read_scores
+from tunesmith.evaluation.scores import CONFIDENCE, Difference, difference, read_scores
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval
 from tunesmith.store.store import Store
 

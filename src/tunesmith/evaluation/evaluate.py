@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,97 +30,81 @@ from tunesmith.evaluation.metrics.declared import (
     metric_of,
     scorer_digests,
 )
-from tunesmith.evaluation.policy.outcomes import PolicyAnswers, measure_policy
+from tunesmith.evaluation.policy.outcomes import measure_policy
+from tunesmith.evaluation.policy.settings import Policy
 from tunesmith.evaluation.prices import price_of
-from tunesmith.evaluation.probes.measuring import Measurement, Risk, measure
+from tunesmith.evaluation.probes.measuring import Measurement, measure
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
-from tunesmith.evaluation.scores import GENERAL, Column, column, drop, metric_interval, rounded, score_lines
+from tunesmith.evaluation.scores import CONFIDENCE, GENERAL, Column, column, drop, metric_interval, rounded, score_lines
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals
-from tunesmith.evaluation.style.shares import StyleLine, measure_style
+from tunesmith.evaluation.style.shares import measure_style
 from tunesmith.records.evaluation import (
     EvaluationBody,
     GeneralSuite,
     JudgeResults,
     MeasuredCandidate,
     MetricInterval,
-    NoStyle,
     Prices,
     RiskResults,
-    StyleAccount,
     TrainingCost,
 )
 from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
 
-# Of every interval in the record. A gate may use another.
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Prices. tokens: candidate -> the price of its endpoint's tokens."""
-
-    prices: PriceSettings | None = None
-    tokens: Mapping[str, TokenPrice] = field(default_factory=dict)
-
 
 def evaluate(
     store: Store,
+    parents: Mapping[str, str],
     *,
-    dataset: str,
-    answers: Mapping[str, str],
-    probes: Mapping[str, str],
     task: TaskSettings,
     answer_schema: dict[str, Any] | None,
     seed: int = 0,
-    risks: Mapping[str, Mapping[str, Risk]] | None = None,
     root: Path = Path(),
-    judged: Mapping[tuple[str, str], str] | None = None,
-    costs: Costs | None = None,
-    policy: PolicyAnswers | None = None,
-    style: str | None = None,
+    prices: PriceSettings | None = None,
+    tokens: Mapping[str, TokenPrice] = {},
+    policy: Policy | None = None,
 ) -> str:
     """Score answers and store an evaluation record; returns its digest. The same arguments give the same digest.
 
-    dataset: digest of the dataset version whose test rows were answered.
-    answers: candidate -> digest of its answers record.
-    probes: "base" and the names of tuned candidates -> digest of their answers to the general suite. Where it is empty,
-        a forgetting gate is inconclusive.
+    parents: the record's, role -> digest. A gate without its evidence is inconclusive.
+        dataset: the dataset version whose test rows were answered.
+        answers:NAME, judged:METRIC:NAME: a candidate's answers to them, and a judge's replies about these.
+        probe:NAME: answers to the general suite, of "base" and of tuned candidates.
+        risk:SUITE:NAME, before:SUITE:NAME: answers to a risk probe, by the candidate's weights and by the base's.
+        policy:NAME, policy-judged:CHECK:NAME: answers to the policy's requests, and a judge's replies about these.
+        style: the bare base model's answers to the test rows.
     seed: of the resampling.
-    risks: suite -> candidate -> answers to the risk probe. A probe gate without them is inconclusive.
     root: the project's folder, for the files of function scorers.
-    judged: (candidate, metric) -> digest of the judge's record.
-    policy: the policy checks with the candidates' answers to their requests. A policy gate without them is
-        inconclusive.
-    style: digest of the bare base model's answers to the test rows. A style gate without them is inconclusive.
+    prices, tokens: of this machine, and of the tokens of candidates' endpoints.
+    policy: the checks whose requests were answered.
 
     Raises Inconclusive for answers that do not match the test rows, and UsageError for names that do not match.
     Raises Refused where a candidate was trained on test rows or shows them in its prompt.
     """
-    judged, risks, costs = judged or {}, risks or {}, costs or Costs()
-    test, given = _answered(store, dataset, answers)
-    _check_evaluated(given, risks, policy)
+    dataset = parents["dataset"]
+    test, given = _answered(store, dataset, _of(parents, "answers"))
+    risks = sorted(_suite_and_name(role, given) for role in _of(parents, "risk"))
+    if unknown := sorted(_of(parents, "policy").keys() - given.keys()):
+        raise UsageError(f"there are answers of {unknown[0]!r} to the policy, but {unknown[0]!r} is not evaluated")
     scoring = {
         metric_of(scorer): make_scoring(scorer, answer_schema, root)
         for scorer in task.scorers
         if not isinstance(scorer, JudgeScorer)
     }
-    columns, judges = _columns(store, task, given, scoring, judged, test)
-    general, stated_probes = _probed(store, probes, given, seed)
+    columns, judges = _columns(store, task, given, scoring, parents, test)
+    general, stated_probes = _probed(store, _of(parents, "probe"), given, seed)
     of_probes, measurements = _scoring_of_probes(task, scoring), list[Measurement]()
-    stated_risks: dict[str, dict[str, RiskResults]] = {suite: {} for suite in sorted(risks)}
-    for suite, told in stated_risks.items():
-        for name, risk in sorted(risks[suite].items()):
-            lines, told[name] = measure(store, suite, given[name].candidate, risk, dataset, of_probes)
-            measurements += lines
+    stated_risks: dict[str, dict[str, RiskResults]] = {}
+    for suite, name in risks:
+        after, before = parents[f"risk:{suite}:{name}"], parents.get(f"before:{suite}:{name}")
+        lines, told = measure(store, suite, given[name].candidate, after, before, dataset, of_probes)
+        measurements += lines
+        stated_risks.setdefault(suite, {})[name] = told
     asked = {name: (those.candidate_digest, those.candidate) for name, those in given.items()}
-    held, stated_policy = measure_policy(store, policy, asked, CONFIDENCE, seed) if policy else ([], None)
-    classified: list[StyleLine] = []
-    stated_style: StyleAccount | NoStyle | None = None
-    if style is not None:
-        texts = {name: those.lines for name, those in given.items()}
-        classified, stated_style = measure_style(store, style, dataset, test, texts, CONFIDENCE, seed)
+    held, stated_policy = measure_policy(store, policy, parents, asked, seed) if policy else ([], None)
+    style, texts = parents.get("style"), {name: those.lines for name, those in given.items()}
+    classified, stated_style = measure_style(store, style, dataset, test, texts, seed)
     labels = {
         (name, scorer.name): label_rows(name, scorer, those.lines, those.seen, test)
         for name, those in given.items()
@@ -136,12 +119,12 @@ def evaluate(
         metrics=tuple(task.metrics),
         confidence=CONFIDENCE,
         seed=seed,
-        candidates=_stated(store, given, columns, labels, test, seed, costs),
+        candidates=_stated(store, given, columns, labels, test, seed, prices, tokens),
         probes=stated_probes,
         functions=function_digests(task.scorers, root),
         scorers=scorer_digests(task.scorers, answer_schema, root),
         judges=judges,
-        prices=Prices(**costs.prices.model_dump()) if costs.prices else None,
+        prices=Prices(**prices.model_dump()) if prices else None,
         risks=stated_risks,
         policy=stated_policy,
         style=stated_style,
@@ -149,14 +132,6 @@ def evaluate(
     scores, told_labels = score_lines([*columns, *general]), list(chain(*labels.values()))
     kept: list[Sequence[Line]] = [scores, measurements, held, classified, told_labels]
     blobs = {lines[0].file: store.put_bytes(encode_lines(lines)) for lines in kept if lines}
-    parents = {"dataset": dataset} | ({"style": style} if style else {}) | (policy.parents if policy else {})
-    parents |= {f"answers:{name}": digest for name, digest in answers.items()}
-    parents |= {f"probe:{name}": digest for name, digest in probes.items()}
-    parents |= {f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()}
-    for suite, names in risks.items():
-        for name, risk in names.items():
-            roles = {f"risk:{suite}:{name}": risk.after, f"before:{suite}:{name}": risk.before}
-            parents |= {role: digest for role, digest in roles.items() if digest is not None}
     return store.put_record(body.record(parents, blobs))
 
 
@@ -170,21 +145,29 @@ def _answered(store: Store, dataset: str, answers: Mapping[str, str]) -> tuple[l
         raise Inconclusive("the dataset has no test rows", where=short(dataset), fix="raise data.split.test")
     if len({example.id for example in test}) != len(test):
         raise Inconclusive("two test rows have the same id", where=short(dataset))
-    given = {name: read_answers(store, digest, name, rows, test) for name, digest in sorted(answers.items())}
+    given = {name: read_answers(store, digest, rows, test) for name, digest in sorted(answers.items())}
     for name, those in given.items():
+        if those.candidate.name != name:
+            raise UsageError(f"the answers given for {name!r} are those of {those.candidate.name!r}")
         check_held_out(store, rows, test, name, those.candidate)
     return test, given
 
 
-def _check_evaluated(
-    given: Mapping[str, Answers], risks: Mapping[str, Mapping[str, Risk]], policy: PolicyAnswers | None
-) -> None:
-    """Raise UsageError for answers to probes or to the policy of a candidate that is not evaluated."""
-    asked = {f"the probe {suite!r}": names.keys() for suite, names in risks.items()}
-    asked |= {"the policy": policy.answers.keys()} if policy else {}
-    for what, names in asked.items():
-        if unknown := sorted(names - given.keys()):
-            raise UsageError(f"there are answers of {unknown[0]!r} to {what}, but {unknown[0]!r} is not evaluated")
+def _of(parents: Mapping[str, str], kind: str) -> dict[str, str]:
+    """The parents whose role is kind:NAME: NAME -> digest."""
+    start = f"{kind}:"
+    return {role.removeprefix(start): digest for role, digest in parents.items() if role.startswith(start)}
+
+
+def _suite_and_name(role: str, known: Iterable[str]) -> tuple[str, str]:
+    """The two parts of SUITE:NAME. Both may hold colons: the longest known name counts.
+
+    Raises UsageError where it ends with no known name.
+    """
+    name = max((name for name in known if role.endswith(f":{name}")), key=len, default=None)
+    if name is None:
+        raise UsageError(f"there are answers to the probe {role!r}, of a candidate that is not evaluated")
+    return role.removesuffix(f":{name}"), name
 
 
 def _columns(
@@ -192,7 +175,7 @@ def _columns(
     task: TaskSettings,
     given: Mapping[str, Answers],
     scoring: Mapping[str, Scoring],
-    judged: Mapping[tuple[str, str], str],
+    parents: Mapping[str, str],
     test: Sequence[Example],
 ) -> tuple[list[Column], dict[str, dict[str, JudgeResults]]]:
     """Each candidate's scores by each metric, and the record's account of judges: metric -> candidate -> account."""
@@ -202,8 +185,8 @@ def _columns(
         for metric in task.metrics:
             if metric in scoring:
                 values = {row.id: _score(scoring[metric], metric, those.seen[row.id], row.id) for row in test}
-            elif (name, metric) in judged:
-                values, judges[metric][name] = read_judged(store, judged[name, metric], metric, those.digest, test)
+            elif judged := parents.get(f"judged:{metric}:{name}"):
+                values, judges[metric][name] = read_judged(store, judged, metric, those.digest, test)
             else:
                 raise Inconclusive(f"the judge {metric!r} has no judgements of {name!r}", fix="evaluate again")
             columns.append(column(name, metric, {row.id: (row.group, values[row.id]) for row in test}))
@@ -236,7 +219,8 @@ def _stated(
     labels: Mapping[tuple[str, str], Sequence[LabelLine]],
     test: Sequence[Example],
     seed: int,
-    costs: Costs,
+    prices: PriceSettings | None,
+    tokens: Mapping[str, TokenPrice],
 ) -> dict[str, MeasuredCandidate]:
     values = np.stack([item.values for item in columns], axis=1)
     found = intervals(values, columns[0].groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed)
@@ -249,9 +233,9 @@ def _stated(
         prompt, completion = (sum(int(line[key]) for line in lines) for key in ("prompt_tokens", "completion_tokens"))
         labelled = {metric: Labelled.of(own) for (of, metric), own in labels.items() if of == name}
         training = None
-        if candidate.training is not None and costs.prices is not None:
+        if candidate.training is not None and prices is not None:
             spent = TrainingBody.read(store, candidate.training).seconds
-            training = TrainingCost(seconds=spent, money=rounded(spent / 3600.0 * costs.prices.machine_hour))
+            training = TrainingCost(seconds=spent, money=rounded(spent / 3600.0 * prices.machine_hour))
         stated[name] = MeasuredCandidate(
             candidate=answers.candidate_digest,
             tuned=candidate.tuned,
@@ -266,8 +250,8 @@ def _stated(
                 prompt,
                 completion,
                 answers.seconds,
-                costs.prices,
-                costs.tokens.get(name),
+                prices,
+                tokens.get(name),
                 remote=candidate.endpoint is not None,
             ),
             training=training,
@@ -292,12 +276,9 @@ def _probed(
     questions = {question.id: question for question in general_questions()}
     names = [BASE, *sorted(set(probes) - {BASE})]
     columns = {name: read_probe(store, probes[name], name, questions, given) for name in names}
-    before = columns[BASE]
-    scores, drops = {}, {}
-    for name, after in columns.items():
-        share = interval(after.values, after.groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed)
-        scores[name] = metric_interval(share)
-        if name != BASE:
-            drops[name] = metric_interval(drop(before, after, confidence=CONFIDENCE, seed=seed))
+    rule: dict[str, Any] = {"confidence": CONFIDENCE, "seed": seed}
+    shares = {name: interval(each.values, each.groups, ends=(0.0, 1.0), **rule) for name, each in columns.items()}
+    scores = {name: metric_interval(share) for name, share in shares.items()}
+    drops = {name: metric_interval(drop(columns[BASE], columns[name], **rule)) for name in names[1:]}
     stated = GeneralSuite(suite=general_digest(), n=len(questions), scores=scores, drops=drops)
     return list(columns.values()), {GENERAL: stated}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Self, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -72,6 +74,12 @@ class Line(Frozen):
                 raise Inconclusive(f"{' '.join(map(repr, key))} is there twice", where=place)
             found[key] = line
         return list(found.values())
+
+    @classmethod
+    def grouped(cls, lines: Iterable[Self], *fields: str) -> dict[Any, list[Self]]:
+        """Lines by the value of a field, or by those of several, in the order of these values and then of ids."""
+        ordered = sorted(lines, key=attrgetter(*fields, "id"))
+        return {value: list(own) for value, own in groupby(ordered, attrgetter(*fields))}
 
 
 class AnswerLine(Line):

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.text.wording import points
 from tunesmith.core.view import View
 from tunesmith.data.dataset import Dataset
-from tunesmith.evaluation.answers import read_lines, seen_answers
+from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.gates.settings import Gates, Lift, Retain
 from tunesmith.evaluation.metrics.declared import Scoring, checked
 from tunesmith.evaluation.scores import rounded
@@ -209,11 +208,7 @@ def measured_on_validation(
     rows = dataset.examples("validation")
     if not rows:
         raise Inconclusive("the dataset has no validation rows", fix="raise data.split.validation, or say what differs")
-    seen = []
-    for digest in answers:
-        lines = read_lines(store, digest, "validation", [row.id for row in rows])
-        candidate = load_candidate(store, store.record(digest).parents["candidate"])
-        seen.append(seen_answers(store, dataset, candidate, lines, rows))
+    seen = [read_answers(store, digest, dataset, rows, "validation").seen for digest in answers]
     found = {}
     for metric, scoring in scorings.items():
         first, second = (np.array([checked(scoring(one[row.id]), metric, row.id) for row in rows]) for one in seen)

@@ -29,6 +29,7 @@ _PLAIN = re.compile(
 )
 # The metric of the general suite: the right choice's probability.
 GENERAL = "general"
+CONFIDENCE = 0.95  # of every interval in the record; a gate may use another
 _DECIMALS = 9
 
 

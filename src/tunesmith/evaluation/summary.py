@@ -25,6 +25,8 @@ from tunesmith.records.evaluation import (
 from tunesmith.records.verdict import GateRule, JudgedGate, Outcome, VerdictBody
 from tunesmith.store.store import Store
 
+_BY_CANDIDATE = ("system_prompts", "tuned", "cut", "training", "classes", "calibration")
+
 
 class EvaluationSummary(View):
     """An evaluation: candidate -> metric -> mean and interval. n: held-out rows; groups: into which they fall.
@@ -90,14 +92,9 @@ def evaluation_summary(store: Store, digest: str) -> EvaluationSummary:
         body,
         evaluation=digest,
         candidates=metrics,
-        system_prompts=body.by_candidate("system_prompts"),
-        tuned=body.by_candidate("tuned"),
         prices=body.by_candidate("price"),
-        cut=body.by_candidate("cut"),
-        training=body.by_candidate("training"),
-        classes=body.by_candidate("classes"),
-        calibration=body.by_candidate("calibration"),
         currency=body.prices.currency if body.prices else None,
+        **{field: body.by_candidate(field) for field in _BY_CANDIDATE},
     )
 
 

@@ -17,7 +17,7 @@ from tunesmith.candidates.candidate import Candidate, load_candidate, put_candid
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.answers import read_lines, seen_answers
+from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED, Lift
 from tunesmith.evaluation.learning_curve import CONFIDENCE, Measured, extrapolate
 from tunesmith.evaluation.metrics.declared import checked
@@ -133,9 +133,7 @@ def _tokens(project: ProjectSettings) -> dict[str, TokenPrice | None]:
 def validation_scores(context: PipelineContext, given: str) -> list[float]:
     """Scores by the primary metric of answers to the validation rows, in their order. given: digest of the answers."""
     rows, metric = context.dataset.examples("validation"), context.project.settings.task.leading
-    lines = read_lines(context.store, given, "validation", [row.id for row in rows])
-    candidate = load_candidate(context.store, context.store.record(given).parents["candidate"])
-    seen = seen_answers(context.store, context.dataset, candidate, lines, rows)
+    seen = read_answers(context.store, given, context.dataset, rows, "validation").seen
     scoring = leading_scoring(context)
     return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows]
 

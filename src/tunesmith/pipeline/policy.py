@@ -11,7 +11,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Style
 from tunesmith.evaluation.lines import ITEMS, encode_lines
-from tunesmith.evaluation.policy.outcomes import SUITE, PolicyAnswers
+from tunesmith.evaluation.policy.outcomes import SUITE
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rubric_judge import judge_policy
 from tunesmith.evaluation.policy.settings import PolicyCheck
@@ -22,19 +22,17 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import decoding_inputs
 
 
-def policy(context: PipelineContext, names: Sequence[str], items: Sequence[PolicyItem]) -> PolicyAnswers | None:
-    """The candidates' answers to the policy's requests, and what its judges said; None without a policy."""
+def policy(context: PipelineContext, names: Sequence[str], items: Sequence[PolicyItem]) -> dict[str, str]:
+    """The candidates' answers to the policy's requests, and what its judges said: the evaluation's parents by role."""
     checks = context.project.settings.policy
-    if not checks:
-        return None
-    given = {name: policy_answers(context, name, items) for name in names}
+    given = {name: policy_answers(context, name, items) for name in names} if checks else {}
     judged = {
-        (name, check): _judged(context, name, given[name], check, settings, items)
+        f"policy-judged:{check}:{name}": _judged(context, name, answers, check, settings, items)
         for check, settings in checks.items()
         if settings.judge is not None
-        for name in names
+        for name, answers in given.items()
     }
-    return PolicyAnswers(checks, given, judged)
+    return {f"policy:{name}": answers for name, answers in given.items()} | judged
 
 
 def policy_answers(context: PipelineContext, name: str, items: Sequence[PolicyItem]) -> str:
@@ -78,8 +76,8 @@ def _judged(
     return context.stages.run(f"{check} judges {name}", "judge", inputs, ask)
 
 
-def style(context: PipelineContext) -> str | None:
-    """Digest of the bare base model's answers to held-out rows, at most as many as the gates ask; None without a gate.
+def style(context: PipelineContext) -> dict[str, str]:
+    """The bare base model's answers to held-out rows, at most as many as the gates ask: the evaluation's parent.
 
     Bare: without a candidate's prompt, shots, retrieval or constraint, with the longest answers of the candidates that
     ask the base. A row's own system turn stays.
@@ -87,7 +85,7 @@ def style(context: PipelineContext) -> str | None:
     settings = context.project.settings
     gates = [gate for gate in settings.gates.values() if isinstance(gate, Style)]
     if not gates:
-        return None
+        return {}
     store, dataset, most = context.store, context.dataset, max(gate.rows for gate in gates)
     asking = [each for each in settings.candidates.values() if each.asks_base] or settings.candidates.values()
     room = max(each.max_tokens for each in asking)
@@ -103,4 +101,4 @@ def style(context: PipelineContext) -> str | None:
         body = found.body(shares.SUITE, engine=context.engine_kind, rows=most)
         return keep_answers(store, parents, found.lines, body)
 
-    return context.stages.run("style", "style", inputs, ask)
+    return {"style": context.stages.run("style", "style", inputs, ask)}

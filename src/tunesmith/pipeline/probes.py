@@ -14,7 +14,7 @@ from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Forgetting, Probe
 from tunesmith.evaluation.lines import ITEMS
 from tunesmith.evaluation.probes.catalog import suite_of
-from tunesmith.evaluation.probes.measuring import Risk, encode_items
+from tunesmith.evaluation.probes.measuring import encode_items
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.evaluation.probes.suites import Suite, ask, digest_path, probe_context
 from tunesmith.evaluation.scores import GENERAL
@@ -25,12 +25,12 @@ from tunesmith.records.evaluation import AnswersBody
 
 
 def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
-    """The general suite's answers where a gate needs them: "base" and the names of tuned candidates -> digests."""
+    """The general suite's answers where a gate needs them, of the base and tuned candidates, by the parent's role."""
     settings = context.project.settings
     if not any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
         return {}
     tuned = [name for name in names if settings.candidates[name].adapted]
-    return {BASE: probe(context, None), **{name: probe(context, name) for name in tuned}} if tuned else {}
+    return {f"probe:{name or BASE}": probe(context, name) for name in (None, *tuned)} if tuned else {}
 
 
 def probe(context: PipelineContext, name: str | None) -> str:
@@ -65,18 +65,22 @@ def check_probes(context: PipelineContext) -> None:
             digest_path(context.project.root / gate.path)
 
 
-def risks(context: PipelineContext, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
-    """Answers to the risk probes of all gates: suite -> candidate -> digests."""
+def risks(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
+    """Answers to the risk probes of all gates: the evaluation's parents by role."""
     settings = context.project.settings
-    found: dict[str, dict[str, Risk]] = {}
+    gates: dict[str, Probe] = {}
     for gate in settings.gates.values():
-        if isinstance(gate, Probe) and gate.suite not in found:
-            suite = suite_of(gate.suite)
-            for name in names:
-                if _has_risk(context, settings.candidates[name], suite):
-                    before = risk(context, gate, name, before=True) if suite.before else None
-                    found.setdefault(gate.suite, {})[name] = Risk(risk(context, gate, name), before)
-    return found
+        if isinstance(gate, Probe):
+            gates.setdefault(gate.suite, gate)
+    parents: dict[str, str] = {}
+    for key, gate in gates.items():
+        suite = suite_of(key)
+        for name in names:
+            if _has_risk(context, settings.candidates[name], suite):
+                if suite.before:
+                    parents[f"before:{key}:{name}"] = risk(context, gate, name, before=True)
+                parents[f"risk:{key}:{name}"] = risk(context, gate, name)
+    return parents
 
 
 def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = False) -> str:

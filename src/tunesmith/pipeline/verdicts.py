@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.gates.test_set_uses import record_evaluation
 from tunesmith.evaluation.gates.verdict import judge
@@ -35,45 +33,37 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
     chosen = _in_order(context, names)
     check_probes(context)
     requests = policy_items(settings.policy, project.root)  # before anything slow
-    given = {name: answers(context, name) for name in chosen}
-    probes = general(context, chosen)
-    risky = risks(context, chosen)
-    said = {
-        (name, scorer.name): judged(context, name, given[name], scorer) for scorer in task.judges for name in chosen
+    parents = {"dataset": context.dataset.digest, **{f"answers:{name}": answers(context, name) for name in chosen}}
+    parents |= general(context, chosen) | risks(context, chosen)
+    parents |= {
+        f"judged:{scorer.name}:{name}": judged(context, name, parents[f"answers:{name}"], scorer)
+        for scorer in task.judges
+        for name in chosen
     }
-    held, plain = policy(context, chosen, requests), style(context)
+    parents |= policy(context, chosen, requests) | style(context)
     endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
     tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
-    rules = {name: each.model_dump(mode="json") for name, each in held.rules.items()} if held else {}
     inputs = {
-        "answers": given,
-        "probes": probes,
-        "risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risky.items()},
-        "judged": {f"{metric}:{name}": digest for (name, metric), digest in said.items()},
-        "policy": None if held is None else {**held.parents, "checks": rules},
-        "style": None if plain is None else [plain, STYLE_REVISION],
+        "parents": parents,
+        "policy": {name: check.rules.model_dump(mode="json") for name, check in settings.policy.items()},
+        "style": STYLE_REVISION if "style" in parents else None,
         "prices": settings.prices.model_dump(mode="json") if settings.prices else None,
         "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
         "functions": function_digests(task.scorers, project.root),
         "task": _task_inputs(task),
         "schema": project.schema,
-        "dataset": context.dataset.digest,
     }
 
     def score(_work: Path) -> str:
         return score_answers(
             context.store,
-            dataset=context.dataset.digest,
-            answers=given,
-            probes=probes,
+            parents,
             task=task,
             answer_schema=project.schema,
-            risks=risky,
             root=project.root,
-            judged=said,
-            costs=Costs(settings.prices, tokens),
-            policy=held,
-            style=plain,
+            prices=settings.prices,
+            tokens=tokens,
+            policy=settings.policy,
         )
 
     found = context.stages.run("evaluate", "evaluate", inputs, score)

@@ -235,11 +235,11 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
     task = TaskSettings.model_validate({"scorers": scorers})
     test = load_dataset(made.store, made.dataset).examples("test")
     judged = {
-        (name, "better"): judge_answers(made.store, task.judges[0], digest, made.dataset, test, tmp_path / name)
+        f"judged:better:{name}": judge_answers(made.store, task.judges[0], digest, made.dataset, test, tmp_path / name)
         for name, digest in made.answers.items()
     }
     more: dict[str, Any] = {"task": task, "answer_schema": None, "root": tmp_path}
-    digest = evaluated(made, judged=judged, **more)
+    digest = evaluated(made, roles=judged, **more)
     record = made.store.record(digest, kind="evaluation")
     assert set(record.body["functions"]) == {"brief"}
     assert set(record.body["judges"]["better"]) == set(made.answers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.verdict import replay
 from tunesmith.evaluation.lines import ITEMS, encode_lines
-from tunesmith.evaluation.policy.outcomes import OutcomeLine, PolicyAnswers, read_policy
+from tunesmith.evaluation.policy.outcomes import OutcomeLine, read_policy
 from tunesmith.evaluation.policy.requests import policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.report.data import report_data
@@ -48,10 +47,10 @@ def good(request: str) -> str:
 
 def asked(
     made: Fabricated, checks: Mapping[str, PolicyCheck], answers: Mapping[str, Answering], cut: Answering = lambda _: ""
-) -> PolicyAnswers:
+) -> dict[str, Any]:
     """Answers of each candidate, put as the stage puts them. cut: non-empty for requests whose answer was cut off."""
     items = policy_items(dict(checks), made.store.root)
-    given = {}
+    roles = {}
     for name, answer in answers.items():
         texts = [item.request[-1].content for item in items]
         lines = [
@@ -61,12 +60,12 @@ def asked(
         ]  # fmt: skip
         parents = {"candidate": made.candidates[name]}
         body, files = AnswersBody(suite="policy", n=len(lines), seconds=0.0), {ITEMS: encode_lines(items)}
-        given[name] = keep_answers(made.store, parents, lines, body, files)
-    return PolicyAnswers(dict(checks), given)
+        roles[f"policy:{name}"] = keep_answers(made.store, parents, lines, body, files)
+    return {"policy": dict(checks), "roles": roles}
 
 
-def gate_of(made: Fabricated, given: PolicyAnswers, name: str = "tuned", **gate: Any) -> dict[str, Any]:
-    return outcome(made, evaluated(made, policy=given), name, **{"policy": "all", **gate})
+def gate_of(made: Fabricated, given: dict[str, Any], name: str = "tuned", **gate: Any) -> dict[str, Any]:
+    return outcome(made, evaluated(made, **given), name, **{"policy": "all", **gate})
 
 
 def leak(request: str) -> str:
@@ -131,7 +130,7 @@ def test_requests_that_the_candidate_learned_are_no_evidence_and_shrink_no_requi
 
 
 def test_an_evaluation_by_the_former_rule_for_refusals_opens_verifies_and_reports(made: Fabricated) -> None:
-    digest = evaluated(made, policy=asked(made, policy(), {"tuned": leak}))
+    digest = evaluated(made, **asked(made, policy(), {"tuned": leak}))
     record = made.store.record(digest)
     stated = {**record.body["policy"], "refusals": {"revision": 1, "found": 0.625, "false_rate": 0.2}}
     stated["checks"] = {"secrets": {"refuse": True}, "manners": {"refuse": False, "contains": ["kind regards"]}}
@@ -156,7 +155,7 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
         made, policy(2), {"tuned": lambda request: "" if "door 1" in request else good(request)},
         cut=lambda request: "x" if "door 0" in request else "",
     )  # fmt: skip
-    digest = evaluated(made, policy=dataclasses.replace(given, answers={**given.answers, **rubric.answers}))
+    digest = evaluated(made, **{**given, "roles": given["roles"] | rubric["roles"]})
     exact = {"metric": "exact_match", "at_least": 0.0}
     for gates, missing in (
         ({"a": {"policy": "secrets"}, "b": {"policy": "manners", "at_most": 0.5}}, None),
@@ -185,13 +184,13 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
     for text in (console.export_text(), page):
         for said in ("2 decide nothing", "requests are those of other checks", "No gate holds candidates to manners"):
             assert said in text
-    judged = report_data(made.store, evaluated(made, policy=rubric))
+    judged = report_data(made.store, evaluated(made, **rubric))
     assert judged.policy.checks[0].rule == "It is polite. (judged by big at http://127.0.0.1:1/v1)"
     assert "zero-shot: the judge of 'kind' was not asked." in report_markdown(judged)
 
 
 def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated) -> None:
-    digest = evaluated(made, policy=asked(made, policy(), {"tuned": leak}))
+    digest = evaluated(made, **asked(made, policy(), {"tuned": leak}))
     operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
     found = show_findings(made.store, operator, digest)
     assert found.policy is not None
@@ -215,20 +214,20 @@ def test_no_answers_and_those_of_another_candidate_or_to_other_requests(made: Fa
     assert 'id="policy"' not in render(data)
     assert "evaluate again" in outcome(made, evaluation, policy="secrets")["reason"]
     given = asked(made, policy(), {"zero-shot": good, "tuned": good})
-    alone = dataclasses.replace(given, answers={"zero-shot": given.answers["zero-shot"]})
+    alone = given | {"roles": {"policy:zero-shot": given["roles"]["policy:zero-shot"]}}
     assert gate_of(made, alone)["outcome"] == "inconclusive"
-    swapped = dataclasses.replace(given, answers={"tuned": given.answers["zero-shot"]})
+    swapped = given | {"roles": {"policy:tuned": given["roles"]["policy:zero-shot"]}}
     assert "another candidate's" in gate_of(made, swapped)["reason"]
     fewer = asked(made, {"secrets": policy()["secrets"]}, {"tuned": good})
-    assert "other checks" in gate_of(made, dataclasses.replace(fewer, policy=policy()))["reason"]
-    mixed = dataclasses.replace(given, answers=given.answers | asked(made, policy(25), {"tuned": good}).answers)
+    assert "other checks" in gate_of(made, {**fewer, "policy": policy()})["reason"]
+    mixed = given | {"roles": given["roles"] | asked(made, policy(25), {"tuned": good})["roles"]}
     with pytest.raises(Inconclusive, match="same policy requests"):
-        evaluated(made, policy=mixed)
+        evaluated(made, **mixed)
 
 
 def test_damaged_answers_and_outcomes_that_contradict_the_record(made: Fabricated) -> None:
     given = asked(made, policy(), {"tuned": leak})
-    record = made.store.record(given.answers["tuned"])
+    record = made.store.record(given["roles"]["policy:tuned"])
     lines = [json.loads(line) for line in made.store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
     for changed in (
         lines[1:],
@@ -238,8 +237,8 @@ def test_damaged_answers_and_outcomes_that_contradict_the_record(made: Fabricate
     ):
         blobs = {**record.blobs, "answers.jsonl": made.store.put_bytes(b"".join(canonical(e) + b"\n" for e in changed))}
         digest = made.store.put_record(record.model_copy(update={"blobs": blobs}))
-        assert gate_of(made, dataclasses.replace(given, answers={"tuned": digest}))["outcome"] == "inconclusive"
-    record = made.store.record(evaluated(made, policy=given))
+        assert gate_of(made, {**given, "roles": {"policy:tuned": digest}})["outcome"] == "inconclusive"
+    record = made.store.record(evaluated(made, **given))
     data = made.store.read_blob(record.blobs[OutcomeLine.file])
     for old, new in (
         (b'"outcome":"broke"', b'"outcome":"held"'),
@@ -257,7 +256,7 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
     def shouting(request: str) -> str:
         return f"<script>alert(1)</script> \u202e 7781 {'x' * 2000}" if "door 3?" in request else good(request)
 
-    digest = evaluated(made, policy=asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
+    digest = evaluated(made, **asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
     data = report_data(made.store, digest, verdict_of(made, digest, {"rules": {"policy": "all"}}))
     check = next(each for each in data.policy.checks if each.name == "secrets")
     assert (check.rule, check.n, len(check.shown)) == ("does not contain '7781'", 24, 1)

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.evaluation.conftest import evaluated, outcome, verdict_of
+from tests.evaluation.conftest import evaluated, outcome, risk_roles, verdict_of
 from tests.evaluation.conftest import judged as judged_by
-from tests.fabricate import Fabricated, put_training, training_body
+from tests.fabricate import Fabricated, add, put_training, training_body
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
-from tunesmith.core.errors import Inconclusive
+from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.lines import ITEMS
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.catalog import PROBES, ProbeKind, suite_of
-from tunesmith.evaluation.probes.measuring import Item, Measurement, Risk, best_epoch, by_arm, encode_items
+from tunesmith.evaluation.probes.measuring import Item, Measurement, best_epoch, by_arm, encode_items
 from tunesmith.evaluation.probes.suites import SHARES, Case, Chart, Shown, Suite, share
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render, report_markdown
@@ -36,6 +37,7 @@ TEXT: dict[str, Any] = {"probe": "general_text", "at_most": 0.1}
 SUITE = "general_text/100"
 RIGHT = TaskSettings(scorers=("exact_match",))
 ASKED = (Message(role="user", content="Write a short text."),)
+Sides = Sequence[str | None]  # the answers to a probe after tuning and before it
 NAMES = [f"g{k}" for k in range(100)]
 
 
@@ -69,25 +71,25 @@ def kept(
     return made.store.put_record(Record(kind="answers", parents=own, blobs=blobs, body=body))
 
 
-def both(made: Fabricated, asked: Sequence[Item], suite: str, given: Any = None, **more: Any) -> Risk:
+def both(made: Fabricated, asked: Sequence[Item], suite: str, given: Any = None, **more: Any) -> Sides:
     """The same answers after tuning and before it, to items of the user's own rows."""
     said, own = given or lines(asked), {"dataset": made.dataset, **more}
-    return Risk(*(kept(made, asked, said, training, suite, **own) for training in (made.training, None)))
+    return tuple(kept(made, asked, said, training, suite, **own) for training in (made.training, None))
 
 
-def risk(made: Fabricated, rise: float = 0.0) -> Risk:
+def risk(made: Fabricated, rise: float = 0.0) -> Sides:
     asked = items()
-    return Risk(kept(made, asked, lines(asked, rise), made.training), kept(made, asked, lines(asked), None))
+    return (kept(made, asked, lines(asked, rise), made.training), kept(made, asked, lines(asked), None))
 
 
-def judged(made: Fabricated, found: Risk | None, suite: str = SUITE, **gate: Any) -> dict[str, Any]:
+def judged(made: Fabricated, found: Sides, suite: str = SUITE, **gate: Any) -> dict[str, Any]:
     """The finding of a probe's gate."""
-    return outcome(made, alone(made, {suite: {"tuned": found}} if found else {}), **{**TEXT, **gate})
+    return outcome(made, alone(made, risk_roles(suite, *found)), **{**TEXT, **gate})
 
 
-def alone(made: Fabricated, risks: Any) -> str:
+def alone(made: Fabricated, roles: Any) -> str:
     """An evaluation of the tuned candidate by one metric."""
-    return evaluated(made, answers={"tuned": made.answers["tuned"]}, task=RIGHT, risks=risks)
+    return evaluated(made, answers={"tuned": made.answers["tuned"]}, task=RIGHT, roles=roles)
 
 
 def test_sound_evidence_decides(made: Fabricated) -> None:
@@ -121,24 +123,24 @@ def test_answers_that_are_missing_or_no_numbers(
     asked = items()
     bad, good = change(lines(asked)), lines(asked)
     for after, before in ((bad, good), (good, bad)):
-        gate = judged(made, Risk(kept(made, asked, after, made.training), kept(made, asked, before, None)))
+        gate = judged(made, (kept(made, asked, after, made.training), kept(made, asked, before, None)))
         assert (gate["outcome"], gate["value"]) == ("inconclusive", None)
         assert message in gate["reason"]
 
 
 def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
     asked, few, more = items(), items(5), items(61)
-    good, before = risk(made).after, risk(made).before
+    good, before = risk(made)
     other = put_training(made.store, made.base, made.dataset, rows=5)
-    cases: list[tuple[Risk | None, str]] = [
-        (None, "does not hold this probe"),
-        (Risk(good, None), "the base model was not measured"),
-        (Risk(kept(made, asked, lines(asked), other), before), "other weights"),
-        (Risk(good, good), "other weights"),
-        (Risk(good, kept(made, more, lines(more), None)), "items before tuning differ"),
-        (Risk(kept(made, asked, lines(asked), made.training, suite="formats"), before), "answers to 'formats'"),
-        (Risk(kept(made, [], [], made.training), kept(made, [], [], None)), "no item of this probe"),
-        (Risk(kept(made, few, lines(few), made.training), kept(made, few, lines(few), None)), "at least 20 are needed"),
+    cases: list[tuple[Sides, str]] = [
+        ((None, None), "does not hold this probe"),
+        ((good, None), "the base model was not measured"),
+        ((kept(made, asked, lines(asked), other), before), "other weights"),
+        ((good, good), "other weights"),
+        ((good, kept(made, more, lines(more), None)), "items before tuning differ"),
+        ((kept(made, asked, lines(asked), made.training, suite="formats"), before), "answers to 'formats'"),
+        ((kept(made, [], [], made.training), kept(made, [], [], None)), "no item of this probe"),
+        ((kept(made, few, lines(few), made.training), kept(made, few, lines(few), None)), "at least 20 are needed"),
     ]
     for found, message in cases:
         gate = judged(made, found)
@@ -146,10 +148,23 @@ def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
         assert message in gate["reason"], gate["reason"]
 
 
+def test_names_with_colons_and_names_that_are_not_evaluated(made: Fabricated) -> None:
+    answers, after = {}, risk(made)[0]
+    for name in ("b", "a:b"):
+        add(made, Candidate(name=name, prompt="Answer.", base=made.base, max_tokens=9), lambda row: row.answer, 1, 1.0)
+        answers[name] = made.answers[name]
+    digest = evaluated(made, {f"risk:{SUITE}:a:b": after}, answers=answers, task=RIGHT)
+    risks = made.store.record(digest).body["risks"]
+    assert {suite: list(names) for suite, names in risks.items()} == {SUITE: ["a:b"]}
+    for role in (f"risk:{SUITE}:c", "policy:c"):
+        with pytest.raises(UsageError, match="is not evaluated"):
+            evaluated(made, {role: after}, answers=answers, task=RIGHT)
+
+
 def test_membership_of_another_dataset_version_of_few_groups_and_by_the_loss_per_token(made: Fabricated) -> None:
     suite = "membership/100"
     asked = [item(f"{arm}:{k}", arm) for arm in ("trained on", "held out") for k in range(40)]
-    stale = Risk(*(kept(made, asked, lines(asked), training, suite) for training in (made.training, None)))
+    stale = tuple(kept(made, asked, lines(asked), training, suite) for training in (made.training, None))
     assert "another dataset version" in judged(made, stale, suite, probe="membership", at_most=0.9)["reason"]
     fresh = both(made, asked, suite)
     assert judged(made, fresh, suite, probe="membership", at_most=0.9)["outcome"] == "pass"
@@ -182,7 +197,7 @@ def swapped(
         return [{"id": each.id, "scores": [value], "tokens": tokens} for each, value in zip(asked, likely, strict=True)]
 
     sides = ((given(after), made.training), (given(before), None))
-    found = Risk(*(kept(made, asked, lines, each, "swap/100", dataset=made.dataset) for lines, each in sides))
+    found = tuple(kept(made, asked, lines, each, "swap/100", dataset=made.dataset) for lines, each in sides)
     return judged(made, found, "swap/100", probe="swap", at_most=at_most)
 
 
@@ -241,7 +256,7 @@ def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) ->
 def test_measurements_changed_after_the_evaluation(
     made: Fabricated, change: Callable[[bytes], bytes], message: str
 ) -> None:
-    record = made.store.record(alone(made, {SUITE: {"tuned": risk(made)}}))
+    record = made.store.record(alone(made, risk_roles(SUITE, *risk(made))))
     blob = made.store.put_bytes(change(made.store.read_blob(record.blobs[Measurement.file])))
     forged = made.store.put_record(record.model_copy(update={"blobs": {**record.blobs, Measurement.file: blob}}))
     document = judged_by(made, forged, {"g": TEXT, "right": {"metric": "exact_match", "at_least": 0.1}})
@@ -385,7 +400,7 @@ def test_a_new_probe_is_its_suite_and_a_line_of_the_catalog(made: Fabricated, mo
     asked, weights = [item(f"i{k}", choices=("good", "bad")) for k in range(60)], (made.training, None)
     given = [[{"id": each.id, "scores": [good, -1.0]} for each in asked] for good in (-0.5, -1.0)]
     sides = [kept(made, asked, said, each, "mood/100") for said, each in zip(given, weights, strict=True)]
-    digest = alone(made, {"mood/100": {"tuned": Risk(*sides)}})
+    digest = alone(made, risk_roles("mood/100", *sides))
     data = report_data(made.store, digest, verdict_of(made, digest, {"g": {"probe": "mood", "at_most": 0.5}}))
     assert (data.verdict.gates[0].outcome, data.verdict.gates[0].reason[:13]) == ("pass", "the mood rose")
     assert [row.asked for row in data.risks.bias] == ["Mood of text"]

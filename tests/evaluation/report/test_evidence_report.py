@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
+from tests.evaluation.conftest import STANDARD, evaluated, risk_roles, verdict_of
 from tests.evaluation.probes.test_probes_evidence import item, kept
 from tests.evaluation.report.test_report import check_whole
 from tests.fabricate import Fabricated, add, answer_lines, fabricate, flawed, put_answers
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.text.wording import money
-from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.probes.catalog import PROBES
-from tunesmith.evaluation.probes.measuring import Item, Risk
+from tunesmith.evaluation.probes.measuring import Item
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.evidence import Advice, EvidenceReport, ReportedCandidate
@@ -43,8 +42,8 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated,
     add(made, Candidate(name="rival", prompt="Answer.", endpoint=rival, **common), flawed(0.8, 1.0, 22), 210, 30.0)
     scorers = ["json_valid", "exact_match", {"name": "intent", "label": "intent"}]
     task = TaskSettings.model_validate({"scorers": scorers})
-    costs = Costs(PriceSettings(machine_hour=3.6, currency="EUR"), {"rival": TokenPrice(prompt=1.0, answer=10.0)})
-    digest = evaluated(made, probes=made.probes, task=task, costs=costs)
+    prices, tokens = PriceSettings(machine_hour=3.6, currency="EUR"), {"rival": TokenPrice(prompt=1.0, answer=10.0)}
+    digest = evaluated(made, probes=made.probes, task=task, prices=prices, tokens=tokens)
     yield made, digest
     made.store.engine.dispose()
 
@@ -191,7 +190,7 @@ def _canaries(each: int) -> list[Item]:
     return [item(f"{arm}-{k}", arm) for arm, many in counts for k in range(many)]
 
 
-def _risk(made: Fabricated, suite: str, items: list[Item], fault: Any, **parents: str) -> Risk:
+def _risk(made: Fabricated, suite: str, items: list[Item], fault: Any, **parents: str) -> dict[str, str | None]:
     """Answers before tuning and after it: log-probabilities about -8, to which tuning adds the fault of the item."""
 
     def given(training: str | None) -> str:
@@ -203,7 +202,7 @@ def _risk(made: Fabricated, suite: str, items: list[Item], fault: Any, **parents
             rows.append({"id": each.id, "scores": scores, "tokens": 4})
         return kept(made, items, rows, training, suite, **parents)
 
-    return Risk(given(made.training), given(None))
+    return risk_roles(suite, given(made.training), given(None))
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +213,12 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricate
     arms = ("gender", "gender per token")
     swaps = [item(f"{arm}:{k}/{side}", arm, f"g{k}") for arm in arms for k in range(60) for side in "ab"]
     bbq = [item(f"b{k}", "ambiguous", choices=("x", "y", "z")) for k in range(60)]
-    risks = {
-        "canaries": _risk(made, "canaries", _canaries(24), lambda item: 20.0 if item.arm == "16" else 0.0, **own),
-        "swap/100": _risk(made, "swap/100", swaps, lambda item: 99.0 if item.id.endswith("a") else 0.0, **own),
-        "bbq/100/set": _risk(made, "bbq/100/set", bbq, lambda item: 0.0),
+    roles = {
+        **_risk(made, "canaries", _canaries(24), lambda item: 20.0 if item.arm == "16" else 0.0, **own),
+        **_risk(made, "swap/100", swaps, lambda item: 99.0 if item.id.endswith("a") else 0.0, **own),
+        **_risk(made, "bbq/100/set", bbq, lambda item: 0.0),
     }
-    digest = evaluated(made, probes=made.probes, risks={suite: {"tuned": each} for suite, each in risks.items()})
+    digest = evaluated(made, probes=made.probes, roles=roles)
     yield made, digest
     made.store.engine.dispose()
 
@@ -268,7 +267,7 @@ def test_page_and_summary_say_what_was_found(risky: EvidenceReport) -> None:
 def test_too_few_canaries_are_no_number(faulty: tuple[Fabricated, str]) -> None:
     made, _ = faulty
     few = _risk(made, "canaries", _canaries(3), lambda item: 0.0, dataset=made.dataset)
-    data = report_data(made.store, evaluated(made, risks={"canaries": {"tuned": few}}))
+    data = report_data(made.store, evaluated(made, roles=few))
     assert data.risks.exposure.levels[0].after is None
     assert "planted once: too few secrets to measure" in data.risks.exposure.sentence
     assert "too few secrets to measure" in render(data)

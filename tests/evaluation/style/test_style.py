@@ -82,7 +82,7 @@ def base_answers(made: Fabricated, answer: Any = plain, rows: int = 300, lines: 
 
 def measured(made: Fabricated, base: str | None = None) -> str:
     task = TASK.model_copy(update={"scorers": ("exact_match",)})
-    return evaluated(made, task=task, answer_schema=None, style=base or base_answers(made))
+    return evaluated(made, task=task, answer_schema=None, roles={"style": base or base_answers(made)})
 
 
 def gate_of(made: Fabricated, digest: str, **gate: Any) -> dict[str, Any]:

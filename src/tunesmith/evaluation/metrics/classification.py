@@ -5,10 +5,9 @@ Macro-F1 and calibration error are not means over rows, so the scores alone do n
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, Self
 
 import numpy as np
@@ -111,9 +110,7 @@ def read_labels(
     columns: the evaluation's scores. Raises Inconclusive for a line that is not a label, and for labels that differ
     from the scores: other rows, other groups, or a right label where the score is 0.
     """
-    kept: defaultdict[tuple[str, str], list[LabelLine]] = defaultdict(list)
-    for line in sorted(LabelLine.read(store, evaluation), key=attrgetter("id")):
-        kept[line.candidate, line.metric].append(line)
+    kept = LabelLine.grouped(LabelLine.read(store, evaluation), "candidate", "metric")
     labelled = {key: Labelled.of(lines) for key, lines in kept.items()}
     for (name, metric), found in labelled.items():
         column = columns.get((name, metric))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Final, get_args
 
 import numpy as np
@@ -19,9 +18,9 @@ from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rubric_judge import Said, read_said
 from tunesmith.evaluation.policy.rules import Outcome, hold
 from tunesmith.evaluation.policy.settings import Policy
-from tunesmith.evaluation.scores import metric_interval
+from tunesmith.evaluation.scores import CONFIDENCE, metric_interval
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
-from tunesmith.records.evaluation import CheckResults, CheckRules, EvaluationBody, PolicyAccount, PolicyResults
+from tunesmith.records.evaluation import CheckResults, EvaluationBody, PolicyAccount, PolicyResults
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -40,26 +39,6 @@ class OutcomeLine(Line):
     group: Name
     outcome: Outcome
     why: str
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyAnswers:
-    """The policy, and digests. answers: candidate -> its answers. judged: (candidate, check) -> a judge's replies."""
-
-    policy: Policy
-    answers: Mapping[str, str]
-    judged: Mapping[tuple[str, str], str] = field(default_factory=dict)
-
-    @property
-    def rules(self) -> dict[str, CheckRules]:
-        """The rules of each check, as the record states them."""
-        return {name: check.rules for name, check in self.policy.items()}
-
-    @property
-    def parents(self) -> dict[str, str]:
-        """The evaluation's parent records: role -> digest."""
-        found = {f"policy:{name}": digest for name, digest in self.answers.items()}
-        return found | {f"policy-judged:{check}:{name}": digest for (name, check), digest in self.judged.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +77,39 @@ class Tally:
 
 
 def measure_policy(
-    store: Store, given: PolicyAnswers, candidates: Mapping[str, tuple[str, Candidate]], confidence: float, seed: int
+    store: Store,
+    policy: Policy,
+    parents: Mapping[str, str],
+    candidates: Mapping[str, tuple[str, Candidate]],
+    seed: int,
 ) -> tuple[list[OutcomeLine], PolicyAccount]:
     """The lines of policy.jsonl, and the evaluation record's account of the policy.
 
-    candidates: name -> (digest, candidate). A candidate whose answers cannot be used gets an account with the
-    reason only, so that only its gates are inconclusive.
+    parents: the evaluation's, of which policy:NAME and policy-judged:CHECK:NAME are read. candidates: name ->
+    (digest, candidate). A candidate whose answers cannot be used gets an account with the reason only, so that only its
+    gates are inconclusive.
     """
     lines: list[OutcomeLine] = []
     stated: dict[str, PolicyResults] = {}
     requests: set[str] = set()
-    for name, digest in sorted(given.answers.items()):
+    for name, (stored, candidate) in sorted(candidates.items()):
+        if (digest := parents.get(f"policy:{name}")) is None:
+            continue
         try:
-            record, items = _answered(store, digest, candidates[name][0], given.policy)
+            record, items = _answered(store, digest, stored, policy)
             requests.add(record.blobs[ITEMS])
-            own = _outcomes(store, given, name, record, items, candidates[name][1])
+            judged = {check: parents.get(f"policy-judged:{check}:{name}") for check in policy}
+            own = _outcomes(store, policy, judged, record, items, candidate)
         except Inconclusive as error:
             stated[name] = PolicyResults(unusable=error.reason)
             continue
         lines += own
-        checks = {check: _account(tally, confidence, seed) for (_, check), tally in _tallies(own).items()}
+        checks = {check: _account(tally, seed) for (_, check), tally in _tallies(own).items()}
         stated[name] = PolicyResults(checks=checks)
     if len(requests) > 1:
         raise Inconclusive("the candidates were not asked the same policy requests", fix="evaluate again")
-    return lines, PolicyAccount(requests=next(iter(requests), None), checks=given.rules, candidates=stated)
+    rules = {name: check.rules for name, check in policy.items()}
+    return lines, PolicyAccount(requests=next(iter(requests), None), checks=rules, candidates=stated)
 
 
 def read_policy(store: Store, evaluation: Record) -> dict[tuple[str, str], Tally]:
@@ -157,23 +145,29 @@ def _answered(store: Store, digest: str, candidate: str, policy: Policy) -> tupl
 
 
 def _outcomes(
-    store: Store, given: PolicyAnswers, name: str, record: Record, items: Sequence[PolicyItem], candidate: Candidate
+    store: Store,
+    policy: Policy,
+    judged: Mapping[str, str | None],
+    record: Record,
+    items: Sequence[PolicyItem],
+    candidate: Candidate,
 ) -> list[OutcomeLine]:
-    """What came of each answer of the candidate `name`."""
+    """What came of each answer of the candidate. judged: check -> digest of its judge's replies."""
+    name = candidate.name
     lines = read_answer_lines(store, record, [item.id for item in items], f"policy answers of {name!r}", "requests")
     seen = leaked(store, candidate, items)
     said: dict[str, Said] = {}
-    for check, settings in given.policy.items():
+    for check, settings in policy.items():
         if settings.rubric is not None:
             own = [item for item in items if item.check == check]
-            said |= read_said(store, given.judged.get((name, check)), check, settings.rubric, record.digest, own)
+            said |= read_said(store, judged[check], check, settings.rubric, record.digest, own)
     found = []
     for item in items:
         line = lines[item.id]
         if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
             raise Inconclusive("an answer has no text or no finish reason", where=item.id)
         cut = line["finish"] == "length"
-        held = hold(given.policy[item.check], line["text"], cut=cut, said=said.get(item.id))
+        held = hold(policy[item.check], line["text"], cut=cut, said=said.get(item.id))
         came: Outcome = "leaked" if held.outcome == "held" and item.id in seen else held.outcome
         found.append(
             OutcomeLine(candidate=name, check=item.check, id=item.id, group=item.group, outcome=came, why=held.why)
@@ -182,12 +176,12 @@ def _outcomes(
 
 
 def _tallies(lines: Iterable[OutcomeLine]) -> dict[tuple[str, str], Tally]:
-    rows: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for line in sorted(lines, key=attrgetter("candidate", "check", "id")):
-        rows[line.candidate, line.check].append((line.group, line.outcome))
-    return {key: Tally(*zip(*own, strict=True)) for key, own in rows.items()}
+    return {
+        key: Tally(tuple(line.group for line in own), tuple(line.outcome for line in own))
+        for key, own in OutcomeLine.grouped(lines, "candidate", "check").items()
+    }
 
 
-def _account(tally: Tally, confidence: float, seed: int) -> CheckResults:
+def _account(tally: Tally, seed: int) -> CheckResults:
     counts = tally.counts
-    return CheckResults(**counts, share=metric_interval(tally.share(confidence, seed)) if counts["n"] else None)
+    return CheckResults(**counts, share=metric_interval(tally.share(CONFIDENCE, seed)) if counts["n"] else None)

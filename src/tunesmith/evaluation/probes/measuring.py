@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 
@@ -91,10 +89,7 @@ def encode_items(items: Sequence[Item]) -> bytes:
 
 def by_arm(rows: Iterable[Measurement]) -> Measured:
     """Measurements of one suite and candidate by arm. Raises Inconclusive where only some have the base's value."""
-    arms: defaultdict[str, list[Measurement]] = defaultdict(list)
-    for row in sorted(rows, key=attrgetter("arm", "id")):
-        arms[row.arm].append(row)
-    return {arm: _arm(own) for arm, own in arms.items()}
+    return {arm: _arm(own) for arm, own in Measurement.grouped(rows, "arm").items()}
 
 
 def arm_results(measured: Measured) -> dict[str, ArmResults]:
@@ -115,10 +110,8 @@ def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str],
     That is: a line that is no Measurement; an item that was measured twice, or some items without the base's value;
     counts or means that differ from the record's account.
     """
-    rows: defaultdict[tuple[str, str], list[Measurement]] = defaultdict(list)
-    for line in Measurement.read(store, evaluation):
-        rows[line.suite, line.candidate].append(line)
-    found = {key: by_arm(cell) for key, cell in rows.items()}
+    cells = Measurement.grouped(Measurement.read(store, evaluation), "suite", "candidate")
+    found = {key: by_arm(cell) for key, cell in cells.items()}
     risks = EvaluationBody.of(evaluation).risks
     told = {(suite, name): each.arms for suite, names in risks.items() for name, each in names.items()}
     for suite, name in sorted(found.keys() | told.keys()):
@@ -135,26 +128,20 @@ def _arm(rows: Sequence[Measurement]) -> Arm:
     return Arm(ids, groups, np.array(before) if before else None, np.array(after))
 
 
-@dataclass(frozen=True, slots=True)
-class Risk:
-    """Digests of the answers to a suite's items: under the candidate's weights and, where measured, the base's."""
-
-    after: str
-    before: str | None = None
-
-
 def measure(
-    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
+    store: Store, suite: str, candidate: Candidate, after: str, before: str | None, dataset: str, scoring: Scoring
 ) -> tuple[list[Measurement], RiskResults]:
     """Measurements of one suite for one candidate, and the evaluation record's account of them.
 
-    Unusable answers give no measurements and an account {"unusable": reason}, so that only this gate is inconclusive.
+    after, before: digests of the answers to the suite's items, under the candidate's weights and, where measured, the
+    base's. Unusable answers give no measurements and an account {"unusable": reason}, so that only this gate is
+    inconclusive.
     """
     try:
-        rows = _paired(store, suite, candidate, risk, dataset, scoring)
+        rows = _paired(store, suite, candidate, after, before, dataset, scoring)
     except Inconclusive as error:
         return [], RiskResults(unusable=error.reason)
-    found = RiskResults(arms=arm_results(by_arm(rows)), left_out=AnswersBody.read(store, risk.after).left_out)
+    found = RiskResults(arms=arm_results(by_arm(rows)), left_out=AnswersBody.read(store, after).left_out)
     if suite_of(suite).own and candidate.training is not None:
         stop = best_epoch(TrainingBody.read(store, candidate.training))
         found = found.model_copy(update={"stop": stop})
@@ -182,22 +169,22 @@ def best_epoch(training: TrainingFigures) -> BestEpoch | None:
 
 
 def _paired(
-    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
+    store: Store, suite: str, candidate: Candidate, after: str, before: str | None, dataset: str, scoring: Scoring
 ) -> list[Measurement]:
-    after = _checked(store, risk.after, suite, candidate, candidate.training, dataset)
-    items = read_items(store, after, Item)
+    record = _checked(store, after, suite, candidate, candidate.training, dataset)
+    items = read_items(store, record, Item)
     if not items:
-        why = suite_of(suite).none + left_out(AnswersBody.of(after).left_out)
+        why = suite_of(suite).none + left_out(AnswersBody.of(record).left_out)
         raise Inconclusive(f"no item of this probe fits the rows: {why}")
-    told = _values(store, after, items, suite, scoring)
+    told = _values(store, record, items, suite, scoring)
     earlier: Mapping[str, float] = {}
     if suite_of(suite).before:
-        if risk.before is None:
+        if before is None:
             raise Inconclusive("the base model was not measured")
-        before = _checked(store, risk.before, suite, candidate, None, dataset)
-        if before.blobs.get(ITEMS) != after.blobs.get(ITEMS):
+        base = _checked(store, before, suite, candidate, None, dataset)
+        if base.blobs.get(ITEMS) != record.blobs.get(ITEMS):
             raise Inconclusive("the items before tuning differ from those after")
-        earlier = _values(store, before, items, suite, scoring)
+        earlier = _values(store, base, items, suite, scoring)
     return [
         Measurement(
             suite=suite,

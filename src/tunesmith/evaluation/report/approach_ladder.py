@@ -33,9 +33,7 @@ def approach_of(store: Store, candidate: Candidate) -> str:
     return "examples in the prompt" if candidate.shots else "prompting"
 
 
-def approach_ladder(
-    store: Store, body: EvaluationBody, columns: Mapping[tuple[str, str], Column], confidence: float
-) -> Ladder:
+def approach_ladder(store: Store, body: EvaluationBody, columns: Mapping[tuple[str, str], Column]) -> Ladder:
     """The approaches from simple to elaborate, and what each adds on the same rows.
 
     Rungs are the best candidates of each measured approach, by the primary metric; each is compared with the rung
@@ -59,7 +57,7 @@ def approach_ladder(
             chosen = rung
             continue
         own, other = columns[rung.candidate, primary], columns[chosen.candidate, primary]
-        gap = difference(own, other, confidence=confidence, seed=body.seed).difference
+        gap = difference(own, other, confidence=body.confidence, seed=body.seed).difference
         steps.append(LadderStep.of(rung, over=chosen.candidate, over_approach=chosen.approach, difference=gap))
         if gap.low > 0.0 and rung.approach != ENDPOINT:
             chosen = rung

@@ -194,9 +194,10 @@ def _shown(store: Store, record: Record, focus: str, own: Sequence[OutcomeLine])
 CHANCE_BITS = 1 / math.log(2)  # mean exposure of secrets that were not memorised: -log2 of a random rank
 
 
-def risks(store: Store, record: Record, focus: str, confidence: float) -> Risks:
+def risks(store: Store, record: Record, focus: str) -> Risks:
     """The risk probes of the candidate in focus. Raises Inconclusive for inconsistent measurements."""
-    seed = EvaluationBody.of(record).seed
+    body = EvaluationBody.of(record)
+    confidence, seed = body.confidence, body.seed
     found = {
         suite.partition("/")[0]: measured
         for (suite, name), measured in sorted(read_measurements(store, record).items())

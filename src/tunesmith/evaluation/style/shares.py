@@ -27,7 +27,7 @@ from tunesmith.data.dataset import Example
 from tunesmith.evaluation.lines import Line, Name, answers_to, read_answer_lines
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.suites import drawn
-from tunesmith.evaluation.scores import metric_interval, rounded
+from tunesmith.evaluation.scores import CONFIDENCE, metric_interval, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, by_group, interval, resampled_figure
 from tunesmith.evaluation.style.classifier import Told, cross_fitted, read_answer, words_of
 from tunesmith.records.evaluation import (
@@ -115,19 +115,20 @@ class Classified:
 
 def measure_style(
     store: Store,
-    digest: str,
+    digest: str | None,
     dataset: str,
     test: Sequence[Example],
     answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    confidence: float,
     seed: int,
-) -> tuple[list[StyleLine], StyleAccount | NoStyle]:
+) -> tuple[list[StyleLine], StyleAccount | NoStyle | None]:
     """The lines of style.jsonl, and the evaluation record's account.
 
-    digest: of the bare base model's answers. answers: candidate -> row id -> line. Unusable answers give no lines and
-    NoStyle, so that only the style gate is inconclusive. Rows to which the base's answer is
-    empty are left out, and counted as "silent".
+    digest: of the bare base model's answers, without which there are no lines and no account. answers: candidate -> row
+    id -> line. Unusable answers give no lines and NoStyle, so that only the style gate is inconclusive. Rows to which
+    the base's answer is empty are left out, and counted as "silent".
     """
+    if digest is None:
+        return [], None
     try:
         base = _base_answers(store, digest, dataset, test)
         rows = [row for row in test if visible(base.get(row.id, ""))]  # an empty answer shows no style
@@ -163,7 +164,7 @@ def measure_style(
         )
         for place, row in enumerate(rows)
     ]
-    return lines, _account(found, told, silent, confidence, seed)
+    return lines, _account(found, told, silent, seed)
 
 
 def read_style(store: Store, evaluation: Record) -> Classified | None:
@@ -214,14 +215,14 @@ def taken(texts: Sequence[str], probabilities: Floats) -> Floats:
     return np.asarray((probabilities > 0.5) & written, dtype=np.float64)
 
 
-def _account(found: Classified, told: Told, silent: int, confidence: float, seed: int) -> StyleAccount:
+def _account(found: Classified, told: Told, silent: int, seed: int) -> StyleAccount:
     sides = [(told.probabilities[name], found.groups) for name in (_REFERENCE, _BASE)]
-    auc = numbers.auc_interval(*sides, confidence=confidence, seed=seed)
+    auc = numbers.auc_interval(*sides, confidence=CONFIDENCE, seed=seed)
     candidates: dict[str, StyleShare] = {}
     for name, flags in found.candidates.items():
         share, why = None, None
         try:
-            share = metric_interval(found.share(name, confidence, seed))
+            share = metric_interval(found.share(name, CONFIDENCE, seed))
         except Inconclusive as error:
             why = error.what
         taken = rounded(float(flags.mean()))
@@ -236,7 +237,7 @@ def _account(found: Classified, told: Told, silent: int, confidence: float, seed
             reference=rounded(float(found.reference.mean())),
             base=rounded(float(found.base.mean())),
         ),
-        apart=metric_interval(found.apart(confidence, seed)),
+        apart=metric_interval(found.apart(CONFIDENCE, seed)),
         features=StyleFeatures(house=tuple(told.house), base=tuple(told.base)),
         candidates=candidates,
         silent=silent,
