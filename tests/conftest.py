@@ -20,13 +20,7 @@ from tunesmith.core.system.machine import available_memory
 from tunesmith.store import database
 from tunesmith.store.store import DATABASE, Store
 
-pytest_plugins = [
-    "tests.attack_table",
-    "tests.made_once",
-    "tests.postgresql_server",
-    "tests.s3_server",
-    "tests.spread",
-]
+pytest_plugins = ["tests.attack_table", "tests.made_once", "tests.postgresql_server", "tests.s3_server", "tests.spread"]
 
 # Tiny models gain nothing from a second thread, and spinning threads of several test processes would fight for cores.
 os.environ.setdefault("TUNESMITH_THREADS", "1")

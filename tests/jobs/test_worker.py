@@ -142,9 +142,7 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
 def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain: Any = settings()["candidates"]
     folder = write_project(
-        tmp_path / "p",
-        candidates={"plain": plain["plain"]},
-        gates={"valid": {"metric": "json_valid", "at_least": 1.0}},
+        tmp_path / "p", candidates={"plain": plain["plain"]}, gates={"valid": {"metric": "json_valid", "at_least": 1.0}}
     )
     project = Project.load(folder)
     assert run_here(project).gate.verdict == "fail"

@@ -16,15 +16,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.settings import DataSettings, Split
-from tunesmith.monitoring.cases import (
-    Case,
-    add_cases,
-    correct_case,
-    delete_expired,
-    drop_cases,
-    list_cases,
-    put_case,
-)
+from tunesmith.monitoring.cases import Case, add_cases, correct_case, delete_expired, drop_cases, list_cases, put_case
 from tunesmith.store import audit
 from tunesmith.store.people.identities import acting, add_user
 from tunesmith.store.store import Store

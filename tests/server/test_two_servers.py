@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -255,16 +256,10 @@ def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
             assert time.monotonic() < end
             review.tidy(serving.store)
 
-    threads = [
-        threading.Thread(target=reviewer, args=(STEWARD, "release")),
-        threading.Thread(target=reviewer, args=(APPROVER, "refuse")),
-        threading.Thread(target=tidy),
-        threading.Thread(target=tidy),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    with ThreadPoolExecutor(4) as pool:
+        deciding = [pool.submit(reviewer, STEWARD, "release"), pool.submit(reviewer, APPROVER, "refuse")]
+        deciding += [pool.submit(tidy), pool.submit(tidy)]
+    assert [each.result() for each in deciding] == [None] * 4
     with database.reading(serving.store.engine) as session:
         entries = list(session.query(AuditRow).where(AuditRow.action.like("answer.%")))
         rows = {row.id: row for row in session.query(HeldRow)}

@@ -212,10 +212,7 @@ def test_packaged_items_and_files_of_one_s_own(tmp_path: Path) -> None:
     assert (len(pairs), pairs[0].choices) == (2, ("The old one", "The young one"))
     assert len(crows_pairs_items(context(path=path, rows=1))) == 1
     path.write_text("One passage.\n\n  Another.  \n")
-    assert [item.choices[0] for item in drift.general_text_items(context(path=path))] == [
-        "One passage.",
-        "Another.",
-    ]
+    assert [item.choices[0] for item in drift.general_text_items(context(path=path))] == ["One passage.", "Another."]
     with pytest.raises(UsageError, match="cannot be read"):
         digest_path(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

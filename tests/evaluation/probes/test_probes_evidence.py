@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -343,19 +344,10 @@ def test_the_best_epoch_is_that_of_the_lowest_validation_loss() -> None:
 
 def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:
     """What is judged of 40 rows an arm, with these means before and after tuning, and half of the test rows right."""
-    rows = [
-        Measurement(
-            suite=probe,
-            candidate="tuned",
-            id=f"{arm}:t{k}",
-            group=f"t{k}",
-            arm=arm,
-            before=before,
-            after=float(k < 40 * after),
-        )
-        for arm, (before, after) in arms.items()
-        for k in range(40)
-    ]
+    rows = []
+    for (arm, (before, after)), k in itertools.product(arms.items(), range(40)):
+        place = {"suite": probe, "candidate": "tuned", "id": f"{arm}:t{k}", "group": f"t{k}", "arm": arm}
+        rows.append(Measurement(**place, before=before, after=float(k < 40 * after)))
     test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", float(k < 20)) for k in range(40)})
     return suite_of(probe).show(Case(by_arm(rows), test, 0.95, 0, RiskResults(**told)))
 
@@ -392,9 +384,8 @@ def test_a_new_probe_is_its_suite_and_a_line_of_the_catalog(made: Fabricated, mo
         arm = case.arm("text")
         return Shown(case.mean(arm.after - arm.base, arm.groups), "the mood rose")
 
-    mood = Suite(
-        lambda _: [], share, judge, before=True, own=False, chart=Chart("Mood of {}".format, SHARES, "{:.1f}".format)
-    )
+    chart = Chart("Mood of {}".format, SHARES, "{:.1f}".format)
+    mood = Suite(lambda _: [], share, judge, before=True, own=False, chart=chart)
     monkeypatch.setitem(sys.modules, "tunesmith.evaluation.probes.mood", SimpleNamespace(SUITES={"mood": mood}))
     monkeypatch.setitem(PROBES, "mood", ProbeKind("mood", "rise by tuning of the mood (0 is none)"))
     asked, weights = [item(f"i{k}", choices=("good", "bad")) for k in range(60)], (made.training, None)
