@@ -175,4 +175,4 @@ class TrainingBody(TrainingFigures, Body):
     @property
     def line(self) -> str:
         """Its length and its loss."""
-        return f"{self.steps} steps, loss {self.final_loss}"
+        return f"{self.steps} steps, loss {self.final_loss:.5g}"
