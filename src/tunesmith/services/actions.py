@@ -117,8 +117,8 @@ def acting_in(project: Project, actor: str | None = None) -> Acting:
 
 
 @dataclass(frozen=True)
-class Action(Generic[Asked, Result]):
-    """An action. Call it as its function: who acts, and the request.
+class Terms:
+    """How an action is offered.
 
     name: also of its audit entry, if it writes one. says: what that entry says, such as "paused the rollout".
     permission: of roles. tokens: the scopes of which a token needs one; any token where none is listed. at: its path
@@ -127,7 +127,6 @@ class Action(Generic[Asked, Result]):
     refusal. reads_files: it takes longer than a transaction does.
     """
 
-    does: Callable[[Acting, Asked], Result]
     name: str
     says: str = ""
     permission: str | None = None
@@ -139,6 +138,13 @@ class Action(Generic[Asked, Result]):
     api: bool = True
     refused: str = "refused"
     reads_files: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action(Terms, Generic[Asked, Result]):
+    """An action. Call it as its function: who acts, and the request."""
+
+    does: Callable[[Acting, Asked], Result]
 
     @cached_property
     def asked(self) -> type[Asked]:
@@ -182,14 +188,13 @@ class Action(Generic[Asked, Result]):
 _LISTED: dict[str, Action[Any, Any]] = {}
 
 
-def action(name: str, **more: Any) -> Callable[[Callable[[Acting, Asked], Result]], Action[Asked, Result]]:
-    """List a function as an action. The parameters are the fields of Action."""
+class action(Terms):  # noqa: N801 - a decorator
+    """Lists a function as an action with these terms."""
 
-    def listed(does: Callable[[Acting, Asked], Result]) -> Action[Asked, Result]:
-        _LISTED[name] = made = Action(does, name, **more)
+    def __call__(self, does: Callable[[Acting, Asked], Result]) -> Action[Asked, Result]:
+        """The action that the function becomes."""
+        _LISTED[self.name] = made = Action(**vars(self), does=does)
         return made
-
-    return listed
 
 
 def all_actions() -> Iterator[Action[Any, Any]]:
