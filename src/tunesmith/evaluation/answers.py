@@ -161,8 +161,9 @@ def read_probe(
     where = f"general probe of {name!r}"
     bases = {answers.candidate.base for answers in given.values()}
     training = None if name == BASE else given[name].candidate.training
-    base = bases.pop() if len(bases) == 1 else None
-    record, _ = answers_to(store, digest, GENERAL, where, base=base, training=training)
+    if len(bases) != 1:
+        raise Inconclusive("the candidates answer with several bases", where=where)
+    record, _ = answers_to(store, digest, GENERAL, where, base=bases.pop(), training=training)
     lines = read_answer_lines(store, record, questions, where)
     cells = {each: (each, right_share(lines[each].get("scores"), question)) for each, question in questions.items()}
     return column(name, GENERAL, cells)

@@ -145,6 +145,8 @@ def _answered(store: Store, dataset: str, answers: Mapping[str, str]) -> tuple[l
         raise Inconclusive("the dataset has no test rows", where=short(dataset), fix="raise data.split.test")
     if len({example.id for example in test}) != len(test):
         raise Inconclusive("two test rows have the same id", where=short(dataset))
+    if not all(example.group for example in test):
+        raise Inconclusive("a test row has no group", where=short(dataset))
     given = {name: read_answers(store, digest, rows, test) for name, digest in sorted(answers.items())}
     for name, those in given.items():
         if those.candidate.name != name:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import Frozen
 from tunesmith.records.evaluation import AnswersBody
 from tunesmith.store.records import Record
@@ -63,12 +63,8 @@ class Line(Frozen):
             place = f"{where or cls.file}, line {number}"
             try:
                 line = cls.model_validate(parse_json(text))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                which = ".".join(map(str, first["loc"])) or "the line"
-                raise Inconclusive(f"{which}: {first['msg']}", where=place) from error
             except ValueError as error:
-                raise Inconclusive(f"not JSON: {error}", where=place) from error
+                raise Inconclusive(why_not(error), where=place) from error
             key = tuple(getattr(line, name) for name in cls.unique)
             if key in found:
                 raise Inconclusive(f"{' '.join(map(repr, key))} is there twice", where=place)
@@ -89,6 +85,14 @@ class AnswerLine(Line):
     file = "answers.jsonl"
     unique = ("id",)
     id: Name
+
+
+def why_not(error: ValueError) -> str:
+    """Why a line is not valid, in words: pydantic's first error, or why it is not JSON."""
+    if not isinstance(error, ValidationError):
+        return f"not JSON: {error}" if isinstance(error, NotJson) else str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"
 
 
 def encode_lines(rows: Iterable[Mapping[str, Any] | BaseModel]) -> bytes:

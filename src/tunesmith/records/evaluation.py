@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
+
+from pydantic import model_validator
 
 from tunesmith.core.view import Omitted
 from tunesmith.records.body import Body, Part
@@ -325,6 +327,12 @@ class EvaluationBody(Body):
     @property
     def line(self) -> str:
         return f"{self.n} examples, {', '.join(sorted(self.candidates))}"
+
+    @model_validator(mode="after")
+    def _has_its_leading_metric(self) -> Self:
+        if not self.candidates or any(self.primary not in each.metrics for each in self.candidates.values()):
+            raise ValueError("it has no candidates, or one without a result by the primary metric")
+        return self
 
     def mean(self, name: str) -> float:
         """A candidate's mean by the leading metric."""

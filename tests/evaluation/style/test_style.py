@@ -216,8 +216,8 @@ def test_classified_rows_that_contradict_the_record_are_inconclusive(tmp_path: A
     data = made.store.read_blob(record.blobs[StyleLine.file])
     for old, new in (
         (b'"base":0', b'"base":1'),
-        (b'"base":0', b'"base":true'),
-        (b'"base":0', b'"base":0.5'),
+        (b'"reference":1', b'"reference":true'),
+        (b'"reference":1', b'"reference":1.0'),
         (b'"candidates":{"tuned"', b'"candidates":{"other"'),
         (b'"reference":1', b'"reference":null'),
         (b'"reference":1', b'"references":1'),

@@ -22,7 +22,7 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.duplicates import answer_key
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.evaluation.gates.judging import Evidence, judge_gate, not_judged
-from tunesmith.evaluation.gates.settings import Gate, Gates, check_gates, recorded_gates
+from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, check_gates, recorded_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.classification import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
@@ -183,7 +183,10 @@ def _findings(
             style=read_style(store, record),
         )
     except Inconclusive as error:
-        return {name: not_judged(name, gate, error.reason) for name, gate in gates.items()}
+        return {
+            name: gate.stated if isinstance(gate, Gone) else not_judged(name, gate, error.reason)
+            for name, gate in gates.items()
+        }
     return _corrected(gates, {name: judge_gate(name, gate, evidence) for name, gate in gates.items()}, evidence)
 
 

@@ -61,10 +61,11 @@ def judge_answers(
         (row.id, [_question(scorer, row, given[row.id]["text"], answer_first) for answer_first in (True, False)])
         for row in test
     ]
-    lines, body = ask_twice(scorer.judge, scorer.question, asked, _VERDICTS, work, scorer.name, progress)
+    lines, body = ask_twice(
+        scorer.judge, scorer.question, asked, _VERDICTS, work, f"judge:{scorer.name}", scorer.name, progress
+    )
     told = {key: sum(line[key] for line in lines) for key in ("prompt_tokens", "completion_tokens")}
-    body = body.model_copy(update={"suite": f"judge:{scorer.name}", **told})
-    return keep_answers(store, {"answers": answers, "dataset": dataset}, lines, body)
+    return keep_answers(store, {"answers": answers, "dataset": dataset}, lines, body.model_copy(update=told))
 
 
 def ask_twice(
@@ -73,6 +74,7 @@ def ask_twice(
     asked: Sequence[tuple[str, Sequence[Generation]]],
     words: Sequence[str],
     work: Path,
+    suite: str,
     name: str,
     progress: Progress = SILENT,
 ) -> tuple[list[dict[str, Any]], AnswersBody]:
@@ -80,7 +82,7 @@ def ask_twice(
 
     A line's `cut` names the replies that reached the token limit. question: what is asked, in words. asked: an answer's
     id, and its two questions. words: the verdicts that the judge is told to choose from. work: a folder for finished
-    chunks. name: of the judge, for progress.
+    chunks. suite: the record's. name: of the judge, for progress.
     """
     endpoint = Endpoint(judge)
     lines: list[dict[str, Any]] = []
@@ -105,7 +107,7 @@ def ask_twice(
             f"line that holds one word alone, {' or '.join(words)}"
         )
     asked_by = Judge(url=judge.url, model=judge.model, question=question)
-    return lines, AnswersBody(suite=name, n=len(lines), seconds=seconds, judge=asked_by)
+    return lines, AnswersBody(suite=suite, n=len(lines), seconds=seconds, judge=asked_by)
 
 
 def verdicts_of(line: Mapping[str, Any], words: Sequence[str]) -> tuple[str | None, str | None]:

@@ -99,6 +99,8 @@ def label_rows(
                 confidence=stated,
             )
         )
+    if any(each.confidence is None for each in found):  # those of all answers count, or none
+        return [each.model_copy(update={"confidence": None}) for each in found]
     return found
 
 

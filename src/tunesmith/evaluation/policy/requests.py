@@ -16,7 +16,7 @@ from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.core.view import Frozen
 from tunesmith.data.duplicates import near_text, request_key, request_text
 from tunesmith.data.formats.turns import objection
-from tunesmith.evaluation.lines import Asked, Name
+from tunesmith.evaluation.lines import Asked, Name, why_not
 from tunesmith.evaluation.policy.settings import MOST_REQUESTS, Policy, PolicyCheck
 from tunesmith.evaluation.probes.drift import PERTURBATIONS
 from tunesmith.evaluation.probes.suites import with_last_request
@@ -113,7 +113,7 @@ def _read(name: str, path: Path) -> Iterator[tuple[str, str | None, tuple[Messag
         if found > MOST_REQUESTS:
             raise UsageError(f"the check {name!r} has more than {MOST_REQUESTS} requests", where=where, fix="draw some")
         row = _line(line, where)
-        yield where, row.group, _messages(row.messages or [row.prompt], where)
+        yield where, row.group, _messages([row.prompt] if row.messages is None else row.messages, where)
     if not found:
         raise UsageError(f"the check {name!r} has no requests: the file is empty", where=str(path), fix="write some")
 
@@ -121,11 +121,11 @@ def _read(name: str, path: Path) -> Iterator[tuple[str, str | None, tuple[Messag
 def _line(line: str, where: str) -> _Row:
     try:
         row = _Row.model_validate(parse_json(line))
-        if len(row.model_fields_set & {"prompt", "messages"}) != 1:
+        if len(row.model_fields_set & {"prompt", "messages"}) != 1 or (row.prompt is None and row.messages is None):
             raise ValueError("it has no prompt and no messages, or both")
     except ValueError as error:
         raise UsageError(
-            "the line is not a request",
+            f"the line is not a request: {why_not(error)}",
             where=where,
             fix='write {"prompt": "..."} or {"messages": [...]}, with "group" where several requests belong together',
         ) from error

@@ -54,8 +54,8 @@ def judge_policy(
         if item.check == name
     ]
     whose = f"the judge of {name}"
-    found, body = ask_twice(check.judge, rubric, asked, (KEEPS, BREAKS), work, whose, progress)
-    return keep_answers(store, {"answers": answers}, found, body.model_copy(update={"suite": f"policy:{name}"}))
+    judged, body = ask_twice(check.judge, rubric, asked, (KEEPS, BREAKS), work, f"policy:{name}", whose, progress)
+    return keep_answers(store, {"answers": answers}, judged, body)
 
 
 def read_said(

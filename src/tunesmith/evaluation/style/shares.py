@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import numpy as np
+from pydantic import Field
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import short
@@ -48,7 +49,7 @@ _ROWS: Final = "rows with style"
 FEWEST_APART: Final = 0.25  # share of references taken for the house's, minus that of the base's answers
 
 
-Flag = Literal[0, 1]
+Flag = Annotated[int, Field(ge=0, le=1)]
 
 
 class StyleLine(Line):
