@@ -17,8 +17,10 @@ import tunesmith
 from tunesmith.cli import main
 from tunesmith.cli.terminal import command_line
 from tunesmith.core.errors import NextStep, Refused
+from tunesmith.server.console import rendering
 
 SOURCE = Path(tunesmith.__file__).parent
+PAGE = rendering._environment().from_string("{{ step }}")
 FILES = [path for path in SOURCE.rglob("*.py") if path.parent.name != "cli"]
 BELOW = {path: list(ast.walk(ast.parse(path.read_text()))) for path in FILES}
 
@@ -82,16 +84,14 @@ def test_every_next_step_names_a_command_and_its_parameters() -> None:
     ("step", "line"),
     [
         (NextStep("", "run", queue=True), "run --queue"),
-        (
-            NextStep("", "rollout start", version="a b@v1", tenant="acme", region=""),
-            "rollout start 'a b@v1' --tenant acme",
-        ),
+        (NextStep("", "rollout start", version="a b@v1", tenant="x", region=""), "rollout start 'a b@v1' --tenant x"),
         (NextStep("", "approve", version="a@v1", actor=...), "approve a@v1 --as USER"),
         (NextStep("", "init", rename=("a=b", "c=d")), "init --data ROWS --licence LICENCE --rename a=b --rename c=d"),
     ],
 )
 def test_the_command_line_words_a_step_as_its_command(step: NextStep, line: str) -> None:
     assert command_line(step) == f"tunesmith {line}"
+    assert PAGE.render(step=NextStep(f"\u202e{line}")).startswith("\u27e8U+202E\u27e9"), "as other texts of a page"
 
 
 def test_an_error_has_words_and_on_the_command_line_also_the_command(

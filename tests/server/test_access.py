@@ -239,7 +239,8 @@ def test_the_commands_that_list(scene: Scene) -> None:
     found = run("evaluations")
     assert (found["total"], found["evaluations"][0]["evaluation"]) == (5, measured)
     assert run("evaluations", measured[7:19])["summary"]["evaluation"] == measured
-    of_a_later_version = scene.store.put_record(Record(kind="evaluation", body={"n": "many"}))
+    unmeasured = {**scene.store.record(measured).body, "candidates": {}}
+    of_a_later_version = scene.store.put_record(Record(kind="evaluation", body=unmeasured))
     (first, second, *_), lines = run("evaluations")["evaluations"], len(found["evaluations"])
     assert (first["evaluation"], second["evaluation"], lines) == (of_a_later_version, measured, 5)
     assert first["unreadable"].startswith(f"record {of_a_later_version[7:19]} does not state what")

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tunesmith.store.store import Store
 
 Evaluation = Annotated[str, typer.Option(metavar="DIGEST", help="The start of its digest; by default the newest one.")]
-_FILTERS = ("focus", "rival", "metric", "show", "group", "label", "search")
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +49,7 @@ def requests(
     first: The place to begin at.
     most: Requests to show.
     """
-    wanted = {name: here.given[name] for name in _FILTERS}
+    wanted = {name: here.given[name] for name in services.answers.FILTERS}
     store, user, digest = _which(here, evaluation)
     found = services.answers.show_requests(store, user, user.region, digest, wanted, first, most)
     here.emit(found, _draw_requests)

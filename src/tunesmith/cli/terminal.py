@@ -114,7 +114,7 @@ class Here:
 
         return Project.load(self.directory)
 
-    @property
+    @functools.cached_property
     def store(self) -> Store:
         """The store of the project, or the folder itself where it is a store."""
         from tunesmith.project import open_store

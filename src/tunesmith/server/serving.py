@@ -60,14 +60,14 @@ class Serving:
     """One server's parts. checked_at: monotonic time at which the controller's last round ended.
 
     scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
-    threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
+    threads for feedback that brings its own scores. listing: those for lists, such as that of models.
     pages: those for the console's pages.
     versions: those that the engine holds. trying: the few threads for questions of the playground.
     project: takes fine-tuning jobs; None: the server takes none. holding: how long answers wait for a reviewer; None:
     none does. awaited: the requests that wait for a decision. oidc: authlib's client of the
     project's identity provider, once somebody logs in by it. uploads: the uploads under way, by user. streams:
-    the streams of jobs' events that are open, by user. files:
-    threads that write uploads and delete files. used: when tokens, by their digests, were used since this was last
+    the streams of jobs' events that are open, by user. files: threads for what reads or writes files, or takes seconds
+    to compute. used: when tokens, by their digests, were used since this was last
     written to the database, in seconds since 1970.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import lru_cache
 
 from sqlalchemy import select
@@ -42,6 +43,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, VersionRow
 
 REFERENCE = "reference"  # what an answer may be compared with, beside candidates
+FILTERS = tuple(each.name for each in fields(Filter))  # of the requests of an evaluation
 _SHOWN_REQUEST, _SHOWN_ANSWER = 120, 60  # characters of a text in the matrix
 
 
@@ -160,7 +162,7 @@ def show_requests(
         dataset=matrix.dataset,
         candidates=names,
         metrics=matrix.metrics,
-        filter={key: getattr(use, key) for key in Filter.__slots__},
+        filter={key: getattr(use, key) for key in FILTERS},
         total=len(sight.rows),
         chosen=len(found.places),
         changes=dict(found.counts),

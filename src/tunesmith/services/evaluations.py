@@ -367,7 +367,7 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
             found = load_version(store, version, session)
             other = load_version(store, before, session) if before else None
         page = show_evaluation(store, user, found.evaluation, found.verdict)
-    except TunesmithError:  # not this user's, or a record that cannot be read
+    except (TunesmithError, KeyError):  # not this user's, or a record that cannot be read
         return None
     if page.verdict is None:
         return None

@@ -310,7 +310,7 @@ def export(acting: Acting, _asked: ExportReview) -> ExportedReview:
     kept requests: an edit becomes the expected answer, a rejected request is deleted."""
     project, store, who = acting.project, acting.store, acting.actor
     named = project.settings.data.review
-    target, file = _inside(project, named or _FILE)
+    target, file = _inside(project, named or _FILE, f"data.review: {named}")
     with store.reading() as session:
         query = select(ReviewItemRow).where(ReviewItemRow.state.not_in(queue.WAITING)).order_by(ReviewItemRow.id)
         items = list(session.scalars(query))
@@ -350,7 +350,7 @@ def add_cases(acting: Acting, asked: AddCases) -> AddedCases:
     """Append the cases that wait to a JSONL source file, each with its origin; `data build` then reads them."""
     project = acting.project
     licence = permitted(asked.licence, project.settings.data.licences, "licence")
-    path, name = _inside(project, asked.target)
+    path, name = _inside(project, asked.target, str(asked.target))
     waiting = list_cases(project.store, everything=asked.everything).cases
     split = project.settings.data.split
     added = cases.add_cases(project.store, waiting, path, licence=licence, split=split, actor=acting.actor)
@@ -397,12 +397,12 @@ def marked(text: str) -> list[tuple[str, bool]]:
     return [piece for piece in (*pieces, (text[place:], False)) if piece[0]]
 
 
-def _inside(project: Project, file: str | Path) -> tuple[Path, str]:
-    """A file of the project, and its path from the project's folder. Raises UsageError for one outside of it."""
+def _inside(project: Project, file: str | Path, where: str) -> tuple[Path, str]:
+    """A file of the project, and its path from the project's folder. Raises UsageError, with where, for one outside."""
     root = project.root.resolve()
     path = (root / file).resolve()
     if not path.is_relative_to(root):
-        raise UsageError("the file lies outside the project", where=str(path), fix="name a file inside it")
+        raise UsageError("the file lies outside the project", where=where, fix="name a file inside it")
     return path, path.relative_to(root).as_posix()
 
 
@@ -578,9 +578,9 @@ def show_held(store: Store, user: User, identifier: str, *, reviews: bool = True
         reviews = reviews and _reviews(row, user)
         if not reviews and (row.caller, row.tenant) != (user.name, user.tenant):
             raise UnknownAnswer(identifier)
-        texts: JsonObject = {"completion": holding.response_of(row)}
-        if reviews:
-            texts |= {key: row.texts.get(key) for key in ("messages", "answer", "edited")}
+        shown = row.texts if reviews else {}  # its caller sees none of them
+        texts = {key: shown.get(key) for key in ("messages", "answer", "edited")}
+        texts["completion"] = holding.response_of(row)
         return HeldAnswerView.of(row, **_facts(session, store, row, user), **texts)
 
 

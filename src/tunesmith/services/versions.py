@@ -110,7 +110,7 @@ class Decided(View):
 
 
 class VersionDetails(View):
-    """One version. base, candidate, evaluation, verdict: digests. approvals: what it still takes; decisions: the newest
+    """One version. candidate, evaluation: digests. approvals: what it still takes; decisions: the newest
     first. may_decide: whether the person who looks may approve or refuse it; not_because: why not, if they are an
     approver. notice: whether it has a NOTICE.md. dataset: of its rows, None without.
     """

@@ -38,13 +38,13 @@ def evaluation(call: Calling, digest: Digest, verdict: Verdict = "") -> evaluati
     return evaluations.show_evaluation(call.store, call.user, digest, verdict or None)
 
 
-@routes.shows(_EVALUATION + "/findings", "read")
+@routes.shows(_EVALUATION + "/findings", "read", slow=True)
 def findings(call: Calling, digest: Digest, verdict: Verdict = "") -> EvidenceReport:
     """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
     return evaluations.show_findings(call.store, call.user, digest, verdict or None)
 
 
-@routes.shows(_EVALUATION + "/requests", "rows")
+@routes.shows(_EVALUATION + "/requests", "rows", slow=True)
 def requests(
     call: Calling,
     digest: Digest,
@@ -69,7 +69,7 @@ def requests(
     return answers.show_requests(call.store, call.user, region, digest, chosen, first, most)
 
 
-@routes.shows(_EVALUATION + "/requests/{row}", "rows")
+@routes.shows(_EVALUATION + "/requests/{row}", "rows", slow=True)
 def opened(call: Calling, digest: Digest, row: Name, compared: Text = answers.REFERENCE) -> answers.OpenedRequest:
     """One held-out request: every candidate's answer, how it differs from compared, and what was retrieved."""
     region = call.serving.settings.region

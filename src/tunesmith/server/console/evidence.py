@@ -33,7 +33,6 @@ from tunesmith.services.evaluations import READ_PERMISSION, EvaluationPage, repo
 routes = Pages()
 _AT = "/console/evidence"
 _ROWS = 50  # requests on a page of the matrix
-_FILTER = ("focus", "rival", "metric", "show", "group", "label", "search")
 SHOWN = {
     "all": "all requests",
     "flips": "wins and losses",
@@ -135,7 +134,7 @@ def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
 
 
 def _chosen(request: Request) -> dict[str, str]:
-    return {key: value for key in _FILTER if (value := request.query_params.get(key, ""))}
+    return {key: value for key in answers.FILTERS if (value := request.query_params.get(key, ""))}
 
 
 def _full(hexadecimal: str) -> str:

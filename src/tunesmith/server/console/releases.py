@@ -67,7 +67,7 @@ def record(
     found = versions.record_details(store, user, version, digest)
     if found.kind == "dataset":
         rows = versions.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
-    at = viewer.path.partition("/records/")[0]
+    at = viewer.path.rpartition("/records/")[0]
     return viewer.page("record.html.jinja", found=found, rows=rows, version=version, at=at, split=split, q=q)
 
 

@@ -154,7 +154,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    return printable(value) if type(value) is str else value
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 Points = Mapping[float, float | None]  # x -> y, None for a gap
