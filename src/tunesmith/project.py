@@ -308,7 +308,7 @@ class Project:
         return None if path is None else load_answer_schema(self.root / path)
 
     def with_settings(self, **settings: Any) -> Project:
-        """This project and its store with other settings."""
+        """This project and its store with other settings, which are not validated again."""
         made = Project(self.root, self.settings.model_copy(update=settings))
         made.store = self.store
         return made

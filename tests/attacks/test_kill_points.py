@@ -243,6 +243,7 @@ def run_all(made: Path, name: str, operation: Operation) -> int:
     # The states before it and after each of its transactions.
     after = [number + 1 for number, what in enumerate(points) if what == "commit"]
     states = [snapshot(stores[number]) for number in (0, *after)]
+    assert states[0] == snapshot(Store(made, url=f"sqlite:///{made / 'tunesmith.db'}"))
     assert states[0] != states[-1], f"{name} commits nothing that is looked at"
     writes_files = any(what != "commit" for what in points)
     for number, store in enumerate(stores):

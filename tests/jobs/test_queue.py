@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -45,11 +46,8 @@ def log(store: Store, number: int) -> list[str]:
 
 
 def at_once(count: int, work: Callable[[], object]) -> None:
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda _: work(), range(count)))
 
 
 def test_the_highest_priority_is_taken_first_and_then_the_oldest(store: Store, clock: SetClock) -> None:

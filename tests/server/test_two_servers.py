@@ -159,9 +159,8 @@ def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fai
                 except BaseException as error:  # noqa: BLE001 - shown below
                     failed.append(error)
 
-        threads = [threading.Thread(target=load, args=(url,)) for url in servers.urls]
-        for thread in threads:
-            thread.start()
+        pool = ThreadPoolExecutor(len(servers.urls))
+        pool.map(load, servers.urls)
         changes: list[tuple[float, float, str]] = []  # when it was called, when it returned, what serves then
 
         def change(call: Callable[[], object], version: str) -> None:
@@ -181,8 +180,7 @@ def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fai
                 change(lambda: commands.rollback(serving.store, **back), f"{NAME}@v1")  # noqa: B023
         finally:
             ended.set()
-            for thread in threads:
-                thread.join()
+            pool.shutdown()
     assert failed == []
     ends = [called for called, *_ in changes[1:]] + [float("inf")]
     during = 0

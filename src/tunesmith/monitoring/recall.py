@@ -10,6 +10,7 @@ forgets the rows.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from typing import Literal
 
@@ -18,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
-from tunesmith.core.errors import NextStep, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.view import ScopedView, View
 from tunesmith.data.governance.licences import mentions
@@ -241,6 +242,8 @@ def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
 
 
 def _reached(store: Store, kind: str, digest: str) -> Reached:
-    record = store.record(digest)
-    label = VersionBody.of(record).line if kind == "version" else str(record.body.get("name", "")) or short(digest)
+    label = short(digest)
+    with contextlib.suppress(Refused):  # what was lost or damaged is recalled all the same
+        record = store.record(digest)
+        label = VersionBody.of(record).line if kind == "version" else str(record.body.get("name", "")) or label
     return Reached(kind=kind, digest=digest, label=label)

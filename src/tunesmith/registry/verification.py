@@ -122,8 +122,12 @@ class _Findings:
         """Makes an error a problem of a file or record."""
         try:
             yield
-        except (TunesmithError, OSError, KeyError) as error:
-            self.problem(path, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")
+        except TunesmithError as error:
+            self.problem(path, error.what)
+        except OSError as error:
+            self.problem(path, f"cannot be read: {error.strerror}")
+        except KeyError as error:
+            self.problem(path, f"no record {error}")
 
 
 def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select, Text, case, cast, false, func, or_, select
@@ -158,7 +159,7 @@ def _arm(requests: Sequence[Counted]) -> Arm:
     scores: list[Any] = []
     for each in requests:
         if each.score is not None and not each.cut:
-            scores += [json.loads(each.score)] * each.n
+            scores += [_score(each.score)] * each.n
     return Arm(
         scores=scores,
         requests=sum(each.n for each in requests),
@@ -168,5 +169,11 @@ def _arm(requests: Sequence[Counted]) -> Arm:
     )
 
 
+@lru_cache(maxsize=4096)
+def _score(text: str) -> Any:
+    return json.loads(text)
+
+
+@lru_cache(maxsize=4096)
 def _hashed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8])

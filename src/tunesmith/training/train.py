@@ -162,12 +162,12 @@ def run_training(
     reported = 0
 
     def on_step(state: TrainerState) -> None:
-        """Report the steps of a state that were not reported yet."""
+        """Report the steps of a state that were not reported yet, and tell whoever watches."""
         nonlocal reported
-        validated = {each["step"]: each for each in state.validation}
+        peak, validated = memory.peak(), {each["step"]: each for each in state.validation}
         for each in state.curve[reported:]:
             found = validated.get(each["step"], {})
-            values = {"step": each["step"], "loss": each["loss"], "memory_bytes": memory.peak()}
+            values = {"step": each["step"], "loss": each["loss"], "memory_bytes": peak}
             values |= {f"validation_{key}": found[key] for key in ("loss", "score") if key in found}
             progress.measured(spec.name, values)
         reported = len(state.curve)

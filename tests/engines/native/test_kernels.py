@@ -246,15 +246,13 @@ def test_which_kernels_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @needs_kernels
 def test_a_library_is_compiled_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = native._built()
-    assert native.slowness() is None
-    assert kept.stem == native.identity(), "of this machine's compiler and processor"
+    assert (native.slowness(), kept.stem) == (None, native.identity()), "of this machine's compiler and processor"
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "_FLAGS", ["-O0" if flag == "-O3" else flag for flag in native._FLAGS])
     made = native._built()
     assert made.stem != kept.stem, "flags are a part of the name"
     written = made.stat().st_mtime_ns
-    assert native._built() == made
-    assert made.stat().st_mtime_ns == written
+    assert (native._built(), made.stat().st_mtime_ns) == (made, written)
     assert [*(tmp_path / "kernels").iterdir()] == [made]
 
 

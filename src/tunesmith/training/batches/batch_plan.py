@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -126,7 +125,7 @@ class TrainingPlan(Sequence[Step]):
     def __len__(self) -> int:
         return self.epoch_steps * self._settings.epochs
 
-    def __getitem__(self, index: Any) -> Any:  # a number: nothing asks for slices
+    def __getitem__(self, index: int) -> Step:  # type: ignore[override]  # nothing asks for slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.epoch(index // self.epoch_steps)[index % self.epoch_steps]

@@ -122,9 +122,9 @@ def memory_plan(
 def _peak(shapes: Shapes, precision: str, tflops: float | None, *, elsewhere: bool) -> tuple[float | None, str]:
     """Operations a second that a device can reach, and where that comes from. elsewhere: it is not this machine's."""
     if tflops is not None:
-        return tflops * 1e12, f"a peak of {tflops:g} TFLOPS, as stated with --tflops"
+        return tflops * 1e12, f"a peak of {tflops:g} TFLOPS, as stated"
     if elsewhere:
-        return None, "no time: state the peak of the device, --tflops"
+        return None, "no time: the peak of the device in TFLOPS is not stated"
     name = device_name(computing_device())
     card = name.split(", CUDA")[0]
     if gpu_present() and precision == "bf16" and (stated := stated_peak(card)) is not None:

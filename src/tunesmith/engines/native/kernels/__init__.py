@@ -99,8 +99,8 @@ def _built() -> Path | None:
         return None
     from tunesmith.models.base import cache_folder
 
-    text = b"".join(path.read_bytes() for path in (*_HEADERS, *_SOURCES)) + repr(_FLAGS).encode()
     try:
+        text = b"".join(path.read_bytes() for path in (*_HEADERS, *_SOURCES)) + repr(_FLAGS).encode()
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
         path = cache_folder() / "kernels" / f"{hashlib.sha256(text + version + _processor()).hexdigest()[:16]}.so"
         if not path.is_file():

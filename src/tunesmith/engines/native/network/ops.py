@@ -205,13 +205,20 @@ class Places:
 
     def __init__(self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int) -> None:
         self.table, self.lengths, self.page, self.group = table, lengths, page, group
-        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], int(lengths.max()))
+        self._lengths: list[int] = lengths.tolist()  # at first
+        self._grown = 0
+        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], max(self._lengths))
         self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
+
+    def filled(self, rows: slice) -> int:
+        """Number of filled places of the longest of rows."""
+        return max(self._lengths[rows]) + self._grown
 
     def grow(self) -> None:
         """Count one more filled place in each row."""
         self.lengths += 1
         self.native.longest += 1
+        self._grown += 1
 
     def gather(self, keys: Tensor, values: Tensor, rows: slice, seen: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `seen` places of rows, copied to the usual layout: [B, K, seen, D] each."""
@@ -280,7 +287,7 @@ def decode_mix(
     """
     first, count = rows.start, rows.stop - rows.start
     shared = 0 if prefix is None else prefix.length
-    if window is not None and shared + int(places.lengths[rows].max()) < window:
+    if window is not None and shared + places.filled(rows) < window:
         window = None
     kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
     # A kernel without tiles reads a prompt's pages again for each token.
@@ -291,7 +298,7 @@ def decode_mix(
                 decode_mix(q, prefix, keys, values, places, part, out, scale, window, cap, prompt=prompt)
             return
         lengths = places.lengths[rows]
-        seen = int(lengths.max()) + 1
+        seen = places.filled(rows) + 1
         queries = q[:, rows].float() * scale
         pages_of = slice(first, first + 1) if prompt else rows
         own_k, own_v = (x.float().transpose(0, 1) for x in places.gather(keys, values, pages_of, seen))
