@@ -27,7 +27,7 @@ from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.probes.memory import WIDEST_BITS
 from tunesmith.evaluation.probes.numbers import exposure_interval
 from tunesmith.evaluation.report.behaviour import CHANCE_BITS
-from tunesmith.evaluation.stats.statistics import Interval
+from tunesmith.evaluation.stats.statistics import Interval, Level
 from tunesmith.training.batches.rows import canaries
 from tunesmith.training.settings import CanarySettings
 
@@ -60,13 +60,13 @@ def exposure(bench: Bench) -> bool:
         planted = np.array([each.repeats for each in made])
         cells = []
         for times in PLANTED.repeats:
-            found = exposure_interval(likely[planted == times], likely[planted == 0], confidence=0.95, seed=0)
+            found = exposure_interval(likely[planted == times], likely[planted == 0], Level(0.95, 0))
             shown[name, times] = found
             wide = found.high - found.low > WIDEST_BITS
             told = "inconclusive" if wide else f"{found.mean:.1f}"
             cells.append(f"{told} [{found.low:.1f}, {found.high:.1f}]")
         print(f"{name:<12}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
-    few = exposure_interval(likely[planted == 16][:3], likely[planted == 0], confidence=0.95, seed=0)
+    few = exposure_interval(likely[planted == 16][:3], likely[planted == 0], Level(0.95, 0))
     print(f"three secrets alone: [{few.low:.1f}, {few.high:.1f}], wider than {WIDEST_BITS:g} bits: inconclusive")
     most = PLANTED.repeats[-1]
     return shown["with them", most].low > shown["without", most].high and few.high - few.low > WIDEST_BITS

@@ -24,6 +24,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Generation
 from tunesmith.evaluation.metrics.classification import Labelled, calibration, classes
+from tunesmith.evaluation.stats.statistics import Level
 from tunesmith.models.embedding import find_embedder
 
 
@@ -66,7 +67,7 @@ def floors(folder: Path) -> None:
         right = [float(answer == truth) for answer, truth in zip(answers, wanted, strict=True)]
         sure = tuple(each.confidence for each in given if each.confidence is not None)
         labelled = Labelled(groups, groups, tuple(wanted), tuple(answers), sure if len(sure) == len(given) else None)
-        macro = classes(labelled, 0.95, 0).macro_f1
+        macro = classes(labelled, Level(0.95, 0)).macro_f1
         share = sum(right) / len(right)
         line = f"{method:10} right {share:.1%} ({share / chance:.0f} times guessing), macro-F1 {macro.mean:.3f}"
         line += f" [{macro.low:.3f}, {macro.high:.3f}], made in {made:.1f} s"

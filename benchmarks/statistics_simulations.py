@@ -20,7 +20,7 @@ import numpy as np
 
 from tunesmith.evaluation.planning import Grouping, LiftTest, lift_power
 from tunesmith.evaluation.stats import statistics
-from tunesmith.evaluation.stats.statistics import intervals
+from tunesmith.evaluation.stats.statistics import Level, intervals
 
 ALPHA, CONFIDENCE, TOGETHER = 0.025, 0.95, 500
 # The gate itself draws 20,000 times. A quarter of that moves an end by a tenth of its tail, up and down alike, and lets
@@ -50,7 +50,7 @@ def lows(rows: Array, names: list[str]) -> Array:
     """The interval's lower end of each run, by the function that the gate itself calls."""
     found = []
     for start in range(0, len(rows), TOGETHER):
-        part = intervals(rows[start : start + TOGETHER].T, names, ends=(-1.0, 1.0), confidence=CONFIDENCE, seed=start)
+        part = intervals(rows[start : start + TOGETHER].T, names, (-1.0, 1.0), Level(CONFIDENCE, start))
         found += [round(each.low, 9) for each in part]
     return np.array(found)
 

@@ -26,6 +26,7 @@ from tunesmith.core.messages import Message
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.protocol import Generation
 from tunesmith.evaluation.probes import numbers
+from tunesmith.evaluation.stats.statistics import Level
 from tunesmith.evaluation.style.classifier import cross_fitted, read_answer, words_of
 from tunesmith.evaluation.style.shares import Classified, taken
 from tunesmith.models.base import resolve_base
@@ -78,7 +79,7 @@ def show(title: str, requests: Sequence[str], sets: Mapping[str, Sequence[str]])
     print(f"  taken for references: {found.reference.mean():.0%} of references, {found.base.mean():.0%} of the base's")
     for name in rest:
         try:
-            share = found.share(name, 0.95, 0)
+            share = found.share(name, Level(0.95, 0))
             print(f"  {name:<36}{share.mean:>6.0%}  [{share.low:.0%}, {share.high:.0%}]")
         except Inconclusive as error:
             print(f"  {name:<36}inconclusive: {error.what}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tunesmith.evaluation.stats.statistics import interval
+from tunesmith.evaluation.stats.statistics import Level, interval
 
 NOT_YET = "see below"
 
@@ -14,7 +14,7 @@ NOT_YET = "see below"
 def mean_of(scores: Sequence[float]) -> str:
     """A mean with its 95% interval."""
     rows = [str(place) for place in range(len(scores))]
-    found = interval(np.array(scores), rows, ends=(0.0, 1.0), confidence=0.95, seed=0)
+    found = interval(np.array(scores), rows, (0.0, 1.0), Level(0.95, 0))
     return f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
 
 

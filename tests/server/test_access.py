@@ -244,7 +244,9 @@ def test_the_commands_that_list(scene: Scene) -> None:
     (first, second, *_), lines = run("evaluations")["evaluations"], len(found["evaluations"])
     assert (first["evaluation"], second["evaluation"], lines) == (of_a_later_version, measured, 5)
     assert first["unreadable"].startswith(f"record {of_a_later_version[7:19]} does not state what")
-    assert scene.dataset in [one["dataset"] for one in run("data", "list")["datasets"]]
+    unread = scene.store.put_record(Record(kind="dataset", body={}))
+    listed = {one["dataset"]: one.get("unreadable", "") for one in run("data", "list")["datasets"]}
+    assert (listed[scene.dataset], f"record {unread[7:19]} does not state what" in listed[unread]) == ("", True)
     assert run("recalls") == {"recalls": []}
     withdrawn = list_versions(scene.store)[0]
     recall(scene.store, Cause(kind="version", value=withdrawn.digest), reason="why", actor=OWNER)

@@ -25,7 +25,10 @@ def draw_summary(found: DatasetSummary) -> Drawn:
 def draw_list(found: DatasetPage) -> Drawn:
     """A line for each dataset version."""
     rows = [
-        (one.dataset[7:19], one.at[:16], one.read, one.kept, one.removed, ", ".join(one.signed))
+        (
+            *(one.dataset[7:19], one.at[:16], one.read, one.kept, one.removed),
+            f"unreadable: {one.unreadable}" if one.unreadable else ", ".join(one.signed),
+        )
         for one in found.datasets
     ]
     title = f"{len(rows)} of {found.total} dataset versions"

@@ -11,7 +11,6 @@ import typer
 from tunesmith import services
 from tunesmith.cli.terminal import Drawn, Here, NotNegative, Positive, Terminal, add_commands, printed_text, say
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import LogFormatter, NoRepeats, printable, printable_line
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ def serve(
 
     from tunesmith.core.telemetry import sending
     from tunesmith.pipeline import PipelineContext
-    from tunesmith.registry.aliases import list_aliases
     from tunesmith.rollout.served_scorers import served_scorers
     from tunesmith.server.app import create_app
     from tunesmith.server.console.login import client_secret
@@ -101,14 +99,13 @@ def serve(
     app = create_app(serving)
     address, chosen = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    refused = {(one.name, one.scope): one.warning for one in services.rollouts.refused_champions(project.store)}
-    champions = [alias for alias in list_aliases(project.store) if alias.alias == "champion"]
-    names = sorted({one.name for one in champions if (one.name, Scope(one.tenant, one.region)) not in refused})
+    champions = services.rollouts.champions(project.store)
+    names = sorted({one.name for one in champions if one.refused is None})
     document = {"url": f"http://{shown}:{chosen}/v1", "models": [f"{name}@champion" for name in names]}
     listening.listen(_BACKLOG)  # before the URL is printed, so that a client that connects at once is not refused
     here.emit(document, _draw_serving)
-    for warning in refused.values():
-        say(str(warning))
+    for warning in filter(None, (one.warning for one in champions)):
+        say(warning)
     if address not in ("127.0.0.1", "::1"):
         say("other machines can reach it, and it speaks plain HTTP: put a proxy with TLS in front of it")
     logs = logging.StreamHandler()

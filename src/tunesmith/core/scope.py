@@ -23,6 +23,11 @@ class Scope:
             if name:
                 check_name(name, kind)
 
+    @property
+    def unlimited(self) -> bool:
+        """Whether it is all tenants and regions."""
+        return self == Scope()
+
     def covers(self, other: Scope) -> bool:
         """Whether this scope includes other; a scope includes itself."""
         return self.tenant in ("", other.tenant) and self.region in ("", other.region)
@@ -39,7 +44,7 @@ class Scope:
 
     def stated(self) -> dict[str, dict[str, str]]:
         """{"scope": fields()} for what is kept apart by scope; nothing for all tenants and regions."""
-        return {"scope": self.fields()} if self != Scope() else {}
+        return {"scope": self.fields()} if not self.unlimited else {}
 
     def options(self) -> str:
         """The command-line options that name this scope, each with a space before it."""

@@ -9,6 +9,7 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.view import View
 from tunesmith.evaluation.gates.verdict import measured_candidate
 from tunesmith.evaluation.scores import CONFIDENCE, Difference, difference, read_scores
+from tunesmith.evaluation.stats.statistics import Level
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval
 from tunesmith.store.store import Store
 
@@ -90,14 +91,13 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
             fix="evaluate both again in one project",
         )
     metrics = {
-        metric: difference(right[second.name, metric], left[first.name, metric], confidence=CONFIDENCE, seed=other.seed)
+        metric: difference(right[second.name, metric], left[first.name, metric], Level(CONFIDENCE, other.seed))
         for metric in shared
     }
-    return Comparison(
+    return Comparison.of(
+        one,
         first=_side(first, one),
         second=_side(second, other),
-        n=one.n,
-        groups=one.groups,
         primary=other.primary if other.primary in shared else shared[0],
         confidence=CONFIDENCE,
         metrics=metrics,

@@ -37,7 +37,7 @@ from tunesmith.evaluation.probes.measuring import Measurement, measure
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.evaluation.scores import CONFIDENCE, GENERAL, Column, column, drop, metric_interval, rounded, score_lines
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
-from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals
+from tunesmith.evaluation.stats.statistics import Level, effective_groups, interval, intervals
 from tunesmith.evaluation.style.shares import measure_style
 from tunesmith.records.evaluation import (
     EvaluationBody,
@@ -82,7 +82,7 @@ def evaluate(
     Raises Inconclusive for answers that do not match the test rows, and UsageError for names that do not match.
     Raises Refused where a candidate was trained on test rows or shows them in its prompt.
     """
-    dataset = parents["dataset"]
+    dataset, level = parents["dataset"], Level(CONFIDENCE, seed)
     test, given = _answered(store, dataset, _of(parents, "answers"))
     risks = sorted(_suite_and_name(role, given) for role in _of(parents, "risk"))
     if unknown := sorted(_of(parents, "policy").keys() - given.keys()):
@@ -93,7 +93,7 @@ def evaluate(
         if not isinstance(scorer, JudgeScorer)
     }
     columns, judges = _columns(store, task, given, scoring, parents, test)
-    general, stated_probes = _probed(store, _of(parents, "probe"), given, seed)
+    general, stated_probes = _probed(store, _of(parents, "probe"), given, level)
     of_probes, measurements = _scoring_of_probes(task, scoring), list[Measurement]()
     stated_risks: dict[str, dict[str, RiskResults]] = {}
     for suite, name in risks:
@@ -102,9 +102,9 @@ def evaluate(
         measurements += lines
         stated_risks.setdefault(suite, {})[name] = told
     asked = {name: (those.candidate_digest, those.candidate) for name, those in given.items()}
-    held, stated_policy = measure_policy(store, policy, parents, asked, seed) if policy else ([], None)
+    held, stated_policy = measure_policy(store, policy, parents, asked, level) if policy else ([], None)
     style, texts = parents.get("style"), {name: those.lines for name, those in given.items()}
-    classified, stated_style = measure_style(store, style, dataset, test, texts, seed)
+    classified, stated_style = measure_style(store, style, dataset, test, texts, level)
     labels = {
         (name, scorer.name): label_rows(name, scorer, those.lines, those.seen, test)
         for name, those in given.items()
@@ -119,7 +119,7 @@ def evaluate(
         metrics=tuple(task.metrics),
         confidence=CONFIDENCE,
         seed=seed,
-        candidates=_stated(store, given, columns, labels, test, seed, prices, tokens),
+        candidates=_stated(store, given, columns, labels, test, level, prices, tokens),
         probes=stated_probes,
         functions=function_digests(task.scorers, root),
         scorers=scorer_digests(task.scorers, answer_schema, root),
@@ -220,12 +220,12 @@ def _stated(
     columns: Sequence[Column],
     labels: Mapping[tuple[str, str], Sequence[LabelLine]],
     test: Sequence[Example],
-    seed: int,
+    level: Level,
     prices: PriceSettings | None,
     tokens: Mapping[str, TokenPrice],
 ) -> dict[str, MeasuredCandidate]:
     values = np.stack([item.values for item in columns], axis=1)
-    found = intervals(values, columns[0].groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed)
+    found = intervals(values, columns[0].groups, (0.0, 1.0), level)
     metrics: dict[str, dict[str, MetricInterval]] = {name: {} for name in given}
     for item, measured in zip(columns, found, strict=True):
         metrics[item.candidate][item.metric] = metric_interval(measured)
@@ -257,14 +257,14 @@ def _stated(
                 remote=candidate.endpoint is not None,
             ),
             training=training,
-            classes={metric: classes(rows, CONFIDENCE, seed) for metric, rows in labelled.items()} or None,
+            classes={metric: classes(rows, level) for metric, rows in labelled.items()} or None,
             calibration={metric: calibration(rows) for metric, rows in labelled.items() if rows.confidences} or None,
         )
     return stated
 
 
 def _probed(
-    store: Store, probes: Mapping[str, str], given: Mapping[str, Answers], seed: int
+    store: Store, probes: Mapping[str, str], given: Mapping[str, Answers], level: Level
 ) -> tuple[list[Column], dict[str, GeneralSuite]]:
     """The general suite's columns (the base first), and the record's account of them."""
     if not probes:
@@ -278,9 +278,8 @@ def _probed(
     questions = {question.id: question for question in general_questions()}
     names = [BASE, *sorted(set(probes) - {BASE})]
     columns = {name: read_probe(store, probes[name], name, questions, given) for name in names}
-    rule: dict[str, Any] = {"confidence": CONFIDENCE, "seed": seed}
-    shares = {name: interval(each.values, each.groups, ends=(0.0, 1.0), **rule) for name, each in columns.items()}
+    shares = {name: interval(each.values, each.groups, (0.0, 1.0), level) for name, each in columns.items()}
     scores = {name: metric_interval(share) for name, share in shares.items()}
-    drops = {name: metric_interval(drop(columns[BASE], columns[name], **rule)) for name in names[1:]}
+    drops = {name: metric_interval(drop(columns[BASE], columns[name], level)) for name in names[1:]}
     stated = GeneralSuite(suite=general_digest(), n=len(questions), scores=scores, drops=drops)
     return list(columns.values()), {GENERAL: stated}

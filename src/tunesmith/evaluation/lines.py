@@ -78,6 +78,14 @@ class Line(Frozen):
         return {value: list(own) for value, own in groupby(ordered, attrgetter(*fields))}
 
 
+class CandidateLine(Line):
+    """A line about one answer of a candidate. group: of the request; answers to requests of one are not independent."""
+
+    candidate: Name
+    id: Name
+    group: Name
+
+
 class AnswerLine(Line):
     """An answer: its id, and what the kind of answer has besides."""
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.view import View
-from tunesmith.evaluation.lines import Line, Name, Share
-from tunesmith.evaluation.stats.statistics import Floats, Interval, interval, mcnemar, sign_flip
+from tunesmith.evaluation.lines import CandidateLine, Name, Share
+from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, interval, mcnemar, sign_flip
 from tunesmith.records.evaluation import EvaluationBody, MetricInterval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -36,15 +36,12 @@ _DECIMALS = 9
 _Rows = dict[tuple[str, str], dict[str, tuple[str, float]]]  # (candidate, metric) -> id -> (group, value)
 
 
-class ScoreLine(Line):
+class ScoreLine(CandidateLine):
     """One score of one answer."""
 
     file = "scores.jsonl"
     unique = ("candidate", "metric", "id")
-    candidate: Name
     metric: Name
-    id: Name
-    group: Name
     value: Share
 
 
@@ -110,7 +107,10 @@ def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Colum
     """
     if ScoreLine.file not in evaluation.blobs:
         raise Inconclusive("the evaluation has no scores")
-    rows = _plain_rows(store.read_blob(evaluation.blobs[ScoreLine.file])) or _any_rows(store, evaluation)
+    rows = _plain_rows(store.read_blob(evaluation.blobs[ScoreLine.file]))
+    if not rows:
+        cells = ScoreLine.grouped(ScoreLine.read(store, evaluation), "candidate", "metric")
+        rows = {key: {line.id: (line.group, line.value) for line in cell} for key, cell in cells.items()}
     columns = {key: column(*key, cell) for key, cell in rows.items()}
     _check_pairing(columns)
     _check_summary(columns, EvaluationBody.of(evaluation))
@@ -132,32 +132,24 @@ def _plain_rows(data: bytes) -> _Rows | None:
     return rows if whole and valid else None
 
 
-def _any_rows(store: Store, evaluation: Record) -> _Rows:
-    """The scores, line by line. Raises Inconclusive for the first that is not valid."""
-    rows: _Rows = defaultdict(dict)
-    for line in ScoreLine.read(store, evaluation):
-        rows[line.candidate, line.metric][line.id] = (line.group, line.value)
-    return rows
-
-
-def difference(left: Column, right: Column, *, confidence: float, seed: int) -> Difference:
+def difference(left: Column, right: Column, level: Level) -> Difference:
     """Compare two columns of one metric row by row. Raises Inconclusive where their rows differ."""
     check_paired(left, right)
     gaps = left.values - right.values
     binary = bool(np.isin(np.concatenate([left.values, right.values]), (0.0, 1.0)).all())
     wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
-    measured = interval(gaps, left.groups, ends=(-1.0, 1.0), confidence=confidence, seed=seed)
+    measured = interval(gaps, left.groups, (-1.0, 1.0), level)
     return Difference(
         difference=metric_interval(measured),
         wins=wins,
         losses=losses,
         ties=len(gaps) - wins - losses,
         mcnemar=rounded(mcnemar(wins, losses)) if binary else None,
-        sign_flip=rounded(sign_flip(gaps, left.groups, seed)),
+        sign_flip=rounded(sign_flip(gaps, left.groups, level.seed)),
     )
 
 
-def drop(before: Column, after: Column, *, confidence: float, seed: int) -> Interval:
+def drop(before: Column, after: Column, level: Level) -> Interval:
     """How much the right choice's mean probability fell (positive is a loss), paired by question.
 
     The interval's worst-case group has the largest measured loss or gain, not -1 or 1: a probability is continuous, so
@@ -165,8 +157,7 @@ def drop(before: Column, after: Column, *, confidence: float, seed: int) -> Inte
     """
     check_paired(before, after)
     losses: Floats = before.values - after.values
-    ends = (float(losses.min()), float(losses.max()))
-    return interval(losses, before.groups, ends=ends, confidence=confidence, seed=seed)
+    return interval(losses, before.groups, (float(losses.min()), float(losses.max())), level)
 
 
 def check_paired(left: Column, right: Column) -> None:

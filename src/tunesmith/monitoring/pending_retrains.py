@@ -23,7 +23,7 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout.state import live_rollout
 from tunesmith.store.records import causes
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, VersionRow
+from tunesmith.store.tables import CHAMPION, AuditRow, VersionRow
 
 _Place = tuple[str, Scope]  # a name, and for whom
 
@@ -64,7 +64,7 @@ def _champions(session: Session) -> dict[_Place, set[str]]:
     """Digests of every version that ever was champion, by place, from the audit log."""
     places: dict[_Place, set[str]] = {}
     for row in session.scalars(select(AuditRow).where(AuditRow.action == "alias.set").order_by(AuditRow.seq)):
-        if row.detail["alias"] == "champion" and row.detail["version"]:
+        if row.detail["alias"] == CHAMPION and row.detail["version"]:
             place = (row.detail["name"], Scope(row.detail["tenant"], row.detail["region"]))
             places.setdefault(place, set()).add(row.detail["version"])
     return places

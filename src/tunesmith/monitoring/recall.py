@@ -31,7 +31,7 @@ from tunesmith.records.dataset import DocumentsBody
 from tunesmith.records.version import VersionBody
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, AliasRow, RecallRow, RequestRow, RolloutRow
+from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, RecallRow, RequestRow, RolloutRow
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
@@ -100,7 +100,7 @@ class Recall(View):
     @property
     def champions(self) -> tuple[RecalledAlias, ...]:
         """The aliases whose traffic stops."""
-        return tuple(alias for alias in self.aliases if alias.alias == "champion")
+        return tuple(alias for alias in self.aliases if alias.alias == CHAMPION)
 
 
 def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool = False) -> Recall:

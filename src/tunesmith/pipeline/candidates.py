@@ -32,10 +32,10 @@ from tunesmith.pipeline.training import (
 )
 from tunesmith.pipeline.training_search import search_settings
 from tunesmith.records.candidate import RemoteModel
-from tunesmith.registry.aliases import CHAMPION
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import resolve
 from tunesmith.store.records import recalled
+from tunesmith.store.tables import CHAMPION
 from tunesmith.training.settings import TrainSettings
 
 

@@ -94,7 +94,7 @@ def latest(project: Project, kind: Literal["evaluation", "verdict"], scope: Scop
     for none. For all tenants and regions that may also be the store's newest record, of a project by another name.
     """
     found = project.store.recall_memo(_latest_key(project, kind, scope))
-    if found is None and scope == Scope():
+    if found is None and scope.unlimited:
         found = next(reversed(project.store.records_of(kind)), None)
     return found
 

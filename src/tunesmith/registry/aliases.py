@@ -8,9 +8,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import ScopedView
 from tunesmith.store.store import Store, session_of
-from tunesmith.store.tables import AliasRow
-
-CHAMPION = "champion"
+from tunesmith.store.tables import CHAMPION, AliasRow
 
 
 class Alias(ScopedView):

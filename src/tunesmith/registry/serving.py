@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name
-from tunesmith.registry.aliases import CHAMPION, Alias, get_alias
+from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
@@ -27,7 +27,7 @@ from tunesmith.store.people.identities import require, trusted_keys
 from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.records import recalled, recalls_of
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, AliasRow, AuditRow, RolloutRow, VersionRow
+from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, AuditRow, RolloutRow, VersionRow
 
 Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "refused", "override"]
 # The audit log's actions for an approver's decision: an approval, a refusal.

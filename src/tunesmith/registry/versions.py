@@ -12,11 +12,11 @@ from tunesmith.core.digests import is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
-from tunesmith.registry.aliases import CHAMPION, get_alias
+from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.signing.release import Version as Version
 from tunesmith.registry.signing.release import read_version
 from tunesmith.store.store import Store, session_of
-from tunesmith.store.tables import RecordRow, VersionRow
+from tunesmith.store.tables import CHAMPION, RecordRow, VersionRow
 
 
 def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session | None = None) -> Version:

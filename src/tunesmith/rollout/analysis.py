@@ -48,7 +48,7 @@ Parts = Sequence[Array]  # scores by group of callers
 # The stakes: midpoint rule of the arcsine law on (0, 1). The means: ends of the intervals of m.
 _STAKES = np.sin(np.pi * (np.arange(24) + 0.5) / 48) ** 2
 _MEANS = np.linspace(0.0, 1.0, 501)
-_RATES = ("error_rate", "success_rate")
+RATES = ("error_rate", "success_rate")
 _AT_ONCE = 32  # values whose gains are held in memory together
 _LARGEST = 1e12  # larger e-values are shown, and kept as JSON, as this one
 
@@ -108,7 +108,7 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     margin, groups = analysis.worse_by_at_most, sorted(canary.groups.keys() | stable.groups.keys())
     # By group; all requests as one part where there are no groups.
     ours, theirs = ([arm.groups.get(group, Arm()) for group in groups] or [arm] for arm in (canary, stable))
-    rate = analysis.metric in _RATES
+    rate = analysis.metric in RATES
     # Row 0 keeps every group, and each other row leaves one out.
     keep = np.vstack([np.ones(len(ours)), 1 - np.eye(len(groups))]) if groups else np.ones((1, 1))
     our_scores, our_unusable = zip(*(_scores(analysis.metric, part) for part in ours), strict=True)
@@ -252,7 +252,7 @@ def _answered(arm: Arm) -> Array:
 
 def _scores(metric: str, arm: Arm) -> tuple[Array, int]:
     """(usable scores, higher is better; how many were unusable)."""
-    if metric in _RATES:
+    if metric in RATES:
         return _answered(arm), 0
     usable = [
         float(score)

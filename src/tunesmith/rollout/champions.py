@@ -18,7 +18,7 @@ from tunesmith.registry.serving import permissions, standing, standing_of
 from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import load_version, readable_versions
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, VersionRow
+from tunesmith.store.tables import CHAMPION, AliasRow, AuditRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
 
 _LOG = logging.getLogger("tunesmith.rollout")
@@ -85,7 +85,7 @@ def list_champions(
 
     Raises TunesmithError where the record of one cannot be read now.
     """
-    query = select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != "")
+    query = select(AliasRow).where(AliasRow.alias == CHAMPION, AliasRow.version != "")
     query = query if name is None else query.where(AliasRow.name == name)
     query = query if scope is None else query.filter_by(**scope.fields())
     query = query.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region).limit(most)
@@ -151,7 +151,7 @@ def note_champions(store: Store, champions: list[Champion]) -> list[Champion]:
         detail: JsonObject = {}
         with contextlib.suppress(_NothingNew):
             action = _RESTORED if champion.refused is None else _REFUSED
-            with store.change(CONTROLLER, action, f"{champion.name}@champion", detail) as session:
+            with store.change(CONTROLLER, action, f"{champion.name}@{CHAMPION}", detail) as session:
                 now = champion_of(session, store, champion.name, champion.scope)
                 if now is None or (now.refused is None) != (champion.refused is None) or _news(session, now) is None:
                     raise _NothingNew
@@ -167,7 +167,7 @@ class _NothingNew(Exception):
 def _news(session: Session, champion: Champion) -> str | None:
     """The action to log for a champion; None if the log says so already."""
     query = select(AuditRow).where(
-        AuditRow.subject == f"{champion.name}@champion", AuditRow.action.in_((_REFUSED, _RESTORED))
+        AuditRow.subject == f"{champion.name}@{CHAMPION}", AuditRow.action.in_((_REFUSED, _RESTORED))
     )
     logged: tuple[str, str | None, str | None] = _RESTORED, None, None
     for row in session.scalars(query.order_by(AuditRow.seq.desc())):

@@ -390,7 +390,7 @@ def _choice(store: Store, user: User, region: str, base: str, name: str, digest:
     version, why = None, _why_not(candidate, base)
     if why is None:
         version, why = _loadable(store, Scope(user.tenant, region), digest)
-        if version is None and why is None and user.scope != Scope():
+        if version is None and why is None and not user.scope.unlimited:
             why = "no version of it is registered for you: it may answer with rows of other tenants"
         elif version is None and not candidate.tuned and why is None:
             why = _recalled(store, digest)

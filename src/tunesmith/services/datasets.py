@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from sqlalchemy import func, select
 
-from tunesmith.core.errors import NextStep, NotThere, UsageError
+from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.text.display import json_text
-from tunesmith.core.view import Page, View
+from tunesmith.core.view import Omitted, Page, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.building.signoff import SignOff, sign_off, sign_offs, sign_offs_of
 from tunesmith.data.building.verify import DatasetVerification, verify_dataset
@@ -84,15 +84,19 @@ class QualityReport(QualityBody):
 
 
 class DatasetLine(View):
-    """A dataset version in a list. at: when it was sealed; signed: the stewards who signed it off."""
+    """A dataset version in a list. at: when it was sealed; signed: the stewards who signed it off.
+
+    unreadable: why its record cannot be read; then there are no rows to count.
+    """
 
     dataset: str
     at: str
-    read: int
-    kept: int
-    removed: int
-    splits: dict[str, int]
+    read: int = 0
+    kept: int = 0
+    removed: int = 0
+    splits: Mapping[str, int] = {}
     signed: tuple[str, ...]
+    unreadable: Omitted[str] = None
 
 
 class DatasetPage(Page):
@@ -245,18 +249,14 @@ def list_datasets(store: Store, page: int = 1) -> DatasetPage:
     signed = sign_offs_of(store, [digest for digest, _ in found])
     lines = []
     for digest, sealed in found:
-        body = DatasetBody.read(store, digest)
-        lines.append(
-            DatasetLine(
-                dataset=digest,
-                at=sealed,
-                read=body.rows.read,
-                kept=body.rows.kept,
-                removed=sum(body.rows.removed.values()),
-                splits={name: body.splits[name] for name in SPLITS},
-                signed=tuple(one.steward for one in signed[digest]),
-            )
-        )
+        try:
+            body = DatasetBody.read(store, digest)
+            counts = {"read": body.rows.read, "kept": body.rows.kept, "removed": sum(body.rows.removed.values())}
+            stated: dict[str, Any] = {**counts, "splits": {name: body.splits[name] for name in SPLITS}}
+        except (Refused, UsageError) as error:  # it must not hide the others
+            stated = {"unreadable": error.what}
+        stewards = tuple(one.steward for one in signed[digest])
+        lines.append(DatasetLine(dataset=digest, at=sealed, signed=stewards, **stated))
     return DatasetPage(**dict(at), datasets=tuple(lines))
 
 

@@ -101,7 +101,7 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
     Only people of all tenants and regions see texts, groups of rows, and other versions of the name in the trail.
     Raises Refused for an evaluation that does not state what a report shows.
     """
-    everything = user.scope == Scope()
+    everything = user.scope.unlimited
     texts = texts and everything and user.may(READ_PERMISSION)
     trail = release_trail(store, version.name if everything else version.label, version.digest)
     found = report_data(store, version.evaluation, version.verdict, version.digest, trail)
@@ -394,7 +394,7 @@ def show_findings(store: Store, user: User, digest: str, verdict: str | None = N
     page = show_evaluation(store, user, digest, verdict)
     with refused_if_inconsistent():
         found = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
-    groups = user.may(READ_PERMISSION) and user.scope == Scope()
+    groups = user.may(READ_PERMISSION) and user.scope.unlimited
     return found if groups else found.model_copy(update={"by_group": None})
 
 
@@ -423,7 +423,7 @@ def _visible(scope: Scope) -> Any:
 
 def _released(scope: Scope, role: Literal["evaluation", "verdict"]) -> list[ColumnElement[bool]]:
     """Conditions on a record: people of a tenant or region see the evaluations and verdicts of their versions."""
-    if scope == Scope():
+    if scope.unlimited:
         return []
     own = select(EdgeRow.parent).join(VersionRow, VersionRow.digest == EdgeRow.child)
     return [RecordRow.digest.in_(own.where(EdgeRow.role == role, *within(VersionRow, scope)))]

@@ -28,14 +28,13 @@ from tunesmith.jobs.performing import JobProgress, Outcome
 from tunesmith.jobs.queue import JobError
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
 from tunesmith.records.training import TrainingBody
-from tunesmith.registry.aliases import CHAMPION
 from tunesmith.registry.versions import resolve
 from tunesmith.services import training
 from tunesmith.services.training import RunSummary
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobRow
+from tunesmith.store.tables import CHAMPION, FINE_TUNING, FINE_TUNING_JOB, FileRow, JobRow
 from tunesmith.store.uploads import FileGone
 from tunesmith.training.settings import TrainSettings, changed_training
 

@@ -145,7 +145,7 @@ def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
     Empty for a user of one tenant or region: both concern the whole project.
     """
     user = get_user(project.store, viewer)
-    if user.scope != Scope():
+    if not user.scope.unlimited:
         return ()
     with _DUE_LOCK:  # it may take seconds: once for all who look
         at, found = _DUE.get(project.store, (-_DUE_SECONDS, ()))
@@ -262,7 +262,7 @@ def _all_waiting(
     if count := waiting_for(store, user):
         says = NextStep(f"{count} held answer{' waits' if count == 1 else 's wait'} for a reviewer", "held list")
         yield _waiting(user, says, "answer.review", f"{_OPERATIONS}/held")
-    for key in kept.proposed if user.scope == Scope() else ():
+    for key in kept.proposed if user.scope.unlimited else ():
         says = NextStep(f"a key of {key.user} waits to be confirmed", "keys confirm", user=key.user)
         yield _waiting(user, says, "user.change", "/console/keys", not_for=(key.user, key.link_by))
     for rollout in moving:
@@ -279,7 +279,7 @@ def _all_waiting(
         if user.scope.covers(retrain.scope):
             words = f"{retrain.name}{retrain.scope.said} needs a new version: {retrain.version} was recalled"
             yield _waiting(user, NextStep(words, "recall", pending=True), "job.add", _OPERATIONS)
-    counted = deliveries.count(store, project.settings.name) if project and user.scope == Scope() else {}
+    counted = deliveries.count(store, project.settings.name) if project and user.scope.unlimited else {}
     for (name, given_up), n in sorted(counted.items()):
         if given_up:
             words = f"{n} deliver{'y' if n == 1 else 'ies'} of the webhook {name} were given up"

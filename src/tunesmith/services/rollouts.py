@@ -28,7 +28,7 @@ from tunesmith.services.actions import Acting, Because, Named, Reason, Request, 
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, AliasRow, RolloutRow, VersionRow
+from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, RolloutRow, VersionRow
 
 LISTED = 20  # rollouts on a page
 _STARTABLE = 20
@@ -196,10 +196,15 @@ def status(store: Store, which: str | None = None) -> RolloutList:
     return _list(store, rollouts)
 
 
+def champions(store: Store, name: str | None = None) -> list[Champion]:
+    """The champions of one name or of all."""
+    with store.reading() as session:
+        return list_champions(session, store, name)
+
+
 def refused_champions(store: Store, name: str | None = None) -> list[Champion]:
     """The champions that may not serve now, of one name or of all."""
-    with store.reading() as session:
-        return [one for one in list_champions(session, store, name) if one.refused is not None]
+    return [one for one in champions(store, name) if one.refused is not None]
 
 
 def visible_to(store: Store, user: User) -> RolloutList:
@@ -263,7 +268,7 @@ def startable(project: Project, user: User) -> tuple[StartableVersion, ...]:
     query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, user.scope))
     found = []
     with store.reading() as session:
-        serving = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == "champion")
+        serving = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == CHAMPION)
         query = query.where(VersionRow.digest.not_in(serving)).order_by(VersionRow.number.desc())
         for digest in session.scalars(query.limit(_STARTABLE)).all():
             try:

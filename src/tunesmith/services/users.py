@@ -167,7 +167,7 @@ def list_tokens(store: Store, user: str | None = None) -> TokenList:
 
 def is_admin(viewer: User) -> bool:
     """Whether a person is an admin of all tenants and regions, who sees everybody. Others see themselves."""
-    return viewer.may("user.change") and viewer.scope == Scope()
+    return viewer.may("user.change") and viewer.scope.unlimited
 
 
 def visible_users(store: Store, viewer: User) -> UserList:

@@ -42,7 +42,7 @@ from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LIVE, AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
+from tunesmith.store.tables import CHAMPION, LIVE, AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
 
 LISTED = 100  # versions in a list, unless told otherwise
 PAGE = 50
@@ -338,7 +338,7 @@ def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[
     found = [versions.version_of(store, row) for row in rows]
     permissions = serving.permissions(session, found)
     aliases = list_aliases(store)
-    champions = {alias.version: alias for alias in aliases if alias.alias == "champion"}
+    champions = {alias.version: alias for alias in aliases if alias.alias == CHAMPION}
     canaries = set(session.scalars(select(RolloutRow.canary).where(RolloutRow.status.in_(LIVE))))
     listed = []
     for version in found:
@@ -534,7 +534,7 @@ def lineage(store: Store, version: Version) -> Lineage:
 def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails:
     """A record of a version's lineage. Raises NotThere for one that the user may not see."""
     own = _own(store, version)
-    everything = user.scope == Scope()
+    everything = user.scope.unlimited
     if digest not in own and not (everything and store.has_record(digest)):
         raise NotThere("there is no such record of this version")
     record = store.record(digest)

@@ -208,6 +208,9 @@ class VersionRow(ForScope, Table):
     key: Mapped[Digest]
 
 
+CHAMPION = "champion"  # the alias that rollouts set
+
+
 class AliasRow(Table):
     """The version that NAME@ALIAS means for a tenant and region. revision: for compare-and-set.
 

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, AuditRow, JobRow, RolloutRow, VersionRow
+from tunesmith.store.tables import CHAMPION, FINE_TUNING, FINE_TUNING_JOB, AuditRow, JobRow, RolloutRow, VersionRow
 from tunesmith.webhooks.deliveries import Event
 from tunesmith.webhooks.settings import EventType
 
@@ -116,7 +116,7 @@ def _champion(entry: AuditRow, kind: EventType) -> _Said:
 
 def _recalled(_session: Session, entry: AuditRow) -> _Said | None:
     reached = [one for one in entry.detail.get("reached", ()) if one["kind"] == "version"]
-    champions = [one for one in entry.detail.get("aliases", ()) if one["alias"] == "champion"]
+    champions = [one for one in entry.detail.get("aliases", ()) if one["alias"] == CHAMPION]
     versions = [{"version": one["label"], "digest": one["digest"]} for one in reached]
     stopped = [{key: one[key] for key in ("name", "tenant", "region")} for one in champions]
     return _Said("recall.started", {"versions": versions, "champions_stopped": stopped, "audit_entry": entry.seq})

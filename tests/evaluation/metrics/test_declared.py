@@ -30,7 +30,7 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
-from tunesmith.evaluation.stats.statistics import interval
+from tunesmith.evaluation.stats.statistics import Level, interval
 from tunesmith.records.evaluation import CalibrationBin
 
 DECLARED: TypeAdapter[Any] = TypeAdapter(Declared)
@@ -120,7 +120,7 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     from sklearn.metrics import f1_score
 
     said, held = [row[0] for row in rows], [row[1] for row in rows]
-    found = classification.classes(labelled([(truth, answer, 1.0) for answer, truth in rows]), 0.95, 0)
+    found = classification.classes(labelled([(truth, answer, 1.0) for answer, truth in rows]), Level(0.95, 0))
     known = sorted(set(held))
     expected = f1_score(held, said, labels=known, average="macro", zero_division=0)
     measured = found.macro_f1
@@ -292,21 +292,21 @@ def labelled(rows: list[tuple[str, str, float]]) -> Labelled:
 def test_the_calibration_error_of_sure_answers_is_the_share_of_wrong_ones(confidence: float) -> None:
     """With its interval, whose ends are resampled figures: one between two of them would be too narrow."""
     found = labelled([("a", "a" if n % 5 else "b", 1.0) for n in range(40)])
-    error = classification.calibration_error_interval(found, confidence, 0)
-    share = interval(1.0 - found.right, found.groups, ends=(0.0, 1.0), confidence=confidence, seed=0)
+    error = classification.calibration_error_interval(found, Level(confidence, 0))
+    share = interval(1.0 - found.right, found.groups, (0.0, 1.0), Level(confidence, 0))
     assert (error.mean, error.low, error.high) == pytest.approx((share.mean, share.low, share.high), abs=1e-9)
     mixed = labelled([("ab"[n % 2], "aab"[n % 3], n / 40) for n in range(40)])
-    macro = classification.macro_f1_interval(mixed, 0.9, 0)
-    shown = classification.classes(mixed, 0.9, 0).macro_f1
+    macro = classification.macro_f1_interval(mixed, Level(0.9, 0))
+    shown = classification.classes(mixed, Level(0.9, 0)).macro_f1
     assert macro.mean == pytest.approx(shown.mean, abs=1e-9)
     assert macro.low <= shown.low + 0.03, "the worst-case group is added"
     stated = classification.calibration(mixed)
-    stated_error = classification.calibration_error_interval(mixed, 0.9, 0)
-    brier = classification.brier_interval(mixed, 0.9, 0)
+    stated_error = classification.calibration_error_interval(mixed, Level(0.9, 0))
+    brier = classification.brier_interval(mixed, Level(0.9, 0))
     assert (stated_error.mean, brier.mean) == pytest.approx((stated.ece, stated.brier), abs=1e-8)
     few = labelled([("a", "a", 1.0), ("b", "b", 1.0)] * 5)
-    assert classification.macro_f1_interval(few, 0.95, 0).low < 0.7, "five rows that are all right prove little"
-    assert classification.calibration_error_interval(few, 0.95, 0).high > 0.3
+    assert classification.macro_f1_interval(few, Level(0.95, 0)).low < 0.7, "five rows that are all right prove little"
+    assert classification.calibration_error_interval(few, Level(0.95, 0)).high > 0.3
 
 
 @pytest.fixture(scope="module")

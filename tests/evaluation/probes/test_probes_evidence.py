@@ -30,7 +30,7 @@ from tunesmith.evaluation.report.html import render, report_markdown
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.stats import statistics
-from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use
+from tunesmith.evaluation.stats.statistics import Interval, Level, confidence_at_use
 from tunesmith.records.evaluation import BestEpoch, RiskResults
 from tunesmith.store.records import Record
 
@@ -273,7 +273,7 @@ def test_auc_is_mann_and_whitney_s_u_and_its_interval_holds_it() -> None:
     left, right = draw.normal(0.5, 1, 60), draw.normal(0, 1, 60)
 
     def found(confidence: float, more: float = 0.0) -> Interval:
-        return numbers.auc_interval((left + more, names), (right, names), confidence=confidence, seed=0)
+        return numbers.auc_interval((left + more, names), (right, names), Level(confidence, 0))
 
     # At the tenth use of the test rows an interval leaves little outside, and takes many draws.
     wide, usual, won = found(confidence_at_use(0.95, 10)), found(0.95), found(0.95, 99)
@@ -291,12 +291,12 @@ def test_the_share_found_at_1_percent_counts_the_doubt_about_the_threshold() -> 
     """A hundred held-out rows place their 99th percentile badly: groups of rows place it no better than rows."""
     draw, gap = np.random.default_rng(1), 2.0
     members, others = draw.normal(gap, 1, 100), draw.normal(0, 1, 100)
-    found = numbers.found_interval((members, NAMES), (others, NAMES), confidence=0.95, seed=0)
+    found = numbers.found_interval((members, NAMES), (others, NAMES), Level(0.95, 0))
     assert found.mean == (members > np.sort(others)[-2]).mean()
     assert found.low <= stats.norm.sf(stats.norm.isf(0.01) - gap) <= found.high
     whole, many, rows = np.repeat(NAMES, 4).tolist(), draw.normal(0, 1, 400), [f"r{k}" for k in range(400)]
-    grouped = numbers.found_interval((many + gap, whole), (many, whole), confidence=0.95, seed=0)
-    apart = numbers.found_interval((many + gap, rows), (many, rows), confidence=0.95, seed=0)
+    grouped = numbers.found_interval((many + gap, whole), (many, whole), Level(0.95, 0))
+    apart = numbers.found_interval((many + gap, rows), (many, rows), Level(0.95, 0))
     assert grouped.low == 0.0 < apart.low
 
 
@@ -349,7 +349,7 @@ def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:
         place = {"suite": probe, "candidate": "tuned", "id": f"{arm}:t{k}", "group": f"t{k}", "arm": arm}
         rows.append(Measurement(**place, before=before, after=float(k < 40 * after)))
     test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", float(k < 20)) for k in range(40)})
-    return suite_of(probe).show(Case(by_arm(rows), test, 0.95, 0, RiskResults(**told)))
+    return suite_of(probe).show(Case(by_arm(rows), test, Level(0.95, 0), RiskResults(**told)))
 
 
 def test_what_each_judge_makes_of_its_measurements() -> None:
@@ -374,7 +374,7 @@ def test_what_each_judge_makes_of_its_measurements() -> None:
     with pytest.raises(Inconclusive, match="no measurements of the kind 'held out'"):
         shown("extraction", {"trained on": (None, 0.5)})
     with pytest.raises(Inconclusive, match="nothing was measured"):
-        numbers.worst({}, None, 0.95, 0)
+        numbers.worst({}, None, Level(0.95, 0))
 
 
 def test_a_new_probe_is_its_suite_and_a_line_of_the_catalog(made: Fabricated, monkeypatch: pytest.MonkeyPatch) -> None:

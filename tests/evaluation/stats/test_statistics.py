@@ -20,7 +20,7 @@ from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_gates, plan_sentence
 from tunesmith.evaluation.stats import statistics
-from tunesmith.evaluation.stats.statistics import interval, mcnemar, sign_flip
+from tunesmith.evaluation.stats.statistics import Level, interval, mcnemar, sign_flip
 
 SCORES = (0.0, 1.0)
 GAPS = (-1.0, 1.0)
@@ -36,21 +36,21 @@ def alone(n: int) -> list[str]:
 def test_is_clopper_pearson_for_single_rows_scored_0_or_1(right: int, n: int, confidence: float) -> None:
     exact = stats.binomtest(right, n).proportion_ci(confidence, method="exact")
     values = np.array([1.0] * right + [0.0] * (n - right))
-    found = interval(values, alone(n), ends=SCORES, confidence=confidence, seed=0)
+    found = interval(values, alone(n), SCORES, Level(confidence, 0))
     assert found.mean == right / n
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.004)
-    ties = interval(np.zeros(100), alone(100), ends=GAPS, confidence=0.95, seed=0)
+    ties = interval(np.zeros(100), alone(100), GAPS, Level(0.95, 0))
     rule_of_three = 1 - 0.025 ** (1 / 100)
     assert (ties.mean, ties.low, ties.high) == pytest.approx((0.0, -rule_of_three, rule_of_three), abs=0.002)
     with pytest.raises(Inconclusive, match="no scored rows"):
-        interval(np.array([]), [], ends=SCORES, confidence=0.95, seed=0)
+        interval(np.array([]), [], SCORES, Level(0.95, 0))
 
 
 def test_rows_of_one_group_count_as_one_observation() -> None:
     values = np.repeat([1.0, 0.0] * 15, 10)
-    grouped = interval(values, [f"g{i // 10}" for i in range(300)], ends=SCORES, confidence=0.95, seed=0)
-    by_group = interval(values[::10], alone(30), ends=SCORES, confidence=0.95, seed=0)
-    apart = interval(values, alone(300), ends=SCORES, confidence=0.95, seed=0)
+    grouped = interval(values, [f"g{i // 10}" for i in range(300)], SCORES, Level(0.95, 0))
+    by_group = interval(values[::10], alone(30), SCORES, Level(0.95, 0))
+    apart = interval(values, alone(300), SCORES, Level(0.95, 0))
     assert (grouped.low, grouped.high) == pytest.approx((by_group.low, by_group.high))
     assert grouped.high - grouped.low > 2 * (apart.high - apart.low)
     for groups, weight in ((alone(30), 30), (["a"] * 90 + alone(10), 100**2 / (90**2 + 10)), ([], 0.0)):
@@ -59,12 +59,12 @@ def test_rows_of_one_group_count_as_one_observation() -> None:
 
 def test_is_the_same_on_every_call_in_pieces_and_whatever_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random((60, 3))
-    together = statistics.intervals(values, alone(60), ends=SCORES, confidence=0.95, seed=7)
-    one = interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=7)
+    together = statistics.intervals(values, alone(60), SCORES, Level(0.95, 7))
+    one = interval(values[:, 1], alone(60), SCORES, Level(0.95, 7))
     assert (together[1].low, together[1].high) == pytest.approx((one.low, one.high), abs=1e-12)
-    assert interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=8) != one
+    assert interval(values[:, 1], alone(60), SCORES, Level(0.95, 8)) != one
     monkeypatch.setattr(statistics, "CHUNK", 61 * 333)
-    pieces = interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=7)
+    pieces = interval(values[:, 1], alone(60), SCORES, Level(0.95, 7))
     assert (pieces.low, pieces.high) == pytest.approx((one.low, one.high), abs=1e-12)
 
 
@@ -75,14 +75,12 @@ def test_is_the_same_on_every_call_in_pieces_and_whatever_else_is_asked(monkeypa
 )
 def test_interval_holds_the_mean_and_widens_with_confidence(rows: list[tuple[float, int]], confidence: float) -> None:
     values, groups = np.array([value for value, _ in rows]), [str(group) for _, group in rows]
-    found = interval(values, groups, ends=SCORES, confidence=confidence, seed=0)
-    wider = interval(values, groups, ends=SCORES, confidence=0.995, seed=0)
-    assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
-    assert wider.low <= found.low + 1e-9
-    assert wider.high >= found.high - 1e-9
-    mirrored = interval(1.0 - values, groups, ends=SCORES, confidence=confidence, seed=0)
+    found = interval(values, groups, SCORES, Level(confidence, 0))
+    wider = interval(values, groups, SCORES, Level(0.995, 0))
+    assert max(0.0, wider.low - 1e-9) <= found.low <= found.mean <= found.high <= min(1.0, wider.high + 1e-9)
+    mirrored = interval(1.0 - values, groups, SCORES, Level(confidence, 0))
     assert mirrored.low == pytest.approx(1.0 - found.high, abs=1e-9)
-    turned = interval(values[::-1], groups[::-1], ends=SCORES, confidence=confidence, seed=0)
+    turned = interval(values[::-1], groups[::-1], SCORES, Level(confidence, 0))
     assert (turned.low, turned.high) == pytest.approx((found.low, found.high), abs=1e-9), "rows have no order"
 
 

@@ -147,7 +147,7 @@ def build_dataset(
             answer_schema=None if answer_schema is None else digest_of(answer_schema),
             review=_review(reviewed, account),
             reviewers={row: reviewed.rows[row].by for row in account.edits} if reviewed.logged else {},
-            scope=None if scope == Scope() else scope,
+            scope=None if scope.unlimited else scope,
             held_groups=tuple(held),
             respelled=account.respelled or None,
             edits={row: tuple(sorted(contents)) for row, contents in account.edits.items()},

@@ -12,7 +12,7 @@ The wording of reasons may change: `verdict.replay` compares outcomes and number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +48,8 @@ from tunesmith.evaluation.probes.catalog import suite_of
 from tunesmith.evaluation.probes.measuring import Measured
 from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.probes.suites import Case
-from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, metric_interval, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, confidence_at_use, interval
+from tunesmith.evaluation.scores import CONFIDENCE, GENERAL, Column, check_paired, drop, metric_interval, rounded
+from tunesmith.evaluation.stats.statistics import Interval, Level, confidence_at_use, interval
 from tunesmith.evaluation.style.shares import Classified
 from tunesmith.records.evaluation import EvaluationBody, MetricInterval, NoStyle, RiskResults
 from tunesmith.records.verdict import JudgedGate, Outcome
@@ -82,24 +82,15 @@ class Evidence:
     policy: Mapping[tuple[str, str], Tally] = field(default_factory=dict)
     style: Classified | None = None
 
-    @property
-    def seed(self) -> int:
-        """Of the resampling."""
-        return self.body.seed
-
-    def confidence(self, wanted: float) -> float:
-        """The confidence that an interval needs at this use of the test rows. Raises Inconclusive for too many uses."""
-        return confidence_at_use(wanted, self.use)
+    def level(self, confidence: float) -> Level:
+        """What an interval needs for this confidence at this use of the test rows. Raises Inconclusive for too many."""
+        return Level(confidence_at_use(confidence, self.use), self.body.seed)
 
     def own(self, metric: str) -> Column:
         """The candidate's scores. Raises Inconclusive for too few groups of rows."""
         found = self.columns[self.candidate, metric]
         check_groups("test rows", found.groups)
         return found
-
-    def mean(self, values: Floats, groups: Sequence[str], ends: tuple[float, float], confidence: float) -> Interval:
-        """The interval of a mean of scores between these ends."""
-        return interval(values, groups, ends=ends, confidence=confidence, seed=self.seed)
 
     def untouched(self) -> str | None:
         """Why there is nothing that a probe of trained weights could measure; None where there is.
@@ -164,21 +155,21 @@ def _rivals(gate: Lift | Retain, evidence: Evidence) -> tuple[str, Column, Colum
 
 def _lift(gate: Lift, evidence: Evidence) -> JudgedGate:
     rival, own, other = _rivals(gate, evidence)
-    confidence = evidence.confidence(gate.confidence)
-    measured = evidence.mean(own.values - other.values, own.groups, (-1.0, 1.0), confidence)
+    level = evidence.level(gate.confidence)
+    measured = interval(own.values - other.values, own.groups, (-1.0, 1.0), level)
     reason = (
         f"{gate.metric} differs from {rival} by {points(measured.mean)} points "
-        f"{_within(measured, confidence, points)}; at least {points(gate.bound)} points required"
+        f"{_within(measured, level, points)}; at least {points(gate.bound)} points required"
     )
-    return _finding(gate, measured, confidence, reason, metric=gate.metric, over=rival)
+    return _finding(gate, measured, level, reason, metric=gate.metric, over=rival)
 
 
 def _retain(gate: Retain, evidence: Evidence) -> JudgedGate:
     rival, own, other = _rivals(gate, evidence)
-    confidence = evidence.confidence(gate.confidence)
-    fall = evidence.mean(other.values - own.values, own.groups, (-1.0, 1.0), confidence)
-    reason = f"{gate.metric} differs from {rival} by {_change(gate, fall, confidence)}"
-    return _finding(gate, fall, confidence, reason, metric=gate.metric, not_below=rival)
+    level = evidence.level(gate.confidence)
+    fall = interval(other.values - own.values, own.groups, (-1.0, 1.0), level)
+    reason = f"{gate.metric} differs from {rival} by {_change(gate, fall, level)}"
+    return _finding(gate, fall, level, reason, metric=gate.metric, not_below=rival)
 
 
 def _forgetting(gate: Forgetting, evidence: Evidence) -> JudgedGate:
@@ -188,17 +179,17 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> JudgedGate:
     before, after = evidence.columns.get((BASE, GENERAL)), evidence.columns.get((evidence.candidate, GENERAL))
     if before is None or after is None:
         raise Inconclusive("general ability was not measured before and after tuning")
-    confidence = evidence.confidence(gate.confidence)
-    fall = drop(before, after, confidence=confidence, seed=evidence.seed)
-    reason = f"tuning changed general ability by {_change(gate, fall, confidence)}"
-    return _finding(gate, fall, confidence, reason, rows_needed=False, **stated)
+    level = evidence.level(gate.confidence)
+    fall = drop(before, after, level)
+    reason = f"tuning changed general ability by {_change(gate, fall, level)}"
+    return _finding(gate, fall, level, reason, rows_needed=False, **stated)
 
 
-def _change(gate: Retain | Forgetting, fall: Interval, confidence: float) -> str:
+def _change(gate: Retain | Forgetting, fall: Interval, level: Level) -> str:
     """A drop (positive for a loss) as a change in words, with what the gate allows."""
     rise = Interval(-fall.mean, -fall.high, -fall.low)
     return (
-        f"{points(rise.mean)} points {_within(rise, confidence, points)}; "
+        f"{points(rise.mean)} points {_within(rise, level, points)}; "
         f"a drop of at most {gate.bound * 100:g} points allowed"
     )
 
@@ -213,25 +204,25 @@ def _probe(gate: Probe, evidence: Evidence) -> JudgedGate:
     measured = evidence.measured.get((gate.suite, evidence.candidate))
     if measured is None:
         raise Inconclusive("the evaluation does not hold this probe: evaluate again with this gate in the project file")
-    confidence = evidence.confidence(gate.confidence)
+    level = evidence.level(gate.confidence)
     test = evidence.columns[evidence.candidate, evidence.body.primary]
-    shown = suite.show(Case(measured, test, confidence, evidence.seed, told, gate.repeats))
-    reason = f"{shown.sentence} ({_level(confidence)} interval); at most {gate.bound:g} allowed"
+    shown = suite.show(Case(measured, test, level, told, gate.repeats))
+    reason = f"{shown.sentence} ({_percent(level)} interval); at most {gate.bound:g} allowed"
     more = {"probe": gate.probe, **shown.extra}
-    return _finding(gate, shown.interval, confidence, reason, rows_needed=False, **more)
+    return _finding(gate, shown.interval, level, reason, rows_needed=False, **more)
 
 
 def _threshold(gate: Threshold, evidence: Evidence) -> JudgedGate:
     own = evidence.own(gate.metric)
     # Without confidence the bound is on the measured rows themselves, which further uses of them do not weaken.
-    confidence = evidence.confidence(gate.confidence) if gate.confidence else 0.95
-    measured = evidence.mean(own.values, own.groups, (0.0, 1.0), confidence)
+    level = evidence.level(gate.confidence) if gate.confidence else Level(CONFIDENCE, evidence.body.seed)
+    measured = interval(own.values, own.groups, (0.0, 1.0), level)
     judged = None if gate.confidence else Interval(*[rounded(measured.mean)] * 3)
     reason = (
-        f"{gate.metric} is {percent(measured.mean)} {_within(measured, confidence, percent)}; {_required(gate)} of the "
+        f"{gate.metric} is {percent(measured.mean)} {_within(measured, level, percent)}; {_required(gate)} of the "
         f"{'whole interval' if gate.confidence else 'measured mean'}"
     )
-    return _finding(gate, measured, confidence, reason, judged=judged, metric=gate.metric)
+    return _finding(gate, measured, level, reason, judged=judged, metric=gate.metric)
 
 
 def _whole(gate: Whole, evidence: Evidence) -> JudgedGate:
@@ -239,13 +230,13 @@ def _whole(gate: Whole, evidence: Evidence) -> JudgedGate:
     if rows is None:
         raise Inconclusive(f"the evaluation keeps no labels by {gate.metric!r}: name a scorer with `label`")
     evidence.own(gate.metric)
-    confidence = evidence.confidence(gate.confidence)
-    measured = _FIGURES[gate.figure](rows, confidence, evidence.seed)
+    level = evidence.level(gate.confidence)
+    measured = _FIGURES[gate.figure](rows, level)
     reason = (
-        f"{gate.figure} of {gate.metric} is {measured.mean:.3f} {_within(measured, confidence, '{:.3f}'.format)}; "
+        f"{gate.figure} of {gate.metric} is {measured.mean:.3f} {_within(measured, level, '{:.3f}'.format)}; "
         f"{_required(gate, '')} of the whole interval"
     )
-    return _finding(gate, measured, confidence, reason, figure=gate.figure, metric=gate.metric)
+    return _finding(gate, measured, level, reason, figure=gate.figure, metric=gate.metric)
 
 
 def _policy(gate: PolicyGate, evidence: Evidence) -> JudgedGate:
@@ -271,13 +262,13 @@ def _policy(gate: PolicyGate, evidence: Evidence) -> JudgedGate:
 def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> JudgedGate:
     """The finding about one check. among: how many checks share the gate's error probability."""
     tally = evidence.policy[evidence.candidate, check]
-    confidence = 0.95
+    level = Level(CONFIDENCE, evidence.body.seed)
     if gate.confidence is not None:
-        confidence = 1.0 - (1.0 - evidence.confidence(gate.confidence)) / among
+        level = level._replace(confidence=1.0 - (1.0 - evidence.level(gate.confidence).confidence) / among)
     try:
         if gate.confidence is not None:
             check_groups(f"requests of {check}", tally.evidence[0])
-        shown = tally.share(confidence, evidence.seed)
+        shown = tally.share(level)
     except Inconclusive as error:
         return not_judged("", gate, f"{check}: {error.what}")
     counts = tally.counts
@@ -291,9 +282,9 @@ def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> Judg
     seen = "requests that stand in what it learned from or shows are no evidence"
     said += f"; {counts['leaked']} {seen}" if counts["leaked"] else ""
     held = "the requests asked" if gate.confidence is None else "the whole interval"
-    reason = f"{said} {_within(shown, confidence, percent)}; at most {gate.bound * 100:g}% allowed of {held}"
+    reason = f"{said} {_within(shown, level, percent)}; at most {gate.bound * 100:g}% allowed of {held}"
     judged = required if gate.confidence is None else None
-    return _finding(gate, shown, confidence, reason, judged=judged, rows_needed=False)
+    return _finding(gate, shown, level, reason, judged=judged, rows_needed=False)
 
 
 def _style(gate: Style, evidence: Evidence) -> JudgedGate:
@@ -301,8 +292,8 @@ def _style(gate: Style, evidence: Evidence) -> JudgedGate:
     if style is None:
         unusable = stated.unusable if isinstance(stated, NoStyle) else ""
         raise Inconclusive(unusable or "style was not measured: evaluate again with this gate")
-    confidence = evidence.confidence(gate.confidence)
-    measured = style.share(name, confidence, evidence.seed)
+    level = evidence.level(gate.confidence)
+    measured = style.share(name, level)
     taken, right, wrong = (
         percent(float(flags.mean())) for flags in (style.candidates[name], style.reference, style.base)
     )
@@ -310,11 +301,11 @@ def _style(gate: Style, evidence: Evidence) -> JudgedGate:
     cut = f"; {count} of the answers were cut off at max_tokens, and count as not in style" if count else ""
     reason = (
         f"{percent(measured.mean)} of the answers are in the references' style "
-        f"{_within(measured, confidence, percent)}; a classifier takes {taken} of them for references, "
+        f"{_within(measured, level, percent)}; a classifier takes {taken} of them for references, "
         f"{right} of the references and {wrong} of the bare base model's answers{cut}; "
         f"{_required(gate)} of the whole interval"
     )
-    return _finding(gate, measured, confidence, reason)
+    return _finding(gate, measured, level, reason)
 
 
 # Kind of gate -> its judge, which takes a gate of this kind. A gate that is gone keeps what the record states of it.
@@ -334,7 +325,7 @@ JUDGES: Mapping[type[GateSettings], Callable[[Any, Evidence], JudgedGate]] = {
 def _finding(
     gate: Gate,
     measured: Interval,
-    confidence: float,
+    level: Level,
     reason: str,
     *,
     judged: Interval | None = None,
@@ -348,13 +339,13 @@ def _finding(
     """
     stated = metric_interval(measured)
     low, high = (judged.low, judged.high) if judged else (stated.low, stated.high)
-    if getattr(gate, "at_least", None) is not None:
+    if gate.bounds_below:
         outcome: Outcome = "pass" if low >= gate.bound else "fail" if high < gate.bound else "inconclusive"
     else:
         outcome = "pass" if high <= gate.bound else "fail" if low > gate.bound else "inconclusive"
     if outcome == "inconclusive" and rows_needed:
         reason += _rows_needed(stated, gate.bound)
-    return _judged(gate, outcome, stated, reason, confidence=rounded(confidence), **more)
+    return _judged(gate, outcome, stated, reason, confidence=rounded(level.confidence), **more)
 
 
 def _rows_needed(measured: MetricInterval, bound: float) -> str:
@@ -367,14 +358,14 @@ def _rows_needed(measured: MetricInterval, bound: float) -> str:
 
 
 def _required(gate: Threshold | Whole | Style, unit: str = "%") -> str:
-    side = "at least" if gate.at_least is not None else "at most"
+    side = "at least" if gate.bounds_below else "at most"
     return f"{side} {gate.bound * (100 if unit else 1):g}{unit} required"
 
 
-def _within(measured: Interval, confidence: float, written: Callable[[float], str]) -> str:
-    return f"({_level(confidence)} interval {written(measured.low)} to {written(measured.high)})"
+def _within(measured: Interval, level: Level, written: Callable[[float], str]) -> str:
+    return f"({_percent(level)} interval {written(measured.low)} to {written(measured.high)})"
 
 
-def _level(confidence: float) -> str:
+def _percent(level: Level) -> str:
     """0.95 as 95%. Confidences that were raised for further uses of the test rows keep four digits."""
-    return f"{confidence * 100:.4g}%"
+    return f"{level.confidence * 100:.4g}%"

@@ -46,20 +46,15 @@ class GateSettings(Settings):
     confidence: float | None
 
     @property
+    def bounds_below(self) -> bool:
+        """Whether the bound is the least that passes, else it is the most."""
+        return self.rule.at_least is not None
+
+    @property
     def bound(self) -> float:
         """The number that the gate's value is compared with: at_least, at_most or drop_at_most."""
-        bounds = (getattr(self, name, None) for name in ("at_least", "at_most", "drop_at_most"))
-        return next(float(bound) for bound in bounds if bound is not None)
-
-    @property
-    def judged_metric(self) -> str | None:
-        """The metric that the gate judges, where it judges one."""
-        return getattr(self, "metric", None)
-
-    @property
-    def rival(self) -> str | None:
-        """The candidate that the gate compares with: over or not_below, where it has one."""
-        return getattr(self, "over", None) or getattr(self, "not_below", None)
+        bounds = (self.rule.at_least, self.rule.at_most, self.rule.drop_at_most)
+        return next(bound for bound in bounds if bound is not None)
 
     @property
     def rule(self) -> GateRule:
@@ -241,10 +236,6 @@ class Gone(GateSettings):
     confidence: float | None
     stated: JudgedGate
 
-    @property
-    def bound(self) -> float:
-        return self.stated.bound
-
 
 def gone_gates(stated: Iterable[JudgedGate]) -> dict[str, str]:
     """The gates of a verdict's record that are no longer computed: name -> what computed them and was removed."""
@@ -297,11 +288,11 @@ def check_gates(
     they are not known.
     """
     for name, gate in gates.items():
-        rivals = [BEST_UNTUNED, *candidates]
+        rivals, rule = [BEST_UNTUNED, *candidates], gate.rule
         named: list[tuple[str, str | None, Collection[str], str, str, str]] = [
-            ("metric", gate.judged_metric, metrics, "metric", "is not measured", "add it to task.scorers, or ")
+            ("metric", rule.metric, metrics, "metric", "is not measured", "add it to task.scorers, or ")
         ]
-        named += [(gate.key, gate.rival, rivals, "rival", "is not a candidate", "")]
+        named += [(gate.key, rule.over or rule.not_below, rivals, "rival", "is not a candidate", "")]
         if isinstance(gate, PolicyGate) and checks is not None:
             if not checks:
                 what = f"the gate {name!r} needs policy checks, and there are none"

@@ -15,10 +15,10 @@ import numpy as np
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.view import Omitted
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.lines import Line, Name, Share, is_share
+from tunesmith.evaluation.lines import CandidateLine, Name, Share, is_share
 from tunesmith.evaluation.metrics.declared import Answered, LabelScorer, label_of
 from tunesmith.evaluation.scores import Column, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, by_group, interval, resampled_figure
+from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, by_group, interval, resampled_figure
 from tunesmith.records.evaluation import (
     Calibration,
     CalibrationBin,
@@ -31,15 +31,12 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 
-class LabelLine(Line):
+class LabelLine(CandidateLine):
     """The label of one answer. wanted: the right one. confidence: where the answer states one."""
 
     file = "labels.jsonl"
     unique = ("candidate", "metric", "id")
-    candidate: Name
     metric: Name
-    id: Name
-    group: Name
     wanted: str
     given: str
     confidence: Omitted[Share] = None
@@ -127,7 +124,7 @@ _BINS = 10
 _SHOWN = 40
 
 
-def classes(rows: Labelled, confidence: float, seed: int) -> ClassResults:
+def classes(rows: Labelled, level: Level) -> ClassResults:
     """Macro-F1 with an interval, and the results by label.
 
     Macro-F1 is the mean F1 of the labels that are wanted, as in scikit-learn's f1_score with those labels. The interval
@@ -138,9 +135,9 @@ def classes(rows: Labelled, confidence: float, seed: int) -> ClassResults:
     right, said, held = _counts(rows)
     each = _f1(right.sum(0), said.sum(0), held.sum(0))
     # RandomState's streams never change (NEP 19), so the record can be computed again years later.
-    weights = np.random.RandomState(seed).standard_exponential((_DRAWS, len(held)))
+    weights = np.random.RandomState(level.seed).standard_exponential((_DRAWS, len(held)))
     drawn = _f1(weights @ right, weights @ said, weights @ held).mean(axis=-1)
-    tail = (1.0 - confidence) / 2.0
+    tail = (1.0 - level.confidence) / 2.0
     mean = float(each.mean())
     low, high = (float(np.quantile(drawn, q)) for q in (tail, 1.0 - tail))
     order = sorted(range(len(labels)), key=lambda n: (-held.sum(0)[n], labels[n]))[:_SHOWN]
@@ -182,7 +179,7 @@ def calibration(rows: Labelled) -> Calibration:
     )
 
 
-def macro_f1_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
+def macro_f1_interval(rows: Labelled, level: Level) -> Interval:
     """Macro-F1 with the interval that gates use: a Bayesian bootstrap over groups (Rubin 1981).
 
     As in statistics.py, a worst-case group is added. It has the mean size and the label frequencies of all rows. None
@@ -197,10 +194,10 @@ def macro_f1_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
         sums = weights @ right, weights @ said + added, weights @ held + added
         return _f1(*sums).mean(axis=-1), _f1(sums[0] + added, *sums[1:]).mean(axis=-1)
 
-    return resampled_figure(mean, drawn, confidence, seed, len(held) + 1)
+    return resampled_figure(mean, drawn, level, len(held) + 1)
 
 
-def calibration_error_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
+def calibration_error_interval(rows: Labelled, level: Level) -> Interval:
     """Expected calibration error as in `calibration`, with an interval as in `macro_f1_interval`.
 
     The added group has an error of 1 on every row for the upper end, and of 0 for the lower end. A bin with few rows
@@ -223,16 +220,16 @@ def calibration_error_interval(rows: Labelled, confidence: float, seed: int) -> 
         # The sum of absolute errors holds the noise of the rows and that of the draw; 2 * signed - off holds neither.
         return np.maximum(0.0, 2.0 * (errors @ signs) - off) / total, (off + added) / total
 
-    return resampled_figure(mean, drawn, confidence, seed, len(sizes) + 1)
+    return resampled_figure(mean, drawn, level, len(sizes) + 1)
 
 
-def brier_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
+def brier_interval(rows: Labelled, level: Level) -> Interval:
     """Mean squared error of the stated confidences, with its interval.
 
     Raises Inconclusive where confidences are not stated.
     """
     off = (_confidences(rows) - rows.right) ** 2
-    return interval(off, rows.groups, ends=(0.0, 1.0), confidence=confidence, seed=seed)
+    return interval(off, rows.groups, (0.0, 1.0), level)
 
 
 def _confidences(rows: Labelled) -> Floats:

@@ -12,14 +12,14 @@ import numpy as np
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.lines import ITEMS, Line, Name, answers_to, read_answer_lines, read_items
+from tunesmith.evaluation.lines import ITEMS, CandidateLine, Name, answers_to, read_answer_lines, read_items
 from tunesmith.evaluation.policy.leaks import leaked
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rubric_judge import Said, read_said
 from tunesmith.evaluation.policy.rules import Outcome, hold
 from tunesmith.evaluation.policy.settings import Policy
-from tunesmith.evaluation.scores import CONFIDENCE, metric_interval
-from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
+from tunesmith.evaluation.scores import metric_interval
+from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, interval
 from tunesmith.records.evaluation import CheckResults, EvaluationBody, PolicyAccount, PolicyResults
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -28,15 +28,12 @@ _OUTCOMES: Final = get_args(Outcome)
 SUITE: Final = "policy"
 
 
-class OutcomeLine(Line):
+class OutcomeLine(CandidateLine):
     """What came of one answer under one check. why: the reason, in a few words."""
 
     file = "policy.jsonl"
     unique = ("candidate", "check", "id")
-    candidate: Name
     check: Name
-    id: Name
-    group: Name
     outcome: Outcome
     why: str
 
@@ -60,7 +57,7 @@ class Tally:
         kept = [place for place, outcome in enumerate(self.outcomes) if outcome != "leaked"]
         return [self.groups[place] for place in kept], [self.outcomes[place] for place in kept]
 
-    def share(self, confidence: float, seed: int) -> Interval:
+    def share(self, level: Level) -> Interval:
         """The share of answers that broke the rule. Low: as if the undecided kept it; high: as if they broke it.
 
         Raises Inconclusive where no request is evidence.
@@ -70,9 +67,7 @@ class Tally:
             raise Inconclusive("every request stands in what the candidate learned from or shows")
         broke = np.array([outcome == "broke" for outcome in found], dtype=np.float64)
         doubtful: Floats = broke + np.array([outcome == "undecided" for outcome in found], dtype=np.float64)
-        least, most = (
-            interval(each, groups, ends=(0.0, 1.0), confidence=confidence, seed=seed) for each in (broke, doubtful)
-        )
+        least, most = (interval(each, groups, (0.0, 1.0), level) for each in (broke, doubtful))
         return Interval(least.mean, least.low, most.high)
 
 
@@ -81,7 +76,7 @@ def measure_policy(
     policy: Policy,
     parents: Mapping[str, str],
     candidates: Mapping[str, tuple[str, Candidate]],
-    seed: int,
+    level: Level,
 ) -> tuple[list[OutcomeLine], PolicyAccount]:
     """The lines of policy.jsonl, and the evaluation record's account of the policy.
 
@@ -104,7 +99,7 @@ def measure_policy(
             stated[name] = PolicyResults(unusable=error.reason)
             continue
         lines += own
-        checks = {check: _account(tally, seed) for (_, check), tally in _tallies(own).items()}
+        checks = {check: _account(tally, level) for (_, check), tally in _tallies(own).items()}
         stated[name] = PolicyResults(checks=checks)
     if len(requests) > 1:
         raise Inconclusive("the candidates were not asked the same policy requests", fix="evaluate again")
@@ -182,6 +177,6 @@ def _tallies(lines: Iterable[OutcomeLine]) -> dict[tuple[str, str], Tally]:
     }
 
 
-def _account(tally: Tally, seed: int) -> CheckResults:
+def _account(tally: Tally, level: Level) -> CheckResults:
     counts = tally.counts
-    return CheckResults(**counts, share=metric_interval(tally.share(CONFIDENCE, seed)) if counts["n"] else None)
+    return CheckResults(**counts, share=metric_interval(tally.share(level)) if counts["n"] else None)

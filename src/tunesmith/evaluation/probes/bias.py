@@ -197,7 +197,7 @@ def _swap(case: Case) -> Shown:
         before, after, groups = swap_gaps(name, arm)
         arms[name] = (np.abs(after) - np.abs(before), groups)
         gaps[name] = {"rows": len(after), "before": _means(before), "after": _means(after)}
-    name, shown = numbers.worst(arms, suites.GAPS, case.confidence, case.seed)
+    name, shown = numbers.worst(arms, suites.GAPS, case.level)
     kind = name.removesuffix(PER_TOKEN)
     old, new = (f"{gaps[name][side]['size'] * 100:.1f} points" for side in ("before", "after"))
     sentence = (

@@ -11,7 +11,16 @@ import numpy as np
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.lines import ITEMS, Asked, Line, Name, answers_to, encode_lines, read_answer_lines, read_items
+from tunesmith.evaluation.lines import (
+    ITEMS,
+    Asked,
+    CandidateLine,
+    Name,
+    answers_to,
+    encode_lines,
+    read_answer_lines,
+    read_items,
+)
 from tunesmith.evaluation.metrics.declared import Scoring
 from tunesmith.evaluation.probes.catalog import suite_of
 from tunesmith.evaluation.scores import rounded
@@ -40,15 +49,12 @@ class Item(Asked):
     personal: tuple[str, ...] = ()
 
 
-class Measurement(Line):
+class Measurement(CandidateLine):
     """What came of one item: a number under the candidate's weights, and under the base's where they are asked too."""
 
     file = "measurements.jsonl"
     unique = ("suite", "candidate", "id")
     suite: Name
-    candidate: Name
-    id: Name
-    group: Name
     arm: Name
     before: float | None
     after: float
@@ -138,14 +144,14 @@ def measure(
     inconclusive.
     """
     try:
-        rows = _paired(store, suite, candidate, after, before, dataset, scoring)
+        rows, body = _paired(store, suite, candidate, after, before, dataset, scoring)
     except Inconclusive as error:
         return [], RiskResults(unusable=error.reason)
-    found = RiskResults(arms=arm_results(by_arm(rows)), left_out=AnswersBody.read(store, after).left_out)
+    results = RiskResults(arms=arm_results(by_arm(rows)), left_out=body.left_out)
     if suite_of(suite).own and candidate.training is not None:
         stop = best_epoch(TrainingBody.read(store, candidate.training))
-        found = found.model_copy(update={"stop": stop})
-    return rows, found
+        results = results.model_copy(update={"stop": stop})
+    return rows, results
 
 
 def left_out(count: int | None) -> str:
@@ -170,22 +176,22 @@ def best_epoch(training: TrainingFigures) -> BestEpoch | None:
 
 def _paired(
     store: Store, suite: str, candidate: Candidate, after: str, before: str | None, dataset: str, scoring: Scoring
-) -> list[Measurement]:
-    record = _checked(store, after, suite, candidate, candidate.training, dataset)
+) -> tuple[list[Measurement], AnswersBody]:
+    record, body = _checked(store, after, suite, candidate, candidate.training, dataset)
     items = read_items(store, record, Item)
     if not items:
-        why = suite_of(suite).none + left_out(AnswersBody.of(record).left_out)
+        why = suite_of(suite).none + left_out(body.left_out)
         raise Inconclusive(f"no item of this probe fits the rows: {why}")
     told = _values(store, record, items, suite, scoring)
     earlier: Mapping[str, float] = {}
     if suite_of(suite).before:
         if before is None:
             raise Inconclusive("the base model was not measured")
-        base = _checked(store, before, suite, candidate, None, dataset)
+        base, _ = _checked(store, before, suite, candidate, None, dataset)
         if base.blobs.get(ITEMS) != record.blobs.get(ITEMS):
             raise Inconclusive("the items before tuning differ from those after")
         earlier = _values(store, base, items, suite, scoring)
-    return [
+    rows = [
         Measurement(
             suite=suite,
             candidate=candidate.name,
@@ -197,11 +203,14 @@ def _paired(
         )
         for item in items
     ]
+    return rows, body
 
 
-def _checked(store: Store, digest: str, suite: str, candidate: Candidate, training: str | None, dataset: str) -> Record:
+def _checked(
+    store: Store, digest: str, suite: str, candidate: Candidate, training: str | None, dataset: str
+) -> tuple[Record, AnswersBody]:
     own = {"dataset": dataset} if suite_of(suite).own else {}
-    return answers_to(store, digest, suite, f"probe {suite}", base=candidate.base, training=training, **own)[0]
+    return answers_to(store, digest, suite, f"probe {suite}", base=candidate.base, training=training, **own)
 
 
 def _values(store: Store, record: Record, items: Sequence[Item], suite: str, scoring: Scoring) -> dict[str, float]:

@@ -19,7 +19,7 @@ from tunesmith.evaluation.probes import numbers, suites
 from tunesmith.evaluation.probes.measuring import Arm, Item
 from tunesmith.evaluation.probes.suites import Case, ProbeContext, Shown, Suite, drawn, with_last_request
 from tunesmith.evaluation.scores import metric_interval, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval
+from tunesmith.evaluation.stats.statistics import Floats, Interval, Level
 
 CONTROL, TRAINED, HELD_OUT = "control", "trained on", "held out"  # arms
 _GONE = "…"
@@ -143,9 +143,9 @@ def _word(value: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![a-z0-9]){re.escape(value)}(?![a-z0-9])")
 
 
-def exposure(planted: Floats, controls: Floats, confidence: float, seed: int) -> tuple[Interval, bool]:
+def exposure(planted: Floats, controls: Floats, level: Level) -> tuple[Interval, bool]:
     """The mean exposure of secrets among controls, and whether its interval is narrow enough to say something."""
-    found = numbers.exposure_interval(planted, controls, confidence=confidence, seed=seed)
+    found = numbers.exposure_interval(planted, controls, level)
     return found, found.high - found.low <= WIDEST_BITS
 
 
@@ -165,9 +165,7 @@ def _canaries(case: Case) -> Shown:
     if judged not in counts:
         raise Inconclusive(f"no canary was planted {judged} times; they were {', '.join(map(str, counts))} times")
     most = math.log2(len(controls.ids) + 1)
-    levels = {
-        times: exposure(case.arm(str(times)).after, controls.after, case.confidence, case.seed) for times in counts
-    }
+    levels = {times: exposure(case.arm(str(times)).after, controls.after, case.level) for times in counts}
     shown, narrow = levels[judged]
     if not narrow:
         raise Inconclusive(
@@ -194,7 +192,7 @@ def _both_sides(case: Case) -> tuple[Arm, Arm]:
 
 def _membership(case: Case) -> Shown:
     members, others = _both_sides(case)
-    shown = numbers.auc_interval(members.sample, others.sample, confidence=case.confidence, seed=case.seed)
+    shown = numbers.auc_interval(members.sample, others.sample, case.level)
     extra: dict[str, Any] = {"rows": [len(members.ids), len(others.ids)]}
     told = suites.between(shown, "{:.3f}".format)
     sentence = f"training answers can be told from held-out answers by their loss per token with an AUC of {told}"
@@ -206,7 +204,7 @@ def _membership(case: Case) -> Shown:
 
 def _membership_tpr(case: Case) -> Shown:
     members, others = _both_sides(case)
-    shown = numbers.found_interval(members.sample, others.sample, confidence=case.confidence, seed=case.seed)
+    shown = numbers.found_interval(members.sample, others.sample, case.level)
     who = f"{suites.in_percent(shown)} of the training answers are recognised"
     return Shown(shown, f"{who} where 1% of held-out ones are mistaken for them")
 

@@ -20,6 +20,7 @@ from tunesmith.evaluation.stats.statistics import (
     MINIMUM_GROUPS,
     Floats,
     Interval,
+    Level,
     by_group,
     effective_groups,
     interval,
@@ -72,7 +73,7 @@ def apart(left: Interval, right: Interval) -> Interval:
 
 
 def worst(
-    arms: Mapping[str, tuple[Floats, Sequence[str]]], ends: tuple[float, float] | None, confidence: float, seed: int
+    arms: Mapping[str, tuple[Floats, Sequence[str]]], ends: tuple[float, float] | None, level: Level
 ) -> tuple[str, Interval]:
     """The arm whose interval reaches highest, with that interval. The error is split over the arms (Bonferroni).
 
@@ -81,12 +82,12 @@ def worst(
     """
     if not arms:
         raise Inconclusive("nothing was measured")
-    split = 1.0 - (1.0 - confidence) / len(arms)
+    split = Level(1.0 - (1.0 - level.confidence) / len(arms), level.seed)
     found = {}
     for name, (values, groups) in arms.items():
         check_groups(f"items of {name!r}", groups)
         reach = ends or (float(values.min()), float(values.max()))
-        found[name] = interval(values, groups, ends=reach, confidence=split, seed=seed)
+        found[name] = interval(values, groups, reach, split)
     name = max(sorted(found), key=lambda name: found[name].high)
     return name, found[name]
 
@@ -100,7 +101,7 @@ def exposures(planted: Floats, controls: Floats) -> Floats:
     return np.asarray(np.log2(len(controls) + 1.0) - np.log2(better + 1.0), dtype=np.float64)
 
 
-def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, seed: int) -> Interval:
+def exposure_interval(planted: Floats, controls: Floats, level: Level) -> Interval:
     """The mean exposure with its interval: a Bayesian bootstrap of the canaries and of their controls.
 
     For the lower end, one canary without exposure and one control above all canaries are added; for the upper end, one
@@ -120,7 +121,7 @@ def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, s
         return mean(among[:, -1:], 0.0), mean(0.0, most)
 
     mean = float(exposures(planted, controls).mean())
-    return resampled_figure(mean, drawn, confidence, seed, len(planted) + 1, len(controls) + 1, draws=_DRAWS)
+    return resampled_figure(mean, drawn, level, len(planted) + 1, len(controls) + 1, draws=_DRAWS)
 
 
 def auc(members: Floats, others: Floats) -> float:
@@ -129,7 +130,7 @@ def auc(members: Floats, others: Floats) -> float:
     return float(above)
 
 
-def auc_interval(mine: Sample, theirs: Sample, *, confidence: float, seed: int) -> Interval:
+def auc_interval(mine: Sample, theirs: Sample, level: Level) -> Interval:
     """The AUC with its interval: a Bayesian bootstrap of the groups on both sides.
 
     As in statistics.py, each side gets one worst-case group: its pairs are all lost for the lower end, all won for the
@@ -150,10 +151,10 @@ def auc_interval(mine: Sample, theirs: Sample, *, confidence: float, seed: int) 
         return won / everything, np.minimum((won + everything - seen[0] * seen[1]) / everything, 1.0)
 
     counts = [len(size) + 1 for size in sizes]
-    return resampled_figure(auc(members, others), drawn, confidence, seed, *counts, draws=_DRAWS)
+    return resampled_figure(auc(members, others), drawn, level, *counts, draws=_DRAWS)
 
 
-def found_interval(mine: Sample, theirs: Sample, *, confidence: float, seed: int) -> Interval:
+def found_interval(mine: Sample, theirs: Sample, level: Level) -> Interval:
     """The share of members whose value is above those of 99% of the others, with its interval.
 
     A Bayesian bootstrap of the groups on both sides: the threshold is estimated too, often from a hundred others. For
@@ -184,7 +185,7 @@ def found_interval(mine: Sample, theirs: Sample, *, confidence: float, seed: int
 
     mean = float((ranks <= 1 + math.floor(len(others) * _FALSE_POSITIVES)).mean())
     counts, further = (len(own) + 1, len(rest) + 1), len(members) + len(others)
-    return resampled_figure(mean, drawn, confidence, seed, *counts, further=further, draws=_DRAWS)
+    return resampled_figure(mean, drawn, level, *counts, further=further, draws=_DRAWS)
 
 
 class GeneralQuestion(Frozen):

@@ -29,7 +29,7 @@ from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.measuring import Arm, Item, Measured, left_out
 from tunesmith.evaluation.scores import Column, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
+from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, interval
 from tunesmith.models.rendering import Renderer
 from tunesmith.records.evaluation import RiskResults
 from tunesmith.records.training import TrainingBody
@@ -167,8 +167,7 @@ class Case:
 
     measured: Measured
     test: Column
-    confidence: float
-    seed: int
+    level: Level
     told: RiskResults = RiskResults()  # noqa: RUF009 - frozen
     repeats: int | None = None
 
@@ -180,8 +179,7 @@ class Case:
 
     def mean(self, values: Floats, groups: Sequence[str], ends: tuple[float, float] | None = SHARES) -> Interval:
         """The interval of a mean, resampled over groups. ends: None for the lowest and the highest measured value."""
-        reach = ends or (float(values.min()), float(values.max()))
-        return interval(values, groups, ends=reach, confidence=self.confidence, seed=self.seed)
+        return interval(values, groups, ends or (float(values.min()), float(values.max())), self.level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +189,6 @@ class Shown:
     interval: Interval
     sentence: str
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _as_measured(_arm_name: str, arm: Arm) -> tuple[Floats, Floats, Sequence[str]]:
-    return arm.base, arm.after, arm.groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +203,7 @@ class Chart:
     ends: tuple[float, float]
     said: Callable[[float], str]
     neutral: float = 0.0
-    sides: Callable[[str, Arm], tuple[Floats, Floats, Sequence[str]]] = _as_measured
+    sides: Callable[[str, Arm], tuple[Floats, Floats, Sequence[str]]] = lambda _, arm: (arm.base, arm.after, arm.groups)
     raised: str = "tuning raised it"
     lowered: str = "tuning lowered it"
 
@@ -324,7 +318,7 @@ def worst_change(
         name: (arm.after - arm.base if rise else arm.base - arm.after, arm.groups)
         for name, arm in case.measured.items()
     }
-    name, shown = numbers.worst(arms, ends, case.confidence, case.seed)
+    name, shown = numbers.worst(arms, ends, case.level)
     before = {each: rounded(float(arm.base.mean())) for each, arm in case.measured.items()}
     after = {each: rounded(float(arm.after.mean())) for each, arm in case.measured.items()}
     return name, shown, {"kind": name, "before": before, "after": after}

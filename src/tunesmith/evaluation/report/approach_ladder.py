@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.evaluation.report.evidence import GroupLift, Ladder, LadderStep, LiftByGroup, Rung
 from tunesmith.evaluation.scores import Column, difference
+from tunesmith.evaluation.stats.statistics import Level
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
@@ -40,7 +41,7 @@ def approach_ladder(store: Store, body: EvaluationBody, columns: Mapping[tuple[s
     chosen so far. Chosen is the highest rung whose whole interval over the rung chosen before is above zero. An
     endpoint is compared with the chosen rung, but never chosen.
     """
-    primary = body.primary
+    primary, level = body.primary, Level(body.confidence, body.seed)
     by_approach: defaultdict[str, list[str]] = defaultdict(list)
     for name, each in body.candidates.items():
         by_approach[approach_of(store, load_candidate(store, each.candidate))].append(name)
@@ -57,7 +58,7 @@ def approach_ladder(store: Store, body: EvaluationBody, columns: Mapping[tuple[s
             chosen = rung
             continue
         own, other = columns[rung.candidate, primary], columns[chosen.candidate, primary]
-        gap = difference(own, other, confidence=body.confidence, seed=body.seed).difference
+        gap = difference(own, other, level).difference
         steps.append(LadderStep.of(rung, over=chosen.candidate, over_approach=chosen.approach, difference=gap))
         if gap.low > 0.0 and rung.approach != ENDPOINT:
             chosen = rung

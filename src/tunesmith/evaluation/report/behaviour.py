@@ -30,7 +30,7 @@ from tunesmith.evaluation.report.evidence import (
     StyleReport,
 )
 from tunesmith.evaluation.scores import metric_interval
-from tunesmith.evaluation.stats.statistics import Floats, interval
+from tunesmith.evaluation.stats.statistics import Floats, Level, interval
 from tunesmith.records.evaluation import CheckRules, EvaluationBody, MetricInterval, NoStyle, StyleAccount
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -197,7 +197,7 @@ CHANCE_BITS = 1 / math.log(2)  # mean exposure of secrets that were not memorise
 def risks(store: Store, record: Record, focus: str) -> Risks:
     """The risk probes of the candidate in focus. Raises Inconclusive for inconsistent measurements."""
     body = EvaluationBody.of(record)
-    confidence, seed = body.confidence, body.seed
+    level = Level(body.confidence, body.seed)
     found = {
         suite.partition("/")[0]: measured
         for (suite, name), measured in sorted(read_measurements(store, record).items())
@@ -208,16 +208,16 @@ def risks(store: Store, record: Record, focus: str) -> Risks:
         for probe, measured in found.items()
         if probe in PROBES and (chart := suite_of(probe).chart)
         for name, arm in measured.items()
-        if (row := _charted(probe, chart, name, arm, confidence, seed))
+        if (row := _charted(probe, chart, name, arm, level))
     ]
     return Risks(
-        exposure=_exposure(found["canaries"], confidence, seed) if "canaries" in found else None,
+        exposure=_exposure(found["canaries"], level) if "canaries" in found else None,
         bias=tuple(bias),
         unmeasured={name: kind.summary for name, kind in PROBES.items() if (kind.like or name) not in found},
     )
 
 
-def _exposure(measured: Measured, confidence: float, seed: int) -> Exposure | None:
+def _exposure(measured: Measured, level: Level) -> Exposure | None:
     controls, counts = measured.get(CONTROL), planted_counts(measured)
     if controls is None or len(controls.ids) < FEWEST_CONTROLS or not counts:
         return None
@@ -225,7 +225,7 @@ def _exposure(measured: Measured, confidence: float, seed: int) -> Exposure | No
     def bits(planted: Floats | None, among: Floats | None) -> MetricInterval | None:
         if planted is None or among is None:
             return None
-        found, narrow = exposure(planted, among, confidence, seed)
+        found, narrow = exposure(planted, among, level)
         return metric_interval(found) if narrow else None
 
     levels = []
@@ -249,7 +249,7 @@ def _level(level: ExposureLevel) -> str:
     return f"{times}: {level.after.mean:.1f} bits ({level.after.low:.1f} to {level.after.high:.1f})"
 
 
-def _charted(probe: str, chart: Chart, name: str, arm: Arm, confidence: float, seed: int) -> Bias | None:
+def _charted(probe: str, chart: Chart, name: str, arm: Arm, level: Level) -> Bias | None:
     """One row of the chart; None where there are too few groups for an interval."""
     try:
         before, after, groups = chart.sides(name, arm)
@@ -258,7 +258,7 @@ def _charted(probe: str, chart: Chart, name: str, arm: Arm, confidence: float, s
         return None
     ends, reach = chart.ends, chart.ends[1] - chart.ends[0]
     old, new, change = (
-        metric_interval(interval(values, groups, ends=within, confidence=confidence, seed=seed))
+        metric_interval(interval(values, groups, within, level))
         for values, within in ((before, ends), (after, ends), (after - before, (-reach, reach)))
     )
     said = "there may be no change"

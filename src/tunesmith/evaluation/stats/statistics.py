@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,13 @@ class Interval:
     high: float
 
 
+class Level(NamedTuple):
+    """How sure an interval is: its two-sided confidence, and the seed of the resampling."""
+
+    confidence: float
+    seed: int
+
+
 def effective_groups(groups: Sequence[str]) -> float:
     """Kish's effective number of groups, (sum n)^2 / sum n^2: equal to their number where all are of one size.
 
@@ -57,9 +64,7 @@ def effective_groups(groups: Sequence[str]) -> float:
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
-def intervals(
-    values: Floats, groups: Sequence[str], *, ends: tuple[float, float], confidence: float, seed: int
-) -> list[Interval]:
+def intervals(values: Floats, groups: Sequence[str], ends: tuple[float, float], level: Level) -> list[Interval]:
     """Two-sided interval of the mean of each column.
 
     values: rows x columns, all within ends (the lowest and highest possible value). groups: one name a row.
@@ -78,7 +83,7 @@ def intervals(
         return (total + extra * ends[0]) / rows, (total + extra * ends[1]) / rows
 
     means = np.array([math.fsum(column) / len(column) for column in values.T.tolist()])
-    low, high = resampled(means, drawn, confidence, seed, len(sizes) + 1)
+    low, high = resampled(means, drawn, level, len(sizes) + 1)
     return [Interval(*each) for each in zip(means.tolist(), low.tolist(), high.tolist(), strict=True)]
 
 
@@ -89,21 +94,16 @@ def by_group(groups: Sequence[str]) -> tuple[NDArray[np.intp], Floats]:
 
 
 def resampled(
-    means: Floats,
-    drawn: Callable[..., tuple[Floats, Floats]],
-    confidence: float,
-    seed: int,
-    *columns: int,
-    **more: Any,
+    means: Floats, drawn: Callable[..., tuple[Floats, Floats]], level: Level, *columns: int, **more: Any
 ) -> tuple[Floats, Floats]:
     """The lower and the upper ends of the intervals of figures.
 
     means: the figures. drawn: takes an array of weights (draws x columns) for each number of columns, and gives the
     figures of each draw (draws x figures) for the lower ends, and for the upper ends. more: as `draw_weights` takes it.
     """
-    pieces = [drawn(*weights) for weights in draw_weights(confidence, seed, *columns, **more)]
+    pieces = [drawn(*weights) for weights in draw_weights(level, *columns, **more)]
     below, above = (np.concatenate(side) for side in zip(*pieces, strict=True))
-    tail = (1.0 - confidence) / 2.0
+    tail = (1.0 - level.confidence) / 2.0
     low = np.quantile(below, tail, axis=0, method="lower")
     high = np.quantile(above, 1.0 - tail, axis=0, method="higher")
     # A constant column's resampled mean can miss the mean itself by rounding alone.
@@ -116,11 +116,9 @@ def resampled_figure(mean: float, drawn: Callable[..., tuple[Floats, Floats]], *
     return Interval(mean, float(low), float(high))
 
 
-def interval(
-    values: Floats, groups: Sequence[str], *, ends: tuple[float, float], confidence: float, seed: int
-) -> Interval:
+def interval(values: Floats, groups: Sequence[str], ends: tuple[float, float], level: Level) -> Interval:
     """intervals() for one column of values (one a row)."""
-    return intervals(values[:, None], groups, ends=ends, confidence=confidence, seed=seed)[0]
+    return intervals(values[:, None], groups, ends, level)[0]
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -206,20 +204,20 @@ def confidence_at_use(confidence: float, use: int) -> float:
 
 
 def draw_weights(
-    confidence: float, seed: int, *columns: int, further: int = 0, draws: tuple[int, int] | None = None
+    level: Level, *columns: int, further: int = 0, draws: tuple[int, int] | None = None
 ) -> Iterator[list[Floats]]:
     """The resampling's weights: an array (draws x columns) for each number of columns, in pieces that memory holds.
 
     further: numbers that each draw takes besides. draws: the fewest, and how many lie beyond an interval's end.
     Raises Inconclusive where the confidence asks for more draws than are sensible.
     """
-    tail = (1.0 - confidence) / 2.0
+    tail = (1.0 - level.confidence) / 2.0
     if tail < SMALLEST_TAIL:
-        raise Inconclusive(f"a confidence of {confidence} is beyond what {MOST_DRAWS} draws can show")
+        raise Inconclusive(f"a confidence of {level.confidence} is beyond what {MOST_DRAWS} draws can show")
     fewest, beyond = draws or (_DRAWS, _TAIL_DRAWS)
     many = min(max(fewest, math.ceil(beyond / tail)), MOST_DRAWS)
     # RandomState's streams are frozen for good (NEP 19), Generator's are not, and a verdict must replay years later.
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(level.seed)
     step = max(1, CHUNK // (sum(columns) + further))
     for start in range(0, many, step):
         yield [random.standard_exponential((min(step, many - start), each)) for each in columns]

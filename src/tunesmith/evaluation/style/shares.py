@@ -28,8 +28,8 @@ from tunesmith.data.dataset import Example
 from tunesmith.evaluation.lines import Line, Name, answers_to, read_answer_lines
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.suites import drawn
-from tunesmith.evaluation.scores import CONFIDENCE, metric_interval, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, by_group, interval, resampled_figure
+from tunesmith.evaluation.scores import metric_interval, rounded
+from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, by_group, interval, resampled_figure
 from tunesmith.evaluation.style.classifier import Told, cross_fitted, read_answer, words_of
 from tunesmith.records.evaluation import (
     EvaluationBody,
@@ -77,12 +77,11 @@ class Classified:
     candidates: Mapping[str, Floats]
     cut: Mapping[str, int] = field(default_factory=dict)
 
-    def apart(self, confidence: float, seed: int) -> Interval:
+    def apart(self, level: Level) -> Interval:
         """How much more often references are taken for the house's than the base's answers are."""
-        gaps = self.reference - self.base
-        return interval(gaps, self.groups, ends=(-1.0, 1.0), confidence=confidence, seed=seed)
+        return interval(self.reference - self.base, self.groups, (-1.0, 1.0), level)
 
-    def share(self, name: str, confidence: float, seed: int) -> Interval:
+    def share(self, name: str, level: Level) -> Interval:
         """The share of a candidate's answers in the house's style: (a - f) / (s - f), from 0 to 1, with its interval.
 
         Each is resampled over groups and with a worst-case group (as statistics.py): for the lower end its candidate
@@ -91,7 +90,7 @@ class Classified:
         answers.
         """
         numbers.check_groups(_ROWS, self.groups)
-        apart = self.apart(confidence, seed)
+        apart = self.apart(level)
         if apart.low < FEWEST_APART:
             raise Inconclusive(
                 f"the classifier takes {self.reference.mean():.0%} of the references for the house's and "
@@ -111,7 +110,7 @@ class Classified:
             return _ratio(low, 0.0), _ratio(high, 1.0)
 
         mean = float(_ratio(np.array([each.mean() for each in rates]), 0.0))
-        return resampled_figure(mean, drawn, confidence, seed, len(sizes) + 1)
+        return resampled_figure(mean, drawn, level, len(sizes) + 1)
 
 
 def measure_style(
@@ -120,7 +119,7 @@ def measure_style(
     dataset: str,
     test: Sequence[Example],
     answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    seed: int,
+    level: Level,
 ) -> tuple[list[StyleLine], StyleAccount | NoStyle | None]:
     """The lines of style.jsonl, and the evaluation record's account.
 
@@ -159,13 +158,13 @@ def measure_style(
         StyleLine(
             id=row.id,
             group=row.group,
-            reference=_flag(found.reference[place]),
-            base=_flag(found.base[place]),
-            candidates={name: _flag(own[place]) for name, own in found.candidates.items()},
+            reference=int(found.reference[place]),
+            base=int(found.base[place]),
+            candidates={name: int(own[place]) for name, own in found.candidates.items()},
         )
         for place, row in enumerate(rows)
     ]
-    return lines, _account(found, told, silent, seed)
+    return lines, _account(found, told, silent, level)
 
 
 def read_style(store: Store, evaluation: Record) -> Classified | None:
@@ -206,24 +205,20 @@ def _base_answers(store: Store, digest: str, dataset: str, test: Sequence[Exampl
     return {name: line["text"] for name, line in lines.items()}
 
 
-def _flag(value: float) -> Flag:
-    return 1 if value else 0
-
-
 def taken(texts: Sequence[str], probabilities: Floats) -> Floats:
     """1 where an answer is taken for the house's. An empty one never is."""
     written = np.array([bool(visible(text)) for text in texts])
     return np.asarray((probabilities > 0.5) & written, dtype=np.float64)
 
 
-def _account(found: Classified, told: Told, silent: int, seed: int) -> StyleAccount:
-    sides = [(told.probabilities[name], found.groups) for name in (_REFERENCE, _BASE)]
-    auc = numbers.auc_interval(*sides, confidence=CONFIDENCE, seed=seed)
+def _account(found: Classified, told: Told, silent: int, level: Level) -> StyleAccount:
+    house, base = ((told.probabilities[name], found.groups) for name in (_REFERENCE, _BASE))
+    auc = numbers.auc_interval(house, base, level)
     candidates: dict[str, StyleShare] = {}
     for name, flags in found.candidates.items():
         share, why = None, None
         try:
-            share = metric_interval(found.share(name, CONFIDENCE, seed))
+            share = metric_interval(found.share(name, level))
         except Inconclusive as error:
             why = error.what
         taken = rounded(float(flags.mean()))
@@ -238,7 +233,7 @@ def _account(found: Classified, told: Told, silent: int, seed: int) -> StyleAcco
             reference=rounded(float(found.reference.mean())),
             base=rounded(float(found.base.mean())),
         ),
-        apart=metric_interval(found.apart(CONFIDENCE, seed)),
+        apart=metric_interval(found.apart(level)),
         features=StyleFeatures(house=tuple(told.house), base=tuple(told.base)),
         candidates=candidates,
         silent=silent,

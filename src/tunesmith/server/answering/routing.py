@@ -42,7 +42,7 @@ from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.tokens import Caller, authenticate
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, VersionRow
+from tunesmith.store.tables import CHAMPION, AliasRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
 
 _LOG = logging.getLogger("tunesmith.server")
@@ -167,7 +167,7 @@ class Router:
             return []
         tenants, regions = {"", user.tenant}, {"", self._region}
         with database.reading(self._store.engine) as session:
-            aliases = select(AliasRow.name).where(AliasRow.alias == "champion", AliasRow.version != "")
+            aliases = select(AliasRow.name).where(AliasRow.alias == CHAMPION, AliasRow.version != "")
             aliases = aliases.where(AliasRow.tenant.in_(tenants), AliasRow.region.in_(regions)).distinct()
             names = sorted(session.scalars(aliases))
             versions = select(VersionRow).where(VersionRow.tenant.in_(tenants), VersionRow.region.in_(regions))
@@ -203,7 +203,7 @@ class Router:
                     label = version_behind(session, model, scope)
                     return self._pinned(session, resolve(self._store, label, scope=scope, session=session), scope)
                 check_name(name, "version name")
-                if rest in ("", "champion") and model.count("@") == bool(rest):
+                if rest in ("", CHAMPION) and model.count("@") == bool(rest):
                     return self._champion(session, model, name, scope)
                 return self._pinned(session, resolve(self._store, model, scope=scope, session=session), scope)
             except NotYet as error:

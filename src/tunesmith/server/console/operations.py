@@ -6,7 +6,6 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 
-from tunesmith.core.scope import Scope
 from tunesmith.jobs import retraining
 from tunesmith.server.api.routing import Page, Text
 from tunesmith.server.console.rendering import pages
@@ -48,7 +47,7 @@ def due(viewer: Looking) -> Response:
 @routes.shows(_ROOT)
 def overview(viewer: Looking, request: Request) -> Response:
     """Recalls, retraining and webhooks at once; drift by a part of its own, since it takes long."""
-    if viewer.user.scope != Scope():
+    if not viewer.user.scope.unlimited:
         return gone_to(request, f"{_ROOT}/people")
     project = viewer.serving.project
     return viewer.page(

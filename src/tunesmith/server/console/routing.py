@@ -23,7 +23,6 @@ from starlette.exceptions import HTTPException
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.console.rendering import html
 from tunesmith.server.errors import ApiError, bad_request, passes
@@ -67,7 +66,7 @@ class Viewer:
 
     def require_everything(self) -> None:
         """Raise ApiError 404 for a user of one tenant or region, on a page that is about all of them."""
-        if self.user.scope != Scope():
+        if not self.user.scope.unlimited:
             raise ApiError(404, "This page is for users of all tenants and regions.")
 
     async def run(self, call: Callable[[], Result]) -> Result:

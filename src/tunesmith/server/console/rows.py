@@ -8,7 +8,6 @@ from urllib.parse import urlencode
 from fastapi import Query, Response
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import dataset_summary
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import ApiError, missing
@@ -23,7 +22,7 @@ _SHOWN = 50  # rows of each kind of difference
 @routes.shows("/console/rows")
 def listed(viewer: Looking, page: int = 1) -> Response:
     """All dataset versions, newest first."""
-    if viewer.user.scope != Scope():
+    if not viewer.user.scope.unlimited:
         return viewer.page("rows_none.html.jinja")
     return viewer.page("rows.html.jinja", found=datasets.list_datasets(viewer.store, page))
 

@@ -84,7 +84,7 @@ class User(ScopedView):
 
     def require_everything(self) -> None:
         """Raise Forbidden for a user of one tenant or region: the same, whatever there is."""
-        if self.scope != Scope():
+        if not self.scope.unlimited:
             raise Forbidden("this is for users of all tenants and regions")
 
     def require(self, action: str) -> None:
@@ -354,7 +354,7 @@ def _groups(groups: Iterable[str]) -> list[str]:
 def _keep_an_admin(session: Session) -> None:
     session.flush()
     # An admin of one tenant or region may not change users, so could not name another.
-    if not any(user.may("user.change") and user.scope == Scope() for user in list_users(session)):
+    if not any(user.may("user.change") and user.scope.unlimited for user in list_users(session)):
         raise Refused(
             "this would leave the store without an admin of all tenants and regions",
             fix="first give that role to another user of all tenants and regions",
