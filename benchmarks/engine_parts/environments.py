@@ -64,6 +64,6 @@ def install(peer: Peer) -> Path:
 
 
 def _folder(peer: Peer) -> Path:
-    from tunesmith.models.base import cache_folder
+    from tunesmith.core.system.files import cache_folder
 
     return cache_folder() / "peers" / peer.name

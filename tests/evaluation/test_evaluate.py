@@ -30,8 +30,8 @@ from tunesmith.evaluation.metrics.declared import scorer_digests
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.summary import evaluation_summary
-from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.registration import register
+from tunesmith.services.leaderboard import leaderboard
 from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
 

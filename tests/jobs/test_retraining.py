@@ -25,17 +25,17 @@ from tests.tiny_project import write_project
 from tests.webhooks.conftest import Receiver, receiver
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.jobs import leases, retraining
+from tunesmith.jobs import leases
 from tunesmith.jobs.queue import JobError
-from tunesmith.jobs.retraining import Retraining
 from tunesmith.monitoring import cases
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.causes import CAUSES, Cause
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.champions import list_champions, note_champions
-from tunesmith.services import jobs, monitoring, review, training
+from tunesmith.services import jobs, monitoring, retraining, review, training
 from tunesmith.services.monitoring import Deliverer
+from tunesmith.services.retraining import Retraining
 from tunesmith.store.people import identities
 from tunesmith.store.tables import WebhookRow
 

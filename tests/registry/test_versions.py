@@ -16,7 +16,6 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry.aliases import Alias, get_alias, list_aliases, revision_of
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.lineage import tree
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.registration import register
 from tunesmith.registry.serving import GRANTED, Permission, may_load, may_serve, set_alias
@@ -25,6 +24,7 @@ from tunesmith.registry.signing import signatures as signing
 from tunesmith.registry.signing.signatures import Expired, Untrusted
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, list_versions, load_version, resolve
+from tunesmith.services.lineage import tree
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow, VersionRow

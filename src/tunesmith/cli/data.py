@@ -31,12 +31,7 @@ def build(here: Here, *, engine: Literal["local", "ray"] = "local") -> None:
 
     engine: What reads the rows. The dataset is the same.
     """
-    shards = None
-    if engine == "ray":
-        from tunesmith.data.building.ray_runner import RayRunner
-
-        shards = RayRunner()
-    here.emit(services.datasets.build(here.project, progress=Terminal(), shards=shards), data_tables.draw_summary)
+    here.emit(services.datasets.build(here.project, engine=engine, progress=Terminal()), data_tables.draw_summary)
 
 
 def list_datasets(here: Here, *, page: Positive = 1) -> None:
@@ -70,11 +65,9 @@ def originals(here: Here, *, row: str | None = None, new_key: bool = False) -> N
     row ID: Only those of one example.
     new_key: Print a key for $TUNESMITH_ORIGINALS_KEY.
     """
-    from tunesmith.data.privacy.originals import new_key as make_key
-
     if new_key:
-        key = make_key()
-        here.emit({"key": key}, key)
+        made = services.datasets.new_originals_key()
+        here.emit(made, made.key)
     else:
         here.emit(services.datasets.originals(here.project, row), data_tables.draw_originals)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.report.evidence import EvidenceReport
     from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary
     from tunesmith.records.evaluation import MetricInterval
-    from tunesmith.registry.leaderboard import Leaderboard
+    from tunesmith.services.leaderboard import Leaderboard
 
 EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -84,9 +84,7 @@ def leaderboard(here: Here, name: str | None = None) -> None:
 
     name: A version's name; by default all names.
     """
-    from tunesmith.registry.leaderboard import leaderboard as rank
-
-    here.emit(rank(here.store, name), _draw_leaderboard)
+    here.emit(services.leaderboard.leaderboard(here.store, name), _draw_leaderboard)
 
 
 def report(
@@ -102,13 +100,11 @@ def report(
     output FILE: The page; by default report.html in DIR.
     markdown: Print Markdown for a pull request, or write it to --output.
     """
-    from tunesmith.evaluation.report.html import report_markdown
-
     if markdown and here.as_json:
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")
     found = services.evaluations.report(here.project, version)
     if markdown:
-        text = report_markdown(found)
+        text = services.evaluations.page_of(found, "report.md")
         if output is not None:
             write_atomic(output, text.encode())
         else:
@@ -116,7 +112,7 @@ def report(
         return
     page = output if output is not None or here.as_json else here.directory / "report.html"
     if page is not None:
-        services.evaluations.report_page(found, page)
+        write_atomic(page, services.evaluations.page_of(found, "report.html").encode())
     here.emit(found, lambda shown: [*_draw_advice(shown), f"written to {page}"])
 
 
@@ -156,8 +152,6 @@ def draw_evaluation(found: EvaluationSummary) -> Drawn:
 
 def _draw_behaviour(found: EvaluationSummary) -> Drawn:
     """How often each candidate broke each policy check, and how much of its answers is in the references' style."""
-    from tunesmith.records.evaluation import NoStyle
-
     for name, told in found.policy.candidates.items() if found.policy else ():
         if told.unusable is not None:
             yield f"policy, {name}: {told.unusable}", "yellow"
@@ -167,7 +161,7 @@ def _draw_behaviour(found: EvaluationSummary) -> Drawn:
             kept = not (cell.broke or cell.undecided or cell.leaked)
             said = f"policy check {check}: {name} broke it on {cell.broke} of {cell.n} requests{extra}{leaked}"
             yield said, "dim" if kept else "red" if cell.broke else "yellow"
-    if isinstance(found.style, NoStyle):
+    if found.style is not None and hasattr(found.style, "unusable"):
         yield f"style was not measured: {found.style.unusable}", "yellow"
     elif found.style is not None:
         for name, measured in found.style.candidates.items():
@@ -192,10 +186,8 @@ def draw_verdict(found: VerdictSummary) -> Drawn:
 
 
 def _draw_plan(found: Plan) -> Drawn:
-    from tunesmith.evaluation.planning import plan_sentence
-
     for gate in found.gates:
-        yield plan_sentence(found, gate)
+        yield found.sentence(gate)
         needed = f"{gate.needed:,} rows" if gate.needed else "no number of rows"
         enough = f"{needed} in groups of this size would pass it with {found.wanted_power:.0%}"
         yield f"  a true difference of {points(gate.lift)} points passes with {gate.power:.0%}; {enough}"

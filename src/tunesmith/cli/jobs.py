@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +14,8 @@ from tunesmith.cli.terminal import Acting, Drawn, Here, Positive, add_commands, 
 from tunesmith.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from tunesmith.jobs.retraining import Retraining
     from tunesmith.services.jobs import JobList, JobLog, JobView
+    from tunesmith.services.retraining import Retraining
 
 Number = Annotated[int, typer.Argument(min=1, help="A job's number.")]
 
@@ -47,15 +48,9 @@ def worker(
     """
     import signal
 
-    from tunesmith.jobs.retraining import look_again
-    from tunesmith.monitoring import cases
-
-    def also() -> None:
-        cases.delete_expired(here.store)  # before what may fail by the project file or its sources
-        services.review.tidy(here.store)
-        look_again(here.project.root, say)
-
-    working = services.jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
+    project = here.project
+    tidy_up = functools.partial(services.jobs.tidy_up, project, say)
+    working = services.jobs.make_worker(project, at_once=at_once, lease_seconds=lease, say=say, also=tidy_up)
 
     def stop(number: int, _frame: object) -> None:
         if working.stopping.is_set():
@@ -65,7 +60,7 @@ def worker(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with services.monitoring.delivering(here.project, say):
+    with services.monitoring.delivering(project, say):
         say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
         working.run(until_empty=until_empty)
 
@@ -77,9 +72,7 @@ def retrain(here: Acting, *, add: Annotated[bool, typer.Option("--queue")] = Fal
 
     add: Queue a run, as a worker does.
     """
-    from tunesmith.jobs.retraining import look
-
-    found = here.do(services.monitoring.retrain) if add else look(here.project, say=say)
+    found = here.do(services.retraining.retrain) if add else services.retraining.look(here.project, say=say)
     here.emit(found, _draw_retraining)
     return 3 if any(each.job is None for each in found.causes) else 0
 

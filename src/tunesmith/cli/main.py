@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -100,15 +98,7 @@ def _told(error: Exception) -> TunesmithError | None:
         return TunesmithError(str(error.strerror or error), where=error.filename and os.fsdecode(error.filename))
     if isinstance(error, OSError) and error.filename:
         return disk_full(Path(os.fsdecode(error.filename)))
-    return disk_full(_fullest()) if is_disk_full(error) else None
-
-
-def _fullest() -> Path:
-    """Of the disks that a command writes to, the fullest."""
-    from tunesmith.models.base import cache_folder
-
-    places = [place for place in (Path(), Path(tempfile.gettempdir()), cache_folder()) if place.exists()]
-    return min(places, key=lambda place: shutil.disk_usage(place).free)
+    return disk_full() if is_disk_full(error) else None
 
 
 def _print_error(error: TunesmithError) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tunesmith.services.review import AddedCases, CaseList
 
 _All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]
-_CAUSES = ("row", "source", "licence", "subject", "version", "base")
 _EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
 
 
@@ -90,7 +89,8 @@ def recall(
     check: Show whether what was recalled is gone (exit 3: it is not).
     pending: List names whose recalled version is not replaced yet (exit 3: some).
     """
-    named = [(kind, here.given[kind]) for kind in _CAUSES if here.given[kind] is not None]
+    causes = services.monitoring.CAUSES
+    named = [(kind, here.given[kind]) for kind in causes if here.given[kind] is not None]
     if pending:
         if named or dry_run or check or reason:
             raise UsageError("--pending only lists, and takes no other options", fix="tunesmith recall --pending")
@@ -98,7 +98,7 @@ def recall(
         here.emit(listed, _draw_pending_list)
         return 3 if listed.pending_retrains else 0
     if len(named) != 1:
-        options = ", ".join(f"--{kind}" for kind in _CAUSES)
+        options = ", ".join(f"--{kind}" for kind in causes)
         raise UsageError(f"name exactly one thing to recall, not {len(named)}", fix=f"one of {options}")
     ((kind, value),) = named
     if check:

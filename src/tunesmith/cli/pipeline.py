@@ -202,8 +202,6 @@ def _draw_repeated(done: Repeated) -> Drawn:
 def _draw_search(found: SettingsSearch) -> Drawn:
     import yaml
 
-    from tunesmith.training.settings import PROBABILITY
-
     keys, scored = list(found.trials[0].settings), found.scored_rows > 0
     names = (key.replace("learning_", "learning_\n") for key in keys)  # so that 80 columns suffice
     headings = ("#", *names, "outcome", *([found.metric] if scored else []), "probability")
@@ -219,7 +217,7 @@ def _draw_search(found: SettingsSearch) -> Drawn:
         if trial.why:
             yield f"trial {trial.number}: {trial.why}"
     why = "" if found.unscored is None else f": {found.unscored}"
-    yield f"compared by {'the score' if found.by == 'score' else PROBABILITY}{why}"
+    yield f"compared by {found.compared_by}{why}"
     yield f"record {found.search}\n"
     yield found.conclusion
     if found.suggestion is not None:

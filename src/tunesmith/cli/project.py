@@ -127,10 +127,7 @@ def memory(
     utilisation: Share of the peak that is assumed.
     """
     given = here.given | {"device": None if device is None else round(device * _GIB)}
-    base = given.pop("base") or here.project.settings.base
-    from tunesmith.training.estimates.memory_plan import memory_plan
-
-    found = memory_plan(base, here.directory, **given)
+    found = services.training.memory(here.directory, **given)
     here.emit(found, _draw_memory)
     return 0 if any(way.fits for way in found.ways) else 3
 

@@ -28,9 +28,9 @@ from tunesmith.core.scope import Scope
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from tunesmith.registry.lineage import Node
     from tunesmith.registry.risk import Approvals
     from tunesmith.registry.verification import Verification
+    from tunesmith.services.lineage import Node
     from tunesmith.services.versions import ExportedVersion, RegisteredVersion, VersionList
 
 Server = Annotated[
@@ -163,7 +163,7 @@ def show(
     if what is not None:
         if name:
             raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
-        found = services.versions.show_lineage(here.store, what, scope=Scope(tenant or "", region or ""))
+        found = services.lineage.tree(here.store, what, scope=Scope(tenant or "", region or ""))
         here.emit(found, _draw_lineage)
         return
     listed = services.versions.list_versions(here.store, name=name, limit=limit)
@@ -204,23 +204,18 @@ def notice(here: Here, version: str, *, tenant: Tenant = None, region: Region = 
 
     version: NAME@v3, NAME@champion, or the start of a version's digest.
     """
-    from tunesmith.registry.versions import resolve
-
-    found = resolve(here.store, version, scope=Scope(tenant or "", region or ""))
-    text = services.versions.notice_of(here.store, found)
-    here.emit({"version": found.label, "notice": text}, printed_text(text))
+    found = services.versions.notice(here.store, version, scope=Scope(tenant or "", region or ""))
+    here.emit(found, printed_text(found.notice))
 
 
 def _draw_registered(version: RegisteredVersion) -> Drawn:
-    from tunesmith.registry.risk import missing
-
     yield f"{version.label} is registered and signed by {version.signer}"
     if version.override is not None:
         yield f"its gates were overridden: {version.override}", "bold red"
     for mark in version.marks:
         yield f"it was {mark}: not meant for service", "bold red"
     if version.risk is not None:
-        yield f"risk class {version.risk.risk_class}: it needs {' and '.join(missing(version.risk, {}))}"
+        yield f"risk class {version.risk.risk_class}: it needs {' and '.join(version.needs)}"
     yield f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE"
 
 

@@ -256,6 +256,19 @@ class Plan(View):
     wanted_power: float
     gates: tuple[GatePlan, ...]
 
+    def sentence(self, gate: GatePlan) -> str:
+        """One of the gates' plans in words."""
+        rows = f"{self.rows} test rows in {self.groups} groups"
+        basis = f"if the two candidates differ on {gate.differing:.0%} of rows"
+        if self.test_set_use > 1:
+            basis += f"; {self.test_set_use} candidates will have used these rows, which widens the intervals"
+        if gate.sees is None:
+            return f"gate {gate.name}: {rows} are too few to pass it with {POWER:.0%} power, {basis}"
+        return (
+            f"gate {gate.name}: {rows} pass it with {POWER:.0%} power if the true difference is at least "
+            f"{points(gate.sees)} points of {gate.metric}, {basis}"
+        )
+
 
 def plan_gates(
     dataset: Dataset,
@@ -310,18 +323,4 @@ def plan_gates(
         test_set_use=uses + new,
         wanted_power=POWER,
         gates=tuple(found),
-    )
-
-
-def plan_sentence(plan: Plan, gate: GatePlan) -> str:
-    """One gate's plan in words, for a progress line."""
-    rows = f"{plan.rows} test rows in {plan.groups} groups"
-    basis = f"if the two candidates differ on {gate.differing:.0%} of rows"
-    if plan.test_set_use > 1:
-        basis += f"; {plan.test_set_use} candidates will have used these rows, which widens the intervals"
-    if gate.sees is None:
-        return f"gate {gate.name}: {rows} are too few to pass it with {POWER:.0%} power, {basis}"
-    return (
-        f"gate {gate.name}: {rows} pass it with {POWER:.0%} power if the true difference is at least "
-        f"{points(gate.sees)} points of {gate.metric}, {basis}"
     )

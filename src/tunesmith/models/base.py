@@ -25,7 +25,7 @@ from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.core.system.files import sync_folder, write_atomic
+from tunesmith.core.system.files import cache_folder, sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.rendering import FIXED
 from tunesmith.models.weight_files import MODEL_FILE
@@ -80,11 +80,6 @@ def require_context_length(base: Base) -> int:
             fix="add max_position_embeddings to it",
         )
     return base.context_length
-
-
-def cache_folder() -> Path:
-    """The folder of bases and downloads, which all projects share."""
-    return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
 
 
 def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILENT) -> Base:

@@ -15,7 +15,7 @@ from tunesmith.evaluation.gates.settings import Lift, Retain
 from tunesmith.evaluation.gates.test_set_uses import nameless, used_candidates
 from tunesmith.evaluation.metrics.answer_judge import judge_answers
 from tunesmith.evaluation.metrics.declared import JudgeScorer, make_scoring, metric_of
-from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
+from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import decoding_inputs, forbidden_answers
@@ -129,7 +129,7 @@ def _show_plan(context: PipelineContext) -> None:
             context.progress.say(error.what)
             return
         for gate in found.gates:
-            context.progress.say(plan_sentence(found, gate))
+            context.progress.say(found.sentence(gate))
 
 
 def _choices(context: PipelineContext) -> tuple[str, ...]:

@@ -39,7 +39,6 @@ from tunesmith.records.dataset import Duties
 from tunesmith.records.verdict import VerdictBody
 from tunesmith.records.version import Requirement, VersionBody
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
-from tunesmith.registry.lineage import ancestors, blobs_of
 from tunesmith.registry.opening import current_signer, open_release
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.release import (
@@ -52,7 +51,7 @@ from tunesmith.registry.signing.release import (
     weight_blobs,
 )
 from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
-from tunesmith.registry.versions import list_versions
+from tunesmith.registry.versions import ancestors, blobs_of, list_versions
 from tunesmith.store import audit
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.people import identities

@@ -22,7 +22,6 @@ from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DatasetBody
 from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.licence_duties import NOTICE, carried
-from tunesmith.registry.lineage import blobs_of
 from tunesmith.registry.risk import missing
 from tunesmith.registry.signing.attestations import ENVELOPE, read_approval
 from tunesmith.registry.signing.release import (
@@ -34,6 +33,7 @@ from tunesmith.registry.signing.release import (
     weight_blobs,
 )
 from tunesmith.registry.signing.signatures import RELEASE, private_copy
+from tunesmith.registry.versions import blobs_of
 from tunesmith.store.people.trust import TRUST_KEY, TrustedKey, read_trust
 from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store

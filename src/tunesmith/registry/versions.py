@@ -1,9 +1,9 @@
-"""Find registered versions: by what a person writes, by digest, or all of them."""
+"""Find registered versions: by what a person writes, by digest, or all of them; and what records were made from."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
@@ -15,6 +15,7 @@ from tunesmith.core.text.names import VersionRef
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.signing.release import Version as Version
 from tunesmith.registry.signing.release import read_version
+from tunesmith.store.records import Record
 from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import CHAMPION, RecordRow, VersionRow
 
@@ -114,3 +115,23 @@ def _digests(name: str | None, containing: str) -> Select[str]:
     if name is not None:
         query = query.where(VersionRow.name == name)
     return query.where(VersionRow.name.contains(containing, autoescape=True)) if containing else query
+
+
+def ancestors(store: Store, digests: Iterable[str]) -> dict[str, Record]:
+    """Digest -> record, for the given records and all their ancestors, each verified against its digest.
+
+    Needs no database. Raises Refused if one is missing or damaged.
+    """
+    found: dict[str, Record] = {}
+    waiting = list(digests)
+    while waiting:
+        digest = waiting.pop()
+        if digest not in found:
+            found[digest] = store.record(digest)
+            waiting += found[digest].parents.values()
+    return found
+
+
+def blobs_of(records: Iterable[Record]) -> set[str]:
+    """The digests of every blob that the records name."""
+    return {digest for record in records for digest in record.blobs.values()}

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from sqlalchemy import func, select
@@ -23,7 +23,7 @@ from tunesmith.data.dataset import SPLITS, Dataset, DatasetSummary, Example, dat
 from tunesmith.data.governance import cards
 from tunesmith.data.governance.difference import Difference, removed_sample
 from tunesmith.data.governance.difference import difference as compare_versions
-from tunesmith.data.privacy.originals import read_originals
+from tunesmith.data.privacy.originals import new_key, read_originals
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.records.dataset import DatasetBody, Flag, QualityBody, RemovedRow
@@ -47,6 +47,12 @@ class Originals(View):
     """What pseudonyms stand for: example -> pseudonym -> original text."""
 
     originals: dict[str, dict[str, str]]
+
+
+class OriginalsKey(View):
+    """A new key for $TUNESMITH_ORIGINALS_KEY."""
+
+    key: str
 
 
 class RemovedRows(View):
@@ -133,10 +139,21 @@ class SignOffList(View):
     sign_offs: tuple[SignOff, ...]
 
 
-def build(project: Project, *, progress: Progress = SILENT, shards: ShardRunner | None = None) -> DatasetSummary:
-    """Read, check, clean, split and freeze the project's sources. shards: reads the files; this machine by default."""
-    digest = PipelineContext(project, progress, shards=shards or LocalRunner()).dataset.digest
-    return dataset_summary(project.store, digest)
+def build(
+    project: Project, *, engine: Literal["local", "ray"] = "local", progress: Progress = SILENT
+) -> DatasetSummary:
+    """Read, check, clean, split and freeze the project's sources. engine: reads the files: this machine, or Ray's."""
+    shards: ShardRunner = LocalRunner()
+    if engine == "ray":
+        from tunesmith.data.building.ray_runner import RayRunner
+
+        shards = RayRunner()
+    return dataset_summary(project.store, PipelineContext(project, progress, shards=shards).dataset.digest)
+
+
+def summary(store: Store, dataset: str) -> DatasetSummary:
+    """The account of a dataset version: what happened to every row, splits, leakage, licences and privacy."""
+    return dataset_summary(store, find_dataset(store, dataset))
 
 
 def show(store: Store, dataset: str | None = None, *, split: str = "train", limit: int = 0) -> ShownDataset:
@@ -168,6 +185,11 @@ def originals(project: Project, row: str | None = None) -> Originals:
     if row is not None and row not in known:
         raise UsageError(f"nothing was replaced in a row {row!r}", fix=NextStep("see its rows", "data show"))
     return Originals(originals=known if row is None else {row: known[row]})
+
+
+def new_originals_key() -> OriginalsKey:
+    """Make a key for the map from pseudonyms to originals. It is kept nowhere."""
+    return OriginalsKey(key=new_key())
 
 
 def difference(store: Store, before: str, after: str) -> Difference:

@@ -20,7 +20,6 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive, NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
-from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
 from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
@@ -143,11 +142,11 @@ def style_sheets() -> dict[str, Path]:
     return {sheet.name: sheet for sheet in PAGE.glob("*.css")}
 
 
-def report_page(found: EvidenceReport, path: Path) -> None:
-    """Write a report as one HTML page, without scripts or files of its own."""
-    from tunesmith.evaluation.report.html import render
+def page_of(found: EvidenceReport, document: Literal["report.html", "report.md"]) -> str:
+    """A report as one HTML page, without scripts or files of its own, or as Markdown for a pull request."""
+    from tunesmith.evaluation.report.html import render, report_markdown
 
-    write_atomic(path, render(found).encode())
+    return render(found) if document == "report.html" else report_markdown(found)
 
 
 def latest_evaluation(project: Project) -> str:

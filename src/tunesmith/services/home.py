@@ -25,14 +25,13 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads
 from tunesmith.core.view import ScopedView, View
-from tunesmith.jobs import retraining
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.project import Project
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.champions import Champion, list_champions
-from tunesmith.services import monitoring
+from tunesmith.services import monitoring, retraining
 from tunesmith.services.monitoring import PartHealth, queue_health
 from tunesmith.services.review import waiting_for
 from tunesmith.services.rollouts import LISTED, RolloutLine, live_lines
@@ -398,7 +397,7 @@ def _memory(_directory: Path) -> Check:
 
 
 def _cache(_directory: Path) -> Check:
-    from tunesmith.models.base import cache_folder
+    from tunesmith.core.system.files import cache_folder
 
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)

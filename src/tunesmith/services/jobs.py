@@ -484,6 +484,16 @@ def make_worker(
     )
 
 
+def tidy_up(project: Project, say: Callable[[str], None]) -> None:
+    """What a worker does besides where no server does it: look after kept requests and held answers, and retrain."""
+    from tunesmith.monitoring import cases
+    from tunesmith.services import retraining, review
+
+    cases.delete_expired(project.store)  # before what may fail by the project file or its sources
+    review.tidy(project.store)
+    retraining.look_again(project.root, say)
+
+
 def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
     """Perform a job in this process. parent: the number of the process that started it, and with which it ends."""
     end_with_parent(parent)
@@ -557,8 +567,8 @@ class OwnWorker:
 
 
 def _work(root: Path, parent: int, say: Callable[[str], None]) -> None:
-    from tunesmith.jobs.retraining import look_again  # what they import, a run of this process does not need
-    from tunesmith.services.monitoring import check_secrets, delivering
+    from tunesmith.services.monitoring import check_secrets, delivering  # what they import, other runs do not need
+    from tunesmith.services.retraining import look_again
 
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the server too, which stops this process in order

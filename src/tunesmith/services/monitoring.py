@@ -1,4 +1,4 @@
-"""What operators look after: drift, retraining, recalls of data and versions, whether workers work, and webhooks."""
+"""What operators look after: drift, recalls of data and versions, whether workers work, and webhooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, ValidationError
 from sqlalchemy import case, func, select
@@ -18,8 +18,7 @@ from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import ScopedView, View
 from tunesmith.data.governance.licences import spelled
-from tunesmith.jobs import queue, retraining
-from tunesmith.jobs.retraining import Retraining
+from tunesmith.jobs import queue
 from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.cases import Case, list_cases
@@ -45,6 +44,7 @@ from tunesmith.webhooks.events import event_body, event_of
 from tunesmith.webhooks.sending import Outgoing, secret_of, send
 from tunesmith.webhooks.settings import TEST, WebhookSettings
 
+CAUSES: tuple[CauseKind, ...] = get_args(CauseKind)
 _EXAMPLES = 3  # for each feature that moved
 _RECALLS = 100
 _TAKEN_SECONDS = 60.0  # a worker takes a job that is due sooner than this
@@ -183,16 +183,6 @@ def drift(project: Project, *, texts: bool) -> Drift:
     except TunesmithError as error:
         return Drift(version="", report=None, problem=error.what, examples=())
     return Drift(version=label, report=report, problem="", examples=tuple(examples))
-
-
-class QueueRetraining(Request):
-    """A run for the first cause of `retraining:` that has none yet."""
-
-
-@action("job.retrain", permission="job.add", whole=True)
-def retrain(acting: Acting, asked: QueueRetraining) -> Retraining:
-    """Look for causes of a new version, and queue a run for the first that had none, if one may be queued."""
-    return retraining.look(acting.project, by=acting.actor)
 
 
 def list_recalls(store: Store) -> RecallList:

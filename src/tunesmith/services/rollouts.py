@@ -21,7 +21,7 @@ from tunesmith.registry.versions import load_version, resolve
 from tunesmith.rollout import commands, controller
 from tunesmith.rollout.analysis import Judgement
 from tunesmith.rollout.champions import Champion, list_champions
-from tunesmith.rollout.course import Progress, RolloutCourse, course_of, progress_of
+from tunesmith.rollout.course import Progress, RolloutCourse, StepView, course_of, progress_of, steps_of
 from tunesmith.rollout.served_scorers import check_analyses
 from tunesmith.rollout.state import Rollout, Seen, Status, from_row, get_rollout, list_rollouts
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, ScopedRequest, action
@@ -106,6 +106,13 @@ class StartableVersion(ScopedView):
 
     version: str
     waits: str
+
+
+class Startable(View):
+    """What a rollout may start with. steps: those that it would take."""
+
+    versions: tuple[StartableVersion, ...]
+    steps: tuple[StepView, ...]
 
 
 class StartRollout(ScopedRequest):
@@ -262,7 +269,7 @@ def labels_of(session: Session, digests: set[str]) -> dict[str, str]:
     return {digest: str(VersionRef(name, number)) for digest, name, number in session.execute(query)}
 
 
-def startable(project: Project, user: User) -> tuple[StartableVersion, ...]:
+def startable(project: Project, user: User) -> Startable:
     """The newest versions of the project's name for the user's scope, without those that serve all of it now."""
     name, store = project.settings.name, project.store
     query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, user.scope))
@@ -278,7 +285,7 @@ def startable(project: Project, user: User) -> tuple[StartableVersion, ...]:
             permission = standing(session, version, version.scope)
             waits = "" if permission.granted else permission.message
             found.append(StartableVersion(version=version.label, waits=waits, **version.scope.fields()))
-    return tuple(found)
+    return Startable(versions=tuple(found), steps=steps_of(project.settings.rollout.steps))
 
 
 def progress(store: Store, number: int) -> Progress:

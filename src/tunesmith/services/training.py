@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -32,6 +33,9 @@ from tunesmith.registry.registration import register
 from tunesmith.store.store import Store
 from tunesmith.training.estimates.more_time import MoreTime, more_time
 from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings
+
+if TYPE_CHECKING:
+    from tunesmith.training.estimates.memory_plan import MemoryPlan
 
 
 class TrainingSummary(TrainingFigures, View):
@@ -179,6 +183,11 @@ class SettingsSearch(TrainingSearchBody):
     search: str
     conclusion: str
 
+    @property
+    def compared_by(self) -> str:
+        """What the trials were compared by, in words."""
+        return _compared_by(self)
+
 
 def search_settings(
     project: Project,
@@ -225,6 +234,10 @@ def _duration(given: str | float) -> float:
     return seconds
 
 
+def _compared_by(found: TrainingSearchBody) -> str:
+    return "the score" if found.by == "score" else PROBABILITY
+
+
 def _conclusion(found: TrainingSearchBody) -> str:
     """What follows from a search, in words."""
     if found.best is None:
@@ -234,7 +247,7 @@ def _conclusion(found: TrainingSearchBody) -> str:
     if found.planned > len(found.trials):
         counted.append(f"{found.planned - len(found.trials)} not run for want of time")
     others = f"the other settings ({', '.join(counted)})"
-    what = "score" if found.by == "score" else PROBABILITY.removeprefix("the ")
+    what = _compared_by(found).removeprefix("the ")
     if found.best == PRESENT:
         return f"Keep what you have: none of {others} had a higher {what} on validation rows."
     said = "The present settings could not be trained; the best others are written below."
@@ -348,3 +361,13 @@ def newest_forecast(project: Project) -> KeptForecast | None:
         if found.name in trained and known >= set(found.rivals):
             return KeptForecast(at=at, forecast=found)
     return None
+
+
+def memory(folder: Path, base: str | None = None, **given: Any) -> MemoryPlan:
+    """Which ways of training a base fit a device, by default the base of the project in folder. Loads no weights.
+
+    given: as `memory_plan` takes it, which says what is raised.
+    """
+    from tunesmith.training.estimates.memory_plan import memory_plan
+
+    return memory_plan(base or Project.load(folder).settings.base, folder, **given)

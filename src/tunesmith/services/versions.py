@@ -1,13 +1,12 @@
-"""Versions: register, verify, export, list and show them, and what they were made from.
+"""Versions: register, verify, export, list and show them.
 
 A person sees the versions of their tenant and region, and those that are for all; one without a tenant sees all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from graphlib import TopologicalSorter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 from sqlalchemy import ColumnElement, Select, func, or_, select
@@ -19,28 +18,24 @@ from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, U
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import Page, ScopedView, View
-from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.pipeline.verdicts import changed_since, latest
-from tunesmith.records.dataset import DatasetBody, ReadSource
 from tunesmith.records.version import Decision, Dtype, ExportBody, Form
 from tunesmith.registry import registration, serving, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.licence_duties import NOTICE
-from tunesmith.registry.lineage import Node, ancestors, summary_line, tree
-from tunesmith.registry.risk import Approvals
+from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
-from tunesmith.registry.versions import load_version, resolve
+from tunesmith.registry.versions import resolve
 from tunesmith.services import evaluations
 from tunesmith.services.actions import Acting, Because, Named, Request, ScopedRequest, action
 from tunesmith.services.datasets import datasheet
 from tunesmith.services.decisions import approvals_for
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import CHAMPION, LIVE, AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
 
@@ -62,6 +57,11 @@ class RegisteredVersion(Version):
     """A version as the registry keeps it. version: its label, NAME@v3."""
 
     version: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What its risk class takes before it may serve, one phrase each."""
+        return missing(self.risk, {})
 
 
 class VersionList(View):
@@ -125,6 +125,13 @@ class VersionDetails(View):
     not_because: str
     notice: bool
     dataset: str | None
+
+
+class Notice(View):
+    """The text of a version's NOTICE.md."""
+
+    version: str
+    notice: str
 
 
 class RegisterVersion(ScopedRequest):
@@ -271,7 +278,13 @@ def details(store: Store, user: User, version: Version) -> VersionDetails:
     )
 
 
-def notice_of(store: Store, version: Version) -> str:
+def notice(store: Store, version: str, *, scope: Scope = Scope()) -> Notice:
+    """What the licences of a version's rows ask for. Raises Refused where it was made from no rows."""
+    found = resolve(store, version, scope=scope)
+    return Notice(version=found.label, notice=_notice(store, found))
+
+
+def _notice(store: Store, version: Version) -> str:
     """The text of a version's NOTICE.md. Raises Refused where it has none."""
     blob = store.record(version.digest).blobs.get(NOTICE)
     if blob is None:
@@ -284,13 +297,10 @@ def document_of(store: Store, user: User, version: Version, document: Document, 
 
     Raises Refused for one about rows where it was made from none.
     """
-    from tunesmith.evaluation.report.html import render, report_markdown
-
-    if document == NOTICE:
-        return notice_of(store, version)
+    if document == "NOTICE.md":
+        return _notice(store, version)
     if document != "datasheet.md":
-        report = evaluations.version_report(store, user, version, texts=texts)
-        return render(report) if document == "report.html" else report_markdown(report)
+        return evaluations.page_of(evaluations.version_report(store, user, version, texts=texts), document)
     dataset = _dataset(store, version)
     if dataset is None:
         raise Refused(f"{version.label} was made from no rows", where=version.label)
@@ -446,154 +456,3 @@ def _notes(candidate: Candidate) -> tuple[str, ...]:
             "out; here keys come in any order: measure the answers there, or do not hold them to the schema"
         )
     return tuple(notes)
-
-
-ROWS = 50
-_MOST = 100  # descendants of a record that are listed
-
-
-class NamedRecord(View):
-    """A record, and what distinguishes it from others of its kind. at: when it was made, None if not known."""
-
-    digest: str
-    kind: str
-    says: str
-    at: str | None
-
-
-class Related(NamedRecord):
-    """A record that another one names, or that names it, under a role."""
-
-    role: str
-
-
-class LineageRecord(NamedRecord):
-    """A record of a lineage, with those that it was made from."""
-
-    made_from: tuple[Related, ...]
-
-
-class Lineage(View):
-    """A version, what it was made from, and what was made from it directly. Each record comes after its parents."""
-
-    records: tuple[LineageRecord, ...]
-
-
-class RecordDetails(View):
-    """One record. facts: the plain values of its body; sources: of a dataset; further: how many more were made from it
-    than are listed.
-    """
-
-    digest: str
-    kind: str
-    says: str
-    facts: dict[str, str]
-    blobs: dict[str, str]
-    sources: tuple[ReadSource, ...]
-    licences: Mapping[str, int]
-    made_from: tuple[Related, ...]
-    used_for: tuple[Related, ...]
-    further: int
-
-
-class DatasetRow(View):
-    """Where a row comes from, and under which licence; never its text."""
-
-    id: str
-    split: str
-    source: str
-    licence: str
-    group: str
-
-
-class OriginPage(Page):
-    """A page of a dataset's rows."""
-
-    rows: tuple[DatasetRow, ...]
-
-
-def show_lineage(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
-    """The lineage of a version or of any record, named by the start of its digest; a version's approvals too."""
-    digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
-    node = tree(store, digest)
-    if node.kind != "version":
-        return node
-    return node.model_copy(update={"approvals": approvals_for(store, load_version(store, digest))})
-
-
-def lineage(store: Store, version: Version) -> Lineage:
-    """The lineage of a version."""
-    records = ancestors(store, [version.digest])
-    graph = {digest: record.parents.values() for digest, record in records.items()}
-    after = [digest for _, _, digest in store.children(version.digest)[:_MOST]]
-    digests = [*TopologicalSorter(graph).static_order(), *after]
-    times = store.times_of(digests)
-    return Lineage(records=tuple(_lineage_record(store, each, times) for each in digests))
-
-
-def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails:
-    """A record of a version's lineage. Raises NotThere for one that the user may not see."""
-    own = _own(store, version)
-    everything = user.scope.unlimited
-    if digest not in own and not (everything and store.has_record(digest)):
-        raise NotThere("there is no such record of this version")
-    record = store.record(digest)
-    below = [(role, kind, child) for role, kind, child in store.children(digest) if everything or child in own]
-    dataset = DatasetBody.of(record) if record.kind == "dataset" else None
-    times = store.times_of([*record.parents.values(), *(child for _, _, child in below[:_MOST])])
-    return RecordDetails(
-        digest=digest,
-        kind=record.kind,
-        says=summary_line(record),
-        facts={
-            key: str(value)
-            for key, value in sorted(record.body.items())
-            if isinstance(value, str | int | float | bool) and value != ""
-        },
-        blobs=dict(record.blobs),
-        sources=dataset.sources if dataset else (),
-        licences=dataset.licences if dataset else {},
-        made_from=_parents(store, record, times),
-        used_for=tuple(Related(**_named(store, child, times), role=role) for role, _, child in below[:_MOST]),
-        further=max(0, len(below) - _MOST),
-    )
-
-
-def dataset_rows(
-    store: Store, user: User, version: Version, digest: str, *, split: str = "train", text: str = "", page: int = 1
-) -> OriginPage:
-    """A page of the rows of a dataset in a version's lineage. Raises NotThere as `record_details`.
-
-    text: a part of the id, source, licence or group. Rows of another tenant or region are left out.
-    """
-    if record_details(store, user, version, digest).kind != "dataset" or split not in SPLITS:
-        raise NotThere("there are no such rows of this version")
-    rows = [
-        DatasetRow.of(row, split=split)
-        for row in load_dataset(store, digest).examples(split)
-        if user.scope.covers(Scope(row.tenant or user.scope.tenant, row.region or user.scope.region))
-    ]
-    if text:
-        rows = [row for row in rows if any(text in part for part in (row.id, row.source, row.licence, row.group))]
-    at = Page.within(page, len(rows), ROWS)
-    return OriginPage(**dict(at), rows=tuple(rows[(at.page - 1) * ROWS : at.page * ROWS]))
-
-
-def _own(store: Store, version: Version) -> set[str]:
-    """A version, what it was made from, and what was made from it directly: its decisions and exports."""
-    own = set(ancestors(store, [version.digest]))
-    return own | {digest for _, _, digest in store.children(version.digest)}
-
-
-def _lineage_record(store: Store, digest: str, times: Mapping[str, str]) -> LineageRecord:
-    parents = _parents(store, store.record(digest), times)
-    return LineageRecord(**_named(store, digest, times), made_from=parents)
-
-
-def _parents(store: Store, record: Record, times: Mapping[str, str]) -> tuple[Related, ...]:
-    return tuple(Related(**_named(store, digest, times), role=role) for role, digest in sorted(record.parents.items()))
-
-
-def _named(store: Store, digest: str, times: Mapping[str, str]) -> dict[str, Any]:
-    record = store.record(digest)
-    return {"digest": digest, "kind": record.kind, "says": summary_line(record), "at": times.get(digest)}

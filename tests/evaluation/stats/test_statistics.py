@@ -18,7 +18,7 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation import planning
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.metrics.declared import make_scoring
-from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_gates, plan_sentence
+from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_gates
 from tunesmith.evaluation.stats import statistics
 from tunesmith.evaluation.stats.statistics import Level, interval, mcnemar, sign_flip
 
@@ -186,4 +186,4 @@ def test_each_gate_is_planned_by_how_its_own_metric_differs(tmp_path: Path) -> N
     one, ten = (plan_gates(dataset, lift, uses=1, new=new, assumed=Assumed(), lift=0.25) for new in (1, 10))
     assert (one.test_set_use, ten.test_set_use) == (2, 11), "all that the next evaluation adds"
     assert ten.gates[0].power < one.gates[0].power
-    assert "11 candidates will have used these rows" in plan_sentence(ten, ten.gates[0])
+    assert "11 candidates will have used these rows" in ten.sentence(ten.gates[0])

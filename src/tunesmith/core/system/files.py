@@ -76,8 +76,19 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
-def disk_full(path: Path) -> TunesmithError:
-    """The error for a write to path, or below it, that found no room. It says how much was free."""
+def cache_folder() -> Path:
+    """The folder of bases and downloads, which all projects share."""
+    return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
+
+
+def disk_full(path: Path | None = None) -> TunesmithError:
+    """The error for a write to path, or below it, that found no room. It says how much was free.
+
+    path: by default, of the places that a command writes to, the fullest.
+    """
+    if path is None:
+        places = (place for place in (Path(), Path(tempfile.gettempdir()), cache_folder()) if place.exists())
+        path = min(places, key=lambda place: shutil.disk_usage(place).free)
     there = next((each for each in (path.absolute(), *path.absolute().parents) if each.exists()), Path())
     use = shutil.disk_usage(there)
     temporary = there.is_relative_to(tempfile.gettempdir())

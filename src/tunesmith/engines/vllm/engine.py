@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.system.files import write_atomic
+from tunesmith.core.system.files import cache_folder, write_atomic
 from tunesmith.core.system.http_clients import api_key
 from tunesmith.engines.decoding.answers import choice_rows, prompt_ids
 from tunesmith.engines.protocol import Completion, Generation, Question, loaded, restricted
@@ -24,7 +24,7 @@ from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.http import Server
 from tunesmith.engines.vllm.model_server import NEUTRAL, ModelServer, Pool, concurrently, log_probability, scoring
 from tunesmith.engines.vllm.process import start_servers, stop_servers
-from tunesmith.models.base import Base, cache_folder
+from tunesmith.models.base import Base
 from tunesmith.models.rendering import Renderer
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, has_whole_model, read_adapter_file
 

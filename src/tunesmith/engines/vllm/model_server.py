@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.system.files import write_atomic
+from tunesmith.core.system.files import cache_folder, write_atomic
 from tunesmith.engines.hf.libraries import transformers
 from tunesmith.engines.vllm.http import NotThere, Returned, Server, ServerError, Unavailable
-from tunesmith.models.base import Base, cache_folder, loading
+from tunesmith.models.base import Base, loading
 from tunesmith.models.rendering import Renderer
 
 Item = TypeVar("Item")

@@ -20,10 +20,10 @@ import httpx
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import Progress
+from tunesmith.core.system.files import cache_folder
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm import guard
 from tunesmith.engines.vllm.http import Server, Unavailable
-from tunesmith.models.base import cache_folder
 
 _HIGHEST_RANK = 64
 _INSTALL = (

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from tunesmith.core.view import Frozen
-from tunesmith.jobs import retraining
-from tunesmith.monitoring.recall import CauseKind
-from tunesmith.monitoring.recall_status import RecallStatus
-from tunesmith.rollout.course import RolloutCourse
 from tunesmith.server import limits
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
 from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text, document
@@ -22,13 +18,18 @@ from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import bad_request, missing, unknown_request
 from tunesmith.server.openapi import answers, body
 from tunesmith.server.serving import Calling, needs, read
-from tunesmith.services import audit, home, jobs, monitoring, review, rollouts, users
+from tunesmith.services import audit, home, jobs, monitoring, retraining, review, rollouts, users
+
+if TYPE_CHECKING:
+    from tunesmith.monitoring.recall_status import RecallStatus
+    from tunesmith.rollout.course import RolloutCourse
 
 routes = ApiRouter()
 Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]
 Metric = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Value = Annotated[str, Query(min_length=1, max_length=300)]
+Cause = Annotated[str, Query(pattern=f"^({'|'.join(monitoring.CAUSES)})$")]
 _JOB, _ROLLOUT = "/jobs/{number}", "/rollouts/{number}"
 _MOST_JOBS, _MOST_ENTRIES = 100, 1000  # of an answer
 
@@ -77,7 +78,7 @@ def rollout(call: Calling, number: Number) -> rollouts.RolloutView:
     return found
 
 
-@routes.shows(_ROLLOUT + "/course", "read")
+@routes.shows(_ROLLOUT + "/course", "read", gives=rollouts.course)
 def course(call: Calling, number: Number) -> RolloutCourse:
     """Traffic by version over time, each step's evidence as it grew, and who did what."""
     if rollouts.one_visible_to(call.store, call.user, number, judged=False) is None:
@@ -154,8 +155,8 @@ def pending(call: Calling) -> monitoring.PendingRetrains:
     return monitoring.list_pending_retrains(call.store)
 
 
-@routes.shows("/recalls/status", "read", whole=True)
-def recall_status(call: Calling, kind: CauseKind, value: Value) -> RecallStatus:
+@routes.shows("/recalls/status", "read", whole=True, gives=monitoring.recall_status_of)
+def recall_status(call: Calling, kind: Cause, value: Value) -> RecallStatus:
     """Whether something that was recalled is gone."""
     return monitoring.recall_status_of(call.store, monitoring.cause_of(call.store, kind, value))
 

@@ -5,19 +5,22 @@ A dataset version may hold rows of every tenant, so datasets and the review are 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import Query
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from tunesmith.core.view import View
-from tunesmith.data.dataset import DatasetSummary, dataset_summary
-from tunesmith.data.governance.difference import Difference
-from tunesmith.evaluation.report.evidence import EvidenceReport
 from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
 from tunesmith.server.serving import Calling
 from tunesmith.services import answers, datasets, evaluations, review
+from tunesmith.services import lineage as lineages
 from tunesmith.services import versions as service
+
+if TYPE_CHECKING:
+    from tunesmith.data.dataset import DatasetSummary
+    from tunesmith.data.governance.difference import Difference
+    from tunesmith.evaluation.report.evidence import EvidenceReport
 
 routes = ApiRouter()
 Verdict = Annotated[str, Query(pattern="^(sha256:[0-9a-f]{64})?$")]
@@ -38,7 +41,7 @@ def evaluation(call: Calling, digest: Digest, verdict: Verdict = "") -> evaluati
     return evaluations.show_evaluation(call.store, call.user, digest, verdict or None)
 
 
-@routes.shows(_EVALUATION + "/findings", "read", slow=True)
+@routes.shows(_EVALUATION + "/findings", "read", slow=True, gives=evaluations.show_findings)
 def findings(call: Calling, digest: Digest, verdict: Verdict = "") -> EvidenceReport:
     """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
     return evaluations.show_findings(call.store, call.user, digest, verdict or None)
@@ -82,13 +85,13 @@ def listed(call: Calling, page: Page = 1) -> datasets.DatasetPage:
     return datasets.list_datasets(call.store, page)
 
 
-@routes.shows(_DATASET, "read", whole=True)
+@routes.shows(_DATASET, "read", whole=True, gives=datasets.summary)
 def dataset(call: Calling, digest: Digest) -> DatasetSummary:
     """The account of a dataset version: what happened to every row, splits, leakage, licences and privacy."""
-    return dataset_summary(call.store, datasets.find_dataset(call.store, digest))
+    return datasets.summary(call.store, digest)
 
 
-@routes.shows(_DATASET + "/difference/{other}", "read", whole=True)
+@routes.shows(_DATASET + "/difference/{other}", "read", whole=True, gives=datasets.difference)
 def difference(call: Calling, digest: Digest, other: Digest) -> Difference:
     """What changed from this dataset version to the other one: ids of rows, splits, licences, settings."""
     before, after = (datasets.find_dataset(call.store, each) for each in (digest, other))
@@ -161,16 +164,16 @@ def version(call: Calling, name: Name, number: Number) -> service.VersionDetails
 
 
 @routes.shows(_VERSION + "/lineage", "read")
-def lineage(call: Calling, name: Name, number: Number) -> service.Lineage:
+def lineage(call: Calling, name: Name, number: Number) -> lineages.Lineage:
     """What a version was made from, and what was made from it: records, each with its parents."""
-    return service.lineage(call.store, service.find_version(call.store, call.user, name, number))
+    return lineages.lineage(call.store, service.find_version(call.store, call.user, name, number))
 
 
 @routes.shows(_VERSION + "/records/{digest}", "read")
-def record(call: Calling, name: Name, number: Number, digest: Digest) -> service.RecordDetails:
+def record(call: Calling, name: Name, number: Number, digest: Digest) -> lineages.RecordDetails:
     """One record of a version's lineage."""
     found = service.find_version(call.store, call.user, name, number)
-    return service.record_details(call.store, call.user, found, digest)
+    return lineages.record_details(call.store, call.user, found, digest)
 
 
 @routes.shows(_VERSION + "/records/{digest}/rows", "read")
@@ -182,10 +185,10 @@ def origins(
     split: Literal["train", "validation", "test"] = "train",
     search: Text = "",
     page: Page = 1,
-) -> service.OriginPage:
+) -> lineages.OriginPage:
     """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
     found = service.find_version(call.store, call.user, name, number)
-    return service.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
+    return lineages.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
 
 
 @routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))

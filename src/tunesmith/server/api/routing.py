@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -85,11 +85,13 @@ class ApiRouter(APIRouter):
         permission: str | None = None,
         slow: bool = False,
         written: tuple[str, ...] = (),
+        gives: Callable[..., BaseModel] | None = None,
     ) -> Callable[[Look], Look]:
         """Make a route of a function that takes a `Call` and returns the answer; a thread of those for lists runs it.
 
         tokens: the scopes of which a token needs one. whole: only for users of all tenants and regions. permission: of
         roles. slow: on the threads for what reads files. written: media types of what it answers, if that is no JSON.
+        gives: a service that returns the same, where the function's annotation is imported for type checkers only.
         """
         responses = errors(*READ)
         if written:
@@ -104,6 +106,8 @@ class ApiRouter(APIRouter):
             return found if isinstance(found, Response) else document(found)
 
         def added(look: Look) -> Look:
+            if gives is not None:
+                look.__annotations__["return"] = get_type_hints(gives)["return"]
             own = Response if written else JSONResponse
             add = self.get(
                 at, dependencies=[needs(*tokens)], responses=responses, response_class=own, openapi_extra=BEARER

@@ -6,13 +6,12 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 
-from tunesmith.jobs import retraining
 from tunesmith.server.api.routing import Page, Text
 from tunesmith.server.console.rendering import pages
 from tunesmith.server.console.routing import Looking, Pages, Viewer, gone_to
 from tunesmith.server.control import parts_that_answer
 from tunesmith.server.errors import ApiError
-from tunesmith.services import audit, jobs, monitoring, review
+from tunesmith.services import audit, jobs, monitoring, retraining, review
 from tunesmith.services import home as service
 from tunesmith.services.monitoring import PartHealth
 from tunesmith.services.users import is_admin, visible_keys, visible_tokens, visible_users, waiting_keys

@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
-from tunesmith.rollout.course import Evidence, Traffic, steps_of
 from tunesmith.server.api.records import REPORT_POLICY
 from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.console.changes import changes_of
@@ -22,8 +21,11 @@ from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.rendering import BAD, CANARY, GOOD, PRIVATE, STABLE, Chart, Line, chart, private, rendered
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import ApiError
-from tunesmith.services import rollouts, versions
+from tunesmith.services import lineage, rollouts, versions
 from tunesmith.services.rollouts import RolloutView
+
+if TYPE_CHECKING:
+    from tunesmith.rollout.course import Evidence, Traffic
 
 routes = Pages()
 Text = Annotated[str, Query(max_length=200)]
@@ -49,7 +51,7 @@ def one_version(viewer: Looking, request: Request, name: Name, number: Number) -
     return viewer.page(
         "version.html.jinja",
         found=versions.details(viewer.store, viewer.user, version),
-        lineage=versions.lineage(viewer.store, version),
+        lineage=lineage.lineage(viewer.store, version),
         server=f"{request.url.scheme}://{request.url.netloc}",
         options=version.scope.options(),
         losses=lost(viewer, version.digest),
@@ -64,9 +66,9 @@ def record(
     """A record of a version's lineage; of a dataset also its rows with their licences."""
     store, user = viewer.store, viewer.user
     version, rows = versions.find_version(store, user, name, number), None
-    found = versions.record_details(store, user, version, digest)
+    found = lineage.record_details(store, user, version, digest)
     if found.kind == "dataset":
-        rows = versions.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
+        rows = lineage.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
     at = viewer.path.rpartition("/records/")[0]
     return viewer.page("record.html.jinja", found=found, rows=rows, version=version, at=at, split=split, q=q)
 
@@ -108,10 +110,9 @@ def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
     found = rollouts.list_page(viewer.store, viewer.user, page)
     project = viewer.serving.project
     if project is None or not viewer.user.may("rollout.start"):
-        return viewer.page("rollouts.html.jinja", found=found, startable=(), chosen=version)
-    steps = steps_of(project.settings.rollout.steps)
+        return viewer.page("rollouts.html.jinja", found=found, startable=None, chosen=version)
     startable = rollouts.startable(project, viewer.user)
-    return viewer.page("rollouts.html.jinja", found=found, startable=startable, steps=steps, chosen=version)
+    return viewer.page("rollouts.html.jinja", found=found, startable=startable, chosen=version)
 
 
 @routes.shows(_ROLLOUTS + "/{number}")

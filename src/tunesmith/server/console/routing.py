@@ -11,7 +11,7 @@ import hmac
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import parse_qs, quote
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -30,7 +30,9 @@ from tunesmith.server.intake.body import read_bytes
 from tunesmith.server.serving import Serving, decides, serving_of, taking
 from tunesmith.store.people import sessions
 from tunesmith.store.people.identities import User
-from tunesmith.store.store import Store
+
+if TYPE_CHECKING:
+    from tunesmith.store.store import Store
 
 LOGIN = "/console/login"
 COOKIE = "tunesmith-session"

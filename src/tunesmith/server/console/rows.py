@@ -8,7 +8,6 @@ from urllib.parse import urlencode
 from fastapi import Query, Response
 
 from tunesmith.core.errors import UsageError
-from tunesmith.data.dataset import dataset_summary
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import ApiError, missing
 from tunesmith.services import datasets, review
@@ -83,7 +82,7 @@ def dataset_version(
         rows = datasets.list_rows(store, digest, actor=viewer.user.name, page=page, **choice)
     return viewer.page(
         "rows_version.html.jinja",
-        version=dataset_summary(store, digest),
+        version=datasets.summary(store, digest),
         signed=datasets.list_sign_offs(store, digest).sign_offs,
         others=[one for one in datasets.list_datasets(store).datasets if one.dataset != digest],
         rows=rows,

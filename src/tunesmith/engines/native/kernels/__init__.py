@@ -97,7 +97,7 @@ def _built() -> Path | None:
     compiler = _compiler()
     if wanted == "portable" or compiler is None:
         return None
-    from tunesmith.models.base import cache_folder
+    from tunesmith.core.system.files import cache_folder
 
     try:
         text = b"".join(path.read_bytes() for path in (*_HEADERS, *_SOURCES)) + repr(_FLAGS).encode()

@@ -21,6 +21,7 @@ from tunesmith.monitoring.causes import CAUSES, Due, RetrainCause, RetrainingSet
 from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, load_version
+from tunesmith.services.actions import Acting, Request, action
 from tunesmith.store.tables import JobRow
 
 _LOG = logging.getLogger("tunesmith.retraining")
@@ -46,6 +47,16 @@ class Retraining(View):
 
     version: str
     causes: tuple[DueCause, ...]
+
+
+class QueueRetraining(Request):
+    """A run for the first cause of `retraining:` that has none yet."""
+
+
+@action("job.retrain", permission="job.add", whole=True)
+def retrain(acting: Acting, asked: QueueRetraining) -> Retraining:
+    """Look for causes of a new version, and queue a run for the first that had none, if one may be queued."""
+    return look(acting.project, by=acting.actor)
 
 
 def look(
