@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Tests wait for servers and killed processes, so there are more processes than cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 5 --dist worksteal
 
-.PHONY: demo console hosted test test-long test-vllm programs check lint types unit attack docs bench soak clean
+.PHONY: demo console hosted test test-long test-vllm programs check lint types unit attack collect docs bench soak clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
@@ -27,7 +27,8 @@ console: $(DEMO)         ## the demo's project in a browser, with a link for its
 hosted: $(READY)         ## OpenAI's clients, PostgreSQL and S3: an upload, a killed worker, an approval, a drift
 	$(BIN)/python examples/hosted/walk.py
 
-test: check programs     ## everything CI runs: lint, types, contracts, documentation, and all tests but the long ones
+test: programs           ## everything CI runs: lint, types, contracts, documentation, and all tests but the long ones
+	$(MAKE) --jobs 2 types docs lint collect
 	$(PYTEST) --durations 30 -m "not long"
 
 test-long: check programs  ## before a release: the tests that take minutes each, and a real vLLM with `make test-vllm`
@@ -79,6 +80,9 @@ soak: $(READY)           ## an hour of kills of workers, servers, PostgreSQL and
 clean:                   ## remove everything that was made here, except the cache of base models
 	rm -rf $(VENV) $(VLLM) dist docs/_build docs/reference/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf examples/home_intents/.tunesmith examples/home_intents/data examples/home_intents/report.html examples/home_intents/review.jsonl
+
+collect: $(READY)        ## import all tests once: what that compiles is kept, and the processes of `make test` do not compile it
+	$(BIN)/python -m pytest --collect-only --quiet > $(VENV)/collected || { cat $(VENV)/collected; exit 1; }
 
 docs: $(READY)           ## the documentation, strictly: a broken link or a setting without description fails
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html

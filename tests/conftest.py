@@ -113,7 +113,8 @@ def _put(path: Path, content: bytes) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the kernels once, before several processes would all do so at the same time."""
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+    several = config.option.collectonly or getattr(config.option, "numprocesses", None)
+    if several and not hasattr(config, "workerinput"):
         from tunesmith.engines.native import kernels
 
         kernels._built()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import json
 import re
 import sys
@@ -21,8 +22,13 @@ from tunesmith.server.console import rendering
 
 SOURCE = Path(tunesmith.__file__).parent
 PAGE = rendering._environment().from_string("{{ step }}")
-FILES = [path for path in SOURCE.rglob("*.py") if path.parent.name != "cli"]
-BELOW = {path: list(ast.walk(ast.parse(path.read_text()))) for path in FILES}
+
+
+@functools.cache
+def below() -> dict[Path, list[ast.AST]]:
+    """The nodes of each module but the command line's."""
+    files = [path for path in SOURCE.rglob("*.py") if path.parent.name != "cli"]
+    return {path: list(ast.walk(ast.parse(path.read_text()))) for path in files}
 
 
 def commands(group: typer.main.TyperGroup, path: str = "") -> Iterator[tuple[str, typer.core.TyperCommand]]:
@@ -53,7 +59,7 @@ def is_of_an_error(node: ast.AST) -> bool:
 def test_no_error_below_the_command_line_names_a_command_or_an_option() -> None:
     verbs, options = "|".join(COMMANDS), "|".join(OPTIONS)
     named = re.compile(rf"tunesmith (?:{verbs})\b|`(?:{verbs})(?: [^`]*)?`|(?:{options})(?![\w-])")
-    for path, nodes in BELOW.items():
+    for path, nodes in below().items():
         steps = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "NextStep"]
         allowed = {id(verb) for step in steps for verb in step.args[1:]}
         for error in filter(is_of_an_error, nodes):
@@ -64,7 +70,7 @@ def test_no_error_below_the_command_line_names_a_command_or_an_option() -> None:
 
 def test_every_next_step_names_a_command_and_its_parameters() -> None:
     count = 0
-    for path, nodes in BELOW.items():
+    for path, nodes in below().items():
         for node in nodes:
             match node:
                 case ast.Call(func=ast.Name(id="NextStep"), args=[_, ast.Constant(value=verb)], keywords=keywords):
