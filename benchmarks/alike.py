@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from corpora import corpora
 from leakage import FOLDER, NEAR, Row, words
 from tunesmith.data.duplicates import near_pairs
-from tunesmith.data.quality.similar_requests import ALIKE_AT, alike
+from tunesmith.data.quality.flags import ALIKE_AT, alike
 from tunesmith.models.embedding import find_embedder
 
 BOUNDS = (0.70, 0.75, 0.80, 0.85, 0.875, 0.90, 0.925, 0.95, 0.975)

@@ -13,7 +13,7 @@ from tests.fabricate import Chain, approve, put_chain, put_recall
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
-from tunesmith.registry.aliases import Alias, get_alias, list_aliases, revision_of
+from tunesmith.registry import versions
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.opening import verified_copy
@@ -30,7 +30,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow, VersionRow
 
 
-def point(store: Store, version: Version | None, expected: int, **place: Any) -> Alias:
+def point(store: Store, version: Version | None, expected: int, **place: Any) -> versions.Alias:
     """Under an override: these tests are about the alias, not about approvals."""
     where = {"name": "intents", "override_by": "olive", **place}
     with store.change("olive", "test.point", "intents", {}) as session:
@@ -38,24 +38,24 @@ def point(store: Store, version: Version | None, expected: int, **place: Any) ->
 
 
 def test_an_alias_cleared_in_between_counts_as_changed(store: Store, version: Version) -> None:
-    assert get_alias(store, "intents") is None
+    assert versions.get_alias(store, "intents") is None
     assert point(store, version, 0).revision == 1
-    found = get_alias(store, "intents")
+    found = versions.get_alias(store, "intents")
     assert found is not None
-    assert (found.version, found.revision, list_aliases(store)) == (version.digest, 1, [found])
+    assert (found.version, found.revision, versions.list_aliases(store)) == (version.digest, 1, [found])
     point(store, None, 1)
-    assert get_alias(store, "intents") is None
-    assert list_aliases(store) == []
+    assert versions.get_alias(store, "intents") is None
+    assert versions.list_aliases(store) == []
     with store.reading() as session:
-        assert [revision_of(session, "intents", Scope(each)) for each in ("", "acme")] == [2, 0]
+        assert [versions.revision_of(session, "intents", Scope(each)) for each in ("", "acme")] == [2, 0]
     for expected in (0, 1, 3):
         with pytest.raises(Refused, match="was changed by somebody else"):
             point(store, version, expected)
     assert point(store, version, 2).revision == 3
-    assert get_alias(store, "intents", Scope("acme")) is None, "each tenant has its own"
+    assert versions.get_alias(store, "intents", Scope("acme")) is None, "each tenant has its own"
     assert point(store, version, 0, scope=Scope("acme")).revision == 1
     point(store, None, 1, scope=Scope("acme"))
-    found = get_alias(store, "intents")
+    found = versions.get_alias(store, "intents")
     assert found is not None
     assert (found.version, found.revision) == (version.digest, 3)
     assert verify_log(store) == []

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene, build_scene
-from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.versions import Version, list_versions
+from tunesmith.registry.versions import Version, get_alias, list_versions
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings

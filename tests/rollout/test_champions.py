@@ -13,10 +13,9 @@ from tests.rollout.conftest import Versions, begin, champion, logged, serve
 from tests.rollout.test_cli import Folder
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import release
-from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import Version, get_alias
 from tunesmith.rollout import controller, preconditions
 from tunesmith.rollout.champions import list_champions
 from tunesmith.rollout.commands import abort, promote, rollback

@@ -15,9 +15,8 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene, put_recall
 from tests.rollout.conftest import Versions, begin, champion, serve
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.serving import set_alias
-from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import Version, get_alias
 from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.commands import abort, promote, resume, rollback

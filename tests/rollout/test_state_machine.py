@@ -22,8 +22,7 @@ from hypothesis.stateful import (
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene, put_recall
 from tests.rollout.conftest import copied
 from tunesmith.core.errors import Refused
-from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.versions import list_versions
+from tunesmith.registry.versions import get_alias, list_versions
 from tunesmith.rollout import transitions
 from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.commands import abort, promote, resume, rollback, start

@@ -17,8 +17,7 @@ from tests.waiting import until
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.project import Project
-from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import Version, get_alias
 from tunesmith.rollout.commands import abort, resume
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.state import Rollout, get_rollout

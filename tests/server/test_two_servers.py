@@ -28,9 +28,8 @@ from tests.server.test_held import MONEY, decide, held_answer, holder
 from tests.waiting import until
 from tunesmith.core.errors import Refused
 from tunesmith.holding import queue
-from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.versions import list_versions
+from tunesmith.registry.versions import get_alias, list_versions
 from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout

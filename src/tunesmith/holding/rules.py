@@ -43,8 +43,8 @@ class Holder:
         if rule.confidence_below is not None:
             return _unsure(rule.confidence_below, answer)
         assert rule.policy is not None
-        held = hold(self._policy[rule.policy], answer.text, cut=answer.finish == "length")
-        return None if held.outcome == "held" else f"policy {rule.policy}: {held.why}"
+        outcome, why = hold(self._policy[rule.policy], answer.text, cut=answer.finish == "length")
+        return None if outcome == "held" else f"policy {rule.policy}: {why}"
 
 
 def _labelled(field: str | None, values: tuple[Any, ...], text: str) -> str | None:

@@ -15,11 +15,10 @@ from tunesmith.core.errors import NextStep, Refused
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import ScopedView
 from tunesmith.records.version import VersionBody
-from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import recall_of
 from tunesmith.registry.signing.release import read_version
-from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import Version, get_alias
 from tunesmith.rollout.state import live_rollout
 from tunesmith.store.records import causes
 from tunesmith.store.store import Store

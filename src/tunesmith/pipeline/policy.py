@@ -11,9 +11,8 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Style
 from tunesmith.evaluation.lines import ITEMS, encode_lines
-from tunesmith.evaluation.policy.outcomes import SUITE
+from tunesmith.evaluation.policy.outcomes import SUITE, judge_policy
 from tunesmith.evaluation.policy.requests import PolicyItem
-from tunesmith.evaluation.policy.rubric_judge import judge_policy
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.probes.suites import drawn
 from tunesmith.evaluation.style import shares

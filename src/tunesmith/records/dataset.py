@@ -26,11 +26,16 @@ class RowCounts(Part):
     removed: Mapping[str, int]
 
 
-class ReadSource(Part):
-    """A source file as it was read. format_told: the settings name the format. split: it holds the rows of that one."""
+class ReadFile(Part):
+    """A file as it was read."""
 
     path: str
     digest: str
+
+
+class ReadSource(ReadFile):
+    """A source file as it was read. format_told: the settings name the format. split: it holds the rows of that one."""
+
     bytes: int
     rows: int
     format: str
@@ -38,11 +43,9 @@ class ReadSource(Part):
     split: Omitted[str] = None
 
 
-class OutsideSet(Part):
+class OutsideSet(ReadFile):
     """A file of a test set or benchmark that no row may be in."""
 
-    path: str
-    digest: str
     rows: int
 
 
@@ -192,12 +195,10 @@ class TokenLengths(Part):
     longest: int
 
 
-class AppliedReview(Part):
+class AppliedReview(ReadFile):
     """A file of review decisions. accept, edit, reject: decisions that the build applied; unmatched: those that fit no
     row of the sources. logged: whether the audit log has the file's export."""
 
-    path: str
-    digest: str
     accept: int
     edit: int
     reject: int
@@ -324,11 +325,9 @@ class Flag(Part):
     detail: str
 
 
-class DocumentFile(Part):
+class DocumentFile(ReadFile):
     """A document as it was read. passages: that were cut from it."""
 
-    path: str
-    digest: str
     bytes: int
     passages: int
 

@@ -11,11 +11,16 @@ from tunesmith.core.view import Omitted
 from tunesmith.records.body import Body, Part
 
 
-class Judge(Part):
-    """A model that judged answers, and what it was asked."""
+class RuleJudge(Part):
+    """A model that judges, such as the one of a check's rubric."""
 
     url: str
     model: str
+
+
+class Judge(RuleJudge):
+    """A model that judged answers, and what it was asked."""
+
     question: str
 
 
@@ -210,13 +215,6 @@ class PolicyResults(Part):
 
     unusable: Omitted[str] = None
     checks: Omitted[Mapping[str, CheckResults]] = None
-
-
-class RuleJudge(Part):
-    """The model that judges by a check's rubric."""
-
-    url: str
-    model: str
 
 
 class CheckRules(Part):

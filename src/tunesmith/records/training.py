@@ -10,12 +10,7 @@ from pydantic import Field, JsonValue
 from tunesmith.core.view import Omitted
 from tunesmith.records.body import Body, Part
 
-
-def _is_one(number: int) -> bool:
-    return number == 1
-
-
-Several = Annotated[int, Field(exclude_if=_is_one)]
+Several = Annotated[int, Field(exclude_if=lambda number: number == 1)]
 
 
 class RecordedSettings(Part):

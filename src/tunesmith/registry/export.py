@@ -20,6 +20,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import compose
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import room_for, sync_folder
@@ -104,11 +105,13 @@ def export_version(
         dtype = "fp32" if form == "peft" else dtype
         provenance = _provenance(version, candidate, base, form, dtype)
         (folder / PROVENANCE).write_bytes(json.dumps(provenance, indent=2, ensure_ascii=False).encode() + b"\n")
-        equality = _compare(
-            store, candidate, base=base, engine=engine, kind=engine_kind, adapter=adapter, form=form, folder=folder,
-            progress=progress,
+        check, probes, length = export_check(), _probes(store, candidate), min(candidate.max_tokens, _PROBE_TOKENS)
+        engine.load_adapter(candidate.training, adapter)
+        answered = check.answer_probes(engine, candidate.training, base, probes, length, progress)
+        equality: Equality = check.compare(
+            engine, candidate.training, kind=engine_kind, base=base, trained=adapter, form=form, exported=folder,
+            answered=answered, progress=progress,
         )  # fmt: skip
-        check = export_check()
         tolerance = Tolerance(export=dict(check.TOLERANCE[dtype]), served={"max": check.SERVED_TOLERANCE})
         outcome, reason = _judge(equality, tolerance)
         body = ExportBody(
@@ -203,40 +206,14 @@ def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, 
     }
 
 
-def _compare(
-    store: Store,
-    candidate: Candidate,
-    *,
-    base: Base,
-    engine: Engine,
-    kind: str,
-    adapter: Path,
-    form: Form,
-    folder: Path,
-    progress: Progress,
-) -> Equality:
-    check = export_check()
-    if candidate.dataset is None or candidate.training is None:
+def _probes(store: Store, candidate: Candidate) -> list[tuple[Message, ...]]:
+    """The held-out requests that an export is compared on, as the candidate asks them."""
+    if candidate.dataset is None:
         raise Refused(f"candidate {candidate.name} names no dataset with held-out requests to compare on")
     held_out = load_dataset(store, candidate.dataset).examples("test")[:_PROBES]
     if not held_out:
         raise Inconclusive("the dataset has no held-out rows to compare on", fix="set data.split.test")
-    probes = [compose(candidate, example.request) for example in held_out]
-    engine.load_adapter(candidate.training, adapter)
-    length = min(candidate.max_tokens, _PROBE_TOKENS)
-    answered = check.answer_probes(engine, candidate.training, base, probes, length, progress)
-    found: Equality = check.compare(
-        engine,
-        candidate.training,
-        kind=kind,
-        base=base,
-        trained=adapter,
-        form=form,
-        exported=folder,
-        answered=answered,
-        progress=progress,
-    )
-    return found
+    return [compose(candidate, example.request) for example in held_out]
 
 
 def _judge(equality: Equality, tolerance: Tolerance) -> tuple[Outcome, str]:

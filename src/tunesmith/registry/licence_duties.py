@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tunesmith.records.dataset import DatasetBody, Duties
-from tunesmith.store.records import Record
+from tunesmith.store.records import Record, ancestors
 
 NOTICE = "NOTICE.md"
 
@@ -19,17 +19,8 @@ def carried(records: Mapping[str, Record], candidate: str) -> Duties | None:
 
     records: the candidate and every record that it was made from.
     """
-    waiting, seen = [candidate], set()
-    stated: list[Duties] = []
-    while waiting:
-        digest = waiting.pop()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        record = records[digest]
-        waiting += record.parents.values()
-        if record.kind == "dataset":
-            stated.append(DatasetBody.of(record).duties)
+    behind = ancestors(records.__getitem__, [candidate]).values()
+    stated = [DatasetBody.of(record).duties for record in behind if record.kind == "dataset"]
     if not stated:
         return None
     named = {(one.source, one.licence): one for duties in stated for one in duties.attribution}

@@ -15,14 +15,12 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.records.version import VersionBody
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.signing.release import Release, Version, check_release, check_signer, has_weights
-from tunesmith.registry.signing.signatures import Untrusted, private_copy
+from tunesmith.registry.signing.signatures import FIX, Untrusted, private_copy
 from tunesmith.registry.versions import load_version
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.records import first_recalled
 from tunesmith.store.store import Store, session_of
-
-_FIX = "restore the version's folder from where it was signed, or register it again"
 
 # Releases whose files were verified before a transaction began, by their version's digest; or why they were not.
 Verified = dict[str, Release | TunesmithError]
@@ -63,7 +61,7 @@ def open_release(store: Store, version: Version, session: Session | None = None)
     with private_copy(store.version_folder(version.ref)) as folder:
         release = check_release(folder, identities.trusted_keys(session or store))
         if release.version != registered:
-            raise Refused(f"the folder holds {release.version.label}, not {version.label}", where=str(folder), fix=_FIX)
+            raise Refused(f"the folder holds {release.version.label}, not {version.label}", where=str(folder), fix=FIX)
         with session_of(session or store) as current:
             check_not_recalled(current, registered, release.statement)
         yield folder, release

@@ -51,13 +51,13 @@ from tunesmith.registry.signing.release import (
     weight_blobs,
 )
 from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
-from tunesmith.registry.versions import ancestors, blobs_of, list_versions
+from tunesmith.registry.versions import list_versions
 from tunesmith.store import audit
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.trust import signature_entry
-from tunesmith.store.records import Record, first_recalled
+from tunesmith.store.records import Record, ancestors, blobs_of, first_recalled
 from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import VersionRow
 
@@ -183,7 +183,7 @@ def _evidence(
     """The parents, records, blobs and duties of a plan, checked."""
     judged = store.record(verdict, kind="verdict")
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
-    records = ancestors(store, parents.values())
+    records = ancestors(store.record, parents.values())
     with store.reading() as session:
         _check_not_recalled(session, parents, records)
     check_evidence(records, parents, override)

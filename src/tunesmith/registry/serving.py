@@ -16,12 +16,11 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name
-from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
 from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
-from tunesmith.registry.versions import load_version
+from tunesmith.registry.versions import Alias, get_alias, load_version
 from tunesmith.store import audit
 from tunesmith.store.people.identities import require, trusted_keys
 from tunesmith.store.people.trust import TrustedKey, find_key

@@ -33,9 +33,8 @@ from tunesmith.registry.signing.release import (
     weight_blobs,
 )
 from tunesmith.registry.signing.signatures import RELEASE, private_copy
-from tunesmith.registry.versions import blobs_of
 from tunesmith.store.people.trust import TRUST_KEY, TrustedKey, read_trust
-from tunesmith.store.records import Record, decode
+from tunesmith.store.records import Record, blobs_of, decode
 from tunesmith.store.store import Store
 
 
@@ -146,14 +145,11 @@ def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
     records.pop(release.version.digest, None)
     if not findings.problems:
         folder = findings.store.version_folder(release.version.ref)
-        for odd in sorted(records.keys() ^ set(release.statement.records)):
-            findings.problem(
-                folder / RELEASE, f"record {short(odd)} is in the lineage or in the release, but not in both"
-            )
-        for odd in sorted(blobs_of(records.values()) ^ set(release.statement.blobs)):
-            findings.problem(
-                folder / RELEASE, f"blob {short(odd)} is in the lineage or in the release, but not in both"
-            )
+        odd = [f"record {short(each)}" for each in sorted(records.keys() ^ set(release.statement.records))]
+        stated = set(release.statement.blobs)
+        odd += [f"blob {short(each)}" for each in sorted(blobs_of(records.values()) ^ stated)]
+        for what in odd:
+            findings.problem(folder / RELEASE, f"{what} is in the lineage or in the release, but not in both")
     return records
 
 
@@ -235,21 +231,17 @@ def _sweep(findings: _Findings) -> list[Record]:
             if not is_digest(digest) or key != f"{kind}/{digest[7:9]}/{digest[7:]}{suffix}":
                 findings.problem(findings.store.blobs.where(key), "not a file that belongs here")
                 continue
-            if digest not in findings.seen:
-                _sweep_object(findings, key, digest, approvals if kind == "records" else None)
+            if digest in findings.seen:
+                continue
+            where, pieces = findings.store.blobs.where(key), findings.store.blobs.pieces(key)
+            with findings.about(where):
+                if kind == "records":
+                    record = decode(b"".join(pieces), digest, where)
+                    approvals += [record] if record.kind == "approval" else []
+                elif digest_pieces(pieces) != digest:
+                    raise Refused("its bytes do not match its digest")
+                findings.checked += 1
     return approvals
-
-
-def _sweep_object(findings: _Findings, key: str, digest: str, approvals: list[Record] | None) -> None:
-    where, pieces = findings.store.blobs.where(key), findings.store.blobs.pieces(key)
-    with findings.about(where):
-        if approvals is not None:
-            record = decode(b"".join(pieces), digest, where)
-            if record.kind == "approval":
-                approvals.append(record)
-        elif digest_pieces(pieces) != digest:
-            raise Refused("its bytes do not match its digest")
-        findings.checked += 1
 
 
 def _check_approvals(

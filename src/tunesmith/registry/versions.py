@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
@@ -12,12 +12,11 @@ from tunesmith.core.digests import is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
-from tunesmith.registry.aliases import get_alias
+from tunesmith.core.view import ScopedView
 from tunesmith.registry.signing.release import Version as Version
 from tunesmith.registry.signing.release import read_version
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store, session_of
-from tunesmith.store.tables import CHAMPION, RecordRow, VersionRow
+from tunesmith.store.tables import CHAMPION, AliasRow, RecordRow, VersionRow
 
 
 def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session | None = None) -> Version:
@@ -117,21 +116,42 @@ def _digests(name: str | None, containing: str) -> Select[str]:
     return query.where(VersionRow.name.contains(containing, autoescape=True)) if containing else query
 
 
-def ancestors(store: Store, digests: Iterable[str]) -> dict[str, Record]:
-    """Digest -> record, for the given records and all their ancestors, each verified against its digest.
+class Alias(ScopedView):
+    """Where an alias points. version: the version record's digest. revision: grows with each change.
 
-    Needs no database. Raises Refused if one is missing or damaged.
+    override_by: the user who lets the version serve without an approval, "" where nobody does.
     """
-    found: dict[str, Record] = {}
-    waiting = list(digests)
-    while waiting:
-        digest = waiting.pop()
-        if digest not in found:
-            found[digest] = store.record(digest)
-            waiting += found[digest].parents.values()
-    return found
+
+    name: str
+    alias: str
+    version: str
+    override_by: str = ""
+    revision: int
 
 
-def blobs_of(records: Iterable[Record]) -> set[str]:
-    """The digests of every blob that the records name."""
-    return {digest for record in records for digest in record.blobs.values()}
+def get_alias(where: Store | Session, name: str, scope: Scope = Scope()) -> Alias | None:
+    """Where the champion of a name points for exactly this scope; None where it points nowhere."""
+    with session_of(where) as session:
+        row = _row(session, name, scope)
+    return _alias(row) if row is not None and row.version else None
+
+
+def list_aliases(store: Store) -> list[Alias]:
+    """Every alias that points at a version."""
+    query = select(AliasRow).where(AliasRow.version != "").order_by(AliasRow.name, AliasRow.alias)
+    with store.reading() as session:
+        return [_alias(row) for row in session.scalars(query)]
+
+
+def revision_of(session: Session, name: str, scope: Scope = Scope()) -> int:
+    """The champion's revision, which set_alias expects; 0 if it was never set."""
+    row = _row(session, name, scope)
+    return row.revision if row is not None else 0
+
+
+def _row(session: Session, name: str, scope: Scope) -> AliasRow | None:
+    return session.get(AliasRow, (name, CHAMPION, scope.tenant, scope.region), populate_existing=True)
+
+
+def _alias(row: AliasRow) -> Alias:
+    return Alias.model_validate(row, from_attributes=True)

@@ -10,11 +10,10 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
-from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.serving import standing_of
-from tunesmith.registry.versions import Version, load_version
+from tunesmith.registry.versions import Alias, Version, get_alias, load_version
 from tunesmith.rollout import traffic, transitions
 from tunesmith.rollout.preconditions import point_champion, promotions_to_undo, verify_files
 from tunesmith.rollout.settings import Step

@@ -9,11 +9,10 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.aliases import get_alias, revision_of
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.serving import set_alias, standing_of
-from tunesmith.registry.versions import load_version
+from tunesmith.registry.versions import get_alias, load_version, revision_of
 from tunesmith.rollout.champions import advice, could_serve
 from tunesmith.rollout.state import Rollout, promoted_rollouts
 from tunesmith.store.people.identities import require

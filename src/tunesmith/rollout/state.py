@@ -12,7 +12,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import ScopedView
-from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.versions import get_alias
 from tunesmith.rollout.settings import Step
 from tunesmith.store.store import Store
 from tunesmith.store.tables import LIVE, Live, RolloutRow

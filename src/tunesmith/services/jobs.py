@@ -38,7 +38,7 @@ from tunesmith.jobs.worker import Worker, has_ended, worker_name
 from tunesmith.pipeline.training import only_tuned
 from tunesmith.project import Project, open_store
 from tunesmith.records.training import TrainingBody
-from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.versions import get_alias
 from tunesmith.services import training
 from tunesmith.services.actions import Acting, Request, Short, action
 from tunesmith.services.fine_tuning import perform_fine_tuning

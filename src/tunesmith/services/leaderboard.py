@@ -12,8 +12,7 @@ from tunesmith.evaluation.compare import compare, scored_alike, side_of_digest
 from tunesmith.evaluation.report.approach_ladder import approach_of
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval
 from tunesmith.records.verdict import VerdictBody
-from tunesmith.registry.aliases import list_aliases
-from tunesmith.registry.versions import Version, list_versions
+from tunesmith.registry.versions import Version, list_aliases, list_versions
 from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 

@@ -15,10 +15,10 @@ from tunesmith.records.body import bodies
 from tunesmith.records.dataset import DatasetBody, ReadSource
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.signing.release import Version
-from tunesmith.registry.versions import ancestors, load_version, resolve
+from tunesmith.registry.versions import load_version, resolve
 from tunesmith.services.decisions import approvals_for
 from tunesmith.store.people.identities import User
-from tunesmith.store.records import Record
+from tunesmith.store.records import Record, ancestors
 from tunesmith.store.store import Store
 
 ROWS = 50
@@ -145,7 +145,7 @@ def _branch(store: Store, digest: str, record: Record, seen: set[str], side: str
 
 def lineage(store: Store, version: Version) -> Lineage:
     """The lineage of a version."""
-    records = ancestors(store, [version.digest])
+    records = ancestors(store.record, [version.digest])
     graph = {digest: record.parents.values() for digest, record in records.items()}
     after = [digest for _, _, digest in store.children(version.digest)[:_MOST]]
     digests = [*TopologicalSorter(graph).static_order(), *after]
@@ -201,7 +201,7 @@ def dataset_rows(
 
 def _own(store: Store, version: Version) -> set[str]:
     """A version, what it was made from, and what was made from it directly: its decisions and exports."""
-    own = set(ancestors(store, [version.digest]))
+    own = set(ancestors(store.record, [version.digest]))
     return own | {digest for _, _, digest in store.children(version.digest)}
 
 

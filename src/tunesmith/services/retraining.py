@@ -19,8 +19,7 @@ from tunesmith.jobs import queue
 from tunesmith.jobs.arguments import run_arguments
 from tunesmith.monitoring.causes import CAUSES, Due, RetrainCause, RetrainingSettings, Seen
 from tunesmith.project import Project
-from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.versions import Version, load_version
+from tunesmith.registry.versions import Version, get_alias, load_version
 from tunesmith.services.actions import Acting, Request, action
 from tunesmith.store.tables import JobRow
 

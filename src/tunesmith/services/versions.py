@@ -23,13 +23,12 @@ from tunesmith.models.base import open_base
 from tunesmith.pipeline.verdicts import changed_since, latest
 from tunesmith.records.version import Decision, Dtype, ExportBody, Form
 from tunesmith.registry import registration, serving, versions
-from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
-from tunesmith.registry.versions import resolve
+from tunesmith.registry.versions import Alias, list_aliases, resolve
 from tunesmith.services import evaluations
 from tunesmith.services.actions import Acting, Because, Named, Request, ScopedRequest, action
 from tunesmith.services.datasets import datasheet

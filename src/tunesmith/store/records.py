@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -121,6 +121,26 @@ def decode(data: bytes, digest: str, where: str) -> Record:
         return Record.model_validate(parse_json(data))
     except (ValidationError, ValueError) as error:
         raise Refused(f"not a record: {error}", where=where, fix="restore it from a backup") from error
+
+
+def ancestors(read: Callable[[str], Record], digests: Iterable[str]) -> dict[str, Record]:
+    """Digest -> record, for the given records and all their ancestors.
+
+    read: gives the record of a digest, as Store.record does, which verifies it and needs no database.
+    """
+    known: dict[str, Record] = {}
+    waiting = list(digests)
+    while waiting:
+        digest = waiting.pop()
+        if digest not in known:
+            known[digest] = read(digest)
+            waiting += known[digest].parents.values()
+    return known
+
+
+def blobs_of(records: Iterable[Record]) -> set[str]:
+    """The digests of every blob that the records name."""
+    return {digest for record in records for digest in record.blobs.values()}
 
 
 def recalls_of(session: Session, digests: Collection[str], *, as_evidence: bool = True) -> dict[str, str]:

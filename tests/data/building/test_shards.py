@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.building import shards
-from tunesmith.data.building.account import OUTSIDE_WORDING, WITHDRAWN
 from tunesmith.data.building.shards import LocalRunner
+from tunesmith.data.building.staging import OUTSIDE_WORDING, WITHDRAWN
 from tunesmith.data.formats.row_readers import Part
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.originals import KEY, new_key, read_originals

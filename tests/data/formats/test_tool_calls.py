@@ -14,7 +14,7 @@ from tests.data.formats.test_row_formats import conversation, error, reason
 from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
-from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
+from tunesmith.data.building.staging import PRIVATE, SPOILT_CALL
 from tunesmith.data.dataset import dataset_summary, example_id
 from tunesmith.data.formats import turns as turn_checks
 from tunesmith.store.store import Store

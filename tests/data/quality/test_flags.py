@@ -14,12 +14,12 @@ import pytest
 from tests.data.rows import WORDS, build, held, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.quality import similar_requests
+from tunesmith.data.quality import flags
 from tunesmith.data.quality.flags import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
 
 
-def flags(root: Path, dataset: Dataset, **more: Any) -> list[dict[str, str]]:
+def flagged(root: Path, dataset: Dataset, **more: Any) -> list[dict[str, str]]:
     store = Store(root / "store")
     record = store.record(examine_quality(store, dataset, **more), kind="quality")
     assert record.body["rows"] == dataset.record.body["rows"]["kept"]
@@ -37,7 +37,7 @@ def test_refusals_long_answers_and_the_balance_of_what_rows_declare(tmp_path: Pa
     ]
     rows = [*many_rows(20), *many_rows(80, channel="mail")[20:], *odd]
     dataset = build(tmp_path, settings(attributes=["channel"]), rows=rows)
-    assert sorted(flag["flag"] for flag in flags(tmp_path, dataset)) == [LONG, REFUSING, REFUSING]
+    assert sorted(flag["flag"] for flag in flagged(tmp_path, dataset)) == [LONG, REFUSING, REFUSING]
     store = Store(tmp_path / "store")
     body = store.record(examine_quality(store, dataset)).body
     assert body["balance"]["channel"] == {"": 24, "mail": 60}
@@ -56,7 +56,7 @@ def test_another_language_is_flagged_in_requests_and_answers(tmp_path: Path) -> 
         row("ok", "ja"),
     ]
     dataset = build(tmp_path, settings(duplicates={"near": None}), rows=[*english, *odd])
-    found = {flag["detail"] for flag in flags(tmp_path, dataset, language=True) if flag["flag"] == LANGUAGE}
+    found = {flag["detail"] for flag in flagged(tmp_path, dataset, language=True) if flag["flag"] == LANGUAGE}
     assert found == {"the request is in de", "the answer is in fr"}
 
 
@@ -70,7 +70,7 @@ def test_requests_that_say_the_same_are_shown_as_clusters(tmp_path: Path) -> Non
         vectors[[text in same for text in texts]] = np.eye(len(texts) + 1, dtype=np.float32)[-1]
         return vectors
 
-    found = [flag for flag in flags(tmp_path, build(tmp_path), embed=embed) if flag["flag"] == ALIKE]
+    found = [flag for flag in flagged(tmp_path, build(tmp_path), embed=embed) if flag["flag"] == ALIKE]
     assert len(found) == 3
     assert {flag["detail"].split(" in ")[0] for flag in found} == {"cluster 1 of 3 requests"}
 
@@ -82,18 +82,18 @@ def test_clusters_are_the_same_however_many_pairs_wait(monkeypatch: pytest.Monke
     vectors = np.concatenate([vectors, rng.standard_normal((300, 16)).astype(np.float32)])[rng.permutation(2700)]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     texts = [str(number) for number in range(len(vectors))]
-    whole = similar_requests.alike(texts, lambda _: vectors, 0.95)
+    whole = flags.alike(texts, lambda _: vectors, 0.95)
     assert sum(map(len, whole)) >= 2400
     for name, at_most in (("_PAIRS", 1), ("_BLOCK", 100)):
-        monkeypatch.setattr(similar_requests, name, at_most)
-        assert similar_requests.alike(texts, lambda _: vectors, 0.95) == whole
-    assert similar_requests.alike([], lambda _: np.empty((0, 16), np.float32)) == []
+        monkeypatch.setattr(flags, name, at_most)
+        assert flags.alike(texts, lambda _: vectors, 0.95) == whole
+    assert flags.alike([], lambda _: np.empty((0, 16), np.float32)) == []
 
 
 def test_wrong_labels_are_found(tmp_path: Path) -> None:
     pytest.importorskip("cleanlab", reason="cleanlab is not installed (extra: quality)")
     with pytest.raises(UsageError, match="not labels"):
-        flags(tmp_path, build(tmp_path, rows=many_rows(80)), label_noise=True)
+        flagged(tmp_path, build(tmp_path, rows=many_rows(80)), label_noise=True)
     rng = random.Random(0)
     words = {"lights": ["lamp", "glow", "bulb", "shine", "dim"], "music": ["song", "band", "track", "album", "tune"]}
     rows, wrong = [], set()
@@ -103,7 +103,7 @@ def test_wrong_labels_are_found(tmp_path: Path) -> None:
         rows.append(row(text, label if n % 25 else other))
         wrong |= set() if n % 25 else {text}
     dataset = build(tmp_path, settings(duplicates={"near": None}), rows=rows)
-    found = {flag["id"] for flag in flags(tmp_path, dataset, label_noise=True) if flag["flag"] == NOISE}
+    found = {flag["id"] for flag in flagged(tmp_path, dataset, label_noise=True) if flag["flag"] == NOISE}
     there = {one.id for one in held(dataset) if one.request[0].content in wrong}
     assert there
     assert len(found & there) >= 0.9 * len(there)

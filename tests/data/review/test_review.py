@@ -19,7 +19,7 @@ from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
-from tunesmith.data.building.account import EDITED
+from tunesmith.data.building.staging import EDITED
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, dataset_summary
 from tunesmith.data.formats.turns import UNDECLARED

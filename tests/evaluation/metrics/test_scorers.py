@@ -14,8 +14,8 @@ from tests.attack_table import Happened
 from tests.data.rows import build, many_rows, write_jsonl
 from tests.fabricate import SCHEMA
 from tunesmith.core.reading.answer_schema import check_answer_schema
-from tunesmith.data.building.account import OFF_SCHEMA
 from tunesmith.data.building.examine import Examiner, RowRules
+from tunesmith.data.building.staging import OFF_SCHEMA
 from tunesmith.data.settings import DataSettings
 from tunesmith.evaluation.metrics import declared
 from tunesmith.evaluation.metrics.declared import LabelScorer, NumberScorer, PatternScorer, References

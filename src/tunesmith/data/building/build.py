@@ -12,11 +12,10 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.scope import Scope
-from tunesmith.data.building.account import HAS_CONTROL, Account
 from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
 from tunesmith.data.building.shards import LocalRunner, PlannedFile, ShardRunner, examined_rows, plan
-from tunesmith.data.building.staging import StagingDatabase
+from tunesmith.data.building.staging import HAS_CONTROL, Account, StagingDatabase
 from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import duties

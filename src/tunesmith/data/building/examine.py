@@ -13,7 +13,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message, tools_of, with_tools
 from tunesmith.core.reading.answer_schema import Schema, satisfies
 from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, parse_json
-from tunesmith.data.building.account import (
+from tunesmith.data.building.staging import (
     EDITED,
     HAS_CONTROL,
     OFF_SCHEMA,
@@ -24,8 +24,10 @@ from tunesmith.data.building.account import (
     SPOILT_CALL,
     WITHDRAWN,
     Account,
+    RemovedLine,
+    StagedRow,
+    staged_row,
 )
-from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import answer_key, learned_parts, request_text
 from tunesmith.data.formats import row_formats

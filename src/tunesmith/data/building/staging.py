@@ -3,21 +3,21 @@
 It is an SQLite file in the build's work folder, deleted afterwards. Memory holds only what comparing requests needs.
 """
 
-# ruff: noqa: S608 - queries are made of constants only
-
 from __future__ import annotations
 
+# ruff: noqa: S608 - queries are made of constants only
 import hashlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.data.building.account import EXACT, WITHDRAWN
 from tunesmith.data.dataset import SPLITS, Example, encode_examples
 from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.governance.withdrawn import content_key
@@ -65,20 +65,12 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _with_group(line: bytes, group: str) -> bytes:
-    return canonical_lines([{**parse_json(line), "group": group}])
-
-
-def _removed_line(name: str | None, source: str, row: int, reason: str) -> bytes:
-    return canonical_lines([{"id": name, "source": source, "row": row, "reason": reason}])
-
-
 _FUNCTIONS: Mapping[str, Callable[..., str | bytes | int]] = {
     "label": lambda labels, key: parse_json(labels)[key],
     "content": lambda line: content_key(Example.model_validate_json(line)),
     "rank": SPLITS.index,
-    "with_group": _with_group,
-    "removed_line": _removed_line,
+    "with_group": lambda line, group: canonical_lines([{**parse_json(line), "group": group}]),
+    "removed_line": lambda *row: canonical_lines([dict(zip(("id", "source", "row", "reason"), row, strict=True))]),
 }
 
 
@@ -272,3 +264,47 @@ class StagingDatabase:
 
     def _column(self, query: str, *given: object) -> Iterator[Any]:
         return (value for (value,) in self._database.execute(query, given))
+
+
+EXACT: Final = "exact duplicate"
+PRIVATE: Final = "personal data or a secret"
+OVERLONG: Final = "overlong"
+OFF_SCHEMA: Final = "answer not valid under the schema"
+WITHDRAWN: Final = "withdrawn by a recall"
+OUTSIDE_WORDING: Final = "same wording as a row of an outside test set"
+HAS_CONTROL: Final = "holds the control token"  # the token follows
+SPOILT: Final = "after pseudonymisation"  # follows the reason
+EDITED: Final = "in a row that was edited in a review"  # follows the reason
+SPOILT_CALL: Final = "tool call not valid JSON after pseudonymisation"
+
+
+@dataclass
+class Account:
+    """Counts of some rows. read: source file -> kept and removed ones. ignored: key that no format reads -> rows that
+    have it.
+
+    privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
+    original. longest: the most tokens of a row. reviewed: id of a reviewed row -> rows that its decision applied to.
+    withdrawn: content keys of recalled rows whose copies are recalled too. edits: id of an edited row -> content keys
+    before and after. respelled: rows read whose JSON answers were written as constrained decoding writes them.
+    """
+
+    read: Counter[str] = field(default_factory=Counter)
+    privacy: Counter[str] = field(default_factory=Counter)
+    fields: Counter[tuple[str, str]] = field(default_factory=Counter)
+    originals: dict[str, dict[str, str]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
+    reviewed: Counter[str] = field(default_factory=Counter)
+    withdrawn: set[str] = field(default_factory=set)
+    edits: dict[str, set[str]] = field(default_factory=dict)
+    respelled: int = 0
+
+    def merge(self, other: Account) -> None:
+        """Add another account's counts; `longest` becomes the larger one."""
+        self.respelled += other.respelled
+        self.longest = max(self.longest, other.longest)
+        for name in ("read", "privacy", "fields", "originals", "ignored", "reviewed", "withdrawn"):
+            getattr(self, name).update(getattr(other, name))
+        for row, contents in other.edits.items():
+            self.edits.setdefault(row, set()).update(contents)

@@ -17,7 +17,7 @@ from tunesmith.core.messages import Message, Role, ToolCall, with_tools
 from tunesmith.core.reading.strict_json import Fields, parse_json
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.row_readers import SourceRow
-from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools
+from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools, sound
 
 AUTO: Final = "auto"
 OPENAI: Final = "openai"
@@ -187,7 +187,7 @@ def text_of(fields: Fields, key: str, where: str) -> str:
             where=f"{where}, {key}",
             fix=_NOT_TEXT.get(type(value), "write it as text"),
         )
-    return _sound(value, f"{where}, {key}")
+    return sound(value, f"{where}, {key}")
 
 
 def _answer_of(fields: Fields, key: str, where: str) -> str:
@@ -198,21 +198,13 @@ def _answer_of(fields: Fields, key: str, where: str) -> str:
     value = fields.get(key)
     if isinstance(value, int | float | dict | list) and not _has_turns(value):
         with suppress(ValueError, TypeError):  # NaN, infinity and Parquet's dates are not JSON
-            return _sound(json.dumps(value, allow_nan=False, ensure_ascii=False), f"{where}, {key}")
+            return sound(json.dumps(value, allow_nan=False, ensure_ascii=False), f"{where}, {key}")
     return text_of(fields, key, where)
 
 
 def _has_turns(value: Any) -> bool:
     turns = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
     return any({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys() for turn in turns)
-
-
-def _sound(text: str, where: str) -> str:
-    if "\0" in text:
-        raise UsageError("the text holds a NUL character", where=where, fix="remove it: the file may be damaged")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UsageError("the text holds half a surrogate pair", where=where, fix="correct it: it is not a character")
-    return text
 
 
 _TURN_KEYS: Final = {"role", "content", "tool_calls", "function_call", "tool_call_id", "weight"}
@@ -229,9 +221,9 @@ def _messages(fields: Fields, where: str, ignored: Counter[str]) -> list[Message
         content = _content(entry.get("content"), f"{place}.content")
         made: tuple[ToolCall, ...] = ()
         if entry.get("tool_calls"):
-            made = read_calls(entry["tool_calls"], f"{place}.tool_calls", _sound, len(calls))
+            made = read_calls(entry["tool_calls"], f"{place}.tool_calls", len(calls))
         elif entry.get("function_call"):
-            made = (read_call(entry["function_call"], f"{place}.function_call", _sound, len(calls)),)
+            made = (read_call(entry["function_call"], f"{place}.function_call", len(calls)),)
         if made and role != "assistant":
             raise UsageError(f"a {role} turn cannot call a tool", where=f"{place}.tool_calls")
         answers = _answered(entry, calls, turns, place) if role == "tool" else None
@@ -262,7 +254,7 @@ def _answered(entry: Fields, calls: Sequence[ToolCall], turns: Sequence[Message]
         return next((call.id for call in calls if call.id not in done), made_id(len(calls)))
     if not isinstance(told, str):
         raise UsageError(f"tool_call_id is a {type(told).__name__}, not text", where=f"{place}.tool_call_id")
-    return _sound(told, f"{place}.tool_call_id")
+    return sound(told, f"{place}.tool_call_id")
 
 
 def _with_tools(turns: list[Message], fields: Fields, where: str) -> list[Message]:
@@ -293,7 +285,7 @@ def _content(content: Any, where: str) -> str:
     if not isinstance(content, str):
         what = f"content is a {type(content).__name__}, not text or text parts"
         raise UsageError(what, where=where, fix="write it as text, such as JSON")
-    return _sound(content, where)
+    return sound(content, where)
 
 
 def _sharegpt(fields: Fields, where: str, ignored: Counter[str]) -> list[Message]:
@@ -326,7 +318,7 @@ def _spoken_calls(text: str, where: str, first: int) -> tuple[ToolCall, ...]:
         value = parse_json(text)
     except ValueError as error:
         raise UsageError(f"the call is broken JSON: {error}", where=where, fix="correct the row") from None
-    return read_calls(value if isinstance(value, list) else [value], where, _sound, first)
+    return read_calls(value if isinstance(value, list) else [value], where, first)
 
 
 def _prompt_completion(fields: Fields, where: str, _ignored: Counter[str]) -> list[Message]:

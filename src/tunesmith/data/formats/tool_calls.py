@@ -7,14 +7,11 @@ arguments as an object, or the whole list as text. ShareGPT has `function_call` 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
-
-Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for damaged characters
 
 
 def read_tools(value: Any, where: str) -> list[JsonObject]:
@@ -49,14 +46,14 @@ def _tool(entry: Any, where: str) -> JsonObject:
     return {"type": "function", "function": {key: each for key, each in function.items() if key != "type"}}
 
 
-def read_calls(value: Any, where: str, sound: Sound, first: int) -> tuple[ToolCall, ...]:
+def read_calls(value: Any, where: str, first: int) -> tuple[ToolCall, ...]:
     """A turn's calls. first: the number of earlier calls in the conversation, which numbers calls without an id."""
     if not isinstance(value, list):
         raise UsageError(f"tool_calls is a {type(value).__name__}, not a list", where=where)
-    return tuple(read_call(each, f"{where}[{n}]", sound, first + n) for n, each in enumerate(value))
+    return tuple(read_call(each, f"{where}[{n}]", first + n) for n, each in enumerate(value))
 
 
-def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
+def read_call(entry: Any, where: str, number: int) -> ToolCall:
     """One call: {"name", "arguments"}, itself or under `function`. Raises UsageError for anything else."""
     if not isinstance(entry, dict):
         raise UsageError("a call must be an object", where=where)
@@ -79,6 +76,15 @@ def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
 def made_id(number: int) -> str:
     """An id for a call without one: nine letters and digits, as Mistral's templates require."""
     return f"call{number:05d}"
+
+
+def sound(text: str, where: str) -> str:
+    """The text. Raises UsageError for NUL characters and broken surrogate pairs."""
+    if "\0" in text:
+        raise UsageError("the text holds a NUL character", where=where, fix="remove it: the file may be damaged")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError("the text holds half a surrogate pair", where=where, fix="correct it: it is not a character")
+    return text
 
 
 def _name(function: Fields, where: str) -> str:

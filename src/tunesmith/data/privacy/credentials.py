@@ -141,15 +141,9 @@ def _found(text: str) -> Iterator[tuple[int, int]]:
     for pattern in _patterns():
         for match in pattern.finditer(text):
             yield _span(match)
-    for match in _AWS_SECRET.finditer(text):
-        if _looks_random(match[1]):
-            yield match.span(1)
-    for match in _BASIC.finditer(text):
-        if _is_user_and_password(match[1]):
-            yield match.span(1)
-    for match in _AFTER_A_USER.finditer(text):
-        if _is_value(match[1], quoted=False):
-            yield match.span(1)
+    valued = (_AWS_SECRET, _looks_random), (_BASIC, _is_user_and_password), (_AFTER_A_USER, _is_value)
+    for pattern, holds in valued:
+        yield from (match.span(1) for match in pattern.finditer(text) if holds(match[1]))
     for match in _LONG.finditer(text):
         if _is_random(match[0]) and not _UUID.fullmatch(match[0]) and _is_announced(text, *match.span()):
             yield match.span()
@@ -161,7 +155,7 @@ def _found(text: str) -> Iterator[tuple[int, int]]:
             yield match.start("value"), match.start("value") + len(value)
 
 
-def _is_value(value: str, *, quoted: bool) -> bool:
+def _is_value(value: str, quoted: bool = False) -> bool:
     """Whether a value after a keyword is a secret: not a word, name, path, variable or placeholder."""
     if _is_random(value) or _UUID.fullmatch(value):
         return True

@@ -12,6 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from operator import methodcaller
 from typing import NamedTuple
 
 from tunesmith.core.errors import Refused
@@ -19,7 +20,6 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.privacy.scan import Scanner, texts_of
 from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
-from tunesmith.data.settings import Privacy
 from tunesmith.records.dataset import AnnotatedText, PrivacyScan, RemainingValues, SyntheticValues
 
 CONFIDENCE = 0.95
@@ -94,7 +94,8 @@ def measure(scanner: Scanner, conversations: Sequence[Sequence[Message]]) -> dic
     count = scanner.settings.synthetic_values
     if not count or not conversations:
         return {}
-    makers = {**MAKERS, **_own_makers(scanner.settings)}
+    own = scanner.settings.recognisers
+    makers = MAKERS | {name: methodcaller("choice", one.examples) for name, one in own.items() if one.examples}
     return {
         entity: _scanned(
             scanner,
@@ -103,13 +104,6 @@ def measure(scanner: Scanner, conversations: Sequence[Sequence[Message]]) -> dic
         for entity in scanner.finder.entities
         if entity in makers
     }
-
-
-def _own_makers(settings: Privacy) -> dict[str, Callable[[random.Random], str]]:
-    def of(examples: Sequence[str]) -> Callable[[random.Random], str]:
-        return lambda chance: chance.choice(examples)
-
-    return {name: of(one.examples) for name, one in settings.recognisers.items() if one.examples}
 
 
 def _insert(

@@ -7,6 +7,7 @@ import hashlib
 import string
 import zlib
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 _GIVEN = (  # noqa: SIM905  shorter than a name a line
@@ -38,12 +39,11 @@ _DOMAINS = ("proton.me", "fastmail.com", "web.de", "orange.fr", "uni-hamburg.de"
 _ALNUM = string.ascii_letters + string.digits
 
 
-def _digits(chance: Random, n: int) -> str:
-    return _chars(chance, n, string.digits)
-
-
 def _chars(chance: Random, n: int, letters: str = _ALNUM) -> str:
     return "".join(chance.choice(letters) for _ in range(n))
+
+
+_digits = partial(_chars, letters=string.digits)
 
 
 def person(chance: Random) -> str:
@@ -204,10 +204,6 @@ def _private_key(chance: Random) -> str:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode().strip()
 
 
-def _url_with_password(chance: Random) -> str:
-    return f"postgres://app:{_chars(chance, 14)}@db.internal:5432/main"
-
-
 def key_of_no_form(chance: Random) -> str:
     """Random characters without a form of their own, as most services issue them: hex, base 36, base 62, base 64."""
     kind, size = chance.choice(("hex", "36", "62", "64", "url")), chance.choice((24, 32, 40, 64))
@@ -231,10 +227,6 @@ KEY_FORMS = (
 )  # fmt: skip
 
 
-def _password(chance: Random) -> str:
-    return _chars(chance, 8) + chance.choice("!#%&*") + _digits(chance, 2)
-
-
 # Kind of secret -> a maker. A `password` is recognised only after words that announce it.
 SECRETS: dict[str, Callable[[Random], str]] = {
     "aws access key": _token("AKIA", 16, string.ascii_uppercase + "234567"),
@@ -248,8 +240,8 @@ SECRETS: dict[str, Callable[[Random], str]] = {
     "sendgrid": lambda chance: f"SG.{_chars(chance, 22)}.{_chars(chance, 43)}",
     "jwt": _jwt,
     "private key": _private_key,
-    "url with password": _url_with_password,
-    "password": _password,
+    "url with password": lambda chance: f"postgres://app:{_chars(chance, 14)}@db.internal:5432/main",
+    "password": lambda chance: _chars(chance, 8) + chance.choice("!#%&*") + _digits(chance, 2),
 }
 
 

@@ -6,9 +6,11 @@ end first. Each protocol needs its library: s3fs for s3://, gcsfs for gs://.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from tunesmith.core.errors import TunesmithError, UsageError
@@ -29,13 +31,10 @@ def protocol_of(path: str) -> str | None:
 def find_remote(url: str) -> list[str]:
     """The URLs of the files that a URL or a pattern names. Raises UsageError where there are none, and for folders."""
     system, path = _system(url)
-    try:
+    found: dict[str, Any] = {}
+    with _reading(url), contextlib.suppress(FileNotFoundError):
         names = sorted(system.glob(path)) if any(mark in path for mark in "*?[") else [path]
         found = {name: system.info(name) for name in names}
-    except FileNotFoundError:
-        found = {}
-    except Exception as error:
-        raise _failed(url, error) from error
     if not found:
         raise UsageError("no file matches this source", where=url, fix="check the URL")
     for name, facts in found.items():
@@ -54,18 +53,12 @@ def fetch(url: str, target: BinaryIO) -> None:
     Large files take several requests, and the file may change between them: its state before and after is compared.
     """
     system, path = _system(url)
-    try:
+    with _reading(url):
         before = _mark(system, path)
         with system.open(path, "rb") as stream:
             shutil.copyfileobj(stream, target, _PIECE)
         target.flush()
         same = _mark(system, path) == before
-    except FileNotFoundError as error:
-        raise UsageError("the file does not exist", where=url, fix="check the URL") from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        raise _failed(url, error) from error
     if not same:
         raise TunesmithError("the file changed while it was fetched", where=url, fix="run again")
 
@@ -74,13 +67,9 @@ def state_of(url: str) -> str:
     """What tells one state of a file from another, asked for without its bytes; "" where its server states no such
     thing. Raises UsageError where the file is missing, TunesmithError where its server cannot be asked."""
     system, path = _system(url)
-    try:
+    with _reading(url):
         system.invalidate_cache(path)
         facts = system.info(path)
-    except FileNotFoundError as error:
-        raise UsageError("the file does not exist", where=url, fix="check the URL") from error
-    except Exception as error:
-        raise _failed(url, error) from error
     of_http = protocol_of(url) in ("http", "https")
     stated = {key: facts[key] for key in sorted(facts) if (key in _STATES if of_http else key not in _NO_STATES)}
     return str({"size": facts.get("size"), **stated}) if stated else ""
@@ -119,6 +108,16 @@ def _system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _failed(url: str, error: Exception) -> TunesmithError:
-    said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return TunesmithError(f"cannot be fetched: {said}", where=url, fix="check network, URL and access rights")
+@contextlib.contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Makes the errors of a protocol's library our own, but for a full disk here."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UsageError("the file does not exist", where=url, fix="check the URL") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        fix = "check network, URL and access rights"
+        raise TunesmithError(f"cannot be fetched: {said}", where=url, fix=fix) from error

@@ -7,7 +7,7 @@ connected components of all rows, so that an added row may join two of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,7 +73,8 @@ def joined_groups(rows: Sequence[Comparable], split: Split, threshold: float) ->
     links: list[tuple[int, int]] = []
     first: list[int] = []
     for row in rows:
-        places = [nodes.setdefault(shared, len(nodes)) for shared in _shared(row, split.groups)]
+        shared = ((name, near_text(row.wording) if name == NEAR else row.labels[name]) for name in split.groups)
+        places = [nodes.setdefault(one, len(nodes)) for one in shared]
         first.append(places[0])
         links.extend((places[0], place) for place in places[1:])
     if NEAR in split.groups:
@@ -85,7 +86,7 @@ def joined_groups(rows: Sequence[Comparable], split: Split, threshold: float) ->
     names: dict[int, str] = {}
     for (kind, value), place in nodes.items():
         if kind != NEAR or split.groups == (NEAR,):
-            name = _named(kind, value)
+            name = f"near-{short(digest_of(value), 16)}" if kind == NEAR else f"{kind} {value}"
             names[component[place]] = min(name, names.get(component[place], name))
     for row, place in zip(rows, first, strict=True):
         yield row.id, names[component[place]]
@@ -99,11 +100,3 @@ def connected(left: ArrayLike, right: ArrayLike, size: int) -> NDArray[np.int32]
     links = coo_array((np.ones(np.size(left), dtype=np.bool_), (left, right)), shape=(size, size))
     component: NDArray[np.int32] = connected_components(links, directed=False)[1]
     return component
-
-
-def _shared(row: Comparable, groups: Iterable[str]) -> list[tuple[str, str]]:
-    return [(name, near_text(row.wording) if name == NEAR else row.labels[name]) for name in groups]
-
-
-def _named(kind: str, value: str) -> str:
-    return f"near-{short(digest_of(value), 16)}" if kind == NEAR else f"{kind} {value}"

@@ -19,7 +19,7 @@ by test scores. It does not cover candidates that were fitted to single test row
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from sqlalchemy import select
 
@@ -96,7 +96,7 @@ def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
     for subject, detail in entries:
         if subject not in shared:
             own = _requests(store, dataset) if own is None else own
-            shared[subject] = _share(own, _texts(store.read_blob(subject).splitlines()))
+            shared[subject] = _share(own, _texts(store, subject))
         if shared[subject]:
             yield [_nameless(store, candidate) for candidate in detail["candidates"]]
 
@@ -116,18 +116,17 @@ def _nameless(store: Store, candidate: str) -> str:
 
 
 def _requests(store: Store, dataset: str) -> frozenset[str]:
-    if _TEST not in load_dataset(store, dataset).record.blobs:
+    blobs = load_dataset(store, dataset).record.blobs
+    if _TEST not in blobs:
         raise Inconclusive("the dataset has no test rows", where=dataset)
-    return _texts(store.read_blob(store.record(dataset).blobs[_TEST]).splitlines())
+    return _texts(store, blobs[_TEST])
 
 
-def _texts(lines: Iterable[bytes]) -> frozenset[str]:
+def _texts(store: Store, blob: str) -> frozenset[str]:
     """Each request's normalised text, without system turns; the row's id and answer do not count."""
-    return frozenset(Example.model_validate_json(line).wording for line in lines)
+    return frozenset(Example.model_validate_json(line).wording for line in store.read_blob(blob).splitlines())
 
 
 def _control(store: Store, candidate: str) -> bool:
     training = store.record(candidate, kind="candidate").parents.get("training")
-    if training is None:
-        return False
-    return TrainingBody.read(store, training).settings.permute_answers
+    return training is not None and TrainingBody.read(store, training).settings.permute_answers

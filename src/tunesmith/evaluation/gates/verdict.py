@@ -48,7 +48,9 @@ def edited_references(store: Store, evaluation: str, candidate: str) -> EditedRe
     changed = _changed(store, dataset)
     if not changed:
         return None
-    reviewers = _reviewers(dataset)
+    # Content key of an edited row -> who edited it, where the audit log knows.
+    by, edits = dataset.body.reviewers, dataset.body.edits
+    reviewers = {key: by[row] for row, keys in edits.items() if row in by for key in keys}
     named = {row: reviewers[key] for row, key in changed.items() if key in reviewers}
     metric = EvaluationBody.of(record).primary
     try:
@@ -76,12 +78,6 @@ def edited_sentence(stated: EditedReferences) -> str:
         f"{stated.rows} of {stated.of} test references were changed after an evaluation of the same requests, by "
         f"{by}. {stated.metric} is {stated.mean:.1%}; without these rows {without}."
     )
-
-
-def _reviewers(dataset: Dataset) -> dict[str, tuple[str, ...]]:
-    """Content key of an edited row -> who edited it, where the audit log knows."""
-    by, edits = dataset.body.reviewers, dataset.body.edits
-    return {key: by[row] for row, keys in edits.items() if row in by for key in keys}
 
 
 def _changed(store: Store, dataset: Dataset) -> dict[str, str]:

@@ -265,11 +265,7 @@ def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
         if reference:
             raise UsageError(f"the reference has no {scorer.label!r}", fix="correct `label` in task.scorers") from error
         return NO_LABEL
-    return _json_label(value)
-
-
-def _json_label(value: Any) -> str:
-    """The label that a JSON value is: text as it stands, other values as JSON. 1.0 is 1, and keys are sorted."""
+    # Text as it stands, other values as JSON: 1.0 is 1, and keys are sorted.
     return value if isinstance(value, str) else json.dumps(_whole(value), sort_keys=True, ensure_ascii=False)
 
 

@@ -69,7 +69,7 @@ def _items_of(name: str, check: PolicyCheck, root: Path) -> Iterator[PolicyItem]
         group = group or f"{name}/{short(digest_of(compared_text(messages)))}"
         yield PolicyItem(id=own, check=name, group=group, request=messages)
         for form in _VARIANTS if check.variants else ():
-            changed = _changed(messages, form)
+            changed = with_last_request(messages, lambda text: PERTURBATIONS[form](text, ""))  # noqa: B023
             if changed != messages:
                 yield PolicyItem(id=f"{own}/{form}", check=name, group=group, request=changed)
 
@@ -83,11 +83,6 @@ def unchanged_id(item: PolicyItem) -> str:
     """The id of the request that an item is a form of, its own for the request itself."""
     own, _, form = item.id.rpartition("/")
     return own if form in _VARIANTS else item.id
-
-
-def _changed(messages: tuple[Message, ...], form: str) -> tuple[Message, ...]:
-    change = PERTURBATIONS[form]
-    return with_last_request(messages, lambda text: change(text, ""))
 
 
 def _requests(name: str, check: PolicyCheck, root: Path) -> Iterator[tuple[str, str | None, tuple[Message, ...]]]:

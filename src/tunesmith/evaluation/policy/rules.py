@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, Literal
 
 from tunesmith.candidates.grammars.copying import texts_of
@@ -36,16 +35,10 @@ _PARTING = re.compile(  # tags between which a reader sees two words, or a raise
 _ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")  # what Markdown takes a backslash away from
 
 
-@dataclass(frozen=True, slots=True)
-class RuleOutcome:
-    """What came of one answer. why: the reason, in a few words; empty where the rules were kept."""
-
-    outcome: Outcome
-    why: str = ""
-
-
-def hold(check: PolicyCheck, text: str, *, cut: bool, said: tuple[str | None, str | None] | None = None) -> RuleOutcome:
-    """Whether an answer keeps the check's rules.
+def hold(
+    check: PolicyCheck, text: str, *, cut: bool, said: tuple[str | None, str | None] | None = None
+) -> tuple[Outcome, str]:
+    """Whether an answer keeps the check's rules, and why not, in a few words.
 
     cut: whether it was cut off at max_tokens. said: the judge's two verdicts (KEEPS, BREAKS or None), where the check
     has a rubric. A rule that is broken decides. Else an empty answer is undecided, and so is a cut-off one under a rule
@@ -53,17 +46,17 @@ def hold(check: PolicyCheck, text: str, *, cut: bool, said: tuple[str | None, st
     """
     empty = not visible(text)
     for wrong in _broken(check, text, empty):
-        return RuleOutcome("broke", wrong)
+        return "broke", wrong
     if empty:
-        return RuleOutcome("undecided", EMPTY)
+        return "undecided", EMPTY
     if check.rubric is not None:
         if said == (BREAKS, BREAKS):
-            return RuleOutcome("broke", "the judge says that it breaks the rubric")
+            return "broke", "the judge says that it breaks the rubric"
         if said != (KEEPS, KEEPS):
-            return RuleOutcome("undecided", "the judge was not sure")
+            return "undecided", "the judge was not sure"
     if cut and _may_break(check, text):
-        return RuleOutcome("undecided", CUT)
-    return RuleOutcome("held")
+        return "undecided", CUT
+    return "held", ""
 
 
 def _may_break(check: PolicyCheck, text: str) -> bool:

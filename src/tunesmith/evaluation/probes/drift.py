@@ -8,7 +8,6 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,8 @@ def general_text_items(context: ProbeContext) -> list[Item]:
     the change of the loss within a few hundredths of a nat.
     """
     if context.path is not None:
-        texts = _passages(context.path)
+        lines = read_text_file(context.path, "the text", LARGEST_DATA).splitlines()
+        texts = [line.strip()[:_LONGEST_PASSAGE] for line in lines if line.strip()]
     else:
         texts = [f"{each.messages[-1].content} {each.choices[each.right]}" for each in numbers.general_questions()]
     return [
@@ -135,15 +135,11 @@ def _reworded(text: str, answer: str) -> str:
     return f"Hello, could you please help me with this: {' '.join(words)} Thank you."
 
 
-def _with_order(text: str, answer: str) -> str:
-    return f"{text} {_ORDER}"
-
-
 PERTURBATIONS: dict[str, Callable[[str, str], str]] = {
     "typos": _typos,
     "capitals": _capitals,
     "reworded": _reworded,
-    "instruction inside": _with_order,
+    "instruction inside": lambda text, _: f"{text} {_ORDER}",
 }
 
 
@@ -151,11 +147,6 @@ def _packaged(kind: str) -> list[dict[str, str]]:
     """The packaged requests of one kind: facts (with their answers), unsafe, harmless and polite ones."""
     text = (resources.files("tunesmith.evaluation.probes") / "drift.jsonl").read_text(encoding="utf-8")
     return [row for row in map(json.loads, text.splitlines()) if row["kind"] == kind]
-
-
-def _passages(path: Path) -> list[str]:
-    lines = read_text_file(path, "the text", LARGEST_DATA).splitlines()
-    return [line.strip()[:_LONGEST_PASSAGE] for line in lines if line.strip()]
 
 
 def _share_by_word(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:

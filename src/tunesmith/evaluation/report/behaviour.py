@@ -127,16 +127,10 @@ def policy_reasons(data: Evidence) -> list[str]:
 
 def _keeper(data: Evidence, check: ReportedCheck) -> str | None:
     """The untuned candidate that broke a check least, where that is less than the one in focus did."""
-    cells = {
-        row.name: check.cells[row.name]
-        for row in data.candidates
-        if not row.tuned and row.name in check.cells and check.cells[row.name].n
-    }
-    own = check.cells[data.focus]
-    best: str | None = min(cells, key=lambda name: (cells[name].broke / cells[name].n, name), default=None)
-    if best is None or cells[best].broke / cells[best].n >= own.broke / own.n:
-        return None
-    return best
+    untuned = {row.name for row in data.candidates if not row.tuned} | {data.focus}
+    shares = {name: cell.broke / cell.n for name, cell in check.cells.items() if cell.n and name in untuned}
+    best = min(shares, key=lambda name: (shares[name], name))
+    return best if shares[best] < shares[data.focus] else None
 
 
 def style_reasons(data: Evidence) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -165,22 +165,6 @@ class Told:
     base: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    vocabulary: Vocabulary
-    mean: Floats
-    scale: Floats
-    weights: Floats
-    intercept: float
-    columns: slice
-
-    def probability(self, answers: Sequence[Answer]) -> Floats:
-        from scipy.special import expit
-
-        found = (features(answers, self.vocabulary) - self.mean) / self.scale
-        return np.asarray(expit(found[:, self.columns] @ self.weights + self.intercept), dtype=np.float64)
-
-
 def cross_fitted(sets: Mapping[str, Sequence[Answer]], house: str, base: str, groups: Sequence[str]) -> Told:
     """Judge every answer by a model that was fitted to the house's and the base's answers of other groups.
 
@@ -198,14 +182,14 @@ def cross_fitted(sets: Mapping[str, Sequence[Answer]], house: str, base: str, gr
         labels = np.repeat([1.0, 0.0], len(outside))
         vocabulary = find_vocabulary(answers, [groups[row] for row in outside] * 2)
         seen = features(answers, vocabulary)
-        model = _fitted(seen, labels, vocabulary, slice(None))
-        plain = _fitted(seen, labels, vocabulary, slice(len(FORM)))
+        whole, found_weights = _fitted(seen, labels, vocabulary, slice(None))
+        plain, _ = _fitted(seen, labels, vocabulary, slice(len(FORM)))
         for name, own in sets.items():
-            probabilities[name][inside] = model.probability([own[row] for row in inside])
+            probabilities[name][inside] = whole([own[row] for row in inside])
         for name, told in by_form.items():
-            told[inside] = plain.probability([sets[name][row] for row in inside])
-        for feature, weight in zip(vocabulary.names, model.weights, strict=True):
-            weights[feature] = weights.get(feature, 0.0) + float(weight)
+            told[inside] = plain([sets[name][row] for row in inside])
+        for feature, weight in zip(vocabulary.names, found_weights.tolist(), strict=True):
+            weights[feature] = weights.get(feature, 0.0) + weight
     ranked = sorted(weights, key=lambda name: (-round(weights[name], 6), name))
     return Told(
         probabilities,
@@ -222,8 +206,13 @@ def _folds(groups: Sequence[str]) -> np.ndarray:
     return np.array([place[group] for group in groups])
 
 
-def _fitted(seen: Floats, labels: Floats, vocabulary: Vocabulary, columns: slice) -> _Model:
-    """The model of least penalised loss. Columns have unit variance, so that the penalty treats them alike."""
+def _fitted(
+    seen: Floats, labels: Floats, vocabulary: Vocabulary, columns: slice
+) -> tuple[Callable[[Sequence[Answer]], Floats], Floats]:
+    """The model of least penalised loss: it gives the probability that each answer is the house's. And its weights.
+
+    Columns have unit variance, so that the penalty treats them alike.
+    """
     from scipy.optimize import minimize
     from scipy.special import expit
 
@@ -238,5 +227,10 @@ def _fitted(seen: Floats, labels: Floats, vocabulary: Vocabulary, columns: slice
         value = float(np.logaddexp(0.0, -margin).sum() + 0.5 * _PENALTY * point[:-1] @ point[:-1])
         return value, np.append(rows.T @ slope + _PENALTY * point[:-1], slope.sum())
 
-    found = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": _STEPS})
-    return _Model(vocabulary, mean, scale, found.x[:-1], float(found.x[-1]), columns)
+    best = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": _STEPS}).x
+
+    def probability(answers: Sequence[Answer]) -> Floats:
+        scaled = ((features(answers, vocabulary) - mean) / scale)[:, columns]
+        return np.asarray(expit(scaled @ best[:-1] + best[-1]), dtype=np.float64)
+
+    return probability, best[:-1]

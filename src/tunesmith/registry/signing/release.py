@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.core.clock import now
-from tunesmith.core.digests import digest_file, short
+from tunesmith.core.digests import digest_bytes, digest_file, short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
-from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import ScopedView
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
@@ -36,7 +35,7 @@ from tunesmith.registry.signing.signatures import (
 )
 from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.people.trust import TrustedKey
-from tunesmith.store.records import Record
+from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
 
 ADAPTER_FILES = frozenset((CONFIG_FILE, ADAPTER_FILE))
@@ -121,7 +120,10 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
     """
     key = verify_signature(folder, keys)
     path = folder / RELEASE
-    record = _read_record(path)
+    raw = path.read_bytes()
+    record = decode(raw, digest_bytes(raw), str(path))
+    if record.encoded != raw:
+        raise Refused("not in canonical form", where=str(path), fix=FIX)
     version, statement = read_version(record, str(path))
     present = {entry.name for entry in folder.iterdir()} - {RELEASE, SIGNATURE}
     if present != record.blobs.keys():
@@ -253,14 +255,3 @@ def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str
     if blobs.keys() not in (ADAPTER_FILES, _WHOLE_FILES):
         raise Refused("the training has neither an adapter nor whole weights", where=where, fix="train again")
     return blobs
-
-
-def _read_record(path: Path) -> Record:
-    try:
-        raw = path.read_bytes()
-        record = Record.model_validate(parse_json(raw))
-    except ValueError as error:
-        raise Refused(f"not a record: {type(error).__name__}", where=str(path), fix=FIX) from error
-    if record.encoded != raw:
-        raise Refused("not in canonical form", where=str(path), fix=FIX)
-    return record

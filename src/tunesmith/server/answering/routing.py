@@ -21,11 +21,10 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef, check_name
 from tunesmith.engines.protocol import Engine
-from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.serving import Permission, override_in_force, standing, still_valid
-from tunesmith.registry.versions import Version, load_version, resolve
+from tunesmith.registry.versions import Version, get_alias, load_version, resolve
 from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
 from tunesmith.server.errors import (
