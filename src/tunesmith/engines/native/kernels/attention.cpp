@@ -65,10 +65,7 @@ extern "C" void gather(const Layout* layout, bf16* tokens, bf16* qp, bf16* q, bo
         for (int64_t h = 0; h < heads; ++h) {
             bf16* flat = tokens + (token * heads + h) * l.size;
             bf16* block = (early ? qp : q) + query_place(l, token, h);
-            if (to_tokens)
-                std::memcpy((void*)flat, block, l.size * 2);
-            else
-                std::memcpy((void*)block, flat, l.size * 2);
+            std::memcpy((void*)(to_tokens ? flat : block), to_tokens ? block : flat, l.size * 2);
         }
     }
 }

@@ -19,10 +19,6 @@ struct Backward {
         int64_t fits = HELD_BYTES / (4 * in.most_keys()) / 32 * 32;
         return std::max<int64_t>(32, std::min(fits, padded(std::max(in.l.longest, in.l.prefix) * in.l.group)));
     }
-    static int64_t bytes(const Input& in) {
-        int64_t size = in.l.size, keys = in.most_keys(), chunk = chunk_of(in);
-        return keys * size * 14 + 32 * size * 10 + chunk * (size + keys) * 4 + keys * 32 * 10 + 2048;
-    }
     Backward(const Input& in, Scratch& scratch, const bf16* gradient, const float* largest, const float* inverse,
              bf16* out)
         : in(in), gradient(gradient), largest(largest), inverse(inverse), out(out), chunk(chunk_of(in)) {
@@ -141,11 +137,11 @@ extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* c
     tiles_allowed();
     // For each task, the sums of the prefix's key gradients, then of its value gradients.
     int64_t part = in.early() * l->size, tasks = task_count(in);
-    float* sums = (float*)taken(tasks * 2 * part * 4);
+    auto sums = memory<float>(tasks * 2 * part);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        Scratch scratch(Backward::bytes(in));
+        Scratch scratch;
         Backward backward(in, scratch, gradient, largest, inverse, out);
         float *to_keys = backward.to_keys, *to_values = backward.to_values;
 #pragma omp for schedule(dynamic)
@@ -168,8 +164,8 @@ extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* c
                     backward.settle(row.head, row.start + i, to_keys + own, to_values + own);
                 }
             }
-            std::memcpy(sums + number * 2 * part, to_keys, part * 4);
-            std::memcpy(sums + (number * 2 + 1) * part, to_values, part * 4);
+            std::memcpy(&sums[number * 2 * part], to_keys, part * 4);
+            std::memcpy(&sums[(number * 2 + 1) * part], to_values, part * 4);
         }
 #pragma omp for schedule(static)
         for (int64_t each = 0; each < l->kv * l->prefix; ++each) {
@@ -178,12 +174,11 @@ extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* c
             std::memset(to_values, 0, size * 4);
             for (int64_t number = 0; number < tasks; ++number)
                 if (task_at(in, number).head == head) {
-                    const float *key = sums + number * 2 * part + token * size, *value = key + part;
+                    const float *key = &sums[number * 2 * part + token * size], *value = key + part;
                     for (int64_t d = 0; d < size; ++d) to_keys[d] += key[d], to_values[d] += value[d];
                 }
             backward.settle(head, token, to_keys, to_values);
         }
     }
-    std::free(sums);
 }
 #endif

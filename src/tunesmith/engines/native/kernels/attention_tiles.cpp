@@ -10,10 +10,6 @@ struct Forward {
     bf16 *keys, *values, *packed_values, *queries, *packed_queries, *weights;
     float *scores, *mixed;
 
-    static int64_t bytes(const Input& in) {
-        int64_t size = in.l.size, keys = in.most_keys();
-        return keys * size * 6 + 32 * size * 8 + keys * 32 * 6 + 1024;
-    }
     Forward(const Input& in, Scratch& scratch, bf16* out, float* largest, float* inverse)
         : in(in), out(out), largest(largest), inverse(inverse) {
         int64_t size = in.l.size, most = in.most_keys();
@@ -96,7 +92,7 @@ extern "C" void attend(const Layout* l, const bf16* qkv, const float* cosine, co
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        Scratch scratch(Forward::bytes(in));
+        Scratch scratch;
         Forward forward(in, scratch, out, largest, inverse);
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < task_count(in); ++number) {

@@ -123,35 +123,16 @@ static inline __mmask16 lanes(const Input& in, const Row& row, int64_t first) {
     return __mmask16((1u << left) - 1);
 }
 
-// A thread's buffers, in one piece of memory.
+// A thread's buffers.
 struct Scratch {
-    char *whole, *at;
-    explicit Scratch(int64_t bytes) : whole((char*)taken(bytes)), at(whole) {}
-    ~Scratch() { std::free(whole); }
+    std::vector<Memory<char>> buffers;
+    Scratch() { buffers.reserve(16); }
     template <class T>
     T* take(int64_t count) {
-        T* from = (T*)at;
-        at += (count * sizeof(T) + 63) / 64 * 64;
-        return from;
+        buffers.push_back(memory<char>(count * sizeof(T)));
+        return (T*)buffers.back().get();
     }
 };
-
-// Writes the transpose of 32 rows of 32 numbers to `to`, as the first operand of a product. row(j) returns row j.
-template <class Make>
-static inline void write_transposed(Make row, bf16* to) {
-    __m512i left[16], right[16];
-    for (int64_t r = 0; r < 16; ++r) {
-        __m512i one = row(2 * r), other = row(2 * r + 1);
-        left[r] = first_pairs(one, other);
-        right[r] = last_pairs(one, other);
-    }
-    transpose(left);
-    transpose(right);
-    for (int64_t i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(to + i * 32, left[i]);
-        _mm512_storeu_si512(to + 512 + i * 32, right[i]);
-    }
-}
 
 // Rows [first, last) of one key/value head, or the prefix's tokens (early). The tasks of the prefix come first.
 struct Task {

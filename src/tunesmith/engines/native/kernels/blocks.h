@@ -57,14 +57,38 @@ static inline void pack_across(const bf16* from, int64_t size, bf16* to) {
         }
 }
 
-// Packs rows [32, D] as the second operand B [32, D] of a product over the rows: two tiles for each 32 of D.
-static inline void pack_along(const bf16* from, int64_t size, bf16* to) {
-    for (int64_t r = 0; r < 16; ++r, from += 2 * size)
-        for (int64_t d = 0; d < size; d += 32) {
-            __m512i one = _mm512_loadu_si512(from + d), other = _mm512_loadu_si512(from + size + d);
-            _mm512_storeu_si512(to + d * 32 + r * 32, first_pairs(one, other));
-            _mm512_storeu_si512(to + d * 32 + 512 + r * 32, last_pairs(one, other));
-        }
+// Writes 32 rows of 32 numbers to `to`, as the second operand of a product over the rows. row(j) returns row j.
+template <class Make>
+static inline void write_pairs(Make row, bf16* to) {
+    for (int64_t r = 0; r < 16; ++r) {
+        __m512i one = row(2 * r), other = row(2 * r + 1);
+        _mm512_storeu_si512(to + r * 32, first_pairs(one, other));
+        _mm512_storeu_si512(to + 512 + r * 32, last_pairs(one, other));
+    }
+}
+
+// Writes the transpose of 32 rows of 32 numbers to `to`, as the first operand of a product. row(j) returns row j.
+template <class Make>
+static inline void write_transposed(Make row, bf16* to) {
+    __m512i left[16], right[16];
+    for (int64_t r = 0; r < 16; ++r) {
+        __m512i one = row(2 * r), other = row(2 * r + 1);
+        left[r] = first_pairs(one, other);
+        right[r] = last_pairs(one, other);
+    }
+    transpose(left);
+    transpose(right);
+    for (int64_t i = 0; i < 16; ++i) {
+        _mm512_storeu_si512(to + i * 32, left[i]);
+        _mm512_storeu_si512(to + 512 + i * 32, right[i]);
+    }
+}
+
+// Packs rows [32, D] as the second operand B [32, D] of a product over the rows: two tiles for each 32 of D, which are
+// `step` numbers after those of the 32 before.
+static inline void pack_along(const bf16* from, int64_t size, bf16* to, int64_t step = 1024) {
+    for (int64_t d = 0; d < size; d += 32, to += step)
+        write_pairs([&](int64_t j) { return _mm512_loadu_si512(from + j * size + d); }, to);
 }
 
 // sums [32, 32] = A [32, 32 * steps] B, or += if `add`. Numbers from row to row: `width` in sums, `stride` in A.

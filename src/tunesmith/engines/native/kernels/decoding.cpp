@@ -22,11 +22,10 @@ static inline void read(const bf16* from, v16* parts) {  // 16 pairs: the first 
 // Writes a key and a value [D] of head k to place `within` of a page.
 static void put(const Pages& p, const bf16* key, const bf16* value, int64_t page, int64_t k, int64_t within, bf16* keys,
                 bf16* values) {
-    const int64_t c = 2, base = page * p.stride + k * p.page * p.size;
-    for (int64_t i = 0; i < p.size / c; ++i)
-        std::memcpy((void*)(keys + base + (i * p.page + within) * c), key + i * c, c * 2);
-    bf16* to = values + base + within / c * c * p.size + within % c;
-    for (int64_t i = 0; i < p.size; ++i) to[i * c] = value[i];
+    const int64_t base = page * p.stride + k * p.page * p.size;
+    for (int64_t i = 0; i < p.size; i += 2) std::memcpy((void*)(keys + base + i * p.page + within * 2), key + i, 4);
+    bf16* to = values + base + within / 2 * 2 * p.size + within % 2;
+    for (int64_t i = 0; i < p.size; ++i) to[i * 2] = value[i];
 }
 
 // qkv [rows, (heads + 2 kv) * D] -> rotated queries q [kv, rows, group, D]. Writes each row's rotated key and its value
@@ -59,15 +58,14 @@ extern "C" void decode_split(const Pages* pages, const bf16* qkv, const float* c
 template <int G>
 static void score(const Pages& p, const float* query, const bf16* page, const bf16* next, int64_t seen, float* held,
                   int64_t wide) {
-    const int64_t c = 2;
     for (int64_t j = 0; j < seen; j += 16) {
         v16 dot[2][G] = {};  // two sums, so that each addition need not wait for the previous one
-        for (int64_t i = 0; i < p.size; i += c) {
+        for (int64_t i = 0; i < p.size; i += 2) {
             v16 parts[2];
-            read(page + i * p.page + j * c, parts);
-            __builtin_prefetch(next + i * p.page + j * c, 0, 2);
+            read(page + i * p.page + j * 2, parts);
+            __builtin_prefetch(next + i * p.page + j * 2, 0, 2);
             for (int g = 0; g < G; ++g)
-                for (int64_t n = 0; n < c; ++n) dot[n][g] += query[g * p.size + i + n] * parts[n];
+                for (int64_t n = 0; n < 2; ++n) dot[n][g] += query[g * p.size + i + n] * parts[n];
         }
         for (int g = 0; g < G; ++g) {
             v16 whole = dot[0][g] + dot[1][g];
@@ -80,16 +78,16 @@ static void score(const Pages& p, const float* query, const bf16* page, const bf
 template <int G>
 static void add(const Pages& p, const float* weights, int64_t wide, const bf16* page, const bf16* next, int64_t seen,
                 float* mixed) {
-    const int64_t c = 2, size = p.size;
-    int64_t i = 0;
+    int64_t size = p.size, i = 0;
     for (; i + 16 <= size; i += 16) {
         v16 sums[2][G] = {};
         for (int g = 0; g < G; ++g) std::memcpy(&sums[0][g], mixed + g * size + i, 64);
-        for (int64_t j = 0; j < seen; j += c) {
+        for (int64_t j = 0; j < seen; j += 2) {
             v16 parts[2];
-            read(page + j * size + i * c, parts);
-            __builtin_prefetch(next + j * size + i * c, 0, 2);
-            for (int64_t n = 0; n < std::min(c, seen - j); ++n)  // places that no row has written may hold anything
+            read(page + j * size + i * 2, parts);
+            __builtin_prefetch(next + j * size + i * 2, 0, 2);
+            // Places that no row has written may hold anything.
+            for (int64_t n = 0; n < std::min<int64_t>(2, seen - j); ++n)
                 for (int g = 0; g < G; ++g) sums[n][g] += weights[g * wide + j + n] * parts[n];
         }
         for (int g = 0; g < G; ++g) {
@@ -99,7 +97,7 @@ static void add(const Pages& p, const float* weights, int64_t wide, const bf16* 
     }
     for (; i < size; ++i)
         for (int64_t j = 0; j < seen; ++j) {
-            float value = up(page[j / c * c * size + i * c + j % c]);
+            float value = up(page[j / 2 * 2 * size + i * 2 + j % 2]);
             for (int g = 0; g < G; ++g) mixed[g * size + i] += weights[g * wide + j] * value;
         }
 }
@@ -239,57 +237,76 @@ static void divide(const Pages& p, const float* mixed, const float* total, bf16*
 }
 
 // mix_plainly on tiles, for blocks of rows that have TOGETHER queries.
+//
+// prompt: the rows are neighbouring tokens of one prompt. They see the same pages, each a place more than the row
+// before it, so those are multiplied on tiles too. A row's result does not depend on where a prompt is divided.
 static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
                          const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
-                         float scale, int threads) {
+                         bool prompt, float scale, int threads) {
     const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
     const int64_t shared = (prefix + p.page - 1) / p.page, padded = shared * p.page;
-    const int64_t many = TOGETHER / group, blocks = (count + many - 1) / many,
-                  wide = padded + (p.longest + 16) / 16 * 16;
+    const int64_t many = TOGETHER / group, blocks = (count + many - 1) / many;
+    const int64_t filled = p.length[first + count - 1] + 1, step = prompt ? p.page : 16;
+    const int64_t most = padded + (p.longest + step) / step * step;
     const float to_power = scale * 1.44269504088896341f;
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        std::vector<float> scratch(TOGETHER * (wide + 2 * size + 1));
-        float *held = scratch.data(), *query = held + TOGETHER * wide, *mixed = query + TOGETHER * size,
+        auto scratch = memory<float>(TOGETHER * (most + 2 * size + 1));
+        float *held = scratch.get(), *query = held + TOGETHER * most, *mixed = query + TOGETHER * size,
               *total = mixed + TOGETHER * size;
-        std::vector<bf16> copied(TOGETHER * (size + padded));
-        bf16* weights = copied.data() + TOGETHER * size;
+        auto copied = memory<bf16>(TOGETHER * (size + most) + area);
+        bf16 *last = copied.get() + TOGETHER * size, *weights = last + area;
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t k = 0; k < kv; ++k)
             for (int64_t block = 0; block < blocks; ++block) {
-                int64_t from = first + block * many, end = std::min(from + many, first + count),
-                        queries = (end - from) * group;
+                const int64_t from = first + block * many, end = std::min(from + many, first + count);
+                const int64_t queries = (end - from) * group, pages = prompt ? p.length[end - 1] / p.page + 1 : 0;
+                const int64_t room = pages * p.page, weighed = padded + room, wide = prompt ? weighed : most;
                 const bf16* mine = q + (k * p.rows + from) * group * size;
                 auto place = [&](int64_t row, int64_t j) {
                     return p.table[row * p.most + j / p.page] * p.stride + k * area;
                 };
                 auto later = [&](int64_t row, int64_t j) { return place(row + 1 < end ? row + 1 : row, j); };
-                std::copy(mine, mine + queries * size, copied.data());
-                for (int64_t i = 0; i < queries * size; i += 16) _mm512_storeu_ps(query + i, sixteen(mine + i));
-                std::fill(mixed, mixed + queries * size, 0.0f);
+                std::copy(mine, mine + queries * size, copied.get());
                 for (int64_t n = 0; n < shared; ++n)
-                    score_tiles(p, copied.data(), queries, early_keys + (n * kv + k) * area,
+                    score_tiles(p, copied.get(), queries, early_keys + (n * kv + k) * area,
                                 early_values + (n * kv + k) * area, held + n * p.page, wide);
-                for (int64_t row = from; row < end; ++row)
-                    for (int64_t j = 0, seen = p.length[row] + 1; j < seen; j += p.page)
-                        score_all(p, group, query + (row - from) * group * size, keys + place(row, j),
-                                  keys + later(row, j), std::min(p.page, seen - j),
-                                  held + (row - from) * group * wide + padded + j, wide);
+                for (int64_t j = 0; j < room; j += p.page)
+                    score_tiles(p, copied.get(), queries, keys + place(from, j), values + place(from, j),
+                                held + padded + j, wide);
+                if (!prompt) {
+                    for (int64_t i = 0; i < queries * size; i += 16) _mm512_storeu_ps(query + i, sixteen(mine + i));
+                    std::fill(mixed, mixed + queries * size, 0.0f);
+                    for (int64_t row = from; row < end; ++row)
+                        for (int64_t j = 0, seen = p.length[row] + 1; j < seen; j += p.page)
+                            score_all(p, group, query + (row - from) * group * size, keys + place(row, j),
+                                      keys + later(row, j), std::min(p.page, seen - j),
+                                      held + (row - from) * group * wide + padded + j, wide);
+                }
                 for (int64_t g = 0; g < queries; ++g) {
                     int64_t row = from + g / group, seen = p.length[row] + 1;
-                    if (g % group == 0)  // prefetch the values, which are read next
+                    if (g % group == 0 && !prompt)  // prefetch the values, which are read next
                         for (int64_t j = 0; j < seen; j += p.page)
                             for (int64_t i = 0; i < std::min(p.page, seen - j) * size; i += 32)
                                 __builtin_prefetch(values + place(row, j) + i, 0, 2);
-                    total[g] = weigh(held + g * wide, prefix, padded, seen, 0, to_power, weights + g * padded);
+                    total[g] = weigh(held + g * wide, prefix, padded, seen, room, to_power, weights + g * weighed);
                 }
                 if (shared)
-                    mix_tiles(p, weights, padded, queries, shared, early_values + k * area, kv * area, false, mixed);
+                    mix_tiles(p, weights, weighed, queries, shared, early_values + k * area, kv * area, false, mixed);
+                for (int64_t j = 0; j < room; j += p.page) {
+                    const bf16* own = values + place(from, j);
+                    if (int64_t left = filled - j; left < p.page) {
+                        std::copy(own, own + area, last);  // the places behind may hold anything, even NaN
+                        for (int64_t n = left; n < p.page; ++n)
+                            for (int64_t i = 0; i < size; ++i) last[n / 2 * 2 * size + i * 2 + n % 2] = bf16{0};
+                        own = last;
+                    }
+                    mix_tiles(p, weights + padded + j, weighed, queries, 1, own, 0, shared || j, mixed);
+                }
                 for (int64_t row = from; row < end; ++row) {
-                    int64_t seen = p.length[row] + 1;
                     float* sums = mixed + (row - from) * group * size;
-                    for (int64_t j = 0; j < seen; j += p.page)
+                    for (int64_t j = 0, seen = p.length[row] + 1; j < seen && !prompt; j += p.page)
                         add_all(p, group, held + (row - from) * group * wide + padded + j, wide, values + place(row, j),
                                 values + place(row, j), std::min(p.page, seen - j), sums);
                     divide(p, sums, total + (row - from) * group, out + (row * kv + k) * group * size);
@@ -297,70 +314,15 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
             }
     }
 }
-
-// mix_on_tiles for rows that are neighbouring tokens of one prompt. They see the same pages, each a place more than the
-// row before it, so those are multiplied on tiles too. A row's result does not depend on where a prompt is divided.
-static void mix_prompt(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
-                       const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
-                       float scale, int threads) {
-    const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
-    const int64_t shared = (prefix + p.page - 1) / p.page, padded = shared * p.page;
-    const int64_t many = TOGETHER / group, blocks = (count + many - 1) / many;
-    const int64_t filled = p.length[first + count - 1] + 1, most = padded + (filled + p.page - 1) / p.page * p.page;
-    const float to_power = scale * 1.44269504088896341f;
-#pragma omp parallel num_threads(threads)
-    {
-        Tiles tiles;
-        std::vector<float> scratch(TOGETHER * (most + size + 1));
-        float *held = scratch.data(), *mixed = held + TOGETHER * most, *total = mixed + TOGETHER * size;
-        std::vector<bf16> copied(TOGETHER * (size + most) + area);
-        bf16 *weights = copied.data() + TOGETHER * size, *last = weights + TOGETHER * most;
-#pragma omp for schedule(dynamic) collapse(2)
-        for (int64_t k = 0; k < kv; ++k)
-            for (int64_t block = 0; block < blocks; ++block) {
-                const int64_t from = first + block * many, end = std::min(from + many, first + count);
-                const int64_t queries = (end - from) * group, pages = p.length[end - 1] / p.page + 1;
-                const int64_t room = pages * p.page, wide = padded + room;
-                const bf16* mine = q + (k * p.rows + from) * group * size;
-                auto page = [&](int64_t n) { return p.table[from * p.most + n] * p.stride + k * area; };
-                std::copy(mine, mine + queries * size, copied.data());
-                for (int64_t n = 0; n < shared; ++n)
-                    score_tiles(p, copied.data(), queries, early_keys + (n * kv + k) * area,
-                                early_values + (n * kv + k) * area, held + n * p.page, wide);
-                for (int64_t n = 0; n < pages; ++n)
-                    score_tiles(p, copied.data(), queries, keys + page(n), values + page(n), held + padded + n * p.page,
-                                wide);
-                for (int64_t g = 0; g < queries; ++g)
-                    total[g] = weigh(held + g * wide, prefix, padded, p.length[from + g / group] + 1, room, to_power,
-                                     weights + g * wide);
-                if (shared)
-                    mix_tiles(p, weights, wide, queries, shared, early_values + k * area, kv * area, false, mixed);
-                for (int64_t n = 0; n < pages; ++n) {
-                    const bf16* own = values + page(n);
-                    if (int64_t left = filled - n * p.page; left < p.page) {
-                        std::copy(own, own + area, last);  // the places behind may hold anything, even NaN
-                        for (int64_t j = left; j < p.page; ++j)
-                            for (int64_t i = 0; i < size; ++i) last[j / 2 * 2 * size + i * 2 + j % 2] = bf16{0};
-                        own = last;
-                    }
-                    mix_tiles(p, weights + padded + n * p.page, wide, queries, 1, own, 0, shared || n, mixed);
-                }
-                for (int64_t row = from; row < end; ++row)
-                    divide(p, mixed + (row - from) * group * size, total + (row - from) * group,
-                           out + (row * kv + k) * group * size);
-            }
-    }
-}
-
 #endif
 
 extern "C" void decode_mix(const Pages* p, const bf16* q, const bf16* early_keys, const bf16* early_values,
                            const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count,
                            int64_t prefix, bool prompt, float scale, int threads) {
-    auto mix = mix_plainly;
 #ifdef TILES
     if (p->size % 32 == 0 && p->page == 32 && p->group <= TOGETHER && tiles_allowed())
-        mix = prompt ? mix_prompt : mix_on_tiles;
+        return mix_on_tiles(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, prompt, scale,
+                            threads);
 #endif
-    mix(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
+    mix_plainly(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
 }

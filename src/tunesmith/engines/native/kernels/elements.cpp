@@ -57,17 +57,12 @@ extern "C" void norm_backward(const bf16* gradient, const bf16* x, const bf16* w
         for (int64_t i = 0; i < width; ++i) dot += up(g[i]) * (up(weight[i]) + offset) * up(from[i]);
         float mean = dot * factor / float(width);
         bf16* to = out + row * width;
-        if (sum_gradient) {
-            const bf16* past = sum_gradient + row * width;
+        const bf16* past = sum_gradient ? sum_gradient + row * width : nullptr;
 #pragma omp simd
-            for (int64_t i = 0; i < width; ++i)
-                down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean) + up(past[i]),
-                     to + i);
-        } else {
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i)
-                down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean), to + i);
-        }
+        for (int64_t i = 0; i < width; ++i)
+            down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean) +
+                     (past ? up(past[i]) : -0.0f),  // which changes no number
+                 to + i);
         if (again) normalise(from, weight, factor, offset, again + row * width, width);
     }
 }

@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -24,15 +25,19 @@ struct bf16 {
     uint16_t bits;
 };
 
-// Memory aligned to a cache line; the caller frees it. If there is none, prints an error and aborts, since C callers
+// Memory for `count` numbers, aligned to a cache line. If there is none, prints an error and aborts, since C callers
 // cannot catch an exception.
-[[maybe_unused]] static void* taken(int64_t bytes) {
-    void* found = std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64);
-    if (!found) {
+template <class T>
+using Memory = std::unique_ptr<T[], decltype(&std::free)>;
+template <class T>
+static Memory<T> memory(int64_t count) {
+    int64_t bytes = count * sizeof(T);
+    void* start = std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64);
+    if (!start) {
         std::fprintf(stderr, "tunesmith: %lld bytes of memory could not be had\n", (long long)bytes);
         std::abort();
     }
-    return found;
+    return {(T*)start, &std::free};
 }
 
 static inline float up(bf16 v) {
