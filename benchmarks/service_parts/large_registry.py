@@ -19,8 +19,7 @@ from tests.postgresql_server import moved_to_postgresql, postgresql_server
 
 from engine_parts.report import Line
 from service_parts.kept import Found
-from tunesmith.core.clock import stamp
-from tunesmith.core.digests import digest_of
+from tunesmith.core.digests import digest_of, stamp
 from tunesmith.services import versions as services
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record

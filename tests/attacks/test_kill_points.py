@@ -27,7 +27,7 @@ from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
 from tests.forked import run_elsewhere, run_forked
 from tests.statements import share_compiled
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.approvals import prepare_approval, submit_approval
 from tunesmith.registry.history import verify_log

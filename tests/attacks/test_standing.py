@@ -20,8 +20,8 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.server.test_serve_command import command, folder
 from tests.waiting import SECONDS, until
-from tunesmith.core.clock import now
-from tunesmith.core.scope import Scope
+from tunesmith.core.digests import now
+from tunesmith.core.text.names import Scope
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.registration import register
 from tunesmith.registry.serving import set_alias

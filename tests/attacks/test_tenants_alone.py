@@ -12,7 +12,7 @@ import pytest
 from tests.attack_table import Happened
 from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
 from tunesmith.project import Project

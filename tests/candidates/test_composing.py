@@ -32,7 +32,7 @@ from tunesmith.candidates.settings import CandidateSettings, Search, Shots
 from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.dataset import Example
 from tunesmith.data.documents import DocumentSettings, Passage, build_documents
 from tunesmith.data.settings import Privacy

@@ -22,7 +22,7 @@ from tests.server.conftest import Served
 from tests.waiting import until
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge

@@ -33,7 +33,7 @@ from tests.tiny_project import settings, write_project
 from tests.waiting import SECONDS, until
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.server.console import changes

@@ -22,9 +22,9 @@ from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_requests
 from tests.server.conftest import Served
 from tests.tiny_project import settings
-from tunesmith.core.clock import now
+from tunesmith.core.digests import now
 from tunesmith.core.messages import Message
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.keys import read_public_key

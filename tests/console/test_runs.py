@@ -13,7 +13,7 @@ from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import OPERATOR, OWNER, Scene, put_training
 from tests.server.conftest import Served
 from tests.tiny_project import write_project
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.curves import Curve, Curves
 from tunesmith.jobs.leases import Lease

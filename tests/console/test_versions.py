@@ -14,7 +14,7 @@ from tests.console.evidence_rows import put_evaluation
 from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER
 from tests.server.conftest import Served
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register

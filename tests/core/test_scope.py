@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import VersionRef, check_name
+from tunesmith.core.text.names import Scope, VersionRef, check_name
 
 
 def test_a_scope_covers_itself_and_an_empty_part_covers_all() -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.documents import PASSAGES, Documents, DocumentSettings, build_documents, cut
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.settings import Privacy

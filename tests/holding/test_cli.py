@@ -12,7 +12,7 @@ from tests.rollout.conftest import begin, made, scene, versions
 from tunesmith.candidates.grammars.copying import CopyGrammars
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.holding import queue
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.versions import Version

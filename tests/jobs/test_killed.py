@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, event, update
 
 from tests.forked import forkserver
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.queue import JobError

@@ -10,7 +10,7 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, app
 from tests.rollout.conftest import begin, serve
 from tunesmith.cli.terminal import command_line
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.monitoring.recall import Cause, recall

@@ -12,10 +12,9 @@ import pytest
 from sqlalchemy import delete, update
 
 from tests.fabricate import Chain, approve, put_chain, put_recall
-from tunesmith.core.clock import stamp
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical, stamp
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.project import parse_settings
 from tunesmith.records.version import ApprovalBody, Decision, Requirement
 from tunesmith.registry.approvals import LASTS, prepare_approval, require_approved, submit_approval

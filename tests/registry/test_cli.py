@@ -16,7 +16,7 @@ from tests.fabricate import Chain, put_chain
 from tunesmith.cli import audit, users, versions
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.evaluation.lines import encode_lines
 from tunesmith.evaluation.policy.requests import policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck

@@ -27,7 +27,7 @@ from tests.fabricate import (
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.monitoring.recall import Cause, recall

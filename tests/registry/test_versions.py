@@ -11,7 +11,7 @@ from sqlalchemy import delete, update
 
 from tests.fabricate import Chain, approve, put_chain, put_recall
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry import versions
 from tunesmith.registry.approvals import check_may_serve

@@ -12,7 +12,7 @@ import pytest
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import Versions, begin, logged
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.rollout import transitions
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.commands import abort

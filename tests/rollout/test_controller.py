@@ -14,7 +14,7 @@ from sqlalchemy import delete
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene, put_recall
 from tests.rollout.conftest import Versions, begin, champion, serve
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.serving import set_alias
 from tunesmith.registry.versions import Version, get_alias
 from tunesmith.rollout import commands, transitions

@@ -18,7 +18,7 @@ from tests.postgresql_server import empty_database
 from tests.s3_server import new_bucket, s3_environment
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.verification import verify_version

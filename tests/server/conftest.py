@@ -24,7 +24,7 @@ from tests.postgresql_server import moved_to_postgresql
 from tests.rollout.conftest import begin, copied, made, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import SECONDS
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.rollout.served_scorers import served_scorers
 from tunesmith.rollout.state import Rollout, get_rollout

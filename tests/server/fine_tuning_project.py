@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.commands import Forked, first_line
 from tests.tiny_project import rows, settings, write_project
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.project import Project
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.people.tokens import issue_token

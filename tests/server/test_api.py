@@ -24,7 +24,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.test_access import OPEN, by_token, decisions
 from tests.server.test_held import held_answer, holder
 from tunesmith.core.messages import Message
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.review.queue import NewItem, add_items
 from tunesmith.holding import queue as holding
 from tunesmith.jobs import queue as jobs

@@ -25,7 +25,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import ToolCall, tools_of
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry import opening
 from tunesmith.registry.versions import Version
 from tunesmith.server.answering import routing

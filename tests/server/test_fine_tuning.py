@@ -21,8 +21,7 @@ from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settings
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import check_name
+from tunesmith.core.text.names import Scope, check_name
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform

@@ -40,7 +40,7 @@ from tests.tiny import write_model
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Stopped, Task
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, performing, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform

@@ -11,7 +11,7 @@ from tests.fabricate import OWNER, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.tiny_project import write_project
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.curves import Curves
 from tunesmith.jobs.queue import JobError

@@ -10,7 +10,7 @@ import pytest
 from tests.acting import do
 from tests.tiny_project import write_project
 from tunesmith.core.errors import Forbidden, NotThere, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.jobs import queue
 from tunesmith.jobs.arguments import project_of
 from tunesmith.project import Project

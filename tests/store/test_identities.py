@@ -14,7 +14,7 @@ from sqlalchemy import select
 from tests.acting import do
 from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.services import users
 from tunesmith.store.people import identities, tokens, user_keys

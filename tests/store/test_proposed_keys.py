@@ -13,7 +13,7 @@ from tests.commands import call, printed
 from tests.fabricate import APPROVER, OWNER, Scene
 from tests.rollout.conftest import made, scene, versions
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.approvals import prepare_approval, submit_approval
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing.attestations import public_pem, seal

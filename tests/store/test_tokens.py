@@ -7,7 +7,7 @@ from sqlalchemy import select
 
 from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit
 from tunesmith.store.people import tokens

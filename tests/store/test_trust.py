@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.people.trust import TRUST_KEY, TrustedKey, find_key, read_trust, write_trust
 

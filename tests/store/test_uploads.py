@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from tunesmith.core.errors import Refused
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 from tunesmith.records.candidate import Method, Retrieve
 from tunesmith.training.settings import TrainSettings
 

@@ -23,7 +23,7 @@ from tunesmith.cli.terminal import (
 )
 from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 
 if TYPE_CHECKING:
     from rich.tree import Tree

@@ -7,9 +7,8 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator, Field
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.settings import Settings
-from tunesmith.core.text.names import check_name
+from tunesmith.core.text.names import Scope, check_name
+from tunesmith.core.values import Settings
 
 
 def _name(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 
 Role = Literal["system", "user", "assistant", "tool"]
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from tunesmith.core.digests import canonical_lines, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import Frozen, View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import Frozen, View
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.formats.openai_rules import too_few
 from tunesmith.data.formats.row_formats import OPENAI, format_evidence

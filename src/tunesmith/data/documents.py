@@ -15,9 +15,8 @@ from tunesmith.core.access import Caller, Labels, Name, OptionalName
 from tunesmith.core.digests import canonical_lines, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.scope import Scope
-from tunesmith.core.settings import Settings
-from tunesmith.core.view import Frozen
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import Frozen, Settings
 from tunesmith.data.dataset import read_lines
 from tunesmith.data.governance.licences import spelled
 from tunesmith.data.governance.withdrawn import Withdrawn

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 from tunesmith.data.formats.row_formats import AUTO, FORMATS
 
 

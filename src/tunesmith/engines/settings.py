@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.settings import Duration, Settings
+from tunesmith.core.values import Duration, Settings
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.evaluation.gates.verdict import measured_candidate
 from tunesmith.evaluation.scores import CONFIDENCE, Difference, difference, read_scores
 from tunesmith.evaluation.stats.statistics import Level

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.records.evaluation import AnswersBody
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -22,7 +22,7 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.text.wording import points
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.gates.settings import Gates, Lift, Retain

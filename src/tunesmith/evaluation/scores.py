@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.evaluation.lines import CandidateLine, Name, Share
 from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, interval, mcnemar, sign_flip
 from tunesmith.records.evaluation import EvaluationBody, MetricInterval

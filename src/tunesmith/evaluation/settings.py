@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tunesmith.candidates.settings import HIGHEST_PRICE
 from tunesmith.core.reading.answer_grammar import load_answer_grammar, pattern_grammar
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 from tunesmith.evaluation.metrics.declared import (
     KNOWN,
     Declared,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 
-from tunesmith.core.view import Omitted, View
+from tunesmith.core.values import Omitted, View
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED, gone_gates
 from tunesmith.evaluation.gates.verdict import edited_sentence
 from tunesmith.evaluation.policy.settings import chosen_checks

@@ -23,8 +23,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import JsonObject, NotJson, as_decoded, parse_json
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import CONTROLLER
+from tunesmith.core.text.names import CONTROLLER, Scope
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.serving import standing_of
 from tunesmith.registry.versions import load_version

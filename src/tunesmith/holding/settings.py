@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.core.settings import Duration, Settings
+from tunesmith.core.values import Duration, Settings
 
 _DAY = 86_400.0
 Label = Annotated[str, Field(min_length=1, max_length=1_000)] | bool | int | float

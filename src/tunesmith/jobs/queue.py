@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import View
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store

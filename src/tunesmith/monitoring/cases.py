@@ -14,13 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.clock import now
+from tunesmith.core.digests import now
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import CONTROLLER
-from tunesmith.core.view import ScopedView
+from tunesmith.core.values import ScopedView
 from tunesmith.data.review.queue import forget_cases
 from tunesmith.data.settings import Split
 from tunesmith.store import audit

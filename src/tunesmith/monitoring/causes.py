@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from pydantic import Field
 
 from tunesmith.core.digests import digest_file, digest_of, short
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 from tunesmith.monitoring.settings import MonitoringSettings
 
 if TYPE_CHECKING:

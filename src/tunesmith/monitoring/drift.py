@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from pydantic import field_serializer
 from sqlalchemy import select
 
-from tunesmith.core.clock import iso, now
+from tunesmith.core.digests import iso, now
 from tunesmith.core.errors import NextStep
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import ScopedView
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import ScopedView
 from tunesmith.records.version import VersionBody
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import recall_of

@@ -17,11 +17,10 @@ from typing import Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import stamp
-from tunesmith.core.digests import short
+from tunesmith.core.digests import short, stamp
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.view import ScopedView, View
+from tunesmith.core.values import ScopedView, View
 from tunesmith.data.governance.licences import mentions
 from tunesmith.data.governance.withdrawn import TracedRows, reaches, recalled_values, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows

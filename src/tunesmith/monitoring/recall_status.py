@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tunesmith.core.errors import NextStep, UsageError
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn, recalled_values, same_name
 from tunesmith.monitoring.pending_retrains import newest_left
 from tunesmith.monitoring.recall import Cause, find_reached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 
 
 class MonitoringSettings(Settings):

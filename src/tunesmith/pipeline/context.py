@@ -18,7 +18,7 @@ from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.examine import RowRules
 from tunesmith.data.building.outside_sets import outside_sources

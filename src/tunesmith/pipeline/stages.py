@@ -18,8 +18,8 @@ from typing import Any
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import room_for, write_atomic
+from tunesmith.core.text.names import Scope
 from tunesmith.project import Project
 from tunesmith.store.people.identities import require
 from tunesmith.store.records import ancestor_recalled, recalled

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.gates.test_set_uses import record_evaluation
 from tunesmith.evaluation.gates.verdict import judge

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.core.messages import Message
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 from tunesmith.records.body import Body, Part
 
 Method = Literal["model", "nearest", "classifier"]

@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import Omitted
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import Omitted
 from tunesmith.records.body import Body, Part
 
 Value = TypeVar("Value")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
 
-from tunesmith.core.view import Omitted
+from tunesmith.core.values import Omitted
 from tunesmith.records.body import Body, Part
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, JsonValue
 
-from tunesmith.core.view import Omitted
+from tunesmith.core.values import Omitted
 from tunesmith.records.body import Body, Part
 
 Several = Annotated[int, Field(exclude_if=lambda number: number == 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from tunesmith.core.view import Omitted
+from tunesmith.core.values import Omitted
 from tunesmith.records.body import Body, Part
 
 Outcome = Literal["pass", "fail", "inconclusive"]

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.names import check_name
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.records.body import Body, Part
 from tunesmith.records.candidate import StoredFile
 from tunesmith.records.dataset import Duties

@@ -23,11 +23,11 @@ from itertools import takewhile
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core import clock
+from tunesmith.core import digests
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.records.version import ApprovalBody, Decision
 from tunesmith.registry.opening import Verified, open_release, still_usable
 from tunesmith.registry.risk import Approvals, missing
@@ -83,9 +83,9 @@ def prepare_approval(
         decision=decision,
         reason=reason,
         override=version.override,
-        at=clock.stamp(),
+        at=digests.stamp(),
         audit=head,
-        until=clock.stamp(LASTS),
+        until=digests.stamp(LASTS),
         nonce=secrets.token_hex(_NONCE_BYTES),
     )
     return statement_of(version, approval)
@@ -224,7 +224,7 @@ def _check_time(approval: ApprovalBody) -> None:
     """
     fix = "prepare and sign it again"
     try:
-        left = datetime.fromisoformat(approval.until) - clock.now()
+        left = datetime.fromisoformat(approval.until) - digests.now()
     except (ValueError, TypeError):
         raise Refused("the signed statement does not say until when it may be submitted", fix=fix) from None
     if left <= timedelta():

@@ -27,13 +27,11 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import now, stamp
-from tunesmith.core.digests import digest_file, short
+from tunesmith.core.digests import digest_file, now, short, stamp
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
-from tunesmith.core.text.names import VersionRef, check_name
+from tunesmith.core.text.names import Scope, VersionRef, check_name
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import Duties
 from tunesmith.records.verdict import VerdictBody

@@ -8,8 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from tunesmith.core.settings import Settings
-from tunesmith.core.view import View
+from tunesmith.core.values import Settings, View
 from tunesmith.records.version import MOST_APPROVERS, Requirement, RiskClass
 from tunesmith.store.people.roles import Role
 

@@ -14,8 +14,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import check_name
+from tunesmith.core.text.names import Scope, check_name
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer

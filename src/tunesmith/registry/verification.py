@@ -16,7 +16,7 @@ from tunesmith.core.digests import digest_file, digest_pieces, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.text.names import VersionRef
-from tunesmith.core.view import Problem, View
+from tunesmith.core.values import Problem, View
 from tunesmith.models.base import known_folder
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DatasetBody

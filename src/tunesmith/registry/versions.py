@@ -10,9 +10,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import VersionRef
-from tunesmith.core.view import ScopedView
+from tunesmith.core.text.names import Scope, VersionRef
+from tunesmith.core.values import ScopedView
 from tunesmith.registry.signing.release import Version as Version
 from tunesmith.registry.signing.release import read_version
 from tunesmith.store.store import Store, session_of

@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_serializer
 
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.rollout.settings import Analysis
 
 Outcome = Literal["pass", "fail", "inconclusive"]

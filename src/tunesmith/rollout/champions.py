@@ -11,9 +11,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import CONTROLLER
-from tunesmith.core.view import ScopedView
+from tunesmith.core.text.names import CONTROLLER, Scope
+from tunesmith.core.values import ScopedView
 from tunesmith.registry.serving import permissions, standing, standing_of
 from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import load_version, readable_versions

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.serving import standing_of

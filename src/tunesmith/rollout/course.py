@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from sqlalchemy import case, func, select
 
-from tunesmith.core.clock import now
+from tunesmith.core.digests import now
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import Fields
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Judgement, judge
 from tunesmith.rollout.settings import Analysis, Step

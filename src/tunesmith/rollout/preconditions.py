@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.serving import set_alias, standing_of

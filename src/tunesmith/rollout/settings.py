@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, StrictInt, model_validator
 
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 
 DAY = 86_400.0
 

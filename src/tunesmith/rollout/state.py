@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import ScopedView
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import ScopedView
 from tunesmith.registry.versions import get_alias
 from tunesmith.rollout.settings import Step
 from tunesmith.store.store import Store

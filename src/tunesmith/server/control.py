@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.server.serving import PUBLIC, Serving, serving_of
 from tunesmith.store import database
 from tunesmith.store.store import Store

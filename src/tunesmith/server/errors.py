@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.system.files import is_disk_full
-from tunesmith.core.view import Omitted
+from tunesmith.core.values import Omitted
 from tunesmith.server import limits
 
 INVALID_SCHEMA = "invalid_json_schema"  # the code, as OpenAI's, of a schema that cannot be held

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 
 VALUES = 20_000  # JSON values in one body: objects, lists, texts, numbers
 MODEL = 200  # characters of a model's name

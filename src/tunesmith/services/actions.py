@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from tunesmith import services
 from tunesmith.core.errors import Forbidden, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.project import Project
 from tunesmith.store.people.identities import User, get_user
 from tunesmith.store.people.roles import TokenScope

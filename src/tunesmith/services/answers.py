@@ -21,9 +21,9 @@ from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress, Stopped
-from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import Change, differences
-from tunesmith.core.view import View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import View
 from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight

@@ -13,13 +13,12 @@ from pydantic import Field
 from sqlalchemy import Text, cast, func, or_, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import now, stamp
-from tunesmith.core.digests import is_digest
+from tunesmith.core.digests import is_digest, now, stamp
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import is_number
-from tunesmith.core.view import Omitted, Problem, View
+from tunesmith.core.values import Omitted, Problem, View
 from tunesmith.registry.history import verify_log
 from tunesmith.services.actions import Acting, Request, action
 from tunesmith.store import audit

@@ -15,7 +15,7 @@ from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.text.display import json_text
-from tunesmith.core.view import Omitted, Page, View
+from tunesmith.core.values import Omitted, Page, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.building.signoff import SignOff, sign_off, sign_offs, sign_offs_of
 from tunesmith.data.building.verify import DatasetVerification, verify_dataset

@@ -19,7 +19,7 @@ from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.http_clients import is_private
 from tunesmith.core.text.names import VersionRef
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.records.version import Decision, Requirement
 from tunesmith.registry import approvals
 from tunesmith.registry.risk import Approvals

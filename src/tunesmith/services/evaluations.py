@@ -19,9 +19,8 @@ from sqlalchemy.orm import Session
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive, NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import VersionRef
-from tunesmith.core.view import View
+from tunesmith.core.text.names import Scope, VersionRef
+from tunesmith.core.values import View
 from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.planning import Plan
 from tunesmith.evaluation.report.data import report_data

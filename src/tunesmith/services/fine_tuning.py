@@ -15,10 +15,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.settings import changed
-from tunesmith.core.text.names import check_name
-from tunesmith.core.view import View
+from tunesmith.core.text.names import Scope, check_name
+from tunesmith.core.values import View, changed
 from tunesmith.data.formats.openai_rules import InvalidExamples, check_examples
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source

@@ -19,12 +19,12 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import stamp
+from tunesmith.core.digests import stamp
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
-from tunesmith.core.scope import Scope
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads
-from tunesmith.core.view import ScopedView, View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import ScopedView, View
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.project import Project
 from tunesmith.registry.risk import Approvals

@@ -22,10 +22,10 @@ from tunesmith.core import telemetry
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Stopped
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.core.scope import Scope
 from tunesmith.core.system.machine import end_with_parent
 from tunesmith.core.telemetry import names
-from tunesmith.core.view import ScopedView, View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import ScopedView, View
 from tunesmith.jobs import curves as noted
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.arguments import Changes, project_of, run_arguments, with_changes

@@ -7,7 +7,7 @@ from collections import defaultdict
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.evaluation.compare import compare, scored_alike, side_of_digest
 from tunesmith.evaluation.report.approach_ladder import approach_of
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval

@@ -8,8 +8,8 @@ from typing import Any
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NotThere, Refused
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import Omitted, Page, View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import Omitted, Page, View
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.records.body import bodies
 from tunesmith.records.dataset import DatasetBody, ReadSource

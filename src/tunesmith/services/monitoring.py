@@ -13,10 +13,10 @@ from typing import Any, get_args
 from pydantic import Field, ValidationError
 from sqlalchemy import case, func, select
 
-from tunesmith.core.clock import now
+from tunesmith.core.digests import now
 from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.view import ScopedView, View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import ScopedView, View
 from tunesmith.data.governance.licences import spelled
 from tunesmith.jobs import queue
 from tunesmith.monitoring import pending_retrains, recall_status

@@ -25,7 +25,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.data.building.examine import control_token, refuse_control_tokens
 from tunesmith.data.building.survey import (
     FEWEST_GROUPS,

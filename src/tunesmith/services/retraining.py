@@ -11,10 +11,9 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from tunesmith.core.clock import now
-from tunesmith.core.digests import digest_of
+from tunesmith.core.digests import digest_of, now
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.jobs import queue
 from tunesmith.jobs.arguments import run_arguments
 from tunesmith.monitoring.causes import CAUSES, Due, RetrainCause, RetrainingSettings, Seen

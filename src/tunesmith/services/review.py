@@ -11,14 +11,13 @@ from pydantic import Field, model_validator
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import second
-from tunesmith.core.digests import digest_bytes
+from tunesmith.core.digests import digest_bytes, second
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.view import Omitted, Page, ScopedView, View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import Omitted, Page, ScopedView, View
 from tunesmith.data.building.examine import listed_values
 from tunesmith.data.building.flagged import rows_to_review
 from tunesmith.data.dataset import Example

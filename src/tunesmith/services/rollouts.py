@@ -12,9 +12,8 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import VersionRef, is_number
-from tunesmith.core.view import Page, ScopedView, View
+from tunesmith.core.text.names import Scope, VersionRef, is_number
+from tunesmith.core.values import Page, ScopedView, View
 from tunesmith.project import Project
 from tunesmith.registry.serving import standing
 from tunesmith.registry.versions import load_version, resolve

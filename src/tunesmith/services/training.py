@@ -12,9 +12,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scope import Scope
-from tunesmith.core.settings import Duration
-from tunesmith.core.view import Omitted, View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import Duration, Omitted, View
 from tunesmith.data.dataset import DatasetSummary, dataset_summary
 from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary

@@ -12,9 +12,8 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.core.errors import Forbidden, NextStep, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import is_number
-from tunesmith.core.view import ScopedView, View
+from tunesmith.core.text.names import Scope, is_number
+from tunesmith.core.values import ScopedView, View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.keys import read_public_key

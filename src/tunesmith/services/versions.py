@@ -15,9 +15,8 @@ from sqlalchemy.orm import Session
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import is_number
-from tunesmith.core.view import Page, ScopedView, View
+from tunesmith.core.text.names import Scope, is_number
+from tunesmith.core.values import Page, ScopedView, View
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.pipeline.verdicts import changed_since, latest

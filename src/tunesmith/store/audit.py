@@ -14,11 +14,10 @@ from typing import Any
 from sqlalchemy import Engine, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import stamp
-from tunesmith.core.digests import digest_of
+from tunesmith.core.digests import digest_of, stamp
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import Fields
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.store import database
 from tunesmith.store.tables import AuditHeadRow, AuditRow
 

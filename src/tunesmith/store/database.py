@@ -29,8 +29,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import disk_full, is_disk_full
+from tunesmith.core.text.names import Scope
 from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, ForScope, Table
 
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.store.tables import EdgeRow, RecallRow
 
 _WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model.safetensors")

@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Float, Index, String, Text, UniqueConst
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 
 # Raise it with each new file in migrations/versions.
 HEAD_REVISION = "0012"

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.database import within
 from tunesmith.store.locks import LockHeld, abandoned

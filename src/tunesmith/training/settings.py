@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tunesmith.core.reading.strict_json import Fields
-from tunesmith.core.settings import Duration, Settings, changed
+from tunesmith.core.values import Duration, Settings, changed
 from tunesmith.engines.settings import WeightSettings
 
 LEAST_TOKENS = 64  # lowest bound on the tokens computed at once

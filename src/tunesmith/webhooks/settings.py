@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from tunesmith.core.settings import Settings
 from tunesmith.core.system.http_clients import is_private
+from tunesmith.core.values import Settings
 
 EventType = Literal[
     "fine_tuning.job.succeeded",

@@ -15,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate, load_candidate, put_candid
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.test_set_uses import ACTION, _share, record_evaluation, use_test_set, used_candidates

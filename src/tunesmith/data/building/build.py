@@ -11,7 +11,7 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
 from tunesmith.data.building.shards import LocalRunner, PlannedFile, ShardRunner, examined_rows, plan

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import stamp
-from tunesmith.core.digests import short
+from tunesmith.core.digests import short, stamp
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.data.building.verify import verify_dataset

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.view import Problem, View
+from tunesmith.core.values import Problem, View
 from tunesmith.data.building.build import counts
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outside
 from tunesmith.data.dataset import REMOVED, SPLITS, Dataset, Example, example_id, load_dataset

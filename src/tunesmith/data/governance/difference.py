@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.text.folding import visible
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.data.dataset import BALANCED, SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.settings import DataSettings

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 
 LEAST = 10  # items; fewer give no useful interval
 _DRAWS = 2000

@@ -19,7 +19,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import DataSettings

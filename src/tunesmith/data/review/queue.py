@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import stamp
+from tunesmith.core.digests import stamp
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import Fields, JsonObject

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.settings import Settings
+from tunesmith.core.values import Settings
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.policy.settings import ALL, chosen_checks
 from tunesmith.evaluation.probes.catalog import PROBES

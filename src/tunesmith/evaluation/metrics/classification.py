@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.view import Omitted
+from tunesmith.core.values import Omitted
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.lines import CandidateLine, Name, Share, is_share
 from tunesmith.evaluation.metrics.declared import Answered, LabelScorer, label_of

@@ -26,8 +26,8 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import check_answer_grammar, matches
 from tunesmith.core.reading.patterns import check_pattern, search
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.core.settings import Settings
 from tunesmith.core.text.names import bare_label
+from tunesmith.core.values import Settings
 from tunesmith.evaluation.lines import is_share
 from tunesmith.evaluation.metrics.scorers import NEED_JSON, SCORERS, Schema, nearest
 

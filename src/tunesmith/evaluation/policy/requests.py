@@ -13,7 +13,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.data.duplicates import near_text, request_key, request_text
 from tunesmith.data.formats.turns import objection
 from tunesmith.evaluation.lines import Asked, Name, why_not

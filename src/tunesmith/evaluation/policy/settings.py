@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from tunesmith.candidates.settings import JudgeSettings
 from tunesmith.core.reading.patterns import check_pattern
-from tunesmith.core.settings import Settings
 from tunesmith.core.text.folding import fold
+from tunesmith.core.values import Settings
 from tunesmith.evaluation.metrics.declared import sound
 from tunesmith.records.evaluation import CheckRules, RuleJudge
 

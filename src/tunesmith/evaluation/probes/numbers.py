@@ -14,7 +14,7 @@ import numpy as np
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.stats.statistics import (
     MINIMUM_GROUPS,

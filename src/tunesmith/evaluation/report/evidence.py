@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.candidates.candidate import Kind
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.data.dataset import DatasetSummary
 from tunesmith.evaluation.compare import Comparison
 from tunesmith.evaluation.summary import VerdictSummary

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.evaluation.lines import AnswerLines

@@ -12,11 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.core.clock import now
-from tunesmith.core.digests import digest_bytes, digest_file, short
+from tunesmith.core.digests import digest_bytes, digest_file, now, short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.text.names import VersionRef
-from tunesmith.core.view import ScopedView
+from tunesmith.core.values import ScopedView
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.records.candidate import BaseBody, CandidateBody
 from tunesmith.records.evaluation import EvaluationBody

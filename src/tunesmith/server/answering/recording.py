@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunesmith.core.clock import stamp
+from tunesmith.core.digests import stamp
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
-from tunesmith.core.view import Omitted, View
+from tunesmith.core.values import Omitted, View
 from tunesmith.data.review.queue import forget_cases
 from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked

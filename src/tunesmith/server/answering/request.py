@@ -15,7 +15,7 @@ from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, call_gramm
 from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.models.call_format import CallFormat
 from tunesmith.server import limits
 from tunesmith.server.errors import INVALID_SCHEMA

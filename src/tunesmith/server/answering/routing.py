@@ -18,8 +18,7 @@ from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import VersionRef, check_name
+from tunesmith.core.text.names import Scope, VersionRef, check_name
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.opening import Verified, verified_copy

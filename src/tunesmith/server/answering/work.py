@@ -22,7 +22,7 @@ from tunesmith.candidates.composing import prompt_used
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.engines.protocol import Completion, Generation, Scored
 from tunesmith.holding.rules import Holder
 from tunesmith.models.call_format import CallFormat

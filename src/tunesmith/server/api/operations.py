@@ -10,7 +10,7 @@ from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.server import limits
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
 from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text, document

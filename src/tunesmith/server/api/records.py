@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from fastapi import Query
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
 from tunesmith.server.serving import Calling
 from tunesmith.services import answers, datasets, evaluations, review

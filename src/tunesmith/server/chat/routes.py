@@ -14,9 +14,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunesmith.core.clock import second
+from tunesmith.core.digests import second
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.engines.protocol import Completion, Scored
 from tunesmith.holding.queue import HeldAnswer, QueueFull, TooManyOfCaller, UnknownAnswer, get, put, response_of
 from tunesmith.registry.versions import Version

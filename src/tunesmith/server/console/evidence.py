@@ -20,7 +20,7 @@ from fastapi import Request, Response
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Stopped
-from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import Scope
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.api.routing import Page
 from tunesmith.server.console.rendering import pages, private

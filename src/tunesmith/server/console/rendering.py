@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text.display import json_text, printable
 from tunesmith.core.text.wording import count
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.services.actions import audit_words
 from tunesmith.services.evaluations import style_sheets
 

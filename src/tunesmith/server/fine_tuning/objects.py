@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.core.view import Frozen, View
+from tunesmith.core.values import Frozen, View
 from tunesmith.project import Project
 from tunesmith.server import limits
 from tunesmith.server.answering.request import MetadataKey, MetadataText, Number

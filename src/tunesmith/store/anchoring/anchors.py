@@ -26,7 +26,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import sync_folder
-from tunesmith.core.view import Frozen
+from tunesmith.core.values import Frozen
 from tunesmith.store.audit import Head
 
 _LONGEST = 1 << 16  # bytes of one anchor, with its time stamp

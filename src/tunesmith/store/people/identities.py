@@ -21,9 +21,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Forbidden, NextStep, NotThere, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import check_name, check_new_name
-from tunesmith.core.view import ScopedView, View
+from tunesmith.core.text.names import Scope, check_name, check_new_name
+from tunesmith.core.values import ScopedView, View
 from tunesmith.store import audit
 from tunesmith.store.people.roles import ACTIONS, ROLES, Role, chosen
 from tunesmith.store.people.trust import (

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from tunesmith.core.access import Name
-from tunesmith.core.settings import Settings
 from tunesmith.core.system.http_clients import is_private
+from tunesmith.core.values import Settings
 
 
 class LoginSettings(Settings):

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.store.people.identities import User, changing, check_new_key
 from tunesmith.store.people.sessions import link_maker
 from tunesmith.store.people.user_keys import enrol_key

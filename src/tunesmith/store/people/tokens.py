@@ -16,11 +16,10 @@ from typing import Literal
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import day
-from tunesmith.core.digests import digest_bytes
+from tunesmith.core.digests import day, digest_bytes
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.text.names import check_name
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.store.people.identities import User, changing, get_user, token_state, user_row
 from tunesmith.store.people.roles import TOKEN_SCOPES, TokenScope, chosen
 from tunesmith.store.store import Store, session_of

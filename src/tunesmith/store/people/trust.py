@@ -22,7 +22,7 @@ from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.text_files import read_text_file
-from tunesmith.core.view import ScopedView
+from tunesmith.core.values import ScopedView
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 

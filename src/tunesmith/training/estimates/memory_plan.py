@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.engines.device import computing_device, device_name, gpu_present, stated_peak
 from tunesmith.engines.hf.costs import DTYPES, Shapes, cache_bytes, training_flops
 from tunesmith.engines.hf.engine import MOST_ROWS

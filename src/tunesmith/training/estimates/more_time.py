@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tunesmith.core.view import View
+from tunesmith.core.values import View
 from tunesmith.records.training import TrainingBody, ValidationPoint
 from tunesmith.training.schedule import ALL_EPOCHS
 

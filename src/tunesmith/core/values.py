@@ -1,0 +1,114 @@
+"""The base classes of values that do not change, of settings and of typed results, which are printed and answered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.text.names import Scope
+
+Value = TypeVar("Value")
+
+
+# A key that the JSON leaves out when there is nothing to say.
+Omitted = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
+
+
+class Frozen(BaseModel):
+    """Values that do not change. Keys that it does not name are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class View(Frozen):
+    """A typed result. Its JSON is `model_dump(mode="json", by_alias=True)`."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    @classmethod
+    def of(cls, source: object, **more: Any) -> Self:
+        """The view of an object: its attributes that are named as fields are, and what else is given."""
+        named = [name for name in cls.model_fields if name not in more and hasattr(source, name)]
+        return cls(**{name: getattr(source, name) for name in named}, **more)
+
+    def document(self) -> dict[str, Any]:
+        """The result as JSON values, under the keys that scripts rely on."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class ScopedView(View):
+    """A typed result about what is for a tenant and a region; "" stands for all."""
+
+    tenant: str
+    region: str
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
+
+
+class Page(View):
+    """A part of a longer list. total: how many there are on all pages. page: from 1."""
+
+    total: int
+    page: int
+    pages: int
+
+    @classmethod
+    def within(cls, page: int, total: int, each: int) -> Page:
+        """The page of that number, with so many each; one beyond the last is the last."""
+        pages = max(1, -(-total // each))
+        return Page(total=total, page=min(max(1, page), pages), pages=pages)
+
+
+class Problem(View):
+    """What is wrong with a file, record or entry. path: where; relative to the store's root if the file is in it."""
+
+    path: str
+    reason: str
+
+
+_UNITS = {"h": 3600, "m": 60, "s": 1}
+
+
+Part = TypeVar("Part", bound="Settings")
+
+
+class Settings(Frozen):
+    """A part of the project file. Unknown keys are errors; NaN and infinities are errors; values do not change."""
+
+    model_config = ConfigDict(allow_inf_nan=False, validate_default=True)
+
+
+def changed(part: Part, changes: Mapping[str, Any], where: str, without: Collection[str] = ()) -> Part:
+    """Settings with other values, checked. without: settings that count as not stated. Raises UsageError, where: as
+    given."""
+    given = {name: getattr(part, name) for name in part.model_fields_set if name not in without}
+    try:
+        return type(part).model_validate({**given, **changes})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(each) for each in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{place}: {said}" if place else said, where=where) from error
+
+
+def _seconds(given: Any) -> Any:
+    """Seconds of a duration such as 1h30m, 20m or 45s; other values as they are."""
+    if isinstance(given, bool):
+        raise ValueError("write a duration such as 20m, 1h30m or 45s, not true or false")
+    if not isinstance(given, str):
+        return given
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", given)
+    if not parts or "".join(number + unit for number, unit in parts) != given.replace(" ", ""):
+        raise ValueError("write a duration such as 20m, 1h30m or 45s")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+# Seconds. A project file may say 20m or 1h30m instead.
+Duration = Annotated[float, BeforeValidator(_seconds)]
