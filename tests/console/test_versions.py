@@ -156,7 +156,7 @@ def test_lineage_leads_to_a_licence_and_is_verified(
     path.write_bytes(path.read_bytes() + b"\n")
     page.get_by_role("button", name="Verify now").click()
     expect(page.locator("#verified")).to_contain_text("does not verify")
-    expect(page.locator("#verified table")).to_contain_text(scores[9:])
+    expect(page.locator("#verified li")).to_contain_text(scores[9:])
 
 
 def many(store: Store, version: Version, count: int) -> None:

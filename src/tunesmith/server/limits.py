@@ -6,7 +6,7 @@ A larger value is refused with the field's name and the limit. They bound what o
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tunesmith.core.values import Settings
 
@@ -38,41 +38,22 @@ FILE_ID = 80
 
 
 class ServerSettings(Settings):
-    """Limits of one server process."""
+    """Limits of one server process. Times are in seconds."""
 
-    region: str = Field(default="", description='the region whose versions it serves, "" where there are none')
-    body_bytes: int = Field(default=1 << 20, ge=1024, description="largest request body")
-    body_seconds: float = Field(default=15.0, gt=0, description="longest a client may take to send its body")
-    file_bytes: int = Field(default=512 << 20, ge=1024, description="largest uploaded file")
-    headers_seconds: float = Field(
-        default=15.0, gt=0, description="longest a client may take to send the headers of a request"
-    )
-    unread_seconds: float = Field(
-        default=30.0, gt=0, description="longest a client may read nothing of an answer that waits for it"
-    )
-    idle_connections: int = Field(
-        default=512, ge=1, description="connections without a request; with more, the oldest is closed"
-    )
-    waiting: int = Field(default=256, ge=1, description="requests that wait for the engine; more are answered 429")
-    per_user: int = Field(
-        default=128, ge=1, description="requests of one user that are sent, wait or are answered; more are answered 429"
-    )
-    token_rate: int = Field(default=0, ge=0, description="requests a minute of one token, 0 for any number")
-    tenant_rate: int = Field(
-        default=0, ge=0, description="requests a minute of all tokens of one tenant, 0 for any number"
-    )
-    together: int = Field(default=32, ge=1, le=256, description="requests decoded as one batch")
-    answer_seconds: float = Field(
-        default=300.0, gt=0, description="longest time for an answer, including its wait in the queue"
-    )
-    grace_seconds: float = Field(
-        default=30.0, gt=0, description="after SIGTERM, longest time for the requests under way to finish"
-    )
-    kept_answers: int = Field(
-        default=10_000, ge=0, description="newest answers kept in memory, to be scored by feedback"
-    )
-    check_seconds: float = Field(
-        default=1.0,
-        gt=0,
-        description="least time between two checks of a rollout; one that takes long comes less often",
-    )
+    region: str = ""  # whose versions it serves, "" where there are none
+    body_bytes: int = Field(default=1 << 20, ge=1024)  # of the largest request body
+    body_seconds: PositiveFloat = 15.0  # longest a client may take to send its body
+    file_bytes: int = Field(default=512 << 20, ge=1024)  # of the largest uploaded file
+    headers_seconds: PositiveFloat = 15.0  # longest a client may take to send the headers of a request
+    unread_seconds: PositiveFloat = 30.0  # longest a client may read nothing of an answer that waits for it
+    idle_connections: PositiveInt = 512  # connections without a request; with more, the oldest is closed
+    waiting: PositiveInt = 256  # requests that wait for the engine; more are answered 429
+    per_user: PositiveInt = 128  # requests of one user that are sent, wait or are answered; more are answered 429
+    token_rate: NonNegativeInt = 0  # requests a minute of one token, 0 for any number
+    tenant_rate: NonNegativeInt = 0  # requests a minute of all tokens of one tenant, 0 for any number
+    together: int = Field(default=32, ge=1, le=256)  # requests decoded as one batch
+    answer_seconds: PositiveFloat = 300.0  # longest time for an answer, including its wait in the queue
+    grace_seconds: PositiveFloat = 30.0  # after SIGTERM, longest time for the requests under way to finish
+    kept_answers: NonNegativeInt = 10_000  # newest answers kept in memory, to be scored by feedback
+    # Least time between two checks of a rollout; one that takes long comes less often.
+    check_seconds: PositiveFloat = 1.0

@@ -267,20 +267,20 @@ async def _anybody() -> None:
 PUBLIC: Any = Depends(_anybody)
 
 
-async def _on_lists(call: Call, look: Callable[[], Any]) -> Response:
-    found = await call.serving.listing.run(call.user.name, look)
-    return found if isinstance(found, Response) else JSONResponse(found.model_dump(mode="json", by_alias=True))
+def document(result: BaseModel | Response) -> Response:
+    """A result as the answer, which no cache keeps."""
+    if isinstance(result, Response):
+        return result
+    return JSONResponse(result.model_dump(mode="json", by_alias=True), headers={"cache-control": "no-store"})
+
+
+async def _on_lists(call: Call, look: Callable[[], BaseModel | Response]) -> Response:
+    return document(await call.serving.listing.run(call.user.name, look))
 
 
 def in_turn(look: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Response]]:
     """An endpoint of a function of a `Call`: a thread of those for lists runs it, and what it returns is the answer."""
     return taking(look, _on_lists)
-
-
-def caller(request: Request) -> tuple[User, Serving]:
-    """Who calls, on a route that declares `needs`, and the server."""
-    found: Caller = request.state.caller
-    return found.user, serving_of(request)
 
 
 def bearer(request: Request) -> str:

@@ -219,10 +219,9 @@ def visible_to(store: Store, user: User) -> RolloutList:
     return _list(store, seen)
 
 
-def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True) -> RolloutView | None:
-    """A rollout of the user's tenant and region; None for any other number. judged: as for `view_of`."""
-    found = _seen_by(user, store, number)
-    return None if found is None else view_of(store, found, judged=judged)
+def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True) -> RolloutView:
+    """A rollout of the user's tenant and region. Raises NotThere for any other number. judged: as for `view_of`."""
+    return view_of(store, _seen_by(user, store, number), judged=judged)
 
 
 def list_page(store: Store, user: User, page: int = 1) -> RolloutPage:
@@ -385,21 +384,18 @@ def _list(store: Store, rollouts: Sequence[Rollout]) -> RolloutList:
     return RolloutList(rollouts=tuple(view_of(store, rollout, champions) for rollout in rollouts))
 
 
-def _seen_by(user: User, store: Store, number: int) -> Rollout | None:
-    with contextlib.suppress(UsageError):
-        found = get_rollout(store, number)
-        if user.scope.covers(found.scope):
-            return found
-    return None
+def _seen_by(user: User, store: Store, number: int) -> Rollout:
+    with contextlib.suppress(UsageError, OverflowError):
+        rollout = get_rollout(store, number)
+        if user.scope.covers(rollout.scope):
+            return rollout
+    raise NotThere(f"there is no rollout {str(number)[:20]}", fix=NextStep("list the rollouts", "rollout status"))
 
 
 def _find(acting: Acting, which: str) -> Rollout:
     """A rollout of the user's scope by its number, or the live one of a name. Raises NotThere, UsageError."""
     if is_number(which):
-        found = _seen_by(acting.user, acting.store, int(which))
-        if found is not None:
-            return found
-        raise NotThere(f"there is no rollout {which[:20]}", fix=NextStep("list the rollouts", "rollout status"))
+        return _seen_by(acting.user, acting.store, int(which))
     live = [one for one in list_rollouts(acting.store, name=which, live=True) if acting.user.scope.covers(one.scope)]
     if len(live) != 1:
         places = ", ".join(f"{one.id} ({one.scope})" for one in live)

@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from tunesmith.core.values import Frozen
 from tunesmith.server import limits
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
-from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text, document
+from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text
 from tunesmith.server.chat.answer import ID_PREFIX
-from tunesmith.server.errors import bad_request, missing, unknown_request
+from tunesmith.server.errors import bad_request, unknown_request
 from tunesmith.server.openapi import answers, body
-from tunesmith.server.serving import Calling, needs, read
+from tunesmith.server.serving import Calling, document, needs, read
 from tunesmith.services import audit, home, jobs, monitoring, retraining, review, rollouts, users
 
 if TYPE_CHECKING:
@@ -72,17 +72,13 @@ def rollout_list(call: Calling) -> rollouts.RolloutList:
 @routes.shows(_ROLLOUT, "read")
 def rollout(call: Calling, number: Number) -> rollouts.RolloutView:
     """One rollout. Another tenant's rollout is answered like one that does not exist."""
-    found = rollouts.one_visible_to(call.store, call.user, number)
-    if found is None:
-        raise missing("rollout")
-    return found
+    return rollouts.one_visible_to(call.store, call.user, number)
 
 
 @routes.shows(_ROLLOUT + "/course", "read", gives=rollouts.course)
 def course(call: Calling, number: Number) -> RolloutCourse:
     """Traffic by version over time, each step's evidence as it grew, and who did what."""
-    if rollouts.one_visible_to(call.store, call.user, number, judged=False) is None:
-        raise missing("rollout")
+    rollouts.one_visible_to(call.store, call.user, number, judged=False)
     return rollouts.course(call.store, number)
 
 

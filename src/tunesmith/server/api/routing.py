@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,7 @@ from sqlalchemy.exc import DataError
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored, sentence
 from tunesmith.server.openapi import BEARER, answers, body, errors
-from tunesmith.server.serving import FIELD, Call, Calling, needs, read, taking
+from tunesmith.server.serving import FIELD, Call, Calling, document, needs, read, taking
 from tunesmith.services.actions import Action, all_actions
 from tunesmith.store.people.roles import TokenScope
 
@@ -35,9 +35,7 @@ CHANGE = (400, 401, 403, 404, 408, 409, 413, 429, 503, 507)
 
 
 class ApiRoute(APIRoute):
-    """A route whose services raise: what they say becomes an answer. refused: the code where they refuse."""
-
-    refused: ClassVar[str]
+    """A route whose services raise: what they say becomes an answer."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler."""
@@ -59,7 +57,7 @@ class ApiRoute(APIRoute):
             except Forbidden as error:
                 raise forbidden(sentence(error), error.code or "permission_denied") from error
             except (Refused, Inconclusive) as error:
-                raise ApiError(409, sentence(error), error.code or self.refused) from error
+                raise ApiError(409, sentence(error), error.code or "refused") from error
             except TunesmithError as error:
                 if request.method == "GET":  # nothing was to be stored: the application logs it and answers 503
                     raise
@@ -69,13 +67,10 @@ class ApiRoute(APIRoute):
 
 
 class ApiRouter(APIRouter):
-    """Routes under /api. code: of the answer where a service refuses."""
+    """Routes under /api."""
 
-    def __init__(self, code: str = "refused") -> None:
-        class Route(ApiRoute):
-            refused = code
-
-        super().__init__(prefix="/api", route_class=Route)
+    def __init__(self) -> None:
+        super().__init__(prefix="/api", route_class=ApiRoute)
 
     def shows(
         self,
@@ -102,8 +97,8 @@ class ApiRouter(APIRouter):
                 call.user.require_everything()
             if permission is not None:
                 call.user.require(permission)
-            found = await (call.serving.files if slow else call.serving.listing).run(call.user.name, look)
-            return found if isinstance(found, Response) else document(found)
+            threads = call.serving.files if slow else call.serving.listing
+            return document(await threads.run(call.user.name, look))
 
         def added(look: Look) -> Look:
             if gives is not None:
@@ -120,11 +115,10 @@ class ApiRouter(APIRouter):
 
 def action_routes() -> APIRouter:
     """A route for each action with a path."""
-    found = APIRouter()
+    routes = ApiRouter()
     for action in all_actions():
         if action.at and action.api:
-            own = ApiRouter(code=action.refused)
-            own.add_api_route(
+            routes.add_api_route(
                 action.at,
                 partial(_perform, action),
                 methods=[action.method],
@@ -133,8 +127,7 @@ def action_routes() -> APIRouter:
                 description=action.does.__doc__,
                 **answers(action.result, *CHANGE, extra=body(action.asked, in_path=FIELD.findall(action.at))),
             )
-            found.include_router(own)
-    return found
+    return routes
 
 
 async def _perform(action: Action[Any, Any], request: Request, call: Calling) -> Response:
@@ -142,12 +135,10 @@ async def _perform(action: Action[Any, Any], request: Request, call: Calling) ->
     asked = await read(request, call, action.asked, request.path_params)
     try:
         return document(await call.serving.perform(action, asked, call.user, token=call.token))
-    except NotThere:
+    except (NotThere, Forbidden):
         raise
     except UsageError as error:
         raise bad_request(sentence(error), error.where if error.where in action.asked.model_fields else None) from error
-
-
-def document(found: BaseModel) -> JSONResponse:
-    """A result as the answer."""
-    return JSONResponse(found.model_dump(mode="json", by_alias=True), headers={"cache-control": "no-store"})
+    except (Refused, Inconclusive) as error:
+        error.code = error.code or action.refused
+        raise

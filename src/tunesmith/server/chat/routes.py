@@ -35,7 +35,7 @@ from tunesmith.server.errors import (
 )  # fmt: skip
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import answers, body, errors
-from tunesmith.server.serving import CHAT_JOB, Calling, PlainRoute, Serving, bearer, caller, in_turn, needs
+from tunesmith.server.serving import CHAT_JOB, Calling, PlainRoute, Serving, bearer, in_turn, needs, serving_of
 from tunesmith.store import database
 
 routes = APIRouter(prefix="/v1", dependencies=[needs("chat")])
@@ -71,7 +71,7 @@ def model(call: Calling, model: str) -> Model:
 )
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or, with `stream`, as server-sent events of chat.completion.chunk objects."""
-    user, serving = caller(request)
+    user, serving = request.state.caller.user, serving_of(request)
     with serving.arrives(user) as count:
         given = await read_body(request, ChatRequest, serving.settings, count, nul=True)
         identifier = uuid.uuid4().hex

@@ -19,10 +19,8 @@ from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.rendering import BAD, CANARY, GOOD, PRIVATE, STABLE, Chart, Line, chart, private, rendered
-from tunesmith.server.console.routing import Looking, Pages, Viewer
-from tunesmith.server.errors import ApiError
+from tunesmith.server.console.routing import Looking, Pages
 from tunesmith.services import lineage, rollouts, versions
-from tunesmith.services.rollouts import RolloutView
 
 if TYPE_CHECKING:
     from tunesmith.rollout.course import Evidence, Traffic
@@ -118,7 +116,7 @@ def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
 @routes.shows(_ROLLOUTS + "/{number}")
 def one_rollout(viewer: Looking, number: int) -> Response:
     """One rollout: where it stands, its steps, what may be done, and who did what."""
-    found = _find(viewer, number)
+    found = rollouts.one_visible_to(viewer.store, viewer.user, number, judged=False)
     before = found.stable.digest if found.stable else ""
     losses = lost(viewer, found.canary.digest, before) if found.canary else None
     progress = rollouts.progress(viewer.store, number)
@@ -136,7 +134,7 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
         shares = {"traffic": found.traffic, "charts": charts, "evidence": shown, "number": number}
         return rendered("rollout_course.html.jinja", shares)
 
-    await viewer.run(partial(_find, viewer, number))
+    await viewer.run(partial(rollouts.one_visible_to, viewer.store, viewer.user, number, judged=False))
     seen = tuple(changes_of(request, viewer).numbers)
     shared = _COURSES.setdefault(request.app, Shared(_COURSE_SECONDS))
     return private(await shared.get((number, seen), partial(viewer.run, made)))
@@ -183,13 +181,3 @@ def evidence_charts(found: Evidence) -> list[Chart]:
         chart("Evidence (e-values, logarithmic)", evidence, x="request", y="e-value", scale="log"),
         chart(f"Mean {found.metric} so far", means, x="request", y=found.metric, scale="share"),
     ]
-
-
-def _find(viewer: Viewer, number: int) -> RolloutView:
-    """A rollout of this person's scope. Raises ApiError 404 for any other number."""
-    found = None
-    if 0 < number < 1 << 62:
-        found = rollouts.one_visible_to(viewer.store, viewer.user, number, judged=False)
-    if found is None:
-        raise ApiError(404, f"There is no rollout {number}.")
-    return found

@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.core.digests import digest_bytes, short
+from tunesmith.core.text import wording
 from tunesmith.core.text.display import json_text, printable
-from tunesmith.core.text.wording import count
+from tunesmith.core.text.wording import count, duration, gigabytes
 from tunesmith.core.values import View
 from tunesmith.services.actions import audit_words
 from tunesmith.services.evaluations import style_sheets
@@ -99,14 +100,6 @@ def _time(at: float | str) -> datetime:
     return found.astimezone(UTC)
 
 
-def duration(seconds: float) -> str:
-    """A span of time in one unit: 40 s, 12 min, 3 h, 5 days."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
-
-
 def many(number: int, noun: str) -> str:
     """A number of things: 1 entry, 1,200 entries."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
@@ -126,14 +119,7 @@ def pages(total: int, most: int) -> int:
 
 def percent(share: float | None) -> str:
     """A share as a percentage with one decimal; a dash for None or NaN."""
-    return "–" if share is None or math.isnan(share) else f"{share:.1%}"
-
-
-def size(count: float | None) -> str:
-    """Bytes in one unit: 12 MB, 1.7 GB; a dash for None."""
-    if count is None:
-        return "–"
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    return "–" if share is None or math.isnan(share) else wording.percent(share)
 
 
 @cache
@@ -146,7 +132,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    filters = (audit_words, count, duration, json_text, many, moment, percent, scope, short, size, when)
+    filters = (audit_words, count, duration, gigabytes, json_text, many, moment, percent, scope, short, when)
     found.filters.update({each.__name__: each for each in filters})
     parts = vars(found.get_template("parts.html.jinja").module)
     found.globals.update(parts, asset=asset, pages=PAGES)

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from tunesmith.core.errors import Refused, TunesmithError
@@ -24,7 +24,7 @@ from tunesmith.server.fine_tuning.objects import FileDeleted, FileList, FileObje
 from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.limits import ServerSettings
 from tunesmith.server.openapi import BEARER, answers, errors
-from tunesmith.server.serving import Call, Calling, in_turn, needs
+from tunesmith.server.serving import Call, Calling, document, in_turn, needs
 from tunesmith.services.fine_tuning import PURPOSE
 from tunesmith.store import uploads
 from tunesmith.store.tables import FileRow
@@ -63,7 +63,7 @@ async def upload(request: Request, call: Calling) -> Response:
                 uploads.put, serving.store, path, name=name, purpose=PURPOSE, actor=user.name, scope=user.scope,
                 digest=reader.digest,
             )  # fmt: skip
-            return JSONResponse(file_object(await serving.files.run(user.name, put)).document())
+            return document(file_object(await serving.files.run(user.name, put)))
     finally:
         serving.uploads[user.name] -= 1
 
@@ -221,7 +221,7 @@ async def delete(call: Calling, file: str) -> Response:
     with _stored():
         gone = partial(uploads.delete, call.store, file, actor=user.name, scope=user.scope)
         await call.serving.files.run(user.name, gone)
-    return JSONResponse(FileDeleted(id=file, object="file", deleted=True).document())
+    return document(FileDeleted(id=file, object="file", deleted=True))
 
 
 def _allow(call: Call, action: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.server import limits
@@ -27,7 +27,7 @@ from tunesmith.server.errors import (
 from tunesmith.server.fine_tuning import objects
 from tunesmith.server.fine_tuning.objects import FineTuningJob, FineTuningRequest, event_id, event_object, job_object
 from tunesmith.server.openapi import answers, body
-from tunesmith.server.serving import Call, Calling, Serving, in_turn, needs, read, who_has
+from tunesmith.server.serving import Call, Calling, Serving, document, in_turn, needs, read, who_has
 from tunesmith.services import fine_tuning as service
 from tunesmith.services import jobs as changing
 from tunesmith.services.actions import Action
@@ -70,7 +70,7 @@ async def create(request: Request, call: Calling) -> Response:
         except TunesmithError as error:
             raise not_stored(error) from error
 
-    return JSONResponse(job_object(await call.serving.noting.run(user.name, add), project).document())
+    return document(job_object(await call.serving.noting.run(user.name, add), project))
 
 
 @routes.get("", **answers(objects.FineTuningJobList, 400, 404))
@@ -173,7 +173,7 @@ async def _changed(call: Call, identifier: str, change: Action[ChangeJob, JobVie
         raise ApiError(400, sentence(error), "invalid_job_state") from error
     except TunesmithError as error:
         raise not_stored(error) from error
-    return JSONResponse(job_object(await serving.listing.run(user.name, look), serving.project).document())
+    return document(job_object(await serving.listing.run(user.name, look), serving.project))
 
 
 def _found(call: Call, identifier: str) -> JobRow:

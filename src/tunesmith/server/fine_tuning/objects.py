@@ -6,7 +6,7 @@ What is not supported is refused by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
@@ -20,6 +20,7 @@ from tunesmith.services.fine_tuning import VALIDATING, Arguments, Hyperparameter
 from tunesmith.services.jobs import LogLine, for_client
 from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobRow
 
+Item = TypeVar("Item", bound=View)
 _NOT_SUPPORTED = "is not supported"
 Auto: TypeAlias = Literal["auto"] | None
 
@@ -147,12 +148,16 @@ class FineTuningJob(View):
     integrations: tuple[Any, ...]
 
 
-class FineTuningJobList(View):
-    """A page of jobs, newest first."""
+class Listed(View, Generic[Item]):
+    """A page of a list."""
 
     object: Literal["list"]
-    data: tuple[FineTuningJob, ...]
+    data: tuple[Item, ...]
     has_more: bool
+
+
+class FineTuningJobList(Listed[FineTuningJob]):
+    """A page of jobs, newest first."""
 
 
 class FineTuningEvent(View):
@@ -167,12 +172,8 @@ class FineTuningEvent(View):
     data: dict[str, Any] | None
 
 
-class FineTuningEventList(View):
+class FineTuningEventList(Listed[FineTuningEvent]):
     """A page of events, newest first."""
-
-    object: Literal["list"]
-    data: tuple[FineTuningEvent, ...]
-    has_more: bool
 
 
 class Checkpoint(View):
@@ -187,14 +188,15 @@ class Checkpoint(View):
     step_number: int
 
 
-class CheckpointList(View):
-    """A page of checkpoints."""
+class ListedWithEnds(Listed[Item]):
+    """A page that names its first and its last item; null where it has none."""
 
-    object: Literal["list"]
-    data: tuple[Checkpoint, ...]
     first_id: str | None
     last_id: str | None
-    has_more: bool
+
+
+class CheckpointList(ListedWithEnds[Checkpoint]):
+    """A page of checkpoints."""
 
 
 class FileObject(View):
@@ -211,14 +213,8 @@ class FileObject(View):
     status_details: str | None
 
 
-class FileList(View):
+class FileList(ListedWithEnds[FileObject]):
     """A page of files. has_more: whether there are more behind last_id."""
-
-    object: Literal["list"]
-    data: tuple[FileObject, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class FileDeleted(View):

@@ -79,8 +79,5 @@ document.addEventListener("submit", async (event) => {
   }
 });
 
-document.addEventListener("htmx:beforeRequest", (event) => {
-  if (event.target.matches("form")) document.getElementById("notice").replaceChildren();
-});
 document.addEventListener("htmx:afterSwap", (event) => prepare(event.detail.target).catch(tell));
 prepare(document).catch(tell);
