@@ -8,7 +8,7 @@ from tunesmith import project
 from tunesmith.core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from tunesmith.services.training import RunSummary
+    from tunesmith.pipeline.run import RunSummary
 
 
 class Project(project.Project):
@@ -23,6 +23,6 @@ class Project(project.Project):
 
         actor: who signs; by default $TUNESMITH_USER, else the store's owner.
         """
-        from tunesmith.services.training import run
+        from tunesmith.pipeline.run import run
 
         return run(self, progress=progress, actor=actor)

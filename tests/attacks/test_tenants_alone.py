@@ -14,13 +14,15 @@ from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
 from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.fine_tuning import Arguments, perform_fine_tuning
 from tunesmith.jobs.performing import perform
 from tunesmith.project import Project
 from tunesmith.services.evaluations import list_evaluations
-from tunesmith.services.fine_tuning import PURPOSE, Arguments, create, perform_fine_tuning
+from tunesmith.services.jobs import add_fine_tuning
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.tables import FINE_TUNING
+from tunesmith.store.uploads import PURPOSE
 
 
 def tuned(folder: Path, tenant: str, data: bytes) -> dict[str, Any]:
@@ -33,7 +35,9 @@ def tuned(folder: Path, tenant: str, data: bytes) -> dict[str, Any]:
     source = folder / "upload.jsonl"
     source.write_bytes(data)
     file = uploads.put(store, source, name="rows.jsonl", purpose=PURPOSE, actor=user.name, scope=scope).file
-    job = create(project, Arguments(model=MODEL, training_file=file, settings=project.settings.digest), user=user)
+    job = add_fine_tuning(
+        project, Arguments(model=MODEL, training_file=file, settings=project.settings.digest), user=user
+    )
     lease = leases.claim(store, "w", [FINE_TUNING], project="tiny")
     assert lease is not None
     perform(store, lease, lambda progress: perform_fine_tuning(project, job, progress))

@@ -19,10 +19,11 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
-from tunesmith.services import lineage, users
+from tunesmith.services import audit
 from tunesmith.services import versions as service
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
+from tunesmith.store.people.proposed_keys import waiting_keys
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
@@ -56,7 +57,7 @@ def test_a_key_of_a_browser_is_confirmed_and_refuses_and_approves(
     waiting = ada.locator("section", has=ada.get_by_role("heading", name="Waiting for an admin"))
     expect(waiting.get_by_text("in this browser")).to_be_visible()
     told = re.sub(r"\s", "", waiting.locator(".fingerprint").inner_text())
-    (proposed,) = users.waiting_keys(store, "ada")
+    (proposed,) = waiting_keys(store, "ada")
     assert proposed.fingerprint == f"sha256:{told}"
     check_page(ada)
 
@@ -133,7 +134,7 @@ def test_lineage_leads_to_a_licence_and_is_verified(
     expect(page.get_by_role("heading", level=1)).to_contain_text("Dataset")
     expect(page.locator("section", has=page.get_by_role("heading", name="Rows"))).to_contain_text("Apache-2.0")
     expect(page.locator("main")).not_to_contain_text("switch")  # no row's text
-    monkeypatch.setattr(lineage, "ROWS", 1)
+    monkeypatch.setattr(audit, "ROWS", 1)
     page.reload()
     follow(page.get_by_role("link", name="Next"))
     expect(page.locator(".pager")).to_contain_text("Page 2 of")

@@ -31,7 +31,7 @@ from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.summary import evaluation_summary
 from tunesmith.registry.registration import register
-from tunesmith.services.leaderboard import leaderboard
+from tunesmith.services.evaluations import leaderboard
 from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
 

@@ -73,7 +73,7 @@ def forecast(**changes: Any) -> Forecast:
         "confidence": 0.9, "goal": 0.05, "rival": "plain", "rivals": {"plain": 0.1}, "score": interval,
         "lift": interval, "likely": 0.97, "decision": "train", "curve": [],
         "subsets": [{"rows": 12, "epochs": 3.0, "mean": 0.02}],
-        "training": {"seconds": 90.0, "epochs": 3.0, "money": None}, **changes,
+        "training": {"seconds": 90.0, "epochs": 3.0, "money": None}, "forecast": "sha256:0", **changes,
     })  # fmt: skip
 
 

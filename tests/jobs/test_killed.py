@@ -20,14 +20,15 @@ from tests.forked import forkserver
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
 from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.fine_tuning import Arguments, Hyperparameters
+from tunesmith.jobs.kinds import perform_job
 from tunesmith.jobs.leases import Lease, LeaseLost
-from tunesmith.jobs.queue import JobError
+from tunesmith.jobs.queue import JobError, JobFilter
 from tunesmith.project import Project
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.services import fine_tuning, jobs
-from tunesmith.services.fine_tuning import Arguments, Hyperparameters
+from tunesmith.services import jobs
 from tunesmith.store import audit, database, uploads
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
@@ -67,7 +68,7 @@ def test_no_job_is_lost_or_ends_twice(store: Store, olive: None) -> None:
 
     workers, killed, deadline = [started() for _ in range(WORKERS)], 0, time.monotonic() + 600
     try:
-        while left := queue.list_jobs(store, states=["queued", "running"], most=JOBS):
+        while left := queue.list_jobs(store, JobFilter(["queued", "running"]), most=JOBS):
             assert time.monotonic() < deadline, f"{len(left)} jobs are left"
             time.sleep(0.05)
             if killed < KILLS and len(left) < JOBS * (KILLS - killed) / KILLS:  # spread over the jobs
@@ -106,7 +107,7 @@ def attempt(folder: Path, lease: Lease) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     database._write = counted
-    jobs.perform_in_child(folder, lease, os.getppid())
+    perform_job(folder, lease)
 
 
 @pytest.mark.attack("crash", "kill -9 of a fine-tuning job after every fifth effect")
@@ -123,7 +124,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
         given: dict[str, Any] = {"name": "rows.jsonl", "purpose": "fine-tune", "actor": OWNER, "scope": Scope()}
         file = uploads.put(store, work / "rows", **given)
     asked = Arguments(settings="", model=MODEL, training_file=file.file, hyperparameters=Hyperparameters(n_epochs=1))
-    number = fine_tuning.create(project, asked, user=owner).id
+    number = jobs.add_fine_tuning(project, asked, user=owner).id
     with store.writing() as session:
         session.execute(update(JobRow).values(most_attempts=100))
     killed = 0

@@ -30,7 +30,6 @@ from tunesmith.jobs.on_ray import _Performer
 from tunesmith.jobs.project_places import check_node, make_places
 from tunesmith.project import Project
 from tunesmith.services import jobs, training
-from tunesmith.services.jobs import perform_in_child
 
 HERE = socket.gethostname()
 
@@ -72,7 +71,7 @@ def places(project: Project, ray: Any, at_once: int | None = None, say: Any = pr
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_cluster, "connected", connected)
-        return make_places(project, at_once, perform_in_child, say)
+        return make_places(project, at_once, say)
 
 
 def test_as_many_jobs_at_once_as_the_nodes_have_room_for(

@@ -241,7 +241,7 @@ def test_pages_of_the_list(store: Store, clock: SetClock) -> None:
     numbers = [add(store).id for _ in range(5)]
     assert [job.id for job in queue.list_jobs(store, most=2)] == numbers[:2:-1]
     assert [job.id for job in queue.list_jobs(store, before=numbers[3], most=2)] == [numbers[2], numbers[1]]
-    assert queue.list_jobs(store, states=["failed"]) == []
+    assert queue.list_jobs(store, queue.JobFilter(["failed"])) == []
 
 
 STEPS = 10_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -22,20 +21,19 @@ from tests.http_server import answering
 from tests.rollout.conftest import serve
 from tests.tiny import write_model
 from tests.tiny_project import write_project
-from tests.webhooks.conftest import Receiver, receiver
+from tests.webhooks.conftest import Receiver, deliverer_of, receiver
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases
+from tunesmith.jobs.kinds import perform_job
 from tunesmith.jobs.queue import JobError
-from tunesmith.monitoring import cases
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.causes import CAUSES, Cause
+from tunesmith.pipeline.run import run
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.champions import list_champions, note_champions
-from tunesmith.services import jobs, monitoring, retraining, review, training
-from tunesmith.services.monitoring import Deliverer
-from tunesmith.services.retraining import Retraining
+from tunesmith.services import jobs, monitoring
 from tunesmith.store.people import identities
 from tunesmith.store.tables import WebhookRow
 
@@ -54,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("TUNESMITH_USER", "olive")
         folder = write_project(tmp_path_factory.mktemp("served") / "p", candidates={"held": HELD})
         project = Project.load(folder)
-        training.run(project)
+        run(project)
         identities.add_user(project.store, "ann", ["approver"], actor="olive")
         (version,) = list_versions(project.store, "tiny")
         approve(project.store, version, approver="ann", reason="read")
@@ -77,16 +75,16 @@ def change(folder: Path, **changes: Any) -> None:
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}, sort_keys=False))
 
 
-def look(folder: Path, days: float = 0.0, *, add: bool = True) -> Retraining:
+def look(folder: Path, days: float = 0.0, *, add: bool = True) -> monitoring.Retraining:
     project = Project.load(folder)
     try:
         clock = lambda: datetime.now(UTC) + timedelta(days=days)  # noqa: E731
-        return retraining.look(project, by="olive" if add else None, clock=clock)
+        return monitoring.look(project, by="olive" if add else None, clock=clock)
     finally:
         project.store.engine.dispose()
 
 
-def causes(found: Retraining) -> list[str]:
+def causes(found: monitoring.Retraining) -> list[str]:
     return [each.cause for each in found.causes]
 
 
@@ -155,8 +153,8 @@ def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path, monkeypatch
     assert look(folder, add=False).causes[0].job is None
     assert look(folder).causes[0].job == 1
     with monkeypatch.context() as patch:
-        patch.setattr(retraining, "look", None)  # while a run waits, a worker measures nothing
-        retraining.look_again(folder, str)
+        patch.setattr(monitoring, "look", None)  # while a run waits, a worker measures nothing
+        monitoring.look_again(folder, str)
     add_rows(folder, "tower")
     assert look(folder, 2).causes[0].waits == "job 1 is queued"
     end_job(folder)
@@ -187,7 +185,7 @@ def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(folder: P
 
     def looked(hour: int) -> tuple[str, int]:
         project = Project.load(folder)
-        (found,) = retraining.look(project, clock=lambda: datetime(2031, 5, 1, tzinfo=UTC) + hour * ONE_HOUR).causes
+        (found,) = monitoring.look(project, clock=lambda: datetime(2031, 5, 1, tzinfo=UTC) + hour * ONE_HOUR).causes
         project.store.engine.dispose()
         return found.about, downloads
 
@@ -218,7 +216,7 @@ def test_a_cause_that_cannot_be_looked_for_hides_no_other(folder: Path, monkeypa
     said: list[str] = []
     project = Project.load(folder)
     later = datetime.now(UTC) + timedelta(days=1)
-    found = retraining.look(project, by=project.actor(), clock=lambda: later, say=said.append)
+    found = monitoring.look(project, by=project.actor(), clock=lambda: later, say=said.append)
     project.store.engine.dispose()
     assert [(each.cause, each.job) for each in found.causes] == [("schedule", 1)]
     assert "the cause rows could not be looked for: the server of the rows" in said[0]
@@ -231,26 +229,23 @@ def test_a_worker_deletes_texts_before_it_looks_for_causes(folder: Path, monkeyp
         raise UsageError("the project file cannot be read")
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(retraining, "look_again", failing)
-    monkeypatch.setattr(cases, "delete_expired", lambda _store: done.append("kept texts"))
-    monkeypatch.setattr(review, "tidy", lambda _store: done.append("held answers"))
+    monkeypatch.setattr(jobs, "look_again", failing)
+    monkeypatch.setattr(jobs, "delete_expired", lambda _store: done.append("kept texts"))
+    monkeypatch.setattr(jobs, "tidy", lambda _store: done.append("held answers"))
     result = CliRunner().invoke(app, ["worker", "--until-empty", "-C", str(folder)])
     assert done == ["kept texts", "held answers"]
     assert "nothing was added: the project file cannot be read" in result.stderr
 
 
-def test_a_run_that_gives_the_champion_again_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_gives_the_champion_again_says_so(folder: Path) -> None:
     drifting(folder)
     change(folder, retraining={"causes": ["drift"]})
     project, said = Project.load(folder), list[str]()
-    retraining.look_again(folder, said.append)
+    monitoring.look_again(folder, said.append)
     assert "job 1: queued because of drift" in said[0]
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "end_with_parent", lambda _: None)
-        patch.setattr(signal, "signal", lambda *_: None)
-        jobs.perform_in_child(folder, lease, os.getppid())
+    perform_job(folder, lease)
     (job,) = jobs.list_jobs(project.store).jobs
     assert (job.state, job.error["code"], job.cause) == ("failed", "nothing_new", "drift: tiny@v1")
     result = CliRunner().invoke(app, ["retrain", "-C", str(folder)])
@@ -263,14 +258,14 @@ def test_a_successor_must_not_be_worse_than_the_champion_on_the_present_rows(fol
     add_rows(folder)
     candidates: dict[str, Any] = {"held": {**HELD, "max_tokens": 41}, "champion": CHAMPION}
     change(folder, candidates=candidates, gates=NOT_WORSE)
-    kept = training.run(project := Project.load(folder))
+    kept = run(project := Project.load(folder))
     assert (kept.gate.verdict, kept.gate.candidate) == ("pass", "held")
     assert kept.registered is not None
     assert kept.registered.version == "tiny@v2"
     measured = project.store.record(kept.evaluate.evaluation, kind="evaluation").body["candidates"]
     assert measured["champion"]["metrics"]["json_valid"]["mean"] == 1.0
     change(folder, candidates={"plain": {"prompt": "prompt.txt", "max_tokens": 8}, "champion": CHAMPION})
-    worse = training.run(Project.load(folder))
+    worse = run(Project.load(folder))
     assert (worse.gate.verdict, worse.gate.candidate) == ("fail", "plain"), "the champion is no candidate for release"
 
 
@@ -279,11 +274,11 @@ def test_a_champion_that_cannot_be_measured_is_refused_by_name(folder: Path, tmp
     write_model(folder / "other", seed=9)
     change(folder, base="other")
     with pytest.raises(Refused, match="tiny@v1 was made from another base") as refused:
-        training.run(Project.load(folder))
+        run(Project.load(folder))
     assert refused.value.where == "candidates.champion.version"
     write_project(tmp_path / "new", candidates={"held": HELD, "champion": CHAMPION}, gates=NOT_WORSE)
     with pytest.raises(UsageError, match="there is no version 'tiny@champion'") as missing:
-        training.run(Project.load(tmp_path / "new"))
+        run(Project.load(tmp_path / "new"))
     assert "leave the candidate champion out" in str(missing.value.fix)
     write_project(tmp_path / "new", candidates={"held": HELD, "champion": CHAMPION}, release="champion")
     with pytest.raises(UsageError, match="'champion' is a version that is registered already"):
@@ -308,7 +303,7 @@ def test_other_systems_hear_what_happened_to_a_project(folder: Path, receiver: R
     with project.store.reading() as session:
         champions = list_champions(session, project.store)
     assert note_champions(project.store, champions)
-    Deliverer(project).turn()
+    deliverer_of(project).turn()
     said = [json.loads(body) for _, body in receiver.got]
     assert [(each["type"], each["data"].get("version")) for each in said] == [
         ("version.waiting_for_approval", "tiny@v1"),

@@ -11,7 +11,8 @@ from tests.webhooks.conftest import project_of
 from tunesmith.core import telemetry
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import queue
-from tunesmith.services import jobs, training
+from tunesmith.services import training
+from tunesmith.services.jobs import working
 from tunesmith.store.store import Store
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -24,10 +25,10 @@ def test_the_steps_of_a_job_are_spans(store: Store, monkeypatch: pytest.MonkeyPa
         with progress.task("answers", 2):
             raise Refused("SECRET text of a row")
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr("tunesmith.jobs.kinds.run", run)
     monkeypatch.setenv("OTEL_SERVICE_NAME", "nightly")
     with otlp_receiver(monkeypatch) as receiver, pytest.raises(Refused):
-        jobs.run_here(project_of(store))
+        training.run_here(project_of(store))
     (job,), (training_span,), (answers,) = map(receiver.named, ("job", "training", "answers"))
     stated = {"tunesmith.job.id": 1, "tunesmith.job.kind": "run", "tunesmith.project": "tiny", "error.type": "Refused"}
     assert attributes(job) == stated
@@ -72,7 +73,7 @@ def test_without_the_packages_a_start_is_refused_and_no_job_begun(
 ) -> None:
     monkeypatch.setattr(telemetry, "_is_installed", lambda: False)
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
-    for start in (jobs.run_here, jobs.make_worker):
+    for start in (training.run_here, lambda project: working(project, print).__enter__()):
         with pytest.raises(UsageError, match="not installed") as refused:
             start(project_of(store))
         assert "tunesmith[telemetry]" in str(refused.value.fix)

@@ -22,12 +22,13 @@ from tests.tiny_project import settings, write_project
 from tests.waiting import SECONDS, gone, until
 from tunesmith.api import Project
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.kinds import perform_job
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
 from tunesmith.services import jobs, training
-from tunesmith.services.jobs import OwnWorker, perform_in_child, run_here
+from tunesmith.services.training import run_here
 from tunesmith.store.store import Store
 
 
@@ -124,7 +125,8 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     assert second.wait(SECONDS) == 0
     assert queue.get(store, number).state == "queued"
 
-    third = OwnWorker(folder, said.append)  # a server's
+    third = jobs.OwnWorker(project, said.append)  # a server's
+    third.start()
     until(lambda: queue.get(store, number).ended is not None)
     assert third._process is not None
     third._process.kill()
@@ -139,7 +141,7 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     assert training.repeat(project).same, "the bytes are those of an undisturbed training"
 
 
-def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path) -> None:
     plain: Any = settings()["candidates"]
     folder = write_project(
         tmp_path / "p", candidates={"plain": plain["plain"]}, gates={"valid": {"metric": "json_valid", "at_least": 1.0}}
@@ -156,9 +158,7 @@ def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch
     write_project(folder, candidates={"plain": plain["plain"]}, gates={})
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
-    monkeypatch.setattr("tunesmith.services.jobs.end_with_parent", lambda _: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    perform_in_child(folder, lease, os.getppid())
+    perform_job(folder, lease)
     changed = jobs.show(project.store, queued.job)
     assert (changed.state, changed.error["code"]) == ("failed", "wrong_usage")
     assert "settings changed" in changed.error["what"]

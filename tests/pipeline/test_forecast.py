@@ -16,9 +16,10 @@ from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.progress import Silent, Stopped, Task
+from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import lift_gate
-from tunesmith.services.training import ForecastView, forecast, newest_forecast
+from tunesmith.services.training import forecast, newest_forecast
 from tunesmith.training.estimates.estimate import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings
 
@@ -50,7 +51,7 @@ def held(project: Project) -> int:
 
 
 @pytest.fixture(scope="module")
-def found(project: Project, held: int) -> ForecastView:
+def found(project: Project, held: int) -> Forecast:
     """The project's first forecast, which was stopped on its way: a job that somebody pauses goes on, too."""
     stopping = Stopping(f"tuned on 50 rows answers {held} rows")
     with pytest.raises(Stopped):
@@ -66,7 +67,7 @@ def found(project: Project, held: int) -> ForecastView:
     return made
 
 
-def test_what_a_forecast_says(project: Project, found: ForecastView, held: int) -> None:
+def test_what_a_forecast_says(project: Project, found: Forecast, held: int) -> None:
     store, context = project.store, PipelineContext(project)
     assert found.rows == context.dataset.splits["train"]
     assert [each.rows for each in found.subsets] == [12, 25, 50, 100]
@@ -94,7 +95,7 @@ def test_what_a_forecast_says(project: Project, found: ForecastView, held: int) 
         assert training["settings"]["rehearse"] == 0.0
 
 
-def test_what_is_known_is_not_trained_again(project: Project, found: ForecastView) -> None:
+def test_what_is_known_is_not_trained_again(project: Project, found: Forecast) -> None:
     before = project.store.records_of("training")
     assert forecast(project) == found
     again = forecast(project, goal=-0.99)
@@ -109,7 +110,7 @@ def test_what_is_known_is_not_trained_again(project: Project, found: ForecastVie
     assert project.store.records_of("training") == before
 
 
-def test_the_command_says_it_and_exits_by_the_decision(project: Project, found: ForecastView, held: int) -> None:
+def test_the_command_says_it_and_exits_by_the_decision(project: Project, found: Forecast, held: int) -> None:
     done = CliRunner().invoke(app, ["forecast", "-C", str(project.root)])
     assert done.exit_code == 4
     text = " ".join(done.stdout.split())

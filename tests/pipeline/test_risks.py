@@ -20,6 +20,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.lines import read_items
 from tunesmith.evaluation.probes.measuring import Item
+from tunesmith.pipeline.run import run
 from tunesmith.project import Project, parse_settings
 from tunesmith.records.dataset import Duties
 from tunesmith.registry.opening import open_release
@@ -27,7 +28,6 @@ from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions, load_version
 from tunesmith.services import versions
 from tunesmith.services.evaluations import evaluate, report
-from tunesmith.services.training import run
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow

@@ -29,8 +29,9 @@ from tunesmith.engines.protocol import Question
 from tunesmith.engines.ranks import ALONE
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.run import run
 from tunesmith.project import Project
-from tunesmith.services.training import repeat, run, train
+from tunesmith.services.training import repeat, train
 from tunesmith.store.people import identities
 from tunesmith.store.records import Record
 from tunesmith.training import launchers

@@ -26,7 +26,7 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.services.decisions import approvals_for
+from tunesmith.services.versions import approvals_for
 from tunesmith.store import audit
 from tunesmith.store.audit import Head
 from tunesmith.store.people import identities, user_keys

@@ -25,9 +25,9 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.text.names import Scope
 from tunesmith.registry.signing.attestations import ENVELOPE, fingerprint_of, public_pem, signed_bytes
 from tunesmith.registry.versions import Version
-from tunesmith.services import decisions
+from tunesmith.services import versions as service
 from tunesmith.services.actions import Action
-from tunesmith.services.decisions import PrepareDecision
+from tunesmith.services.versions import PrepareDecision
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import revoke_key
@@ -190,7 +190,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
     assert served.post().status_code == 404
 
     def decide(version: str = f"{NAME}@v1", server: str = served.url, key: Path | None = ada.file) -> object:
-        return decisions.decide(server, key, PrepareDecision(version=version, decision="approve"))
+        return service.decide(server, key, PrepareDecision(version=version, decision="approve"))
 
     new_key(tmp_path / "other.pem")
     with pytest.raises(Refused, match="not an active one"):
@@ -209,7 +209,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
             CliRunner().invoke(app, [*elsewhere, *more, "-C", str(tmp_path)], catch_exceptions=False)
     asked: list[str] = []
     lie: dict[str, Any] = {}
-    honest = decisions._sent
+    honest = service._sent
 
     def lying(http: httpx.Client, to: Action[Any, Any], sent: dict[str, Any]) -> Any:
         """A server that states another version than it was asked for."""
@@ -218,7 +218,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
         found.statement.update(lie)
         return found
 
-    monkeypatch.setattr(decisions, "_sent", lying)
+    monkeypatch.setattr(service, "_sent", lying)
     for untrue, said in (
         ({"subject": [{"name": versions[2].label, "digest": {"sha256": "0" * 64}}]}, "asks for another signature"),
         ({"predicateType": "urn:tunesmith:key-change:v1"}, "not an approval or refusal"),

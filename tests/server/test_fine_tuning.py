@@ -23,23 +23,22 @@ from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settin
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.names import Scope, check_name
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.fine_tuning import (
+    VALIDATING,
+    Arguments,
+    Hyperparameters,
+    Uploaded,
+    derived,
+    perform_fine_tuning,
+    series,
+)
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.pipeline.candidates import candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import resolve
-from tunesmith.services.fine_tuning import (
-    VALIDATING,
-    Arguments,
-    Hyperparameters,
-    Uploaded,
-    create,
-    derived,
-    find,
-    perform_fine_tuning,
-    series,
-)
+from tunesmith.services.jobs import add_fine_tuning, find_fine_tuning
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import get_user
 from tunesmith.store.people.tokens import issue_token, revoke_token
@@ -246,7 +245,7 @@ def test_files_that_cannot_be_used_end_the_job(client: openai.OpenAI, tuner: Ser
         made = client.fine_tuning.jobs.create(model=MODEL, training_file=file)
         if data is None:
             client.files.delete(file)
-        job = find(tuner.scene.store, int(made.id[6:]), get_user(tuner.scene.store, OWNER))
+        job = find_fine_tuning(tuner.scene.store, made.id, get_user(tuner.scene.store, OWNER))
         assert job is not None
         perform(tuner.scene.store, claimed(tuner), partial(perform_fine_tuning, project, job))
         found = client.fine_tuning.jobs.retrieve(made.id)
@@ -349,12 +348,12 @@ def test_a_candidate_that_is_the_champion_is_the_one_that_serves_the_jobs_tenant
         return version
 
     with pytest.raises(UsageError, match="no champion of home-ft or home to compare with"):
-        create(project, arguments, user=get_user(scene.store, OWNER))
+        add_fine_tuning(project, arguments, user=get_user(scene.store, OWNER))
     begin(scene, resolve(scene.store, f"{NAME}@v1"))
     assert used(acme) == "home@v1"
     begin(scene, scene.version(9, name="home-ft", scope=acme), name="home-ft", scope=acme)
     assert [used(scope) for scope in (acme, Scope("globex"), Scope())] == ["home-ft@v1", "home@v1", "home@v1"]
-    assert create(project, arguments, user=get_user(scene.store, OWNER)).scope == acme
+    assert add_fine_tuning(project, arguments, user=get_user(scene.store, OWNER)).scope == acme
 
 
 def test_a_name_means_a_base(tmp_path: Path) -> None:

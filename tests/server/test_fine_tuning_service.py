@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,12 +41,12 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Stopped, Task
 from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, performing, queue
+from tunesmith.jobs.fine_tuning import VALIDATING, perform_fine_tuning
+from tunesmith.jobs.kinds import perform_job
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.fine_tuning import VALIDATING, perform_fine_tuning
-from tunesmith.services.jobs import perform_in_child
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import FINE_TUNING
@@ -206,13 +205,10 @@ class Tuner:
             perform(project.store, lease, work, shown=halt or SILENT)
         return self.client.fine_tuning.jobs.retrieve(f"ftjob-{lease.job}")
 
-    def performed_in_child(self, monkeypatch: pytest.MonkeyPatch) -> FineTuningJob:
+    def performed_in_child(self) -> FineTuningJob:
         """A job after what a worker's child does, but in this process."""
         lease = self.taken()
-        with monkeypatch.context() as patch:
-            patch.setattr("tunesmith.services.jobs.end_with_parent", lambda _: None)
-            patch.setattr(signal, "signal", lambda *_: None)
-            perform_in_child(self.folder, lease, os.getppid())
+        perform_job(self.folder, lease)
         return self.client.fine_tuning.jobs.retrieve(f"ftjob-{lease.job}")
 
 
@@ -266,7 +262,7 @@ def test_a_job_is_cancelled_in_every_phase_and_the_next_one_goes_on_from_there(t
     assert len(skipped) > 2, "what the cancelled jobs had finished is used"
 
 
-def test_a_job_that_fails_says_why(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_fails_says_why(tuner: Tuner) -> None:
     """A base that is gone, settings that changed, and rows that are too few to decide."""
 
     def failed(done: FineTuningJob, code: str, *said: str) -> str:
@@ -279,7 +275,7 @@ def test_a_job_that_fails_says_why(tuner: Tuner, monkeypatch: pytest.MonkeyPatch
     base = tuner.folder / "model"
     tuner.created()
     shutil.move(base, tuner.folder / "elsewhere")
-    message = failed(tuner.performed_in_child(monkeypatch), "wrong_usage", "base 'model' is not a folder")
+    message = failed(tuner.performed_in_child(), "wrong_usage", "base 'model' is not a folder")
     assert str(tuner.folder) not in message, "clients do not see this machine's paths"
     shutil.move(tuner.folder / "elsewhere", base)
 
@@ -290,5 +286,5 @@ def test_a_job_that_fails_says_why(tuner: Tuner, monkeypatch: pytest.MonkeyPatch
     tuner.created()
     write_fine_tuning_project(tuner.folder, gates={})
     more = "create another fine-tuning job after a restart"
-    failed(tuner.performed_in_child(monkeypatch), "wrong_usage", "settings changed since this job was queued", more)
+    failed(tuner.performed_in_child(), "wrong_usage", "settings changed since this job was queued", more)
     assert list_versions(tuner.project.store) == []

@@ -251,7 +251,7 @@ def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
         end = time.monotonic() + 300
         while review.count_held(serving.store):
             assert time.monotonic() < end
-            review.tidy(serving.store)
+            queue.tidy(serving.store)
 
     with ThreadPoolExecutor(4) as pool:
         deciding = [pool.submit(reviewer, STEWARD, "release"), pool.submit(reviewer, APPROVER, "refuse")]

@@ -21,6 +21,7 @@ from tunesmith.registry.signing.signatures import Untrusted
 from tunesmith.registry.versions import Version
 from tunesmith.services import users
 from tunesmith.store.people.identities import add_user, deactivate, get_user, list_users
+from tunesmith.store.people.proposed_keys import waiting_keys
 from tunesmith.store.store import Store
 
 __all__ = ["made", "scene", "versions"]
@@ -57,7 +58,7 @@ def test_a_proposed_key_signs_once_another_person_confirmed_it(scene: Scene, ver
     spoken = " ".join(fingerprint[7:31][i : i + 4] for i in range(0, 24, 4)).upper()
     done = do(store, users.confirm_key, actor=OWNER, user=APPROVER, fingerprint=spoken)
     assert (done.fingerprint, get_user(store, APPROVER).fingerprint) == (fingerprint, fingerprint)
-    assert not users.waiting_keys(store)
+    assert not waiting_keys(store)
     assert submit_approval(store, seal(request, key)).approval.approver == APPROVER
     assert verify_log(store) == []
     with pytest.raises(Refused, match="this key is bob's"):
@@ -72,7 +73,7 @@ def test_proposals_end_are_few_and_of_p256(scene: Scene) -> None:
             do(store, users.propose_key, actor=APPROVER, public_key=wrong)
     _, first = proposal(store)
     prints = [first, *(proposal(store)[1] for _ in range(4))]
-    assert [key.fingerprint for key in users.waiting_keys(store, APPROVER)] == prints
+    assert [key.fingerprint for key in waiting_keys(store, APPROVER)] == prints
     with pytest.raises(UsageError, match="5 keys of bob wait"):
         proposal(store)
     with pytest.raises(Refused, match="it takes admin"):
@@ -83,7 +84,7 @@ def test_proposals_end_are_few_and_of_p256(scene: Scene) -> None:
         do(store, users.confirm_key, actor=OWNER, user=APPROVER, fingerprint=first)
     _, of_olga = proposal(store, "olga")
     deactivate(store, APPROVER, actor=OWNER)
-    assert [key.fingerprint for key in users.waiting_keys(store)] == [of_olga]
+    assert [key.fingerprint for key in waiting_keys(store)] == [of_olga]
     assert {user.name for user in list_users(store) if user.keys} == {OWNER, APPROVER}
     assert verify_log(store) == []
 

@@ -13,8 +13,8 @@ import yaml
 from tests.http_server import answering
 from tests.tiny_project import settings
 from tunesmith.project import Project, parse_settings
-from tunesmith.services.monitoring import Deliverer
 from tunesmith.store.store import Store
+from tunesmith.webhooks.delivering import Deliverer
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -75,6 +75,10 @@ def project_of(store: Store, **webhooks: dict[str, Any]) -> Project:
 
 def deliverer(store: Store, url: str, **more: Any) -> Deliverer:
     """Sends to one webhook, ops, which has seen everything so far."""
-    found = Deliverer(project_of(store, ops={"url": url, "secret": "HOOK_SECRET", **more}))
+    found = deliverer_of(project_of(store, ops={"url": url, "secret": "HOOK_SECRET", **more}))
     found.turn()
     return found
+
+
+def deliverer_of(project: Project) -> Deliverer:
+    return Deliverer(project.store, project.settings.name, project.settings.webhooks, print)

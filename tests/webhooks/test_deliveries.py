@@ -22,18 +22,17 @@ from tests.forked import run_forked
 from tests.http_server import answering
 from tests.tiny_project import settings
 from tests.waiting import until
-from tests.webhooks.conftest import SECRET, Receiver, deliverer, project_of
+from tests.webhooks.conftest import SECRET, Receiver, deliverer, deliverer_of, project_of
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.queue import JobError
 from tunesmith.project import parse_settings
 from tunesmith.services import monitoring
-from tunesmith.services.monitoring import Deliverer, check_secrets
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
-from tunesmith.webhooks import deliveries, sending
-from tunesmith.webhooks.sending import signed_headers
+from tunesmith.webhooks import deliveries, delivering, sending
+from tunesmith.webhooks.sending import secrets_of, signed_headers
 
 
 def ended(store: Store, kind: str = "run", error: str = "", what: str = "private text") -> int:
@@ -109,17 +108,17 @@ def test_a_process_killed_after_sending_sends_the_same_id_again(
     store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = project_of(store, ops={"url": receiver.url, "secret": "HOOK_SECRET"})
-    Deliverer(project).turn()
+    deliverer_of(project).turn()
     ended(store)
     store.engine.dispose()
 
     def killed() -> None:
         monkeypatch.setattr(deliveries, "record", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        Deliverer(project).turn()
+        deliverer_of(project).turn()
 
     assert run_forked(killed) == signal.SIGKILL
-    Deliverer(project).turn()
-    Deliverer(project).turn()
+    deliverer_of(project).turn()
+    deliverer_of(project).turn()
     assert len(receiver.got) == 2
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
 
@@ -139,7 +138,7 @@ def test_a_webhook_gets_what_happens_from_then_on_and_what_it_asked_for(store: S
     receiver.answers = [500]
     ended(store, error="refused")
     sender.turn()
-    other = Deliverer(project_of(store, other={"url": receiver.url, "secret": "HOOK_SECRET"}))
+    other = deliverer_of(project_of(store, other={"url": receiver.url, "secret": "HOOK_SECRET"}))
     other.turn()
     assert deliveries.count(store, "tiny") == {}, "nothing waits for a webhook that is gone"
     other.turn()
@@ -152,11 +151,11 @@ def test_a_webhook_that_hangs_or_is_away_keeps_no_other_waiting(
     hanging = Receiver()
     hanging.drips = True
     both = {"a": {"url": hanging.url, "secret": "HOOK_SECRET"}, "b": {"url": receiver.url, "secret": "HOOK_SECRET"}}
-    sender = Deliverer(project_of(store, **both))
+    sender = deliverer_of(project_of(store, **both))
     sender.turn()
     for _ in range(3):
         ended(store)
-    monkeypatch.setattr("tunesmith.services.monitoring.send", lambda queues: sending.send(queues, 3.0))
+    monkeypatch.setattr("tunesmith.webhooks.delivering.send", lambda queues: sending.send(queues, 3.0))
     with answering(hanging):
         sender.turn()
     assert (len(hanging.got), len(receiver.got)) == (1, 3)
@@ -170,8 +169,8 @@ def test_a_webhook_that_hangs_or_is_away_keeps_no_other_waiting(
 
 
 def test_one_process_sends_at_a_time(store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitoring, "_POLL", 0.05)
-    monkeypatch.setattr(monitoring, "_HELD", 0.05)
+    monkeypatch.setattr(delivering, "_POLL", 0.05)
+    monkeypatch.setattr(delivering, "_HELD", 0.05)
     sender = deliverer(store, receiver.url)
     ended(store)
     with store.lock("webhooks tiny", "another worker"):
@@ -222,7 +221,7 @@ def test_what_is_taken_and_changes_no_result(store: Store) -> None:
 def test_a_bad_secret_is_refused_and_never_shown(store: Store, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("HOOK_SECRET", given)
     with pytest.raises(UsageError, match="HOOK_SECRET") as refused:
-        check_secrets(project_of(store, ops=HOOK))
+        secrets_of(project_of(store, ops=HOOK).settings.webhooks)
     assert refused.value.where == "webhooks.ops.secret"
     assert not given or given not in f"{refused.value.what} {refused.value.fix}"
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.report.evidence import EvidenceReport
     from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary
     from tunesmith.records.evaluation import MetricInterval
-    from tunesmith.services.leaderboard import Leaderboard
+    from tunesmith.services.evaluations import Leaderboard
 
 EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -84,7 +84,7 @@ def leaderboard(here: Here, name: str | None = None) -> None:
 
     name: A version's name; by default all names.
     """
-    here.emit(services.leaderboard.leaderboard(here.store, name), _draw_leaderboard)
+    here.emit(services.evaluations.leaderboard(here.store, name), _draw_leaderboard)
 
 
 def report(

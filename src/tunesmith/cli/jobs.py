@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from tunesmith.core.errors import UsageError
 
 if TYPE_CHECKING:
     from tunesmith.services.jobs import JobList, JobLog, JobView
-    from tunesmith.services.retraining import Retraining
+    from tunesmith.services.monitoring import Retraining
 
 Number = Annotated[int, typer.Argument(min=1, help="A job's number.")]
 
@@ -48,21 +47,18 @@ def worker(
     """
     import signal
 
-    project = here.project
-    tidy_up = functools.partial(services.jobs.tidy_up, project, say)
-    working = services.jobs.make_worker(project, at_once=at_once, lease_seconds=lease, say=say, also=tidy_up)
+    with services.jobs.working(here.project, say, at_once=at_once, lease_seconds=lease) as performer:
 
-    def stop(number: int, _frame: object) -> None:
-        if working.stopping.is_set():
-            raise KeyboardInterrupt
-        say("stopping: the jobs go back into the queue after their present step; a second signal ends them at once")
-        working.stopping.set()
+        def stop(number: int, _frame: object) -> None:
+            if performer.stopping.is_set():
+                raise KeyboardInterrupt
+            say("stopping: the jobs go back into the queue after their present step; a second signal ends them at once")
+            performer.stopping.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    with services.monitoring.delivering(project, say):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
-        working.run(until_empty=until_empty)
+        performer.run(until_empty=until_empty)
 
 
 def retrain(here: Acting, *, add: Annotated[bool, typer.Option("--queue")] = False) -> int:
@@ -72,7 +68,7 @@ def retrain(here: Acting, *, add: Annotated[bool, typer.Option("--queue")] = Fal
 
     add: Queue a run, as a worker does.
     """
-    found = here.do(services.retraining.retrain) if add else services.retraining.look(here.project, say=say)
+    found = here.do(services.monitoring.retrain) if add else services.monitoring.look(here.project, say=say)
     here.emit(found, _draw_retraining)
     return 3 if any(each.job is None for each in found.causes) else 0
 

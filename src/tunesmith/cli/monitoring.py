@@ -102,7 +102,7 @@ def recall(
         raise UsageError(f"name exactly one thing to recall, not {len(named)}", fix=f"one of {options}")
     ((kind, value),) = named
     if check:
-        status = services.monitoring.recall_status_of(here.store, services.monitoring.cause_of(here.store, kind, value))
+        status = services.monitoring.recall_status_of(here.store, kind, value)
         here.emit(status, _draw_status)
         return 0 if status.gone else 3
     done = here.do(services.monitoring.recall, kind=kind, value=value)

@@ -16,8 +16,11 @@ from tunesmith.core.system.machine import started_by_torchrun
 from tunesmith.core.text.wording import percent
 
 if TYPE_CHECKING:
+    from tunesmith.evaluation.learning_curve import Forecast
+    from tunesmith.pipeline.run import RunSummary, TrainingSummary
+    from tunesmith.pipeline.training import Repeated
     from tunesmith.records.search import SettingsTrial
-    from tunesmith.services.training import Repeated, RunSummary, SettingsSearch, TrainingSummary
+    from tunesmith.services.training import SettingsSearch
 
 
 FORECAST_EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
@@ -53,7 +56,7 @@ def run(
         return 0
     if priority or key is not None:
         raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
-    done = services.jobs.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
+    done = services.training.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
     here.emit(done, _draw_run)
     return evaluation.EXITS[done.gate.verdict]
 
@@ -254,7 +257,7 @@ def _draw_run(done: RunSummary) -> Drawn:
         yield f"  {command:<52} {why}"
 
 
-def _draw_forecast(found: services.training.ForecastView) -> Drawn:
+def _draw_forecast(found: Forecast) -> Drawn:
     rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
     rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
     rows += [

@@ -68,8 +68,7 @@ def serve(
     from tunesmith.server.serving import Serving
 
     project = here.project
-    if worker:
-        services.monitoring.check_secrets(project)
+    beside = services.jobs.OwnWorker(project, say) if worker else None
     if project.settings.login is not None:
         client_secret(project.settings.login)
     listening = _listen(host, port)
@@ -112,7 +111,8 @@ def serve(
     logs.setFormatter(LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logs.addFilter(NoRepeats())
     logging.basicConfig(level=logging.INFO, handlers=[logs])
-    beside = services.jobs.OwnWorker(project.root, say) if worker else None
+    if beside is not None:
+        beside.start()
     try:
         DrainingServer(app).run(sockets=[listening])
     finally:

@@ -118,7 +118,7 @@ def tokens(here: Here, user: str | None = None) -> None:
 
     user: Whose; by default all.
     """
-    here.emit(services.users.list_tokens(here.store, user), _draw_tokens)
+    here.emit(services.users.list_tokens(here.store, user=user), _draw_tokens)
 
 
 def revoke_token(here: Acting, user: User, name: str) -> None:

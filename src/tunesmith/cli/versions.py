@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tunesmith.registry.risk import Approvals
     from tunesmith.registry.verification import Verification
-    from tunesmith.services.lineage import Node
+    from tunesmith.services.audit import Node
     from tunesmith.services.versions import ExportedVersion, RegisteredVersion, VersionList
 
 Server = Annotated[
@@ -81,7 +81,7 @@ def approve(
     reason: Why; required where the gates were overridden.
     """
     if not _decided_there(here, server, key, "approve"):
-        here.emit(here.do(services.decisions.approve), _draw_decision)
+        here.emit(here.do(services.versions.approve), _draw_decision)
 
 
 def refuse(
@@ -101,7 +101,7 @@ def refuse(
     reason: Why; it is signed with the refusal.
     """
     if not _decided_there(here, server, key, "refuse"):
-        here.emit(here.do(services.decisions.refuse), _draw_decision)
+        here.emit(here.do(services.versions.refuse), _draw_decision)
         for champion in services.rollouts.refused_champions(here.store):
             say(f"warning: {champion.warning}")
 
@@ -112,8 +112,8 @@ def _decided_there(here: Acting, server: str | None, key: Path | None, decision:
         if key is not None:
             raise UsageError("--key applies to --server", fix="set TUNESMITH_KEYS to the folder of your keys instead")
         return False
-    prepare = here.request(services.decisions.prepare, decision=decision)
-    here.emit(services.decisions.decide(server, key, prepare, actor=here.actor), _draw_decision)
+    prepare = here.request(services.versions.prepare_decision, decision=decision)
+    here.emit(services.versions.decide(server, key, prepare, actor=here.actor), _draw_decision)
     return True
 
 
@@ -163,7 +163,7 @@ def show(
     if what is not None:
         if name:
             raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
-        found = services.lineage.tree(here.store, what, scope=Scope(tenant or "", region or ""))
+        found = services.audit.tree(here.store, what, scope=Scope(tenant or "", region or ""))
         here.emit(found, _draw_lineage)
         return
     listed = services.versions.list_versions(here.store, name=name, limit=limit)
@@ -219,7 +219,7 @@ def _draw_registered(version: RegisteredVersion) -> Drawn:
     yield f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE"
 
 
-def _draw_decision(done: services.decisions.RecordedDecision) -> Drawn:
+def _draw_decision(done: services.versions.RecordedDecision) -> Drawn:
     said = "approved" if done.decision == "approve" else "refused"
     yield f"{done.version} ({done.digest}) is {said} by {done.approver}"
     if done.decision == "refuse":

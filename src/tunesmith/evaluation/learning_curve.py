@@ -24,6 +24,7 @@ from tunesmith.core.text.wording import duration, money, percent, points
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
 from tunesmith.records.forecast import CurvePoint, Expected, Extrapolated, ForecastBody
+from tunesmith.store.store import Store
 
 CONFIDENCE = 0.9  # two-sided, of every interval
 LIKELY, UNLIKELY = 0.9, 0.1  # probabilities of reaching the goal from which, and up to which, a forecast decides
@@ -151,7 +152,15 @@ def _width(values: Floats) -> float:
 
 
 class Forecast(ForecastBody):
-    """What a training will give, with sentences for people."""
+    """What a training will give, with sentences for people. forecast: its record's digest."""
+
+    forecast: str
+
+    @classmethod
+    def recorded(cls, store: Store, digest: str) -> Forecast:
+        """A recorded forecast. Of one that an earlier version made, what is still computed."""
+        body = ForecastBody.read(store, digest)
+        return cls(**{name: getattr(body, name) for name in ForecastBody.model_fields}, forecast=digest)
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -242,6 +242,13 @@ def delete_over(store: Store) -> None:
             session.execute(delete(HeldRow).where(over, HeldRow.state != WAITING))
 
 
+def tidy(store: Store) -> list[State]:
+    """Decide on the answers whose deadline is over and delete those whose time is; returns the outcomes."""
+    outcomes = expire_due(store)
+    delete_over(store)
+    return outcomes
+
+
 def response_of(row: HeldRow) -> JsonObject | None:
     """The chat.completion object that left, or may leave; None for an answer that waits or was refused."""
     response: JsonObject = row.texts["response"]

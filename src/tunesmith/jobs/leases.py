@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, overload
 
 from sqlalchemy import BindParameter, and_, bindparam, func, or_, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
@@ -126,24 +125,18 @@ def _take_back(session: Session, project: str, now: float) -> None:
 
 def check(session: Session, lease: Lease) -> None:
     """Raise LeaseLost where the job was taken back. For `Store.fenced`."""
-    _mine(session, lease, JobRow.id)
-
-
-@overload
-def _mine(session: Session, lease: Lease) -> JobRow: ...
-@overload
-def _mine(session: Session, lease: Lease, what: InstrumentedAttribute[int]) -> int: ...
-def _mine(session: Session, lease: Lease, what: Any = JobRow) -> Any:
-    """The job's row, or one column of it. Raises LeaseLost."""
-    held = select(what).where(JobRow.id == lease.job, JobRow.fence == lease.fence, JobRow.state == "running")
-    row = session.scalars(held).first()
-    if row is None:
+    held = select(JobRow.id).where(JobRow.id == lease.job, JobRow.fence == lease.fence, JobRow.state == "running")
+    if session.scalar(held) is None:
         raise LeaseLost(
             "this process no longer holds the job, so it can record nothing",
             where=f"job {lease.job}",
             fix=NextStep("see who performs it now", "jobs show", job=lease.job),
         )
-    return row
+
+
+def _mine(session: Session, lease: Lease) -> JobRow:
+    check(session, lease)
+    return session.get_one(JobRow, lease.job)
 
 
 def renew(
@@ -168,7 +161,8 @@ def renew(
 def log(store: Store, lease: Lease, message: str) -> None:
     """Add a line to the job's log."""
     with store.writing() as session:
-        add_event(session, _mine(session, lease, JobRow.id), queue.database_time(session), message)
+        check(session, lease)
+        add_event(session, lease.job, queue.database_time(session), message)
 
 
 # What came of it

@@ -14,7 +14,8 @@ from tunesmith.core import telemetry
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.jobs import leases
+from tunesmith.core.telemetry import names
+from tunesmith.jobs import leases, queue
 from tunesmith.jobs.curves import Curves
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.queue import JobError, JobStep
@@ -134,7 +135,10 @@ def perform(
     if stopping is not None:
         progress.stopping = stopping
     try:
-        with store.fenced(lambda session: leases.check(session, lease)), _beating(store, lease, progress):
+        job = queue.get(store, lease.job)
+        stated: Mapping[str, str | int] = {names.JOB: job.id, names.JOB_KIND: job.kind, names.PROJECT: job.project}
+        fenced = store.fenced(lambda session: leases.check(session, lease))
+        with fenced, _beating(store, lease, progress), telemetry.span(names.JOB_SPAN, stated):
             outcome = work(progress)
         leases.finish(store, lease, outcome.result, outcome.error)
     except BaseException as error:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypeAlias
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Silent
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.kinds import perform_in_child
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.places import LocalPlace, Place
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
@@ -22,21 +22,15 @@ from tunesmith.project import JobSettings, Project
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
 
-# Performs a job of the project in a folder. Gets the number of the process that started it.
-Perform: TypeAlias = Callable[[Path, Lease, int], None]
 
-
-def make_places(
-    project: Project, at_once: int | None, perform: Perform, say: Callable[[str], None] = lambda _: None
-) -> Sequence[Place]:
+def make_places(project: Project, at_once: int | None, say: Callable[[str], None]) -> Sequence[Place]:
     """Places for so many jobs at once; None: as many as suit the machine or the cluster.
 
-    perform: a function of a module. say: is told what a cluster lacks. Raises UsageError or Refused for settings that
-    cannot be.
+    say: is told what a cluster lacks. Raises UsageError or Refused for settings that cannot be.
     """
     jobs = project.settings.jobs
     if jobs.runner == "ray":
-        return _places_on_ray(project, jobs, at_once, perform, say)
+        return _places_on_ray(project, jobs, at_once, say)
     from tunesmith.engines.device import gpu_names
 
     cores, gpus, server = usable_cores(), gpu_names(), project.settings.server
@@ -51,24 +45,24 @@ def make_places(
     spreads = starts_servers or project.settings.engine.ray is not None
     if at_once is None:
         at_once = 1 if spreads else max(1, min(len(gpus), len(cores)))
-    return [LocalPlace(slot, partial(_start, perform, project.root)) for slot in divide(at_once, cores, gpus)]
+    return [LocalPlace(slot, partial(_start, project.root)) for slot in divide(at_once, cores, gpus)]
 
 
-def _start(perform: Perform, root: Path, lease: Lease, held: HeldSlot) -> BaseProcess:
+def _start(root: Path, lease: Lease, held: HeldSlot) -> BaseProcess:
     process = multiprocessing.get_context("spawn").Process(
-        target=_perform_in_slot, args=(perform, root, lease, os.getpid(), held), name=f"job {lease.job}"
+        target=_perform_in_slot, args=(root, lease, os.getpid(), held), name=f"job {lease.job}"
     )
     process.start()
     return process
 
 
-def _perform_in_slot(perform: Perform, root: Path, lease: Lease, parent: int, held: HeldSlot) -> None:
+def _perform_in_slot(root: Path, lease: Lease, parent: int, held: HeldSlot) -> None:
     held.show_gpus()
-    perform(root, lease, parent)
+    perform_in_child(root, lease, parent)
 
 
 def _places_on_ray(
-    project: Project, jobs: JobSettings, at_once: int | None, perform: Perform, say: Callable[[str], None]
+    project: Project, jobs: JobSettings, at_once: int | None, say: Callable[[str], None]
 ) -> Sequence[Place]:
     """Places on the cluster, to which this process stays connected. Raises Refused where nodes cannot use the store."""
     from tunesmith.core.system.ray_cluster import check_room, connected, room
@@ -89,7 +83,7 @@ def _places_on_ray(
     if marked is not None:
         marked.mkdir(parents=True, exist_ok=True)
     check = partial(check_node, project.root, worker_name(), socket.gethostname(), _files(store))
-    start = partial(perform, project.root)
+    start = partial(perform_in_child, project.root)
     return [RayPlace(ray, jobs.resources, check, start, marked) for _ in range(number)]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, insert, select
 from sqlalchemy.orm import Session
@@ -149,52 +149,38 @@ def get(store: Store, number: int) -> JobRow:
         return _row(session, number)
 
 
+class JobFilter(NamedTuple):
+    """Some jobs. states, kinds: only these; all where empty. by: only those that this user created. scope: only jobs
+    that it covers."""
+
+    states: Collection[JobState] = ()
+    kinds: Collection[str] = ()
+    by: str | None = None
+    scope: Scope = Scope()
+
+    @property
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """Of a query for them."""
+        chosen = ((JobRow.state, self.states), (JobRow.kind, self.kinds))
+        conditions = within(JobRow, self.scope) + [column.in_(values) for column, values in chosen if values]
+        return conditions if self.by is None else [*conditions, JobRow.created_by == self.by]
+
+
 def list_jobs(
-    store: Store,
-    *,
-    states: Collection[JobState] = (),
-    kinds: Collection[str] = (),
-    by: str | None = None,
-    before: int | None = None,
-    first: int = 0,
-    most: int = 100,
-    scope: Scope = Scope(),
+    store: Store, wanted: JobFilter = JobFilter(), *, before: int | None = None, first: int = 0, most: int = 100
 ) -> list[JobRow]:
-    """Jobs, newest first. states, kinds: only these; all where empty. by: only those that this user created. before:
-    only older ones than this number. first: leave out as many of the newest.
-
-    scope: only jobs that it covers.
-    """
-    found = (
-        select(JobRow).where(*_chosen(states, kinds, by, scope)).order_by(JobRow.id.desc()).offset(first).limit(most)
-    )
+    """Jobs, newest first. before: only older ones than this number. first: leave out as many of the newest."""
+    query = select(JobRow).where(*wanted.conditions).order_by(JobRow.id.desc()).offset(first).limit(most)
     if before is not None:
-        found = found.where(JobRow.id < before)
+        query = query.where(JobRow.id < before)
     with store.reading() as session:
-        return list(session.scalars(found))
+        return list(session.scalars(query))
 
 
-def count_jobs(
-    store: Store,
-    *,
-    states: Collection[JobState] = (),
-    kinds: Collection[str] = (),
-    by: str | None = None,
-    scope: Scope = Scope(),
-) -> int:
+def count_jobs(store: Store, wanted: JobFilter) -> int:
     """How many jobs `list_jobs` would list without an end."""
-    query = select(func.count()).select_from(JobRow).where(*_chosen(states, kinds, by, scope))
     with store.reading() as session:
-        return session.scalar(query) or 0
-
-
-def _chosen(
-    states: Collection[JobState], kinds: Collection[str], by: str | None, scope: Scope
-) -> list[ColumnElement[bool]]:
-    """The conditions of a query for jobs."""
-    found = within(JobRow, scope)
-    found += [column.in_(values) for column, values in ((JobRow.state, states), (JobRow.kind, kinds)) if values]
-    return found if by is None else [*found, JobRow.created_by == by]
+        return session.scalar(select(func.count()).select_from(JobRow).where(*wanted.conditions)) or 0
 
 
 def is_waiting(store: Store, project: str) -> bool:

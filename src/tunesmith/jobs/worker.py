@@ -28,9 +28,9 @@ from tunesmith.store.tables import JobRow
 # Seconds between two looks at the queue and at the processes.
 _POLL = 0.5
 # Seconds that a process may take to stop by itself between two of its steps. It is killed then; its checkpoints stay.
-GRACE_SECONDS = 60.0
+_GRACE_SECONDS = 60.0
 # Seconds between two looks at what may add jobs.
-ALSO_SECONDS = 300.0
+_ALSO_SECONDS = 300.0
 
 
 def worker_name() -> str:
@@ -52,16 +52,16 @@ class _Child:
     renewed: float  # when the worker renewed the lease last
     told: float | None = None  # when it was told to stop, or a person asked for that
 
-    def overdue(self, grace: float) -> bool:
-        return self.told is not None and time.monotonic() - self.told > grace
+    def overdue(self) -> bool:
+        return self.told is not None and time.monotonic() - self.told > _GRACE_SECONDS
 
 
 class Worker:
     """Performs the jobs of one project until it is told to stop.
 
     places: where jobs are performed, one at a time in each. say: shows a line to a person. stopping: once set, no job
-    is taken, and those that are performed go back into the queue. grace: seconds that they may take to stop. also: may
-    add jobs; it is called at the start and then every `also_every` seconds.
+    is taken, and those that are performed go back into the queue. also: may add jobs; it is called at the start, and
+    again every five minutes.
     """
 
     def __init__(
@@ -72,15 +72,13 @@ class Worker:
         places: Sequence[Place],
         *,
         lease_seconds: float = LEASE_SECONDS,
-        grace: float = GRACE_SECONDS,
         say: Callable[[str], None] = lambda _: None,
         also: Callable[[], None] = lambda: None,
-        also_every: float = ALSO_SECONDS,
     ) -> None:
-        self._also, self._also_every, self._also_at = also, also_every, -math.inf
+        self._also, self._also_at = also, -math.inf
         self.stopping = threading.Event()
         self._store, self._project, self._kinds, self._places = store, project, kinds, places
-        self._lease_seconds, self._grace, self._say = lease_seconds, grace, say
+        self._lease_seconds, self._say = lease_seconds, say
         self._name = worker_name()
         self._children: list[_Child] = []
         self._complaint = ""
@@ -112,7 +110,7 @@ class Worker:
         """Look after the processes and take new jobs. Returns whether no job waits or is performed."""
         for child in list(self._children):
             self._look_after(child)
-        if not self.stopping.is_set() and time.monotonic() - self._also_at >= self._also_every:
+        if not self.stopping.is_set() and time.monotonic() - self._also_at >= _ALSO_SECONDS:
             self._also_at = time.monotonic()
             try:
                 self._also()
@@ -171,7 +169,7 @@ class Worker:
                 child.told = time.monotonic()
                 if self.stopping.is_set():
                     process.terminate()
-            if not child.overdue(self._grace):
+            if not child.overdue():
                 self._renew(child)
                 return
             process.kill()

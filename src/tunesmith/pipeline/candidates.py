@@ -22,7 +22,7 @@ from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import checked
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import (
-    RepeatedTraining,
+    Repeated,
     leading_inputs,
     leading_scoring,
     named_documents,
@@ -82,8 +82,8 @@ def better_settings(context: PipelineContext, name: str, trials: int, within: fl
     return search_settings(context, name, *_trained(context, name), trials, within)
 
 
-def repeat_training(context: PipelineContext, name: str) -> tuple[str, RepeatedTraining]:
-    """Train a candidate again as its finished training decided; returns that one's digest too. Keeps nothing.
+def repeat_training(context: PipelineContext, name: str) -> Repeated:
+    """Train a candidate again with the decisions of its finished training, and compare the weights. Keeps nothing.
 
     Raises UsageError for a candidate that is not trained, or whose training has not ended with what the project states.
     """
@@ -94,8 +94,7 @@ def repeat_training(context: PipelineContext, name: str) -> tuple[str, RepeatedT
             where=f"candidates.{name}.train",
             fix=NextStep("train it first", "train", candidate=name),
         )
-    digest = train_candidate(context, name, found, train)
-    return digest, repeat_decided(context, name, found, train, digest)
+    return repeat_decided(context, name, found, train, train_candidate(context, name, found, train))
 
 
 def _trained(context: PipelineContext, name: str) -> tuple[Candidate, TrainSettings]:

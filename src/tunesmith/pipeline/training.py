@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Progress
+from tunesmith.core.values import View
 from tunesmith.data.building.signoff import require_signed
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.duplicates import learned_parts
@@ -115,40 +116,41 @@ def _lead_on_ray(given: Mapping[str, Any], ranks: Ranks, progress: Progress) -> 
     return _train(context, name, candidate, settings, Path(given["work"]))
 
 
-@dataclass(frozen=True)
-class RepeatedTraining:
-    """What a repeated training made. weights: its files' digests by name."""
+class Repeated(View):
+    """A training that was repeated from its record. same: whether its weights have the same bytes."""
 
-    weights: dict[str, str]
+    training: str
+    same: bool
     steps: int
     seconds: float
 
 
 def repeat_decided(
     context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, digest: str
-) -> RepeatedTraining:
+) -> Repeated:
     """Train again with the decisions of a finished training. digest: its record. Keeps nothing."""
     from tunesmith.training.train import run_training
 
     context.require_one_process()
     context = context.without_test_rows()
-    body = TrainingBody.read(context.store, digest)
+    record = context.store.record(digest, kind="training")
+    body = TrainingBody.of(record)
     if (ranks := body.environment.ranks) > 1:
         raise Refused(
             f"{ranks} processes made this training, and one process cannot repeat it to the byte",
             fix="do not repeat it: with the same settings its record stands",
         )
-    decisions = body.decisions
     work = context.store.local("work", f"repeat-{short(digest)}")
     with context.store.lock(work.name, f"repeating {name}"):
         try:
-            spec = training_spec(context, name, candidate, settings, work, decisions=decisions)
+            spec = training_spec(context, name, candidate, settings, work, decisions=body.decisions)
             score = _answer_score(context, candidate, settings, work)
             done = run_training(spec, context.progress, model=context.trained_model(settings), score=score)
             weights = {path.name: digest_file(path) for path in sorted(done.folder.iterdir())}
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return RepeatedTraining(weights, done.body.steps, done.body.seconds)
+    same = weights == dict(record.blobs)
+    return Repeated(training=digest, same=same, steps=done.body.steps, seconds=done.body.seconds)
 
 
 def training_spec(

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.holding.queue import tidy
 from tunesmith.monitoring.cases import delete_expired
 from tunesmith.rollout.champions import ChampionWatch
 from tunesmith.rollout.controller import Watched, advance
@@ -33,7 +34,7 @@ from tunesmith.server.fine_tuning import jobs as fine_tuning
 from tunesmith.server.intake.rates import RateHeaders
 from tunesmith.server.listening import drain
 from tunesmith.server.serving import Serving
-from tunesmith.services.review import count_held, tidy
+from tunesmith.services.review import count_held
 from tunesmith.store import database
 from tunesmith.store.people.tokens import note_use
 from tunesmith.store.uploads import remove_leftovers

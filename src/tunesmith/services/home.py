@@ -31,7 +31,7 @@ from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.champions import Champion, list_champions
-from tunesmith.services import monitoring, retraining
+from tunesmith.services import monitoring
 from tunesmith.services.monitoring import PartHealth, queue_health
 from tunesmith.services.review import waiting_for
 from tunesmith.services.rollouts import LISTED, RolloutLine, live_lines
@@ -292,7 +292,7 @@ def _due(project: Project) -> Iterator[NextStep]:
         if report.verdict == "drift":
             yield NextStep(f"requests to {label} drifted: {report.reason}", "monitor")
         if project.settings.retraining is not None:
-            for one in retraining.look(project).causes:
+            for one in monitoring.look(project).causes:
                 if one.cause != "drift" and one.job is None:
                     yield NextStep(f"retraining is due: {one.says}", "run")
 

@@ -1,4 +1,4 @@
-"""Jobs: queue, change and show them; perform them here or by a worker."""
+"""Jobs: queue, change, show and perform them; also as fine-tuning jobs of OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, model_validator
+from sqlalchemy.orm import Session
 
 from tunesmith.core import telemetry
-from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
-from tunesmith.core.progress import SILENT, Progress, Stopped
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.system.machine import end_with_parent
-from tunesmith.core.telemetry import names
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
+from tunesmith.holding.queue import tidy
 from tunesmith.jobs import curves as noted
-from tunesmith.jobs import leases, queue
-from tunesmith.jobs.arguments import Changes, project_of, run_arguments, with_changes
+from tunesmith.jobs import kinds, queue
+from tunesmith.jobs.arguments import run_arguments
 from tunesmith.jobs.curves import Curve
-from tunesmith.jobs.leases import LEASE_SECONDS, Lease
-from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs.fine_tuning import PREFIX, Arguments, Uploaded, derived, model_name
+from tunesmith.jobs.leases import LEASE_SECONDS
 from tunesmith.jobs.project_places import make_places
-from tunesmith.jobs.queue import JobError
-from tunesmith.jobs.worker import Worker, has_ended, worker_name
+from tunesmith.jobs.queue import JobFilter
+from tunesmith.jobs.worker import Worker, has_ended
+from tunesmith.monitoring.cases import delete_expired
 from tunesmith.pipeline.training import only_tuned
-from tunesmith.project import Project, open_store
+from tunesmith.project import Project
 from tunesmith.records.training import TrainingBody
-from tunesmith.registry.versions import get_alias
-from tunesmith.services import training
 from tunesmith.services.actions import Acting, Request, Short, action
-from tunesmith.services.fine_tuning import perform_fine_tuning
-from tunesmith.services.training import RunSummary, forecast
+from tunesmith.services.monitoring import look_again
+from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import FINE_TUNING, JobEventRow, JobRow, JobState
+from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobEventRow, JobRow, JobState
+from tunesmith.webhooks.delivering import delivering
+from tunesmith.webhooks.sending import secrets_of
 
+KINDS = tuple(kinds.KINDS)
 STATES: tuple[JobState, ...] = get_args(JobState)
 
 
@@ -85,9 +86,10 @@ class JobView(ScopedView):
 
 
 class JobList(View):
-    """Jobs, newest first."""
+    """Jobs, newest first. total: how many there are with those before and after them."""
 
     jobs: tuple[JobView, ...]
+    total: int = Field(exclude=True)
 
 
 class LogLine(View):
@@ -205,23 +207,9 @@ def list_jobs(
     before: only those before this number. first: leave out as many of the newest. Raises UsageError for a state that
     jobs do not have.
     """
-    now, scope = queue.time_now(store), _scope(reader)
-    found = queue.list_jobs(
-        store, states=_states(states), kinds=kinds, by=by, before=before, first=first, most=most, scope=scope
-    )
-    return JobList(jobs=tuple(_view(job, now, reader) for job in found))
-
-
-def count_jobs(
-    store: Store,
-    reader: User | None = None,
-    *,
-    states: Collection[str] = (),
-    kinds: Collection[str] = (),
-    by: str | None = None,
-) -> int:
-    """How many jobs `list_jobs` would list without an end."""
-    return queue.count_jobs(store, states=_states(states), kinds=kinds, by=by, scope=_scope(reader))
+    now, wanted = queue.time_now(store), JobFilter(_states(states), kinds, by, _scope(reader))
+    rows = queue.list_jobs(store, wanted, before=before, first=first, most=most)
+    return JobList(jobs=tuple(_view(job, now, reader) for job in rows), total=queue.count_jobs(store, wanted))
 
 
 def show(store: Store, number: int, reader: User | None = None) -> JobView:
@@ -366,160 +354,7 @@ def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -
     )
 
 
-def run_here(
-    project: Project,
-    *,
-    changes: Changes = MappingProxyType({}),
-    progress: Progress = SILENT,
-    actor: str | None = None,
-) -> RunSummary:
-    """Run the whole pipeline in this process, as a job that others see in the list of jobs.
-
-    changes: training settings of this run that differ from the project file.
-
-    Raises what `training.run` raises, and TunesmithError where somebody stopped the job.
-    """
-    telemetry.check()
-    by = project.actor(actor)
-    arguments, name = run_arguments(project, changes), project.settings.name
-    lease = leases.begin(project.store, worker_name(), "run", arguments, project=name, actor=by)
-    project, done = with_changes(project, changes), list[RunSummary]()
-
-    def work(progress: JobProgress) -> Outcome:
-        with telemetry.span(names.JOB_SPAN, _traced(lease.job, "run", name)):
-            return _run(project, by, done, progress)
-
-    try:
-        with telemetry.sending():
-            perform(project.store, lease, work, shown=progress)
-    except Stopped:
-        state = queue.get(project.store, lease.job).state
-        raise TunesmithError(
-            f"the run was stopped: its job is {state}",
-            where=f"job {lease.job}",
-            fix=NextStep("see by whom; another run continues from here", "jobs log", job=lease.job),
-        ) from None
-    return done[0]
-
-
-def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProgress) -> Outcome:
-    """Run the whole pipeline; its summary is appended to done. A verdict other than pass is an error."""
-    summary = training.run(project, progress=progress, actor=actor)
-    done.append(summary)
-    verdict, result = summary.gate.verdict, summary.without_paths()
-    if verdict == "pass":
-        return Outcome(result)
-    failed = [gate.name for gate in summary.gate.gates if gate.outcome != "pass"]
-    error = JobError(
-        code=f"verdict_{verdict}",
-        what=f"the verdict is {verdict}: {', '.join(failed) or 'there are no gates'}",
-        where=f"verdict {summary.gate.digest}",
-        fix="read the report of the evaluation",
-    )
-    return Outcome(result, error)
-
-
-def _perform_run(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
-    """Perform a queued run."""
-    done = list[RunSummary]()
-    if not job.cause:
-        return _run(project, job.created_by, done, progress)
-    progress.say(f"queued because of {job.cause}")
-    outcome = _run(project, job.created_by, done, progress)
-    made, champion = done[0].registered, get_alias(project.store, project.settings.name)
-    if made is None or champion is None or made.digest != champion.version:
-        return outcome
-    error = JobError(
-        code="nothing_new",
-        what=f"rows and settings are those of {made.version}, so the run gave the same version",
-        where=job.cause,
-        fix="add rows or change settings, then run again",
-    )
-    return Outcome(outcome.result, error)
-
-
-def _perform_forecast(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
-    """Perform a queued forecast."""
-    found = forecast(project, job.arguments["candidate"], progress=progress, actor=job.created_by)
-    progress.say(found.headline)
-    return Outcome(found.model_dump(mode="json"))
-
-
-_KINDS: Mapping[str, Callable[[Project, JobRow, JobProgress], Outcome]] = {
-    "run": _perform_run,
-    "forecast": _perform_forecast,
-    FINE_TUNING: perform_fine_tuning,
-}
-
-KINDS = tuple(_KINDS)
-
-
-# The worker
-
-
-def make_worker(
-    project: Project,
-    *,
-    at_once: int | None = None,
-    lease_seconds: float = LEASE_SECONDS,
-    say: Callable[[str], None] = lambda _: None,
-    also: Callable[[], None] = lambda: None,
-) -> Worker:
-    """A worker for a project's jobs. also: is called now and then besides.
-
-    at_once: jobs that are performed at the same time, each on its share of this machine's cores and GPUs; by default
-    one, or one for each GPU where there are several. With `jobs: {runner: ray}`: jobs that are given to the cluster at
-    the same time; by default as many as it has room for. Raises UsageError or Refused where that cannot be, and where
-    OpenTelemetry is set up in a way that cannot be honoured.
-    """
-    telemetry.check()  # here, and not first in the process of a job
-    return Worker(
-        project.store,
-        project.settings.name,
-        list(_KINDS),
-        make_places(project, at_once, perform_in_child, say),
-        lease_seconds=lease_seconds,
-        say=say,
-        also=also,
-    )
-
-
-def tidy_up(project: Project, say: Callable[[str], None]) -> None:
-    """What a worker does besides where no server does it: look after kept requests and held answers, and retrain."""
-    from tunesmith.monitoring import cases
-    from tunesmith.services import retraining, review
-
-    cases.delete_expired(project.store)  # before what may fail by the project file or its sources
-    review.tidy(project.store)
-    retraining.look_again(project.root, say)
-
-
-def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
-    """Perform a job in this process. parent: the number of the process that started it, and with which it ends."""
-    end_with_parent(parent)
-    stopping = threading.Event()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the worker too, which ends this process in order
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    store = open_store(root)
-    job = queue.get(store, lease.job)
-
-    def work(progress: JobProgress) -> Outcome:
-        project = Project.load(root)
-        project.store = store
-        made = project_of(project, job)
-        with telemetry.span(names.JOB_SPAN, _traced(job.id, job.kind, job.project)):
-            return _KINDS[job.kind](made, job, progress)
-
-    with contextlib.suppress(Exception), telemetry.sending():  # it is recorded
-        perform(store, lease, work, stopping=stopping)
-
-
-def _traced(job: int, kind: str, project: str) -> dict[str, str | int]:
-    """What a job's span states."""
-    return {names.JOB: job, names.JOB_KIND: kind, names.PROJECT: project}
-
-
-# The worker that a server starts
+# A worker: what it does besides performing jobs, and the one that a server starts
 
 
 # Seconds until a worker that ended is started again.
@@ -528,16 +363,56 @@ _PAUSE = 1.0
 _LONG_PAUSE = 30.0
 
 
-class OwnWorker:
-    """A worker for the project in a folder, started again when it ends. say: shows a line, in either process."""
+@contextlib.contextmanager
+def working(
+    project: Project,
+    say: Callable[[str], None],
+    *,
+    at_once: int | None = None,
+    lease_seconds: float = LEASE_SECONDS,
+    tidies: bool = True,
+) -> Iterator[Worker]:
+    """A worker for a project's jobs, to be run. Until it is left, the project's events are sent to webhooks.
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
-        self._root, self._say = root, say
+    Now and then it also queues a run where `retraining:` says that a new version is due. tidies: it deletes kept
+    requests whose time is over, too, and decides on held answers at their deadline, as a server does.
+    at_once: jobs that are performed at the same time, each on its share of this machine's cores and GPUs; by default
+    one, or one for each GPU where there are several. With `jobs: {runner: ray}`: jobs that are given to the cluster at
+    the same time; by default as many as it has room for. Raises UsageError or Refused where that cannot be, where a
+    webhook's secret is missing, and where OpenTelemetry is set up in a way that cannot be honoured.
+    """
+    telemetry.check()  # here, and not first in the process of a job
+    store, settings = project.store, project.settings
+
+    def also() -> None:
+        if tidies:  # before what may fail by the project file or its sources
+            delete_expired(store)
+            tidy(store)
+        look_again(project.root, say)
+
+    places = make_places(project, at_once, say)
+    worker = Worker(store, settings.name, kinds.KINDS, places, lease_seconds=lease_seconds, say=say, also=also)
+    with delivering(store, settings.name, settings.webhooks, say):
+        yield worker
+
+
+class OwnWorker:
+    """A worker for a project, started again when it ends. say: shows a line, in either process.
+
+    Raises UsageError where a webhook's secret is missing.
+    """
+
+    def __init__(self, project: Project, say: Callable[[str], None]) -> None:
+        secrets_of(project.settings.webhooks)
+        self._root, self._say = project.root, say
         self._stopping = threading.Event()
         self._process: BaseProcess | None = None
         self._started = threading.Lock()
         # A daemon, but it lives as long as the process: Linux ends the worker with the thread that started it.
         self._thread = threading.Thread(target=self._keep, name="own worker", daemon=True)
+
+    def start(self) -> None:
+        """Start the worker."""
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
@@ -567,19 +442,120 @@ class OwnWorker:
 
 
 def _work(root: Path, parent: int, say: Callable[[str], None]) -> None:
-    from tunesmith.services.monitoring import check_secrets, delivering  # what they import, other runs do not need
-    from tunesmith.services.retraining import look_again
-
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the server too, which stops this process in order
-    try:
-        project = Project.load(root)
-        worker = make_worker(project, say=say, also=partial(look_again, root, say))
-        check_secrets(project)
-    except TunesmithError as error:  # a cluster that cannot be reached may come back
-        say(f"the worker cannot start: {error}")
-        time.sleep(_LONG_PAUSE)
-        return
-    signal.signal(signal.SIGTERM, lambda *_: worker.stopping.set())  # after Ray has set its own
-    with delivering(project, say):
+    with contextlib.ExitStack() as opened:
+        try:
+            worker = opened.enter_context(working(Project.load(root), say, tidies=False))
+        except TunesmithError as error:  # a cluster that cannot be reached may come back
+            say(f"the worker cannot start: {error}")
+            time.sleep(_LONG_PAUSE)
+            return
+        signal.signal(signal.SIGTERM, lambda *_: worker.stopping.set())  # after Ray has set its own
         worker.run()
+
+
+# Fine-tuning jobs of OpenAI's clients
+
+
+_PAGE = 100
+_NUMBER = re.compile("[1-9][0-9]{0,8}")
+
+
+class UnknownModel(UsageError):
+    """The project names no such model for fine-tuning."""
+
+
+class NotYet(UsageError):
+    """A job of this name exists, but no version came of it (yet)."""
+
+
+def add_fine_tuning(project: Project, arguments: Arguments, *, user: User, key: str | None = None) -> JobRow:
+    """Queue a fine-tuning job. key: an idempotency key. The job is for the tenant and region of its files.
+
+    Raises UnknownModel; UsageError, where: the client's field, for what the project cannot do; Refused where the user
+    may not add jobs.
+    """
+    known = project.settings.fine_tuning
+    if known is None or arguments.model not in known.models:
+        raise UnknownModel(f"there is no model {arguments.model!r} to fine-tune", where="model")
+    training = _file(project.store, user, arguments.training_file, "training_file")
+    others = None
+    if arguments.validation_file is not None:
+        validation = _file(project.store, user, arguments.validation_file, "validation_file")
+        if validation.scope != training.scope or validation.file == training.file:
+            what = "the validation file must be another file of the same tenant and region"
+            raise UsageError(what, where="validation_file")
+        others = Uploaded("validation.jsonl", "validation.jsonl")
+    derived(project, arguments, Uploaded("training.jsonl", "training.jsonl"), others, training.scope)
+    return queue.add(
+        project.store,
+        FINE_TUNING,
+        arguments.model_copy(update={"settings": project.settings.digest}).document(),
+        project=project.settings.name,
+        actor=user.name,
+        key=key,
+        scope=training.scope,
+    )
+
+
+def find_fine_tuning(store: Store, identifier: str, user: User) -> JobRow | None:
+    """A fine-tuning job by its id (ftjob-7); None where there is none that the user's scope covers."""
+    number = identifier.removeprefix(FINE_TUNING_JOB)
+    if not identifier.startswith(FINE_TUNING_JOB) or not _NUMBER.fullmatch(number):
+        return None
+    with contextlib.suppress(UsageError):
+        job = _find(store, int(number), user)
+        if job.kind == FINE_TUNING:
+            return job
+    return None
+
+
+def list_fine_tuning(
+    store: Store, user: User, *, before: int | None, most: int, metadata: Mapping[str, str] | None
+) -> list[JobRow]:
+    """Fine-tuning jobs that the user's scope covers, newest first.
+
+    metadata: only jobs with these pairs; None: only jobs without any.
+    """
+
+    def wanted(job: JobRow) -> bool:
+        own = job.arguments.get("metadata") or {}
+        return not own if metadata is None else own.items() >= metadata.items()
+
+    return list(islice(filter(wanted, _fine_tuning(store, user, before)), most))
+
+
+def _fine_tuning(store: Store, user: User, before: int | None) -> Iterator[JobRow]:
+    wanted = JobFilter(kinds=[FINE_TUNING], scope=user.scope)
+    while page := queue.list_jobs(store, wanted, before=before, most=_PAGE):
+        yield from page
+        before = page[-1].id
+
+
+def _file(store: Store, user: User, identifier: str, field: str) -> FileRow:
+    stored = uploads.find(store, identifier, user.scope)
+    if stored is None:
+        raise UsageError(f"invalid {field}: {identifier[:80]}", where=field)
+    if stored.purpose != uploads.PURPOSE:
+        said = f"invalid {field}: {identifier} has the purpose {stored.purpose}, not {uploads.PURPOSE}"
+        raise UsageError(said, where=field)
+    return stored
+
+
+def version_behind(session: Session, name: str, scope: Scope) -> str | None:
+    """The label of the version behind a `ft:` name; None for a name of another form. scope: the caller's.
+
+    Raises NotYet where the job has none, UsageError where there is no such job for the caller.
+    """
+    if not name.startswith(PREFIX):
+        return None
+    number = name.rsplit(":", 1)[-1]
+    row = session.get(JobRow, int(number)) if _NUMBER.fullmatch(number) else None
+    visible = row is not None and row.tenant in ("", scope.tenant) and row.region in ("", scope.region)
+    if row is None or not visible or row.kind != FINE_TUNING or model_name(row) != name:
+        raise UsageError(f"there is no model {name!r}")
+    if row.state == "succeeded":
+        return str(row.result[FINE_TUNING]["version"])
+    why = f": {row.error['code']}" if row.error else ""
+    raise NotYet(f"its fine-tuning job {FINE_TUNING_JOB}{row.id} is {row.state}{why}")

@@ -1,27 +1,31 @@
-"""What operators look after: drift, recalls of data and versions, whether workers work, and webhooks."""
+"""What operators look after: drift, retraining, recalls of data and versions, whether workers work, and webhooks."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
 from pydantic import Field, ValidationError
 from sqlalchemy import case, func, select
 
-from tunesmith.core.digests import now
+from tunesmith.core.digests import digest_of, now
 from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
 from tunesmith.data.governance.licences import spelled
 from tunesmith.jobs import queue
+from tunesmith.jobs.arguments import run_arguments
 from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.cases import Case, list_cases
+from tunesmith.monitoring.causes import CAUSES as RETRAIN_CAUSES
+from tunesmith.monitoring.causes import Due, RetrainCause, RetrainingSettings, Seen
 from tunesmith.monitoring.drift import Report
 from tunesmith.monitoring.features import drift_report, last_request, measured_baseline
 from tunesmith.monitoring.pending_retrains import PendingRetrain
@@ -29,22 +33,24 @@ from tunesmith.monitoring.recall import Cause, CauseKind, Recall
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
 from tunesmith.records.candidate import BaseBody
-from tunesmith.registry.versions import Version, list_versions, load_version, resolve
+from tunesmith.registry.versions import Version, get_alias, list_versions, load_version, resolve
 from tunesmith.rollout.champions import Champion
 from tunesmith.rollout.controller import give_up
 from tunesmith.services.actions import Acting, Because, Named, Request, action
 from tunesmith.services.rollouts import refused_champions
 from tunesmith.store.database import within
-from tunesmith.store.locks import LockHeld
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
-from tunesmith.store.tables import DeliveryRow, JobRow, RecallRow, RequestRow
+from tunesmith.store.tables import JobRow, RecallRow, RequestRow
 from tunesmith.webhooks import deliveries
-from tunesmith.webhooks.events import event_body, event_of
+from tunesmith.webhooks.events import event_body
 from tunesmith.webhooks.sending import Outgoing, secret_of, send
 from tunesmith.webhooks.settings import TEST, WebhookSettings
 
 CAUSES: tuple[CauseKind, ...] = get_args(CauseKind)
+_LOG = logging.getLogger("tunesmith.retraining")
+_BUDGET = timedelta(days=30)
+_LISTED = 1000  # jobs that are looked through for those that a cause queued
 _EXAMPLES = 3  # for each feature that moved
 _RECALLS = 100
 _TAKEN_SECONDS = 60.0  # a worker takes a job that is due sooner than this
@@ -286,9 +292,9 @@ def recall(acting: Acting, asked: StartRecall) -> Recalled:
     return Recalled(**dict(found), aborted_rollouts=tuple(aborted), next=tuple(_next_steps(found)))
 
 
-def recall_status_of(store: Store, cause: Cause) -> RecallStatus:
+def recall_status_of(store: Store, kind: str, value: str) -> RecallStatus:
     """Whether nothing uses what was recalled any more. Raises UsageError if it was never recalled."""
-    return recall_status.recall_status(store, cause)
+    return recall_status.recall_status(store, cause_of(store, kind, value))
 
 
 def _next_steps(found: Recall) -> Iterator[NextStep]:
@@ -339,10 +345,6 @@ def _example(case: Case, feature: str, value: float, usual: float) -> MovedExamp
     )
 
 
-_POLL = 1.0  # seconds between two looks at the audit log and at what is due
-_HELD = 20.0  # seconds until another worker's lock is tried again
-
-
 class WebhookView(View):
     """A webhook. host: of its URL. waiting: events to be sent, now or again; given_up: those that failed too often."""
 
@@ -386,87 +388,10 @@ class Tested(View):
     problem: str
 
 
-class RetryWebhook(Request):
-    """What did not arrive at a webhook, to be sent again."""
+class NameWebhook(Request):
+    """A webhook of the project, by its name."""
 
     webhook: Named
-
-
-class TestWebhook(Request):
-    """An event of the type webhook.test, to be sent to a webhook."""
-
-    webhook: Named
-
-
-class Deliverer:
-    """Sends a project's events. One process does so at a time, as long as it holds the project's lock.
-
-    Raises UsageError where a secret is missing.
-    """
-
-    def __init__(self, project: Project, say: Callable[[str], None] = lambda _: None) -> None:
-        self._store, self._project, self._say = project.store, project.settings.name, say
-        self._webhooks = project.settings.webhooks
-        self._secrets = check_secrets(project)
-        self._wanted = {name: frozenset(webhook.events) for name, webhook in self._webhooks.items()}
-        self.stopping = threading.Event()
-
-    def run(self) -> None:
-        """Send until `stopping` is set, whenever no other process does."""
-        while not self.stopping.is_set():
-            try:
-                with self._store.lock(f"webhooks {self._project}", "sending webhooks"):
-                    while not self.stopping.wait(_POLL):
-                        self.turn()
-                    self.turn()  # what the last job of a worker that ends came to
-            except LockHeld:
-                self.stopping.wait(_HELD)
-            except Exception as error:  # noqa: BLE001 - one turn that fails must not end the thread
-                self._say(f"webhooks wait: {error}")
-                self.stopping.wait(_HELD)
-
-    def turn(self) -> None:
-        """Note what is new in the audit log, and send what is due."""
-        while deliveries.note_events(self._store, self._project, self._wanted, event_of, time.time()):
-            continue
-        queues = list(deliveries.due(self._store, self._project, self._wanted, time.time()).values())
-        if not queues:
-            return
-        problems = send([[self._outgoing(delivery) for delivery in queue] for queue in queues])
-        results = {
-            delivery: problem
-            for queue, found in zip(queues, problems, strict=True)
-            for delivery, problem in zip(queue, found, strict=False)
-        }
-        deliveries.record(self._store, self._project, results, time.time())
-        for delivery, problem in results.items():
-            if problem:
-                self._say(f"webhook {delivery.webhook}: {delivery.type} {delivery.event}: {problem}")
-
-    def _outgoing(self, delivery: DeliveryRow) -> Outgoing:
-        name = delivery.webhook
-        return Outgoing(self._webhooks[name].url, self._secrets[name], delivery.event, delivery.body)
-
-
-def check_secrets(project: Project) -> dict[str, bytes]:
-    """The secrets of the project's webhooks, by name. Raises UsageError where one is missing."""
-    return {name: _secret(name, webhook) for name, webhook in project.settings.webhooks.items()}
-
-
-@contextlib.contextmanager
-def delivering(project: Project, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Send the project's events in a thread meanwhile. Raises UsageError where a secret is missing."""
-    if not project.settings.webhooks:
-        yield
-        return
-    deliverer = Deliverer(project, say)
-    thread = threading.Thread(target=deliverer.run, name="webhooks", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        deliverer.stopping.set()
-        thread.join()
 
 
 def list_webhooks(project: Project) -> WebhookList:
@@ -484,7 +409,7 @@ def list_webhooks(project: Project) -> WebhookList:
     "webhook.retry", says="sent a webhook's failed requests again", permission="webhook.retry", tokens=("operate",),
     at="/webhooks/{webhook}/retry", whole=True, form=True,
 )  # fmt: skip
-def retry_webhook(acting: Acting, asked: RetryWebhook) -> Retried:
+def retry_webhook(acting: Acting, asked: NameWebhook) -> Retried:
     """Let a worker try again at once what did not arrive, given up or not."""
     name, project, detail = asked.webhook, acting.project, {"events": 0}
     _named(project, name)
@@ -495,13 +420,13 @@ def retry_webhook(acting: Acting, asked: RetryWebhook) -> Retried:
 
 
 @action("webhook.test", permission="webhook.retry", whole=True)
-def test_webhook(acting: Acting, asked: TestWebhook) -> Tested:
+def test_webhook(acting: Acting, asked: NameWebhook) -> Tested:
     """Send an event of the type webhook.test now. Raises UsageError where the secret is missing."""
     name, project = asked.webhook, acting.project
     webhook = _named(project, name)
     event = f"evt_{uuid.uuid4().hex}"
     body = event_body(event, TEST, now(), {"project": project.settings.name, "webhook": name})
-    ((problem,),) = send([[Outgoing(webhook.url, _secret(name, webhook), event, body)]])
+    ((problem,),) = send([[Outgoing(webhook.url, secret_of(name, webhook), event, body)]])
     return Tested(webhook=name, event=event, problem=problem)
 
 
@@ -513,5 +438,132 @@ def _named(project: Project, name: str) -> WebhookSettings:
     return webhooks[name]
 
 
-def _secret(name: str, webhook: WebhookSettings) -> bytes:
-    return secret_of(webhook.secret, f"webhooks.{name}.secret")
+# Retraining. A cause (monitoring/causes.py) names what it is about, so that the same cause queues one run only: drift
+# of NAME@v3 is a cause once, whatever comes of its run. Nothing here approves or serves a version.
+
+
+class DueCause(View):
+    """A cause for a new version. job: the run that was queued for it; null where none was.
+
+    waits: why no run may be queued for it now; "" where one may, or was.
+    """
+
+    cause: RetrainCause
+    about: str
+    says: str
+    job: int | None
+    waits: str
+
+
+class Retraining(View):
+    """Why a new version is due. version: the champion, "" where the name has none."""
+
+    version: str
+    causes: tuple[DueCause, ...]
+
+
+class QueueRetraining(Request):
+    """A run for the first cause of `retraining:` that has none yet."""
+
+
+@action("job.retrain", permission="job.add", whole=True)
+def retrain(acting: Acting, asked: QueueRetraining) -> Retraining:
+    """Look for causes of a new version, and queue a run for the first that had none, if one may be queued."""
+    return look(acting.project, by=acting.actor)
+
+
+def look(
+    project: Project,
+    *,
+    by: str | None = None,
+    clock: Callable[[], datetime] = now,
+    say: Callable[[str], None] = _LOG.warning,
+) -> Retraining:
+    """The causes of `retraining.causes` that are given now.
+
+    by: queue a run as this person for the first that had none, if one may be queued. say: hears of causes that could
+    not be looked for. Where no other one is given, the first such error is raised. Raises UsageError where the project
+    file has no `retraining:`.
+    """
+    settings = project.settings.retraining
+    if settings is None:
+        raise UsageError(
+            "the project does not say when to retrain",
+            where="retraining",
+            fix="add `retraining: {causes: [drift, rows]}`",
+        )
+    champion = _champion(project)
+    if champion is None:
+        return Retraining(version="", causes=())
+    stated, causes = project.settings, list[DueCause]()
+    place = project.store, project.root, stated.base, stated.data.sources, stated.monitoring
+    seen = Seen(*place, settings, champion, clock())
+    runs, errors = _runs(project), dict[RetrainCause, TunesmithError]()
+    for cause in settings.causes:
+        try:
+            found = RETRAIN_CAUSES[cause].look(seen)
+        except TunesmithError as error:  # it must not hide the others
+            errors[cause] = error
+            continue
+        if found is None:
+            continue
+        key = _key(project, cause, found)
+        job = next((each.id for each in runs if each.key == key), None)
+        waits = "" if job is not None else _waits(settings, seen.at, runs)
+        if by is not None and job is None and not waits:
+            arguments = run_arguments(project, {}) | {"cause": f"{cause}: {found.about}"}
+            job = queue.add(project.store, "run", arguments, project=project.settings.name, actor=by, key=key).id
+            runs = _runs(project)
+        causes.append(DueCause(cause=cause, about=found.about, says=found.says, job=job, waits=waits))
+    for cause, failure in errors.items():
+        if not causes:
+            raise failure
+        say(f"the cause {cause} could not be looked for: {failure}")
+    return Retraining(version=champion.label, causes=tuple(causes))
+
+
+def look_again(root: Path, say: Callable[[str], None]) -> None:
+    """Read the project file anew, and look and queue a run where one may be queued. For a worker."""
+    project = Project.load(root)
+    settings = project.settings.retraining
+    if settings is None or _waits(settings, now(), before := _runs(project)):
+        return  # causes cost time: drift is measured, and files are read
+    known = {job.id for job in before}
+    for each in look(project, by=project.actor(), say=say).causes:
+        if each.job is not None and each.job not in known:
+            say(f"job {each.job}: queued because of {each.cause}: {each.says}")
+
+
+def _champion(project: Project) -> Version | None:
+    """The version that the project's name means for callers without a tenant."""
+    alias = get_alias(project.store, project.settings.name)
+    return None if alias is None else load_version(project.store, alias.version)
+
+
+def _runs(project: Project) -> list[JobRow]:
+    """The project's runs that have not ended, and those that a cause queued; newest first."""
+    found = queue.list_jobs(project.store, most=_LISTED)
+    own = (job for job in found if (job.project, job.kind) == (project.settings.name, "run"))
+    return [job for job in own if job.ended is None or job.cause]
+
+
+def _key(project: Project, cause: str, found: Due) -> str:
+    """Names a cause and the settings of its run: other settings may give what these did not."""
+    stated = {"cause": cause, "about": found.about, "settings": project.settings.digest}
+    return f"retrain {digest_of(stated)}"
+
+
+def _waits(settings: RetrainingSettings, at: datetime, runs: list[JobRow]) -> str:
+    """Why no run may be queued now; "" where one may."""
+    unfinished = next((job for job in runs if job.ended is None), None)
+    if unfinished is not None:
+        return f"job {unfinished.id} is {unfinished.state}"
+    queued = [datetime.fromtimestamp(job.created, tz=at.tzinfo) for job in runs]
+    if queued and at < (until := max(queued) + timedelta(hours=settings.wait_hours)):
+        return (
+            f"the last was queued less than {settings.wait_hours:g} hours ago (wait_hours): from {until:%F %H:%M} UTC"
+        )
+    recent = sum(each > at - _BUDGET for each in queued)
+    if recent >= settings.runs_in_30_days:
+        return f"{recent} were queued in the last 30 days (runs_in_30_days)"
+    return ""

@@ -261,9 +261,9 @@ def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
     who = _reviewer(store, actor)
     with store.reading() as session:
         row, decisions = queue.get_item(session, number)
-        may = number in queue.waiting_for(session, who, _is_steward(store, who))
+        may = number in queue.waiting_for(session, who.name, "steward" in who.roles)
     messages, more = _text(store, row)
-    seen = row.state != "open" or any(one.reviewer == who for one in decisions)
+    seen = row.state != "open" or any(one.reviewer == who.name for one in decisions)
     shown = tuple(ShownDecision.of(one, messages=queue.messages_of(one.messages)) for one in decisions if seen)
     facts = {"item": row.id, "reviewers": row.wanted, "messages": messages, "decisions": shown, "may": may}
     return ReviewItem.of(row, **facts, **more)
@@ -273,7 +273,7 @@ def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: b
     """The number of the next item that waits for a person, else of the first one; back: of the one before."""
     who = _reviewer(store, actor)
     with store.reading() as session:
-        waiting = queue.waiting_for(session, who, _is_steward(store, who))
+        waiting = queue.waiting_for(session, who.name, "steward" in who.roles)
     if back:
         earlier = [number for number in waiting if number < after]
         return earlier[-1] if earlier else None
@@ -405,14 +405,9 @@ def _inside(project: Project, file: str | Path, where: str) -> tuple[Path, str]:
     return path, path.relative_to(root).as_posix()
 
 
-def _reviewer(store: Store, actor: str | None) -> str:
-    """The name of the person, who may review. Rows are of all tenants, so a person of one tenant may not."""
-    who = acting(store, actor)
-    return require(store, who, queue.ACTION, scope=Scope()).name
-
-
-def _is_steward(store: Store, who: str) -> bool:
-    return "steward" in require(store, who, queue.ACTION).roles
+def _reviewer(store: Store, actor: str | None) -> User:
+    """The person, who may review. Rows are of all tenants, so a person of one tenant may not."""
+    return require(store, acting(store, actor), queue.ACTION, scope=Scope())
 
 
 def _text(store: Store, row: ReviewItemRow) -> tuple[tuple[Message, ...], dict[str, Any]]:
@@ -555,7 +550,7 @@ def list_held(store: Store, user: User, *, everything: bool = False, reviews: bo
 
     everything: also those that are decided. reviews: False lists only their own.
     """
-    tidy(store)
+    holding.tidy(store)
     mine = and_(HeldRow.caller == user.name, HeldRow.tenant == user.tenant)
     wanted = mine
     if reviews and user.may("answer.review"):
@@ -571,7 +566,7 @@ def show_held(store: Store, user: User, identifier: str, *, reviews: bool = True
 
     Raises UnknownAnswer, also for one that the user may not see.
     """
-    tidy(store)
+    holding.tidy(store)
     with store.reading() as session:
         row = holding.get(session, identifier.removeprefix("chatcmpl-"))
         reviews = reviews and _reviews(row, user)
@@ -593,13 +588,6 @@ def decide_held(acting: Acting, asked: DecideAnswer) -> HeldAnswerView:
     found = show_held(store, user, asked.identifier)
     holding.decide(store, found.id, asked.decision, actor=user.name, reason=asked.reason, answer=asked.answer)
     return show_held(store, user, found.id)
-
-
-def tidy(store: Store) -> list[State]:
-    """Decide on the answers whose deadline is over and delete those whose time is; returns the outcomes."""
-    outcomes = holding.expire_due(store)
-    holding.delete_over(store)
-    return outcomes
 
 
 def waiting_for(store: Store, user: User) -> int:

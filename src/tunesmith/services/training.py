@@ -1,86 +1,73 @@
-"""Train candidates, run the whole pipeline, forecast a training, and search for better training settings."""
+"""Trainings: run the pipeline with them here, train a candidate, forecast it, and search for better settings."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.text.names import Scope
-from tunesmith.core.values import Duration, Omitted, View
-from tunesmith.data.dataset import DatasetSummary, dataset_summary
+from tunesmith.core import telemetry
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.progress import SILENT, Progress, Stopped
+from tunesmith.core.values import Duration, View
 from tunesmith.evaluation.learning_curve import Forecast
-from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
-from tunesmith.jobs.arguments import CHANGEABLE
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.arguments import CHANGEABLE, Changes, run_arguments, with_changes
+from tunesmith.jobs.kinds import run_project
+from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs.worker import worker_name
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.stages import Stage
-from tunesmith.pipeline.training import only_tuned
+from tunesmith.pipeline.run import RunSummary, TrainingSummary, training_summary
+from tunesmith.pipeline.training import Repeated, only_tuned
 from tunesmith.pipeline.training_search import PRESENT
-from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
-from tunesmith.records.forecast import ForecastBody
 from tunesmith.records.search import TrainingSearchBody
-from tunesmith.records.training import TrainingBody, TrainingFigures
-from tunesmith.registry.registration import register
-from tunesmith.store.store import Store
-from tunesmith.training.estimates.more_time import MoreTime, more_time
 from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings
 
 if TYPE_CHECKING:
     from tunesmith.training.estimates.memory_plan import MemoryPlan
 
 
-class TrainingSummary(TrainingFigures, View):
-    """A finished training. training: its record's digest; adapter: path of its weights; weights: their digest.
+def run_here(
+    project: Project,
+    *,
+    changes: Changes = MappingProxyType({}),
+    progress: Progress = SILENT,
+    actor: str | None = None,
+) -> RunSummary:
+    """Run the whole pipeline in this process, as a job that others see in the list of jobs.
 
-    more_time: what twice the time would bring, by the slope of the validations; null where nothing was validated.
+    changes: training settings of this run that differ from the project file.
+
+    Raises what `pipeline.run` raises, and TunesmithError where somebody stopped the job.
     """
+    telemetry.check()
+    by, store = project.actor(actor), project.store
+    arguments = run_arguments(project, changes)
+    lease = leases.begin(store, worker_name(), "run", arguments, project=project.settings.name, actor=by)
+    project, done = with_changes(project, changes), list[RunSummary]()
 
-    training: str
-    adapter: str
-    weights: str
-    more_time: MoreTime | None
+    def work(progress: JobProgress) -> Outcome:
+        summary, outcome = run_project(project, by, progress)
+        done.append(summary)
+        return outcome
 
-
-class Repeated(View):
-    """A training that was repeated from its record. same: whether its weights have the same bytes."""
-
-    training: str
-    same: bool
-    steps: int
-    seconds: float
-
-
-class RunVersion(View):
-    """The version that the run registered. version: its label, NAME@v3."""
-
-    version: str
-    digest: str
-
-
-class RunSummary(View):
-    """What a run did, by stage. registered: only where the gates passed; gate says why they did not."""
-
-    data: DatasetSummary
-    train: dict[str, TrainingSummary]
-    evaluate: EvaluationSummary
-    gate: VerdictSummary
-    registered: Annotated[Omitted[RunVersion], Field(alias="register")] = None
-    stages: tuple[Stage, ...]
-
-    def without_paths(self) -> dict[str, Any]:
-        """The document without paths of this machine, for people on others."""
-        document = self.document()
-        for trained in document["train"].values():
-            del trained["adapter"]
-        return document
+    try:
+        with telemetry.sending():
+            perform(store, lease, work, shown=progress)
+    except Stopped:
+        state = queue.get(store, lease.job).state
+        raise TunesmithError(
+            f"the run was stopped: its job is {state}",
+            where=f"job {lease.job}",
+            fix=NextStep("see by whom; another run continues from here", "jobs log", job=lease.job),
+        ) from None
+    return done[0]
 
 
 def train(
@@ -125,51 +112,7 @@ def repeat(project: Project, name: str | None = None, *, progress: Progress = SI
 
     Raises UsageError where there is no such training.
     """
-    digest, found = repeat_training(PipelineContext(project, progress), name or only_tuned(project))
-    record = project.store.record(digest, kind="training")
-    return Repeated(training=digest, same=found.weights == dict(record.blobs), steps=found.steps, seconds=found.seconds)
-
-
-def run(
-    project: Project, *, progress: Progress = SILENT, actor: str | None = None, scope: Scope = Scope()
-) -> RunSummary:
-    """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped.
-
-    scope: whom the version is for.
-    """
-    store, signer = project.store, project.actor(actor)
-    context = PipelineContext(project, progress, signer, scope)
-    decided = verdict(context)
-    gate = verdict_summary(store, decided)
-    trained = {
-        name: training_summary(store, training(context, name))
-        for name, settings in project.settings.candidates.items()
-        if settings.train
-    }
-    registered = None
-    if gate.verdict == "pass":
-        began = time.perf_counter()
-        with progress.task("registering", 1):  # the last step at which the run can be stopped
-            risk = None if project.settings.risk is None else project.settings.risk.requirement
-            version = register(store, name=project.settings.name, verdict=decided, actor=signer, scope=scope, risk=risk)
-        registered = RunVersion(version=version.label, digest=version.digest)
-        context.stages.done.append(Stage("register", time.perf_counter() - began, skipped=False))
-    return RunSummary(
-        data=dataset_summary(store, context.dataset.digest),
-        train=trained,
-        evaluate=evaluation_summary(store, gate.evaluation),
-        gate=gate,
-        registered=registered,
-        stages=tuple(context.stages.done),
-    )
-
-
-def training_summary(store: Store, digest: str) -> TrainingSummary:
-    """The summary of a training. Raises Refused where its record is missing or damaged."""
-    record = store.record(digest, kind="training")
-    (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
-    body, adapter = TrainingBody.of(record), str(store.blob_path(weights))
-    return TrainingSummary.of(body, training=digest, adapter=adapter, weights=weights, more_time=more_time(body))
+    return repeat_training(PipelineContext(project, progress), name or only_tuned(project))
 
 
 TRIALS = 12  # by default
@@ -307,12 +250,6 @@ def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
 _LOOKED_AT = 50  # newest forecasts that are looked through for a project's
 
 
-class ForecastView(Forecast):
-    """A recorded forecast. forecast: its record's digest."""
-
-    forecast: str
-
-
 def forecast(
     project: Project,
     name: str | None = None,
@@ -321,7 +258,7 @@ def forecast(
     goal: float | None = None,
     progress: Progress = SILENT,
     actor: str | None = None,
-) -> ForecastView:
+) -> Forecast:
     """Forecast a candidate's training, by default that of the only one that is trained.
 
     rows: of the largest subset, by default a sixteenth of the rows and 100 at least. goal: the lift from which tuning
@@ -330,20 +267,14 @@ def forecast(
     from tunesmith.pipeline.forecast import forecast as run_forecast  # loads torch
 
     context, name = PipelineContext(project, progress, actor), name or only_tuned(project)
-    return forecast_view(project.store, run_forecast(context, name, rows=rows, goal=goal))
-
-
-def forecast_view(store: Store, digest: str) -> ForecastView:
-    """A recorded forecast. Of one that an earlier version made, what is still computed."""
-    body = ForecastBody.read(store, digest)
-    return ForecastView(**{name: getattr(body, name) for name in ForecastBody.model_fields}, forecast=digest)
+    return Forecast.recorded(project.store, run_forecast(context, name, rows=rows, goal=goal))
 
 
 class KeptForecast(View):
     """A forecast that was made before. at: when, ISO 8601."""
 
     at: str
-    forecast: ForecastView
+    forecast: Forecast
 
 
 def newest_forecast(project: Project) -> KeptForecast | None:
@@ -354,7 +285,7 @@ def newest_forecast(project: Project) -> KeptForecast | None:
     known, trained = set(project.settings.candidates), set(project.settings.tuned)
     for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
         try:
-            found = forecast_view(project.store, digest)
+            found = Forecast.recorded(project.store, digest)
         except (Refused, UsageError):
             continue
         if found.name in trained and known >= set(found.rivals):

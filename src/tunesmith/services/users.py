@@ -153,15 +153,7 @@ class MakeLink(Request):
     user: Named | None = None
 
 
-def list_users(store: Store) -> UserList:
-    """Every user with their roles."""
-    identities.ensure_owner(store)
-    return UserList(users=tuple(_view(user) for user in identities.list_users(store)))
-
-
-def list_tokens(store: Store, user: str | None = None) -> TokenList:
-    """The tokens of a user, or of all."""
-    return TokenList(tokens=tuple(_token(token) for token in tokens.list_tokens(store, user)))
+# viewer: who looks, who sees themselves only unless they are an admin; None: whoever runs this machine.
 
 
 def is_admin(viewer: User) -> bool:
@@ -169,19 +161,23 @@ def is_admin(viewer: User) -> bool:
     return viewer.may("user.change") and viewer.scope.unlimited
 
 
-def visible_users(store: Store, viewer: User) -> UserList:
-    """The users whom the viewer may see."""
-    known = list_users(store).users
-    return UserList(users=tuple(one for one in known if is_admin(viewer) or one.user == viewer.name))
+def _sees(viewer: User | None, user: str) -> bool:
+    return viewer is None or is_admin(viewer) or user == viewer.name
 
 
-def visible_tokens(store: Store, viewer: User, user: str | None = None) -> TokenList:
+def list_users(store: Store, viewer: User | None = None) -> UserList:
+    """The users with their roles."""
+    identities.ensure_owner(store)
+    return UserList(users=tuple(_view(one) for one in identities.list_users(store) if _sees(viewer, one.name)))
+
+
+def list_tokens(store: Store, viewer: User | None = None, *, user: str | None = None) -> TokenList:
     """The tokens of a user, by default of all whom the viewer may see. Raises Forbidden for one whom they may not."""
-    if user != viewer.name and not is_admin(viewer):
-        if user is not None:
+    if viewer is not None and not is_admin(viewer):
+        if user not in (None, viewer.name):
             raise Forbidden(f"{viewer.name} may see only their own tokens", fix="ask an admin")
         user = viewer.name
-    return list_tokens(store, user)
+    return TokenList(tokens=tuple(_token(token) for token in tokens.list_tokens(store, user)))
 
 
 @action("user.add", says="added a user", permission="user.change", tokens=("all",), at="/users", whole=True, form=True)
@@ -392,29 +388,17 @@ class RevokeKey(RetireKey):
     since: Named
 
 
-def list_keys(store: Store) -> KeyList:
-    """Every enrolled key, retired and revoked ones included, and the proposed ones."""
+def list_keys(store: Store, viewer: User | None = None) -> KeyList:
+    """The enrolled keys, retired and revoked ones included, and the proposed ones, the oldest first."""
     enrolled = (
         KeyView.of(key, user=user.name, roles=user.roles, active=user.active, private=key.fingerprint in private)
         for user in identities.list_users(store)
+        if _sees(viewer, user.name)
         for private in [keys.private_keys(store, user)]
         for key in user.keys
     )
-    return KeyList(keys=tuple(enrolled), proposed=waiting_keys(store))
-
-
-def visible_keys(store: Store, viewer: User) -> KeyList:
-    """The keys of the users whom the viewer may see, enrolled and proposed."""
-    known, everybody = list_keys(store), is_admin(viewer)
-    return KeyList(
-        keys=tuple(key for key in known.keys if everybody or key.user == viewer.name),
-        proposed=tuple(key for key in known.proposed if everybody or key.user == viewer.name),
-    )
-
-
-def waiting_keys(store: Store, user: str | None = None) -> tuple[ProposedKey, ...]:
-    """The keys that wait for an admin, the oldest first. user: only theirs."""
-    return tuple(proposals.waiting_keys(store, user))
+    proposed = (key for key in proposals.waiting_keys(store) if _sees(viewer, key.user))
+    return KeyList(keys=tuple(enrolled), proposed=tuple(proposed))
 
 
 @action("user.key.create")
@@ -483,17 +467,14 @@ def revoke_key(acting: Acting, asked: RevokeKey) -> EndedKey:
 def _moment(text: str) -> datetime | int:
     if is_number(text):
         return int(text)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise UsageError(
-            f"{text[:80]!r} is neither a time nor the number of an audit entry",
-            where="since",
-            fix=NextStep("write 2030-01-31T00:00:00Z, or the number of an entry", "audit show"),
-        )
-    return moment
+    with contextlib.suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    raise UsageError(
+        f"{text[:80]!r} is neither a time nor the number of an audit entry",
+        where="since",
+        fix=NextStep("write 2030-01-31T00:00:00Z, or the number of an entry", "audit show"),
+    )
 
 
 def _ended(store: Store, user: User, labels: list[str]) -> EndedKey:

@@ -27,6 +27,7 @@ from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, FileRow
 
+PURPOSE = "fine-tune"  # of what clients upload
 _FOLDER = "files/"
 _DELETED = "file.delete"  # in the audit log, with the number of the file
 _LONGEST_NAME, _LONGEST_ENDING = 256, 16

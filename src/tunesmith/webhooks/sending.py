@@ -9,12 +9,13 @@ import hashlib
 import hmac
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 
 from tunesmith.core.errors import UsageError
+from tunesmith.webhooks.settings import WebhookSettings
 
 # Seconds until an answer's status must have come.
 SECONDS = 10.0
@@ -74,11 +75,17 @@ _PREFIX = "whsec_"
 _SIZES = range(24, 65)  # bytes, as the scheme has it
 
 
-def secret_of(variable: str, where: str) -> bytes:
-    """The secret's bytes from an environment variable. Raises UsageError where it is missing or is no secret.
+def secrets_of(webhooks: Mapping[str, WebhookSettings]) -> dict[str, bytes]:
+    """The secrets of webhooks, by name. Raises UsageError as `secret_of` does."""
+    return {name: secret_of(name, webhook) for name, webhook in webhooks.items()}
 
-    The message never holds the secret.
+
+def secret_of(name: str, webhook: WebhookSettings) -> bytes:
+    """The bytes of a webhook's secret, from its environment variable. name: of the webhook.
+
+    Raises UsageError where it is missing or is no secret. The message never holds the secret.
     """
+    variable, where = webhook.secret, f"webhooks.{name}.secret"
     given = os.environ.get(variable, "")
     fix = f'export {variable}="whsec_$(openssl rand -base64 32)", and give the receiver the same'
     if not given:

@@ -35,7 +35,7 @@ from tunesmith.server.errors import (
     unauthorised,
     unavailable,
 )
-from tunesmith.services.fine_tuning import PREFIX, NotYet, version_behind
+from tunesmith.services.jobs import NotYet, version_behind
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.tokens import Caller, authenticate
@@ -197,8 +197,7 @@ class Router:
         def decide(session: Session) -> _Choice:
             name, _, rest = model.partition("@")
             try:
-                if model.startswith(PREFIX):
-                    label = version_behind(session, model, scope)
+                if (label := version_behind(session, model, scope)) is not None:
                     return self._pinned(session, resolve(self._store, label, scope=scope, session=session), scope)
                 check_name(name, "version name")
                 if rest in ("", CHAMPION) and model.count("@") == bool(rest):

@@ -18,7 +18,7 @@ from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import bad_request, unknown_request
 from tunesmith.server.openapi import answers, body
 from tunesmith.server.serving import Calling, document, needs, read
-from tunesmith.services import audit, home, jobs, monitoring, retraining, review, rollouts, users
+from tunesmith.services import audit, home, jobs, monitoring, review, rollouts, users
 
 if TYPE_CHECKING:
     from tunesmith.monitoring.recall_status import RecallStatus
@@ -154,7 +154,7 @@ def pending(call: Calling) -> monitoring.PendingRetrains:
 @routes.shows("/recalls/status", "read", whole=True, gives=monitoring.recall_status_of)
 def recall_status(call: Calling, kind: Cause, value: Value) -> RecallStatus:
     """Whether something that was recalled is gone."""
-    return monitoring.recall_status_of(call.store, monitoring.cause_of(call.store, kind, value))
+    return monitoring.recall_status_of(call.store, kind, value)
 
 
 @routes.shows("/impact", "read", whole=True)
@@ -172,9 +172,9 @@ def drift(call: Calling) -> monitoring.Drift:
 
 
 @routes.shows("/retraining", "read", whole=True, slow=True)
-def due(call: Calling) -> retraining.Retraining:
+def due(call: Calling) -> monitoring.Retraining:
     """Why a new version is due, and the runs that were queued for it."""
-    return retraining.look(call.serving.own_project())
+    return monitoring.look(call.serving.own_project())
 
 
 @routes.shows("/webhooks", "read", whole=True)
@@ -209,7 +209,7 @@ def audit_log(
 @routes.shows("/users", "read")
 def everybody(call: Calling) -> users.UserList:
     """For an admin of all tenants and regions everybody, for others themselves."""
-    return users.visible_users(call.store, call.user)
+    return users.list_users(call.store, call.user)
 
 
 @routes.shows("/keys", "read")
@@ -218,10 +218,10 @@ def keys(call: Calling) -> users.KeyList:
 
     Keys are proposed and confirmed in the console or on the command line, where the log knows who opened the session.
     """
-    return users.visible_keys(call.store, call.user)
+    return users.list_keys(call.store, call.user)
 
 
 @routes.shows("/tokens", "tokens")
 def tokens(call: Calling, user: str | None = None) -> users.TokenList:
     """The caller's tokens, and for an admin everybody's. user: only that user's."""
-    return users.visible_tokens(call.store, call.user, user)
+    return users.list_tokens(call.store, call.user, user=user)

@@ -13,8 +13,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from tunesmith.core.values import View
 from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
 from tunesmith.server.serving import Calling
-from tunesmith.services import answers, datasets, evaluations, review
-from tunesmith.services import lineage as lineages
+from tunesmith.services import answers, audit, datasets, evaluations, review
 from tunesmith.services import versions as service
 
 if TYPE_CHECKING:
@@ -164,16 +163,16 @@ def version(call: Calling, name: Name, number: Number) -> service.VersionDetails
 
 
 @routes.shows(_VERSION + "/lineage", "read")
-def lineage(call: Calling, name: Name, number: Number) -> lineages.Lineage:
+def lineage(call: Calling, name: Name, number: Number) -> audit.Lineage:
     """What a version was made from, and what was made from it: records, each with its parents."""
-    return lineages.lineage(call.store, service.find_version(call.store, call.user, name, number))
+    return audit.lineage(call.store, service.find_version(call.store, call.user, name, number))
 
 
 @routes.shows(_VERSION + "/records/{digest}", "read")
-def record(call: Calling, name: Name, number: Number, digest: Digest) -> lineages.RecordDetails:
+def record(call: Calling, name: Name, number: Number, digest: Digest) -> audit.RecordDetails:
     """One record of a version's lineage."""
     found = service.find_version(call.store, call.user, name, number)
-    return lineages.record_details(call.store, call.user, found, digest)
+    return audit.record_details(call.store, call.user, found, digest)
 
 
 @routes.shows(_VERSION + "/records/{digest}/rows", "read")
@@ -185,10 +184,10 @@ def origins(
     split: Literal["train", "validation", "test"] = "train",
     search: Text = "",
     page: Page = 1,
-) -> lineages.OriginPage:
+) -> audit.OriginPage:
     """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
     found = service.find_version(call.store, call.user, name, number)
-    return lineages.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
+    return audit.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
 
 
 @routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))

@@ -31,14 +31,13 @@ def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page:
     filters = {"state": state, "kind": kind, "by": by}
     given = {name: value for name, value in filters.items() if value}
     chosen: dict[str, Any] = {"states": [state] if state else (), "kinds": [kind] if kind else (), "by": by or None}
-    first = (page - 1) * _PAGE
-    total = jobs.count_jobs(viewer.store, viewer.user, **chosen)
+    found = jobs.list_jobs(viewer.store, viewer.user, **chosen, first=(page - 1) * _PAGE, most=_PAGE)
     return viewer.page(
         "jobs.html.jinja",
-        jobs=jobs.list_jobs(viewer.store, viewer.user, **chosen, first=first, most=_PAGE).jobs,
-        total=total,
+        jobs=found.jobs,
+        total=found.total,
         page=page,
-        last=pages(total, _PAGE),
+        last=pages(found.total, _PAGE),
         filters=filters,
         given=given,
         here="/console/jobs?" + (urlencode(given) + "&" if given else ""),

@@ -11,10 +11,10 @@ from tunesmith.server.console.rendering import pages
 from tunesmith.server.console.routing import Looking, Pages, gone_to
 from tunesmith.server.control import parts_that_answer
 from tunesmith.server.errors import ApiError
-from tunesmith.services import audit, jobs, monitoring, retraining, review
+from tunesmith.services import audit, jobs, monitoring, review
 from tunesmith.services import home as service
 from tunesmith.services.monitoring import PartHealth
-from tunesmith.services.users import is_admin, visible_keys, visible_tokens, visible_users, waiting_keys
+from tunesmith.services.users import is_admin, list_keys, list_tokens, list_users
 from tunesmith.store.people.roles import ROLES
 
 routes = Pages()
@@ -27,12 +27,11 @@ Search = Annotated[str, Query(max_length=200)]
 def home(viewer: Looking) -> Response:
     """What serves, rollouts in progress and what needs action, for this person's tenant and region."""
     found = service.home(viewer.store, viewer.user.name, viewer.serving.project)
-    newest = jobs.list_jobs(viewer.store, viewer.user, most=_JOBS).jobs
-    total = jobs.count_jobs(viewer.store, viewer.user)
+    newest = jobs.list_jobs(viewer.store, viewer.user, most=_JOBS)
     said = {True: "answers", False: "does not answer"}
     parts = parts_that_answer(viewer.serving)
     health = [*(PartHealth(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *found.health]
-    return viewer.page("home.html.jinja", found=found, jobs=newest, job_total=total, health=health)
+    return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, job_total=newest.total, health=health)
 
 
 @routes.shows("/console/due")
@@ -65,7 +64,7 @@ def drift(viewer: Looking) -> Response:
     if project is None:
         raise ApiError(409, "This server runs without a project file, which says what drift is.")
     found = monitoring.drift(project, texts=viewer.user.may("row.review"))
-    due = None if project.settings.retraining is None else retraining.look(project)
+    due = None if project.settings.retraining is None else monitoring.look(project)
     return viewer.page("operations_drift.html.jinja", found=found, due=due)
 
 
@@ -74,7 +73,7 @@ def recall_status(viewer: Looking, cause: Text) -> Response:
     """Whether something that was recalled is gone."""
     viewer.require_everything()
     kind, _, value = cause.partition(" ")
-    found = monitoring.recall_status_of(viewer.store, monitoring.cause_of(viewer.store, kind, value))
+    found = monitoring.recall_status_of(viewer.store, kind, value)
     return viewer.page("operations_recall.html.jinja", found=found)
 
 
@@ -102,9 +101,9 @@ def people(viewer: Looking) -> Response:
     store, user = viewer.store, viewer.user
     return viewer.page(
         "people.html.jinja",
-        people=visible_users(store, user).users,
-        keys=visible_keys(store, user).keys,
-        tokens=visible_tokens(store, user).tokens,
+        people=list_users(store, user).users,
+        keys=list_keys(store, user).keys,
+        tokens=list_tokens(store, user).tokens,
         roles=ROLES,
         admin=is_admin(user),
     )
@@ -113,7 +112,7 @@ def people(viewer: Looking) -> Response:
 @routes.shows("/console/keys")
 def own_keys(viewer: Looking) -> Response:
     """The person's keys, and for admins those of others that wait."""
-    found = waiting_keys(viewer.store)
+    found = list_keys(viewer.store, viewer.user).proposed
     own = [key for key in found if key.user == viewer.user.name]
     others = [key for key in found if key.user != viewer.user.name] if is_admin(viewer.user) else None
     return viewer.page("keys.html.jinja", own=own, others=others)

@@ -25,10 +25,9 @@ from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.limits import ServerSettings
 from tunesmith.server.openapi import BEARER, answers, errors
 from tunesmith.server.serving import Call, Calling, document, in_turn, needs
-from tunesmith.services.fine_tuning import PURPOSE
 from tunesmith.store import uploads
 from tunesmith.store.tables import FileRow
-from tunesmith.store.uploads import FileGone
+from tunesmith.store.uploads import PURPOSE, FileGone
 
 _PIECE = 1 << 20  # bytes that are written at once
 _SYNCED = 32 << 20  # bytes after which the disk is told to keep what came: little is left to wait for at the end

@@ -28,13 +28,11 @@ from tunesmith.server.fine_tuning import objects
 from tunesmith.server.fine_tuning.objects import FineTuningJob, FineTuningRequest, event_id, event_object, job_object
 from tunesmith.server.openapi import answers, body
 from tunesmith.server.serving import Call, Calling, Serving, document, in_turn, needs, read, who_has
-from tunesmith.services import fine_tuning as service
-from tunesmith.services import jobs as changing
+from tunesmith.services import jobs as service
 from tunesmith.services.actions import Action
-from tunesmith.services.fine_tuning import job_number
 from tunesmith.services.jobs import ChangeJob, JobView, LogLine
 from tunesmith.store.people.identities import User
-from tunesmith.store.tables import JobRow
+from tunesmith.store.tables import FINE_TUNING_JOB, JobRow
 
 routes = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[needs("jobs")])
 _PAGE = {"jobs": 20, "events": 20, "checkpoints": 10}  # items of a page by default, as OpenAI's
@@ -59,7 +57,7 @@ async def create(request: Request, call: Calling) -> Response:
 
     def add() -> JobRow:
         try:
-            return service.create(project, given.arguments(), user=user, key=key)
+            return service.add_fine_tuning(project, given.arguments(), user=user, key=key)
         except service.UnknownModel:
             raise no_such_model(given.model) from None
         except UsageError as error:
@@ -88,7 +86,7 @@ def jobs(
         matched[1]: value for name, value in request.query_params.multi_items() if (matched := _FILTER.fullmatch(name))
     }
     wanted = pairs if metadata is None else None
-    found = service.list_jobs(call.store, call.user, before=before, most=most + 1, metadata=wanted)
+    found = service.list_fine_tuning(call.store, call.user, before=before, most=most + 1, metadata=wanted)
     data = tuple(job_object(each, call.serving.project) for each in found[:most])
     return objects.FineTuningJobList(object="list", data=data, has_more=len(found) > most)
 
@@ -103,19 +101,19 @@ def job(call: Calling, job: str) -> FineTuningJob:
 @routes.post("/{job}/cancel", **_CHANGED)
 async def cancel(call: Calling, job: str) -> Response:
     """End a job for good. One that runs ends between two of its steps, and says running until then."""
-    return await _changed(call, job, changing.cancel)
+    return await _changed(call, job, service.cancel)
 
 
 @routes.post("/{job}/pause", **_CHANGED)
 async def pause(call: Calling, job: str) -> Response:
     """Stop a job until it is resumed. One that runs stops between two of its steps, and says running until then."""
-    return await _changed(call, job, changing.pause)
+    return await _changed(call, job, service.pause)
 
 
 @routes.post("/{job}/resume", **_CHANGED)
 async def resume(call: Calling, job: str) -> Response:
     """Put a paused job back into the queue. Its training continues from the newest checkpoint."""
-    return await _changed(call, job, changing.resume)
+    return await _changed(call, job, service.resume)
 
 
 @routes.get("/{job}/events", **answers(objects.FineTuningEventList, 400, 404))
@@ -137,7 +135,7 @@ def events(
     found = _found(call, job)
     if stream not in (None, "false", "true"):
         raise bad_request("stream must be true or false.", "stream")
-    lines = changing.log(call.store, found.id, call.user).lines
+    lines = service.log(call.store, found.id, call.user).lines
     if stream == "true":
         if after is not None or limit is not None:
             raise bad_request("stream=true takes no after and no limit: these are for pages.", "stream")
@@ -178,7 +176,7 @@ async def _changed(call: Call, identifier: str, change: Action[ChangeJob, JobVie
 
 def _found(call: Call, identifier: str) -> JobRow:
     """A job of the caller's scope. Raises ApiError 404."""
-    found = service.find(call.store, job_number(identifier), call.user)
+    found = service.find_fine_tuning(call.store, identifier, call.user)
     if found is None:
         message = f"Could not find fine tune: {identifier[: limits.SHOWN]}"
         raise ApiError(404, message, "fine_tune_not_found", "fine_tuning_job_id")
@@ -241,7 +239,7 @@ async def _told(request: Request, serving: Serving, number: int, after: int) -> 
 
 def _look(serving: Serving, number: int, user: User, after: int) -> tuple[JobRow, Sequence[LogLine]]:
     """The job and its new lines, read after it so that an ended job's are whole. Raises ApiError 404 if another's."""
-    job = service.find(serving.store, number, user)
+    job = service.find_fine_tuning(serving.store, f"{FINE_TUNING_JOB}{number}", user)
     if job is None:
         raise ApiError(404, "The job is not yours any more.", "fine_tune_not_found")
-    return job, changing.log(serving.store, number, user, after=after).lines
+    return job, service.log(serving.store, number, user, after=after).lines

@@ -12,11 +12,11 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.values import Frozen, View
+from tunesmith.jobs.fine_tuning import VALIDATING, Arguments, Hyperparameters, seed_of
 from tunesmith.project import Project
 from tunesmith.server import limits
 from tunesmith.server.answering.request import MetadataKey, MetadataText, Number
 from tunesmith.server.errors import bad_request
-from tunesmith.services.fine_tuning import VALIDATING, Arguments, Hyperparameters, seed_of
 from tunesmith.services.jobs import LogLine, for_client
 from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobRow
 

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs of OpenAI's clients: accept and perform them, and find the versions behind `ft:` names."""
+"""Fine-tuning jobs of OpenAI's clients: the project that one means, and how it is performed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
-
-from sqlalchemy.orm import Session
+from typing import NamedTuple
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, UsageError
@@ -21,22 +19,21 @@ from tunesmith.data.formats.openai_rules import InvalidExamples, check_examples
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
 from tunesmith.evaluation.summary import EvaluationSummary
-from tunesmith.jobs import queue
 from tunesmith.jobs.performing import JobProgress, Outcome
 from tunesmith.jobs.queue import JobError
+from tunesmith.pipeline.run import RunSummary, run
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
 from tunesmith.records.training import TrainingBody
 from tunesmith.registry.versions import resolve
-from tunesmith.services import training
-from tunesmith.services.training import RunSummary
 from tunesmith.store import uploads
-from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import CHAMPION, FINE_TUNING, FINE_TUNING_JOB, FileRow, JobRow
+from tunesmith.store.tables import CHAMPION, FINE_TUNING, FileRow, JobRow
 from tunesmith.store.uploads import FileGone
 from tunesmith.training.settings import TrainSettings, changed_training
 
+PREFIX = "ft:"  # of the names of models
 _LONGEST_NAME = 63
+_RESULTS = "fine-tune-results"
 
 
 class Hyperparameters(View):
@@ -163,126 +160,10 @@ def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
     return changed_training(train, changes, "hyperparameters")
 
 
-# Accepting and reading jobs
-
-
-PURPOSE, RESULTS = "fine-tune", "fine-tune-results"
-_PAGE = 100
-
-
-class UnknownModel(UsageError):
-    """The project names no such model for fine-tuning."""
-
-
-def create(project: Project, arguments: Arguments, *, user: User, key: str | None = None) -> JobRow:
-    """Queue a job. key: an idempotency key. The job is for the tenant and region of its files.
-
-    Raises UnknownModel; UsageError, where: the client's field, for what the project cannot do; Refused where the user
-    may not add jobs.
-    """
-    known = project.settings.fine_tuning
-    if known is None or arguments.model not in known.models:
-        raise UnknownModel(f"there is no model {arguments.model!r} to fine-tune", where="model")
-    training = _file(project.store, user, arguments.training_file, "training_file")
-    if arguments.validation_file is not None:
-        validation = _file(project.store, user, arguments.validation_file, "validation_file")
-        if validation.scope != training.scope or validation.file == training.file:
-            what = "the validation file must be another file of the same tenant and region"
-            raise UsageError(what, where="validation_file")
-    uploaded = Uploaded("training.jsonl", "training.jsonl")
-    others = None if arguments.validation_file is None else Uploaded("validation.jsonl", "validation.jsonl")
-    derived(project, arguments, uploaded, others, training.scope)
-    return queue.add(
-        project.store,
-        FINE_TUNING,
-        arguments.model_copy(update={"settings": project.settings.digest}).document(),
-        project=project.settings.name,
-        actor=user.name,
-        key=key,
-        scope=training.scope,
-    )
-
-
-def find(store: Store, number: int | None, user: User) -> JobRow | None:
-    """A fine-tuning job by its number; None where there is none that the user's scope covers."""
-    if number is None:
-        return None
-    try:
-        job = queue.get(store, number)
-    except UsageError:
-        return None
-    return job if job.kind == FINE_TUNING and user.scope.covers(job.scope) else None
-
-
-def list_jobs(
-    store: Store, user: User, *, before: int | None, most: int, metadata: Mapping[str, str] | None
-) -> list[JobRow]:
-    """Fine-tuning jobs that the user's scope covers, newest first.
-
-    metadata: only jobs with these pairs; None: only jobs without any.
-    """
-    found: list[JobRow] = []
-    for job in _jobs(store, user, before):
-        own = job.arguments.get("metadata") or {}
-        if not own if metadata is None else own.items() >= metadata.items():
-            found.append(job)
-        if len(found) == most:
-            break
-    return found
-
-
-def _jobs(store: Store, user: User, before: int | None) -> Iterator[JobRow]:
-    while page := queue.list_jobs(store, kinds=[FINE_TUNING], before=before, most=_PAGE, scope=user.scope):
-        yield from page
-        before = page[-1].id
-
-
-def _file(store: Store, user: User, identifier: str, field: str) -> FileRow:
-    found = uploads.find(store, identifier, user.scope)
-    if found is None:
-        raise UsageError(f"invalid {field}: {identifier[:80]}", where=field)
-    if found.purpose != PURPOSE:
-        raise UsageError(f"invalid {field}: {identifier} has the purpose {found.purpose}, not {PURPOSE}", where=field)
-    return found
-
-
-# Names of models
-
-
-PREFIX: Final = "ft:"
-_NUMBER = re.compile("[1-9][0-9]{0,8}")
-
-
-class NotYet(UsageError):
-    """A job of this name exists, but no version came of it (yet)."""
-
-
 def model_name(job: JobRow) -> str:
     """The name that a job's model has, or will have: ft:MODEL:PROJECT:SUFFIX:NUMBER."""
     arguments = Arguments.model_validate(job.arguments)
     return f"{PREFIX}{arguments.model}:{job.project}:{arguments.suffix or ''}:{job.id}"
-
-
-def job_number(identifier: str) -> int | None:
-    """The number in a job's id; None for what is no id."""
-    found = identifier.removeprefix(FINE_TUNING_JOB)
-    return int(found) if identifier.startswith(FINE_TUNING_JOB) and _NUMBER.fullmatch(found) else None
-
-
-def version_behind(session: Session, name: str, scope: Scope) -> str:
-    """The label of the version behind a `ft:` name. scope: the caller's.
-
-    Raises NotYet where the job has none, UsageError where there is no such job for the caller.
-    """
-    number = name.rsplit(":", 1)[-1]
-    row = session.get(JobRow, int(number)) if _NUMBER.fullmatch(number) else None
-    visible = row is not None and row.tenant in ("", scope.tenant) and row.region in ("", scope.region)
-    if row is None or not visible or row.kind != FINE_TUNING or model_name(row) != name:
-        raise UsageError(f"there is no model {name!r}")
-    if row.state == "succeeded":
-        return str(row.result[FINE_TUNING]["version"])
-    why = f": {row.error['code']}" if row.error else ""
-    raise NotYet(f"its fine-tuning job {FINE_TUNING_JOB}{row.id} is {row.state}{why}")
 
 
 VALIDATING = "validating files"
@@ -298,7 +179,7 @@ def perform_fine_tuning(project: Project, job: JobRow, progress: JobProgress) ->
         try:
             made = _checked(project, job, arguments, progress, opened)
             progress.logged = "training"
-            summary = training.run(made, progress=progress, actor=job.created_by, scope=job.scope)
+            summary = run(made, progress=progress, actor=job.created_by, scope=job.scope)
         except FileGone as error:
             return _file_gone(error)
         except InvalidExamples as error:
@@ -436,7 +317,7 @@ def _put_metrics(made: Project, job: JobRow, body: TrainingBody) -> str:
         path = folder / "metrics"
         path.write_text(text.getvalue())
         stored = uploads.put(
-            made.store, path, name="step_metrics.csv", purpose=RESULTS, actor=job.created_by, scope=job.scope,
+            made.store, path, name="step_metrics.csv", purpose=_RESULTS, actor=job.created_by, scope=job.scope,
             file=identifier,
         )  # fmt: skip
     return stored.file
