@@ -375,11 +375,11 @@ def settings_schema() -> JsonObject:
 
 def _usage_error(error: ValidationError, where: str, read: Fields) -> UsageError:
     """The first of pydantic's errors as a UsageError. read: the settings with the error."""
-    found = error.errors(include_url=False)
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     loc = first["loc"]
     place = _place(loc, read, missing=first["type"] == "missing")
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         key = str(loc[-1])
         schema = settings_schema()

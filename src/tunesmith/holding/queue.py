@@ -236,8 +236,8 @@ def delete_over(store: Store) -> None:
     """Delete the held answers whose time is over, with their texts."""
     over = HeldRow.until <= time.time()
     with store.reading() as session:
-        found = session.scalars(select(HeldRow.id).where(over, HeldRow.state != WAITING).limit(1)).first()
-    if found is not None:
+        one = session.scalars(select(HeldRow.id).where(over, HeldRow.state != WAITING).limit(1)).first()
+    if one is not None:
         with store.writing() as session:
             session.execute(delete(HeldRow).where(over, HeldRow.state != WAITING))
 

@@ -31,8 +31,8 @@ class Holder:
 
     def reasons(self, answer: Completion) -> tuple[str, ...]:
         """Why an answer waits, by rule; empty if it may leave. They quote the project file, never the answer."""
-        found = (self._reason(rule, answer) for rule in self.settings.rules)
-        return tuple(reason for reason in found if reason is not None)
+        reasons = (self._reason(rule, answer) for rule in self.settings.rules)
+        return tuple(reason for reason in reasons if reason is not None)
 
     def _reason(self, rule: HoldRule, answer: Completion) -> str | None:
         if rule.values is not None:
@@ -54,8 +54,8 @@ def _labelled(field: str | None, values: tuple[Any, ...], text: str) -> str | No
         value = text
     if field is not None and not isinstance(value, dict):
         return "the answer is not a JSON object"
-    found = value if field is None else value.get(field)
-    said = {_plain(each) for each in (found if isinstance(found, list) else [found])}
+    stated = value if field is None else value.get(field)
+    said = {_plain(each) for each in (stated if isinstance(stated, list) else [stated])}
     if field is None:
         said.add(_plain(text))
     named = next((each for each in values if _plain(each) in said), None)
@@ -76,8 +76,8 @@ def _misshapen(field: str, schema: Schema | None, text: str) -> str | None:
     if field not in value:
         closed = schema is not None and schema.get("additionalProperties") is False
         return None if closed else f"the answer has no {field}"
-    found = value[field]
-    nested = any(isinstance(each, dict | list) for each in (found if isinstance(found, list) else [found]))
+    stated = value[field]
+    nested = any(isinstance(each, dict | list) for each in (stated if isinstance(stated, list) else [stated]))
     return f"{field} is an object or a nested list" if nested else None
 
 

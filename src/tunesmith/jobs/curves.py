@@ -84,9 +84,9 @@ def note(session: Session, job: int, curves: Mapping[str, Curve]) -> None:
 
 def read(store: Store, job: int) -> dict[str, Curve]:
     """A job's curves by the names of its trainings."""
-    found = select(JobCurveRow).where(JobCurveRow.job == job).order_by(JobCurveRow.training)
+    query = select(JobCurveRow).where(JobCurveRow.job == job).order_by(JobCurveRow.training)
     with store.reading() as session:
-        return {row.training: Curve(**row.curve) for row in session.scalars(found)}
+        return {row.training: Curve(**row.curve) for row in session.scalars(query)}
 
 
 def curve_of(training: TrainingBody) -> Curve:

@@ -212,18 +212,18 @@ def _checked(
                 raise
         progress.say(f"{count} examples")
     progress.say("Files validated")
-    found = {
+    uploaded = {
         field: Uploaded(str(path), f"upload-{stored.digest.removeprefix('sha256:')[:24]}{path.suffix}")
         for field, (stored, path) in files.items()
     }
-    return derived(project, arguments, found["training_file"], found.get("validation_file"), job.scope)
+    return derived(project, arguments, uploaded["training_file"], uploaded.get("validation_file"), job.scope)
 
 
 def _files(
     project: Project, job: JobRow, arguments: Arguments, opened: contextlib.ExitStack
 ) -> dict[str, tuple[FileRow, Path]]:
     """The files of a job and where they are here until `opened` is closed, by the client's field. Raises FileGone."""
-    found = {}
+    files = {}
     for field in ("training_file", "validation_file"):
         if (identifier := getattr(arguments, field)) is None:
             continue
@@ -231,11 +231,11 @@ def _files(
             stored = uploads.find(project.store, identifier, job.scope)
             if stored is None:
                 raise FileGone("the file was deleted", fix="upload it again and create another job")
-            found[field] = stored, opened.enter_context(uploads.local_file(project.store, stored))
+            files[field] = stored, opened.enter_context(uploads.local_file(project.store, stored))
         except FileGone as error:
             error.where = field
             raise
-    return found
+    return files
 
 
 def _file_gone(error: FileGone) -> Outcome:
@@ -292,16 +292,16 @@ def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSumma
     )
 
 
-def _better_rival(found: EvaluationSummary, tuned: str) -> str:
+def _better_rival(measured: EvaluationSummary, tuned: str) -> str:
     """A sentence where a candidate without training is as good as the tuned one or better; else ""."""
-    means = {name: metrics[found.primary].mean for name, metrics in found.candidates.items()}
-    rivals = {name: mean for name, mean in means.items() if not found.tuned.get(name)}
+    means = {name: metrics[measured.primary].mean for name, metrics in measured.candidates.items()}
+    rivals = {name: mean for name, mean in means.items() if not measured.tuned.get(name)}
     best = max(rivals, key=rivals.__getitem__, default=None)
     if best is None or rivals[best] < means[tuned]:
         return ""
     return (
-        f"Training did not pay: {best}, without training, reaches {found.primary} {rivals[best]:.3f} on the {found.n} "
-        f"test rows, {tuned} {means[tuned]:.3f}."
+        f"Training did not pay: {best}, without training, reaches {measured.primary} {rivals[best]:.3f} on the "
+        f"{measured.n} test rows, {tuned} {means[tuned]:.3f}."
     )
 
 

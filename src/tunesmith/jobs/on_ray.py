@@ -88,14 +88,14 @@ class RayProcess:
     def ending(self) -> TunesmithError:
         """What the actor says, or that it was lost with its node."""
         try:
-            found: TunesmithError = self._ray.get(self._ended, timeout=_ANSWERS)
+            answer: TunesmithError = self._ray.get(self._ended, timeout=_ANSWERS)
         except self._ray.exceptions.RayTaskError as error:
             return TunesmithError(f"its process could not be started: {error.cause}")
         except self._ray.exceptions.RayError as error:
             return TunesmithError(f"it was lost with its node or its actor: {' '.join(str(error).split())[:300]}")
         finally:
             self._ray.kill(self._actor)  # it would keep the node's resources
-        return found
+        return answer
 
 
 class _Performer:

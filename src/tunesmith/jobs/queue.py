@@ -192,20 +192,20 @@ def is_waiting(store: Store, project: str) -> bool:
 
 def events(store: Store, number: int, after: int = 0) -> list[JobEventRow]:
     """The lines of a job's log, oldest first. after: only those with a higher number."""
-    found = select(JobEventRow).where(JobEventRow.job == number, JobEventRow.number > after)
-    return _events(store, number, found.order_by(JobEventRow.number))
+    query = select(JobEventRow).where(JobEventRow.job == number, JobEventRow.number > after)
+    return _events(store, number, query.order_by(JobEventRow.number))
 
 
 def newest_events(store: Store, number: int, *, before: int | None = None, most: int = 100) -> list[JobEventRow]:
     """The newest lines of a job's log, newest first. before: only those with a lower number."""
-    found = select(JobEventRow).where(JobEventRow.job == number).order_by(JobEventRow.number.desc()).limit(most)
-    return _events(store, number, found if before is None else found.where(JobEventRow.number < before))
+    query = select(JobEventRow).where(JobEventRow.job == number).order_by(JobEventRow.number.desc()).limit(most)
+    return _events(store, number, query if before is None else query.where(JobEventRow.number < before))
 
 
-def _events(store: Store, number: int, found: Select[JobEventRow]) -> list[JobEventRow]:
+def _events(store: Store, number: int, query: Select[JobEventRow]) -> list[JobEventRow]:
     with store.reading() as session:
         _row(session, number)
-        return list(session.scalars(found))
+        return list(session.scalars(query))
 
 
 def add_event(session: Session, job: int, at: float, message: str) -> None:

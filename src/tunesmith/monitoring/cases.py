@@ -74,12 +74,12 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
 
     Raises Refused for a damaged one.
     """
-    found = []
+    cases = []
     for key in store.blobs.keys(_FOLDER):
         with suppress(FileNotFoundError):  # it was withdrawn meanwhile
             if not (case := _read(store, key)).over and (everything or case.failed):
-                found.append(case)
-    return sorted(found, key=lambda case: (case.at, case.request))
+                cases.append(case)
+    return sorted(cases, key=lambda case: (case.at, case.request))
 
 
 def find_case(store: Store, request: str) -> Case | None:
@@ -209,12 +209,12 @@ def _row(case: Case, licence: str, split: Split) -> bytes:
 
 
 def _requests(data: bytes, target: Path) -> set[str]:
-    found = set()
+    requests = set()
     for number, line in enumerate(data.splitlines(), start=1):
         try:
             row = parse_json(line)
-            found.add(str(row.get("case", {}).get("request")))
+            requests.add(str(row.get("case", {}).get("request")))
         except (ValueError, AttributeError) as error:
             where = f"{target}, line {number}"
             raise UsageError("not a JSON row", where=where, fix="correct it, or name another file") from error
-    return found
+    return requests

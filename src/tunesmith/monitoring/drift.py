@@ -267,9 +267,9 @@ def _overall(findings: Sequence[DriftFinding]) -> tuple[Verdict, str]:
     """Drift if any finding is drift; stable if every finding is, apart from constant features."""
     telling = [finding for finding in findings if finding.outcome != "constant"]
     for verdict in ("drift", "inconclusive"):
-        found = [finding for finding in telling if finding.outcome == verdict]
-        if found:
-            return verdict, "; ".join(finding.reason for finding in found)
+        some = [finding for finding in telling if finding.outcome == verdict]
+        if some:
+            return verdict, "; ".join(finding.reason for finding in some)
     if not telling:
         return "inconclusive", "nothing to compare: no feature was measured, or every one is constant"
     return "stable", f"{', '.join(finding.name for finding in telling)} within bounds"

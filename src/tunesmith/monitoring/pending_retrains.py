@@ -51,12 +51,12 @@ def list_pending_retrains(store: Store, name: str | None = None) -> list[Pending
         if not by_cause:
             return []
         places = _champions(session)
-        found = [
+        pending = [
             _pending(store, session, place, places[place], by_cause)
             for place in sorted(places)
             if name in (None, place[0])
         ]
-    return [one for one in found if one is not None]
+    return [one for one in pending if one is not None]
 
 
 def _champions(session: Session) -> dict[_Place, set[str]]:

@@ -121,14 +121,14 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
     with store.change(actor, "recall.start", cause.label, detail) as session:
         # Inside the transaction, so that no record which is being made from it now is missed.
         require(session, actor, "recall.start")
-        found, items = find_reached(store, session, cause, reason, done=True)
+        recalled, items = find_reached(store, session, cause, reason, done=True)
         forget_items(session, items)
         at = stamp()
-        for one in found.reached:
+        for one in recalled.reached:
             if session.get(RecallRow, (one.digest, cause.label)) is None:
                 session.add(RecallRow(digest=one.digest, cause=cause.label, reason=reason, at=at))
-        detail |= found.model_dump(mode="json", include={"reached", "aliases", "rollouts", "adapters", "tenants"})
-        return found
+        detail |= recalled.model_dump(mode="json", include={"reached", "aliases", "rollouts", "adapters", "tenants"})
+        return recalled
 
 
 def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> tuple[Recall, list[int]]:
@@ -207,7 +207,7 @@ def _roots(
         return [Reached(kind="base", digest=cause.value, label=base.spec)], frozenset(), (), []
     traced = TracedRows(store, store.records_of("dataset"), [cause.kind])
     ids = traced.trace(cause.kind, cause.value).ids
-    found = [
+    roots = [
         Reached(kind="dataset", digest=digest, label=short(digest), rows=rows)
         for digest, rows in traced.reached(cause.kind, cause.value).items()
     ]
@@ -216,10 +216,10 @@ def _roots(
         body = DocumentsBody.read(store, digest)
         stated = [file.path for file in body.files] if cause.kind == "source" else [body.settings.licence]
         if any(reaches(cause.kind, cause.value, each) for each in stated):
-            found.append(Reached(kind="documents", digest=digest, label=short(digest)))
+            roots.append(Reached(kind="documents", digest=digest, label=short(digest)))
         if cause.kind == "licence":
             licences.update(filter(None, stated))
-    return found, ids, licences, traced.near(cause.kind, cause.value, recalled_values(session, cause.kind))
+    return roots, ids, licences, traced.near(cause.kind, cause.value, recalled_values(session, cause.kind))
 
 
 def _version_and_its_weights(store: Store, version: str) -> list[Reached]:

@@ -43,14 +43,14 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
                 f"{cause.label} was never recalled in this store",
                 fix=NextStep("recall it", "recall", reason=..., **{cause.kind: cause.value}),
             )
-        found, items = find_reached(store, session, cause, reason="", done=False)
-        since = [one for one in found.reached if one.digest not in marked]
+        recall, items = find_reached(store, session, cause, reason="", done=False)
+        since = [one for one in recall.reached if one.digest not in marked]
         left = [f"{one.kind} {one.label} was made from it since: recall it again" for one in since]
-        left += [f"{one.name}@{one.alias}{one.scope.said} still points at it" for one in found.aliases]
-        left += [f"rollout {number} still has an arm of it" for number in found.rollouts]
+        left += [f"{one.name}@{one.alias}{one.scope.said} still points at it" for one in recall.aliases]
+        left += [f"rollout {number} still has an arm of it" for number in recall.rollouts]
         if items:
             left.append(f"the review queue holds its text (items: {len(items)}): recall it again")
-        names = {VersionBody.read(store, one.digest).name for one in found.reached if one.kind == "version"}
+        names = {VersionBody.read(store, one.digest).name for one in recall.reached if one.kind == "version"}
         left_over = {name: newest_left(store, session, name) for name in sorted(names)}
     newest = {name: version.label for name, version in left_over.items() if version is not None}
     if cause.kind in ROW_CAUSES:
@@ -63,6 +63,6 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
         left=tuple(left),
         retrain=tuple(sorted(names - newest.keys())),
         replaced=newest,
-        other_licences=found.other_licences,
-        near=found.near,
+        other_licences=recall.other_licences,
+        near=recall.near,
     )

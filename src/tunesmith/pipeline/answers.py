@@ -112,10 +112,10 @@ def _new_uses(context: PipelineContext, used: Collection[str]) -> int:
         if not settings.adapted or trains not in project.settings.tuned:
             continue
         try:
-            found = trained_candidate(context, name)
+            trained = trained_candidate(context, name)
         except TunesmithError:  # such as rows that nobody has signed off yet
-            found = None
-        new += found is None or nameless(found) not in used
+            trained = None
+        new += trained is None or nameless(trained) not in used
     return max(1, new)
 
 
@@ -124,26 +124,26 @@ def _show_plan(context: PipelineContext) -> None:
     if not context.plan_shown:
         context.plan_shown = True
         try:
-            found = plan(context)
+            power = plan(context)
         except Inconclusive as error:  # the scores are of use without it, and the gates say the same
             context.progress.say(error.what)
             return
-        for gate in found.gates:
-            context.progress.say(found.sentence(gate))
+        for gate in power.gates:
+            context.progress.say(power.sentence(gate))
 
 
 def _choices(context: PipelineContext) -> tuple[str, ...]:
     """The labels whose probabilities are measured for each answer; empty where no scorer calibrates."""
     if not any(scorer.calibrate for scorer in context.project.settings.task.labels):
         return ()
-    found = sorted({example.answer for example in context.dataset.examples("train")})
-    if len(found) > _MOST_LABELS:
+    labels = sorted({example.answer for example in context.dataset.examples("train")})
+    if len(labels) > _MOST_LABELS:
         raise UsageError(
-            f"calibrate measures at most {_MOST_LABELS} labels, and the training rows have {len(found)}",
+            f"calibrate measures at most {_MOST_LABELS} labels, and the training rows have {len(labels)}",
             where="task.scorers, calibrate",
             fix="leave calibrate out",
         )
-    return tuple(found)
+    return tuple(labels)
 
 
 def _likelihoods(context: PipelineContext, asked: Candidate, choices: Sequence[str]) -> Likelihoods:

@@ -44,13 +44,13 @@ def candidate(context: PipelineContext, name: str, restart: bool = False) -> str
     settings = context.settings_of(name)
     if settings.version is not None:
         return put_candidate(context.store, _registered(context, name, settings.version))
-    found = untrained_candidate(context, name, settings)
+    made = untrained_candidate(context, name, settings)
     if settings.train is not None:
-        trained = train_candidate(context, name, found, settings.train, restart=restart)
-        found = found.model_copy(update={"training": trained})
+        trained = train_candidate(context, name, made, settings.train, restart=restart)
+        made = made.model_copy(update={"training": trained})
     elif settings.weights is not None:
-        found = found.model_copy(update={"training": training(context, settings.weights)})
-    return put_candidate(context.store, found)
+        made = made.model_copy(update={"training": training(context, settings.weights)})
+    return put_candidate(context.store, made)
 
 
 def trained_candidate(context: PipelineContext, name: str) -> Candidate | None:
@@ -65,16 +65,16 @@ def trained_candidate(context: PipelineContext, name: str) -> Candidate | None:
         return None
     inputs = training_inputs(context, of, untrained_candidate(context, of, own), own.train)
     trained = context.stages.known("train", inputs)
-    found = untrained_candidate(context, name, settings)
-    return None if trained is None else found.model_copy(update={"training": trained})
+    untrained = untrained_candidate(context, name, settings)
+    return None if trained is None else untrained.model_copy(update={"training": trained})
 
 
 def training(context: PipelineContext, name: str, restart: bool = False) -> str:
     """Digest of a candidate's training. Raises UsageError for a candidate that has none."""
-    found = load_candidate(context.store, candidate(context, name, restart)).training
-    if found is None:
+    trained = load_candidate(context.store, candidate(context, name, restart)).training
+    if trained is None:
         raise _no_training(context, name)
-    return found
+    return trained
 
 
 def better_settings(context: PipelineContext, name: str, trials: int, within: float | None) -> str:
@@ -87,14 +87,14 @@ def repeat_training(context: PipelineContext, name: str) -> Repeated:
 
     Raises UsageError for a candidate that is not trained, or whose training has not ended with what the project states.
     """
-    found, train = _trained(context, name)
-    if context.stages.known("train", training_inputs(context, name, found, train)) is None:
+    untrained, train = _trained(context, name)
+    if context.stages.known("train", training_inputs(context, name, untrained, train)) is None:
         raise UsageError(
             f"no training of {name!r} has ended with these rows, base and settings, so there is none to repeat",
             where=f"candidates.{name}.train",
             fix=NextStep("train it first", "train", candidate=name),
         )
-    return repeat_decided(context, name, found, train, train_candidate(context, name, found, train))
+    return repeat_decided(context, name, untrained, train, train_candidate(context, name, untrained, train))
 
 
 def _trained(context: PipelineContext, name: str) -> tuple[Candidate, TrainSettings]:
@@ -161,7 +161,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
     from_documents = retrieve is not None and retrieve.from_ == "documents"
     # Tuned candidates too: drift monitoring compares requests with their training rows.
     named = shots or settings.adapted or settings.search or (retrieve is not None and not from_documents)
-    found = Candidate(
+    made = Candidate(
         name=name,
         base=base,
         max_tokens=most,
@@ -176,11 +176,11 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         endpoint=None if endpoint is None else RemoteModel(url=endpoint.url, model=endpoint.model),
     )
     if endpoint is None and context.project.settings.server is None:  # servers read schemas in their own ways
-        check_constraint(found)
+        check_constraint(made)
     if settings.search is not None:
-        return _searched(context, found, settings.search)
+        return _searched(context, made, settings.search)
     chosen = choose_shots(context.dataset.examples("train"), shots.count, shots.choose) if shots else []
-    return with_choice(found, found.prompt, chosen)
+    return with_choice(made, made.prompt, chosen)
 
 
 def _refuse_recalled_base(context: PipelineContext) -> None:
@@ -209,14 +209,14 @@ def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
         raise UsageError(error.what, where=where, fix=fix) from error
     with store.reading() as session:
         may_load(session, version, context.scope).require(version.label)
-    found = load_candidate(store, version.candidate)
-    if found.base != context.base.digest:
+    served = load_candidate(store, version.candidate)
+    if served.base != context.base.digest:
         raise Refused(
             f"{version.label} was made from another base, which is not loaded here",
             where=where,
             fix=NextStep(f"leave the candidate {name} out, and compare afterwards", "compare", first=version.label),
         )
-    return found.model_copy(update={"name": name})
+    return served.model_copy(update={"name": name})
 
 
 def _prompt(context: PipelineContext, name: str, file: str) -> str:

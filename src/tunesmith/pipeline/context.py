@@ -84,14 +84,14 @@ class PipelineContext:
         from tunesmith.models.base import resolve_base
 
         began = time.perf_counter()
-        found = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
+        base = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
         self.stages.done.append(Stage("base", time.perf_counter() - began, skipped=False))
         engine = self.project.settings.engine
         for name, settings in self.project.settings.candidates.items():
             if settings.train:  # so that a wrong setting is reported before any slow stage
                 where = f"candidates.{name}.train"
-                check_weight_settings(found.family, settings.train, where, engine, ranks=self._ranks)
-        return found
+                check_weight_settings(base.family, settings.train, where, engine, ranks=self._ranks)
+        return base
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -141,14 +141,14 @@ class PipelineContext:
 
         Raises UsageError where torchrun started this process too.
         """
-        found = self.project.settings.engine.ray
-        if found is not None and self.together is not None:
+        ray = self.project.settings.engine.ray
+        if ray is not None and self.together is not None:
             raise UsageError(
                 "torchrun and engine.ray would both start the processes of a training",
                 where="engine.ray",
                 fix="start the command without torchrun, or leave engine.ray out",
             )
-        return found
+        return ray
 
     @cached_property
     def sharded(self) -> ShardedModel | None:

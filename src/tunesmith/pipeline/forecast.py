@@ -98,14 +98,14 @@ def _subset(context: PipelineContext, name: str, plain: Candidate, train: TrainS
 
 def _sizes(context: PipelineContext, whole: int, largest: int | None) -> list[int]:
     """The rows of the subsets. Raises Inconclusive where there are too few rows to forecast from."""
-    found = subset_sizes(whole, largest)
-    if len(found) < _LEAST_SUBSETS:
-        what = f"of {whole:,} training rows, subsets of {found} rows are too few to forecast from"
+    sizes = subset_sizes(whole, largest)
+    if len(sizes) < _LEAST_SUBSETS:
+        what = f"of {whole:,} training rows, subsets of {sizes} rows are too few to forecast from"
         raise Inconclusive(what, where="data", fix="forecast from more rows, or train: so few rows take a minute")
     if (held := effective_groups([row.group for row in context.dataset.examples("validation")])) < MINIMUM_GROUPS:
         what = f"{held:.1f} groups of validation rows are too few to forecast from: it takes {MINIMUM_GROUPS}"
         raise Inconclusive(what, where="data.split.validation", fix="raise it, or collect rows of more groups")
-    return found
+    return sizes
 
 
 def lift_gate(project: ProjectSettings) -> Lift | None:
@@ -151,7 +151,7 @@ def _forecast(
     untuned = {each: validation_scores(context, digest) for each, digest in given.items()}
     scores = {size: validation_scores(context, digest) for size, (_, digest) in subsets.items()}
     measured = Measured(list(scores), _columns(scores, rows), _columns(untuned, rows), [row.group for row in rows])
-    found = extrapolate(measured, whole["rows"], context.dataset.splits["test"], goal, whole["seed"])
+    said = extrapolate(measured, whole["rows"], context.dataset.splits["test"], goal, whole["seed"])
     means = {who: rounded(fmean(values)) for who, values in untuned.items()}
     rival = max(sorted(means), key=means.__getitem__, default=None)
     trainings = {size: TrainingBody.read(context.store, one) for size, (one, _) in subsets.items()}
@@ -161,9 +161,9 @@ def _forecast(
     seconds = whole["budget"] or each / last.epochs * epochs * whole["rows"]
     money = None if project.prices is None else rounded(seconds / 3600.0 * project.prices.machine_hour)
     own = _price(context, subsets[largest][1])
-    larger = found.from_rows
+    larger = said.from_rows
     return ForecastBody(
-        **dict(found),
+        **dict(said),
         name=name,
         metric=project.task.leading,
         rows=whole["rows"],

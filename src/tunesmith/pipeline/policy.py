@@ -53,9 +53,9 @@ def policy_answers(context: PipelineContext, name: str, items: Sequence[PolicyIt
         if asked.endpoint is not None:
             context.progress.say(f"{name}: sending {len(items)} policy requests to {asked.endpoint.url}")
         title = f"{name} answers {len(items)} policy requests"
-        found = ask_rows(answerer(context, asked), items, work, title, context.progress)
-        body = found.body(SUITE, engine=engine)
-        return keep_answers(context.store, {"candidate": digest}, found.lines, body, {ITEMS: encoded})
+        answers = ask_rows(answerer(context, asked), items, work, title, context.progress)
+        body = answers.body(SUITE, engine=engine)
+        return keep_answers(context.store, {"candidate": digest}, answers.lines, body, {ITEMS: encoded})
 
     return context.stages.run(f"policy {name}", "policy", inputs, ask)
 
@@ -96,8 +96,8 @@ def style(context: PipelineContext) -> dict[str, str]:
     def ask(work: Path) -> str:
         rows = drawn(dataset.examples("test"), most)
         title = f"the bare base model answers {len(rows)} rows"
-        found = ask_rows(answerer(context, bare), rows, work, title, context.progress)
-        body = found.body(shares.SUITE, engine=context.engine_kind, rows=most)
-        return keep_answers(store, parents, found.lines, body)
+        answers = ask_rows(answerer(context, bare), rows, work, title, context.progress)
+        body = answers.body(shares.SUITE, engine=context.engine_kind, rows=most)
+        return keep_answers(store, parents, answers.lines, body)
 
     return {"style": context.stages.run("style", "style", inputs, ask)}

@@ -405,21 +405,21 @@ def forbidden_answers(
     if earlier:
         parts = [(row.id, part) for row in rows for part in learned_parts(row.messages)]
         answered = [(name, tuple(part[:-1]), part[-1].text) for name, part in parts]
-    found = [(name, constraint.forbids(answer, request)) for name, request, answer in answered]
-    unfit = [name for name, why in found if why == "form"]
+    judged = [(name, constraint.forbids(answer, request)) for name, request, answer in answered]
+    unfit = [name for name, why in judged if why == "form"]
     counts = {"undecodable": len(unfit)}
     notices = [] if constraint.order_kept_by is None else [f"keys keep the schema's order: {constraint.order_kept_by}"]
     if unfit:
         notices.append(
-            f"decoding cannot give {len(unfit)} of {len(found)} {split} answers, such as that of row {unfit[0]}: it "
+            f"decoding cannot give {len(unfit)} of {len(judged)} {split} answers, such as that of row {unfit[0]}: it "
             "reads the schema more strictly than the build and metrics do, as for dates, times and whole numbers such "
             "as 1.0"
         )
     if candidate.copied:
-        counts["uncopied"] = sum(why == "copy" for _, why in found)
+        counts["uncopied"] = sum(why == "copy" for _, why in judged)
         if counts["uncopied"]:
             notices.append(
-                f"copied fields: {counts['uncopied']} of {len(found)} {split} answers hold a value that is not words "
+                f"copied fields: {counts['uncopied']} of {len(judged)} {split} answers hold a value that is not words "
                 "of the request, which this candidate cannot give"
             )
     return counts, notices

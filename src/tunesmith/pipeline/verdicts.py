@@ -66,9 +66,9 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
             policy=settings.policy,
         )
 
-    found = context.stages.run("evaluate", "evaluate", inputs, score)
-    record_evaluation(context.store, found, context.stages.acting)
-    return _keep_latest(context, "evaluation", found)
+    digest = context.stages.run("evaluate", "evaluate", inputs, score)
+    record_evaluation(context.store, digest, context.stages.acting)
+    return _keep_latest(context, "evaluation", digest)
 
 
 def verdict(context: PipelineContext, name: str | None = None) -> str:
@@ -93,10 +93,10 @@ def latest(project: Project, kind: Literal["evaluation", "verdict"], scope: Scop
     """Digest of the record that the project's last `evaluate` or `gate` for a scope gave, made then or before; None
     for none. For all tenants and regions that may also be the store's newest record, of a project by another name.
     """
-    found = project.store.recall_memo(_latest_key(project, kind, scope))
-    if found is None and scope.unlimited:
-        found = next(reversed(project.store.records_of(kind)), None)
-    return found
+    digest = project.store.recall_memo(_latest_key(project, kind, scope))
+    if digest is None and scope.unlimited:
+        digest = next(reversed(project.store.records_of(kind)), None)
+    return digest
 
 
 def changed_since(project: Project, verdict: str) -> list[str]:

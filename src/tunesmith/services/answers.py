@@ -154,7 +154,7 @@ def show_requests(
     matrix = _readable(store, user, digest)
     reader = _reader(user, region)
     use = _filter(store, user, digest, matrix, chosen)
-    found, sight = matrix.select(use, reader), matrix.sight(reader)
+    selected, sight = matrix.select(use, reader), matrix.sight(reader)
     changes = matrix.changes(use.focus, use.rival, use.metric)
     names = _names(use, matrix)
     return RequestMatrix(
@@ -164,8 +164,8 @@ def show_requests(
         metrics=matrix.metrics,
         filter={key: getattr(use, key) for key in FILTERS},
         total=len(sight.rows),
-        chosen=len(found.places),
-        changes=dict(found.counts),
+        chosen=len(selected.places),
+        changes=dict(selected.counts),
         labels=tuple(sight.labels),
         measures_form=matrix.measures_form,
         rows=tuple(
@@ -177,7 +177,7 @@ def show_requests(
                 change=CHANGES[changes[place]],
                 cells=tuple(_cell(matrix, sight, name, use.metric, place) for name in names),
             )
-            for number, place in enumerate(found.places[first : first + most].tolist())
+            for number, place in enumerate(selected.places[first : first + most].tolist())
         ),
     )
 
@@ -201,8 +201,8 @@ def show_request(
     if compared not in (REFERENCE, *matrix.candidates):
         raise UsageError(f"there is no candidate {compared[:80]!r} to compare with", fix="name one of the evaluation")
     start = example.answer if compared == REFERENCE else _text(matrix, sight, compared, place)
-    found, names = matrix.select(use, reader), _names(use, matrix)
-    at, before, after = _neighbours(matrix, found, place)
+    selected, names = matrix.select(use, reader), _names(use, matrix)
+    at, before, after = _neighbours(matrix, selected, place)
     return OpenedRequest(
         evaluation=digest,
         id=example.id,
@@ -216,7 +216,7 @@ def show_request(
         compared=compared,
         answers=tuple(_opened(matrix, sight, name, place, start) for name in names),
         place=at,
-        chosen=len(found.places),
+        chosen=len(selected.places),
         previous=before,
         next=after,
     )
@@ -291,7 +291,7 @@ def _cell(matrix: Matrix, sight: Sight, name: str, metric: str, place: int) -> M
 
 def _opened(matrix: Matrix, sight: Sight, name: str, place: int, start: str | None) -> OpenedAnswer:
     line, text = matrix.lines[name][place], _text(matrix, sight, name, place)
-    found = [matrix.found[name][identifier] for identifier in line.get("retrieved", ()) if text is not None]
+    retrieved = [matrix.found[name][identifier] for identifier in line.get("retrieved", ()) if text is not None]
     return OpenedAnswer(
         candidate=name,
         text=text,
@@ -301,17 +301,17 @@ def _opened(matrix: Matrix, sight: Sight, name: str, place: int, start: str | No
         prompt_tokens=line.get("prompt_tokens", 0),
         completion_tokens=line.get("completion_tokens", 0),
         changes=() if start is None or text is None else tuple(differences(start, text)),
-        retrieved=tuple(FoundText.of(one) for one in found),
+        retrieved=tuple(FoundText.of(one) for one in retrieved),
     )
 
 
-def _neighbours(matrix: Matrix, found: Selected, place: int) -> tuple[int | None, str | None, str | None]:
+def _neighbours(matrix: Matrix, selected: Selected, place: int) -> tuple[int | None, str | None, str | None]:
     """A row's place among the chosen ones, and the ids before and after it."""
-    at = next(iter((found.places == place).nonzero()[0].tolist()), None)
+    at = next(iter((selected.places == place).nonzero()[0].tolist()), None)
     if at is None:
         return None, None, None
-    ids = [matrix.rows[each].id for each in found.places[max(0, at - 1) : at + 2].tolist()]
-    return at, ids[0] if at else None, ids[-1] if at + 1 < len(found.places) else None
+    ids = [matrix.rows[each].id for each in selected.places[max(0, at - 1) : at + 2].tolist()]
+    return at, ids[0] if at else None, ids[-1] if at + 1 < len(selected.places) else None
 
 
 class ChatAnswer(View):
@@ -369,14 +369,14 @@ def ask(
     """
     turn = [Message(role="user", content=message)]
     who = to.composer.asked_as if caller is None else caller
-    found: Streamed | Completion | None = None
+    last: Streamed | Completion | None = None
     for piece in to.responder.stream(to.generation(turn, who, max_tokens=max_tokens), to.candidate.training):
-        found = piece
+        last = piece
         if stopped():
             raise Stopped("the question was stopped")
-    assert isinstance(found, Completion)  # the last item of a stream
+    assert isinstance(last, Completion)  # the last item of a stream
     sources = tuple(to.composer.retrieved(turn, who).sources)
-    return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.candidate.name, sources=sources)
+    return ChatAnswer(answer=last.text, finish=last.finish, candidate=to.candidate.name, sources=sources)
 
 
 def choices(store: Store, user: User, region: str, base: str, evaluation: str) -> tuple[Choice, ...]:

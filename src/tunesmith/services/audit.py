@@ -130,9 +130,9 @@ def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
     roots = None if asked.tsa_roots is None else time_stamps.load_roots(asked.tsa_roots)
     store, there = acting.store, open_place(asked.place, acting.store.root)
     with store.reading() as session:
-        found = there.read()
-        problems = audit.verify(session) + _place_problems(session, there.name, found)
-        problems += audit.verify(session, _pins(there.name, found)) if not problems else []
+        anchors = there.read()
+        problems = audit.verify(session) + _place_problems(session, there.name, anchors)
+        problems += audit.verify(session, _pins(there.name, anchors)) if not problems else []
         head, first = audit.newest(session), _first(session)
         newest = session.get(AuditRow, head.seq)
     if problems:
@@ -174,18 +174,18 @@ def verify_audit(
     problems, notes, compared = list[Problem](), list[str](), 0
     for place in anchors:
         there = open_place(place, store.root)
-        found = there.read()
+        known = there.read()
         with store.reading() as session:
-            reasons = _place_problems(session, there.name, found)
-        if not found.anchors:
+            reasons = _place_problems(session, there.name, known)
+        if not known.anchors:
             reasons.append("there is no anchor here")
         if roots is not None:
-            reasons += [reason for anchor in found.anchors for reason in _stamp_problems(anchor, roots)]
-        elif unchecked := sum(bool(anchor.time_stamp) for anchor in found.anchors):
+            reasons += [reason for anchor in known.anchors for reason in _stamp_problems(anchor, roots)]
+        elif unchecked := sum(bool(anchor.time_stamp) for anchor in known.anchors):
             notes.append(f"{unchecked} time stamps in {there.name} were not checked: give the authority's roots")
         problems += [Problem(path=there.name, reason=reason) for reason in reasons]
-        pins += _pins(there.name, found)
-        compared += len(found.anchors)
+        pins += _pins(there.name, known)
+        compared += len(known.anchors)
     problems += [Problem(path="audit log", reason=reason) for reason in verify_log(store, pins)]
     with store.reading() as session:
         newest = audit.newest(session)
@@ -239,20 +239,20 @@ def _first(session: Session) -> str:
     return session.scalar(select(AuditRow.digest).order_by(AuditRow.seq).limit(1)) or audit.GENESIS
 
 
-def _pins(place: str, found: AnchorsFound) -> list[Pin]:
-    return [Pin(witness=f"the anchor of {anchor.at} in {place}", head=anchor.head) for anchor in found.anchors]
+def _pins(place: str, known: AnchorsFound) -> list[Pin]:
+    return [Pin(witness=f"the anchor of {anchor.at} in {place}", head=anchor.head) for anchor in known.anchors]
 
 
-def _place_problems(session: Session, place: str, found: AnchorsFound) -> list[str]:
+def _place_problems(session: Session, place: str, known: AnchorsFound) -> list[str]:
     """What is wrong with a place: broken or foreign anchors, and missing ones that the log says were written there."""
-    first, problems = _first(session), list(found.problems)
-    for anchor in found.anchors:
+    first, problems = _first(session), list(known.problems)
+    for anchor in known.anchors:
         if anchor.store != first:
             problems.append(
                 f"the anchor of {anchor.at} is of another store ({anchor.store[:19]}, this one is {first[:19]}), "
                 "or the log was rewritten from its first entry"
             )
-    held = {(anchor.seq, anchor.digest) for anchor in found.anchors}
+    held = {(anchor.seq, anchor.digest) for anchor in known.anchors}
     for row in session.scalars(select(AuditRow).where(AuditRow.action == _ANCHOR).order_by(AuditRow.seq)):
         detail = row.detail
         kept_until = detail.get("kept_until")

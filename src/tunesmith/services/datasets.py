@@ -267,10 +267,10 @@ def list_datasets(store: Store, page: int = 1) -> DatasetPage:
         at = Page.within(page, total, EACH_PAGE)
         query = select(RecordRow.digest, RecordRow.created_at).where(of_kind)
         newest = query.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((at.page - 1) * EACH_PAGE)
-        found = list(session.execute(newest.limit(EACH_PAGE)))
-    signed = sign_offs_of(store, [digest for digest, _ in found])
+        newest_first = list(session.execute(newest.limit(EACH_PAGE)))
+    signed = sign_offs_of(store, [digest for digest, _ in newest_first])
     lines = []
-    for digest, sealed in found:
+    for digest, sealed in newest_first:
         try:
             body = DatasetBody.read(store, digest)
             counts = {"read": body.rows.read, "kept": body.rows.kept, "removed": sum(body.rows.removed.values())}
@@ -331,13 +331,13 @@ def rows_by_id(store: Store, dataset: str, ids: Collection[str], *, actor: str) 
     """Id -> row, for those of the ids that a dataset version holds. Raises Refused if actor may not read rows."""
     require(store, actor, "row.read")
     loaded, wanted = load_dataset(store, dataset), {name.encode() for name in ids}
-    found: dict[str, FoundRow] = {}
+    rows: dict[str, FoundRow] = {}
     for split in SPLITS if wanted else ():
         for line in store.read_blob(loaded.record.blobs[f"{split}.jsonl"]).splitlines():
             if _id_of(line) in wanted:
                 example = Example.model_validate_json(line)
-                found[example.id] = FoundRow.of(example, split=split)
-    return found
+                rows[example.id] = FoundRow.of(example, split=split)
+    return rows
 
 
 def _matching(store: Store, dataset: Dataset, split: str, search: str) -> Iterator[bytes]:

@@ -104,38 +104,38 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
     everything = user.scope.unlimited
     texts = texts and everything and user.may(READ_PERMISSION)
     trail = release_trail(store, version.name if everything else version.label, version.digest)
-    found = report_data(store, version.evaluation, version.verdict, version.digest, trail)
+    report = report_data(store, version.evaluation, version.verdict, version.digest, trail)
     with store.reading() as session:
         texts = texts and not recalls_of(session, [version.evaluation])
-    found = found if texts else without_texts(found)
-    return found if everything else found.model_copy(update={"by_group": None})
+    report = report if texts else without_texts(report)
+    return report if everything else report.model_copy(update={"by_group": None})
 
 
 def release_trail(store: Store, name: str, version: str | None) -> list[TrailEntry]:
     """The audit log's newest entries about a model: its versions, approvals, aliases and rollouts, oldest first."""
     with store.reading() as session:
-        found = [
+        trail = [
             TrailEntry.of(row, does=audit_words(row.action))
             for row in audit.entries(session)
             if row.subject in (name, version) or row.subject.startswith(f"{name}@")
         ]
-    return found[-_SHOWN_TRAIL:]
+    return trail[-_SHOWN_TRAIL:]
 
 
-def without_texts(found: EvidenceReport) -> EvidenceReport:
+def without_texts(report: EvidenceReport) -> EvidenceReport:
     """A report without requests and answers."""
-    policy = found.policy
+    policy = report.policy
     if policy is not None:
         checks = tuple(check.model_copy(update={"shown": ()}) for check in policy.checks)
         policy = policy.model_copy(update={"checks": checks})
-    return found.model_copy(update={"examples": None, "policy": policy})
+    return report.model_copy(update={"examples": None, "policy": policy})
 
 
-def report_sections(found: EvidenceReport, requests: str) -> str:
+def report_sections(report: EvidenceReport, requests: str) -> str:
     """A report's sections as HTML that wears the sheets of `style_sheets`. requests: address of its requests."""
     from tunesmith.evaluation.report.html import render_sections
 
-    return render_sections(found, requests)
+    return render_sections(report, requests)
 
 
 def style_sheets() -> dict[str, Path]:
@@ -143,27 +143,27 @@ def style_sheets() -> dict[str, Path]:
     return {sheet.name: sheet for sheet in PAGE.glob("*.css")}
 
 
-def page_of(found: EvidenceReport, document: Literal["report.html", "report.md"]) -> str:
+def page_of(report: EvidenceReport, document: Literal["report.html", "report.md"]) -> str:
     """A report as one HTML page, without scripts or files of its own, or as Markdown for a pull request."""
     from tunesmith.evaluation.report.html import render, report_markdown
 
-    return render(found) if document == "report.html" else report_markdown(found)
+    return render(report) if document == "report.html" else report_markdown(report)
 
 
 def latest_evaluation(project: Project) -> str:
     """Digest of the project's last evaluation. Raises UsageError where there is none."""
-    found = latest(project, "evaluation")
-    if found is None:
+    digest = latest(project, "evaluation")
+    if digest is None:
         raise UsageError("nothing has been evaluated yet", fix=NextStep("evaluate the candidates first", "evaluate"))
-    return found
+    return digest
 
 
 def _reported(project: Project, version: str | None) -> tuple[str, str | None, str | None]:
     """Digests of the evaluation, verdict and version that a report is about."""
     store = project.store
     if version is not None:
-        found = resolve(store, version)
-        return found.evaluation, found.verdict, found.digest
+        registered = resolve(store, version)
+        return registered.evaluation, registered.verdict, registered.digest
     measured = latest_evaluation(project)
     last = latest(project, "verdict")
     if last is None or store.record(last).parents["evaluation"] != measured:
@@ -304,8 +304,8 @@ def _verdict(store: Store, digest: str) -> ListedVerdict:
 def newest_evaluation(store: Store, user: User) -> str:
     """Digest of the newest evaluation that a user may see. Raises UsageError where there is none."""
     with store.reading() as session:
-        found = _visible(user.scope).order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(1)
-        digest: str | None = session.scalars(found).first()
+        query = _visible(user.scope).order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(1)
+        digest: str | None = session.scalars(query).first()
     if digest is None:
         raise UsageError("nothing has been evaluated yet", fix=NextStep("evaluate the candidates first", "evaluate"))
     return digest
@@ -348,12 +348,12 @@ def find_verdict(store: Store, user: User, start: str) -> str:
     query = select(RecordRow.digest).where(RecordRow.kind == "verdict", *_released(user.scope, "verdict"))
     begins = RecordRow.digest.startswith(f"sha256:{start.removeprefix('sha256:')}", autoescape=True)
     with store.reading() as session:
-        found = list(session.scalars(query.where(begins).limit(2)))
-    if not found:
+        digests = list(session.scalars(query.where(begins).limit(2)))
+    if not digests:
         raise NotThere("there is no such verdict", where="verdict", fix=NextStep("judge a candidate", "gate"))
-    if len(found) > 1:
+    if len(digests) > 1:
         raise UsageError("several verdicts begin so", where="verdict", fix="give more digits")
-    return found[0]
+    return digests[0]
 
 
 def compare_versions(store: Store, user: User, version: str, before: str = "") -> CandidatePair | None:
@@ -364,20 +364,20 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
     """
     try:
         with store.reading() as session:
-            found = load_version(store, version, session)
+            loaded = load_version(store, version, session)
             other = load_version(store, before, session) if before else None
-        page = show_evaluation(store, user, found.evaluation, found.verdict)
+        page = show_evaluation(store, user, loaded.evaluation, loaded.verdict)
     except (TunesmithError, KeyError):  # not this user's, or a record that cannot be read
         return None
     if page.verdict is None:
         return None
-    focus, stated = page.verdict.candidate, EvaluationBody.read(store, found.evaluation).candidates
+    focus, stated = page.verdict.candidate, EvaluationBody.read(store, loaded.evaluation).candidates
     names = [name for name in stated if name != focus]
     same = [name for name in names if other is not None and stated[name].candidate == other.candidate]
     rival = same[0] if same else rival_of(page.summary, page.verdict, focus)[0]
     return CandidatePair(
-        evaluation=found.evaluation,
-        verdict=found.verdict,
+        evaluation=loaded.evaluation,
+        verdict=loaded.verdict,
         focus=focus,
         rival=rival or max(names, key=page.summary.mean, default=""),
         against=other.label if same and other is not None else "",
@@ -393,9 +393,9 @@ def show_findings(store: Store, user: User, digest: str, verdict: str | None = N
     """
     page = show_evaluation(store, user, digest, verdict)
     with refused_if_inconsistent():
-        found = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
+        report = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
     groups = user.may(READ_PERMISSION) and user.scope.unlimited
-    return found if groups else found.model_copy(update={"by_group": None})
+    return report if groups else report.model_copy(update={"by_group": None})
 
 
 @contextlib.contextmanager
@@ -440,10 +440,10 @@ def _verdicts(session: Session, scope: Scope, evaluations: Sequence[str]) -> dic
     query = select(EdgeRow.parent, EdgeRow.child).join(RecordRow, RecordRow.digest == EdgeRow.child)
     query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", RecordRow.kind == "verdict")
     query = query.where(*_released(scope, "verdict"))
-    found = defaultdict[str, list[str]](list)
+    verdicts = defaultdict[str, list[str]](list)
     for measured, digest in session.execute(query.order_by(RecordRow.created_at, RecordRow.digest)):
-        found[measured].append(digest)
-    return found
+        verdicts[measured].append(digest)
+    return verdicts
 
 
 def _versions(session: Session, scope: Scope, evaluations: Sequence[str]) -> dict[str, list[RegisteredFrom]]:
@@ -453,12 +453,12 @@ def _versions(session: Session, scope: Scope, evaluations: Sequence[str]) -> dic
     query = query.join(VersionRow, VersionRow.digest == EdgeRow.child)
     query = query.join(verdict, verdict.c.child == EdgeRow.child)
     query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", *within(VersionRow, scope))
-    found = defaultdict[str, list[RegisteredFrom]](list)
+    versions = defaultdict[str, list[RegisteredFrom]](list)
     rows = session.execute(query.order_by(VersionRow.name, VersionRow.number))
     for measured, name, number, digest, judged in rows:
         one = RegisteredFrom(version=str(VersionRef(name, number)), digest=digest, verdict=judged)
-        found[measured].append(one)
-    return found
+        versions[measured].append(one)
+    return versions
 
 
 # The leaderboard: versions ranked among those that were measured on the same held-out rows by the same scorer

@@ -134,8 +134,8 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
 
 def status(project: Project, viewer: str) -> Home:
     """The first page for a user with what is due."""
-    found = home(project.store, viewer, project)
-    return found.model_copy(update={"waiting": _viewers_first((*found.waiting, *due(project, viewer)))})
+    page = home(project.store, viewer, project)
+    return page.model_copy(update={"waiting": _viewers_first((*page.waiting, *due(project, viewer)))})
 
 
 def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
@@ -147,11 +147,11 @@ def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
     if not user.scope.unlimited:
         return ()
     with _DUE_LOCK:  # it may take seconds: once for all who look
-        at, found = _DUE.get(project.store, (-_DUE_SECONDS, ()))
+        at, steps = _DUE.get(project.store, (-_DUE_SECONDS, ()))
         if time.monotonic() - at >= _DUE_SECONDS:
-            found = tuple(_due(project))
-            _DUE[project.store] = time.monotonic(), found
-    return tuple(_waiting(user, says, "job.add", _OPERATIONS) for says in found)
+            steps = tuple(_due(project))
+            _DUE[project.store] = time.monotonic(), steps
+    return tuple(_waiting(user, says, "job.add", _OPERATIONS) for says in steps)
 
 
 def last_changes(store: Store) -> tuple[object, ...]:
@@ -202,9 +202,9 @@ def _newest(session: Session) -> list[str]:
 
 def _requests(store: Store, champions: list[Champion]) -> _Requests:
     """(requests, failed) of the last hour by version and the caller's scope, counted again every few seconds."""
-    at, found = _REQUESTS.get(store, (-_COUNTED_SECONDS, {}))
+    at, counted = _REQUESTS.get(store, (-_COUNTED_SECONDS, {}))
     if time.monotonic() - at < _COUNTED_SECONDS:
-        return found
+        return counted
     since = stamp(-timedelta(hours=1))
     place = (RequestRow.version, RequestRow.tenant, RequestRow.region)
     counts = (func.count(), func.sum(case((RequestRow.ok, 0), else_=1)))
@@ -212,9 +212,9 @@ def _requests(store: Store, champions: list[Champion]) -> _Requests:
     query = select(*place, *counts).where(mine, RequestRow.at >= since).group_by(*place)
     with store.reading() as session:
         rows = session.execute(query).all()
-    found = {(version, Scope(tenant, region)): (n, failed) for version, tenant, region, n, failed in rows}
-    _REQUESTS[store] = time.monotonic(), found
-    return found
+    counted = {(version, Scope(tenant, region)): (n, failed) for version, tenant, region, n, failed in rows}
+    _REQUESTS[store] = time.monotonic(), counted
+    return counted
 
 
 def _serves(champion: Scope, viewer: Scope) -> bool:
@@ -320,8 +320,8 @@ class Checks(View):
 def examine(directory: Path) -> Checks:
     """Check this machine, the project, its base, its store, its audit log, and whether its champions may serve."""
     checks = (_python, _processor, _gpus, _extras, _memory, _cache, _disk, _project, _base, _store, _champions)
-    found = tuple(_checked(check, directory) for check in checks)
-    return Checks(ok=all(check.ok for check in found), checks=found)
+    checked = tuple(_checked(check, directory) for check in checks)
+    return Checks(ok=all(check.ok for check in checked), checks=checked)
 
 
 def examine_gpu() -> Checks:
@@ -334,15 +334,15 @@ def examine_gpu() -> Checks:
     if not gpu_present():
         fix = fix or "run it on a machine with a GPU and a build of PyTorch for it"
         raise Refused(f"torch sees no GPU ({described})", where="gpu", fix=fix)
-    found = [_check("gpu", device_name(computing_device()))]
+    checked = [_check("gpu", device_name(computing_device()))]
     for precision, figures in compare_step().items():
         most = max(figure.difference for figure in figures)
         said = "; ".join(f"{each.name} {each.gpu:.6g}, on the CPU {each.cpu:.6g}" for each in figures)
         accepted = ACCEPTED[precision]
         detail = f"{said}: they differ by at most {most:.1e} (accepted: {accepted:g})"
         fix = "try another driver or build of PyTorch: what this GPU trains is not what the CPU would"
-        found.append(_check(f"a step in {precision}", detail, most <= accepted, fix))
-    return Checks(ok=all(check.ok for check in found), checks=tuple(found))
+        checked.append(_check(f"a step in {precision}", detail, most <= accepted, fix))
+    return Checks(ok=all(check.ok for check in checked), checks=tuple(checked))
 
 
 def _installed_version(name: str) -> str | None:
@@ -381,14 +381,14 @@ def _processor(_directory: Path) -> Check:
 def _gpus(_directory: Path) -> Check:
     from tunesmith.engines.device import describe_gpus
 
-    found, wrong = describe_gpus()
-    return _check("gpus", found, wrong is None, wrong)
+    described, wrong = describe_gpus()
+    return _check("gpus", described, wrong is None, wrong)
 
 
 def _extras(_directory: Path) -> Check:
     """Which libraries are there that only some settings need."""
-    found = (f"{name} {_installed_version(name) or '(not installed)'}" for name in _EXTRAS)
-    return _check("extras", ", ".join((*found, f"vllm {shutil.which('vllm') or '(not on PATH)'}")))
+    installed = (f"{name} {_installed_version(name) or '(not installed)'}" for name in _EXTRAS)
+    return _check("extras", ", ".join((*installed, f"vllm {shutil.which('vllm') or '(not on PATH)'}")))
 
 
 def _memory(_directory: Path) -> Check:

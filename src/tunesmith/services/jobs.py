@@ -330,15 +330,15 @@ def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
     """The trainings of a job, also while it runs. Raises NotThere where there is no such job."""
     job = _find(store, number, reader)
     trained = job.result.get("train", {})
-    found = {name: _curve(name, trained.get(name, {}), each) for name, each in noted.read(store, number).items()}
+    shown = {name: _curve(name, trained.get(name, {}), each) for name, each in noted.read(store, number).items()}
     for name, summary in trained.items():
-        if name not in found:
+        if name not in shown:
             with contextlib.suppress(Refused, UsageError):  # the store no longer has it
                 curve = noted.curve_of(TrainingBody.read(store, summary["training"]))
-                found[name] = _curve(name, summary, curve, earlier=True)
+                shown[name] = _curve(name, summary, curve, earlier=True)
     order = {name: place for place, name in enumerate(trained)}
-    names = sorted(found, key=lambda name: order.get(name, len(order)))
-    return JobCurves(job=number, trainings=tuple(found[name] for name in names))
+    names = sorted(shown, key=lambda name: order.get(name, len(order)))
+    return JobCurves(job=number, trainings=tuple(shown[name] for name in names))
 
 
 def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -> TrainingCurve:

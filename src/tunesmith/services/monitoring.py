@@ -197,8 +197,8 @@ def list_recalls(store: Store) -> RecallList:
     query = select(RecallRow.cause, func.min(RecallRow.reason), first, func.count()).group_by(RecallRow.cause)
     with store.reading() as session:
         rows = session.execute(query.order_by(first.desc()).limit(_RECALLS)).all()
-    found = (RecalledCause(cause=cause, reason=reason, at=at, records=n) for cause, reason, at, n in rows)
-    return RecallList(recalls=tuple(found))
+    listed = (RecalledCause(cause=cause, reason=reason, at=at, records=n) for cause, reason, at, n in rows)
+    return RecallList(recalls=tuple(listed))
 
 
 def queue_health(store: Store, scope: Scope) -> PartHealth:
@@ -235,20 +235,20 @@ def impact(store: Store, base: str) -> Impact:
     if digest not in specs:
         raise UsageError("it is not a base", where=base, fix=f"name one of {', '.join(sorted(set(specs.values())))}")
     with store.reading() as session:
-        found, _ = recalls.find_reached(store, session, Cause(kind="base", value=digest), "", done=False)
-    reached = {one.digest for one in found.reached if one.kind == "version"}
+        recall, _ = recalls.find_reached(store, session, Cause(kind="base", value=digest), "", done=False)
+    reached = {one.digest for one in recall.reached if one.kind == "version"}
     return Impact(
         base=digest,
         spec=specs[digest],
-        versions=tuple(_on_base(each, found) for each in list_versions(store) if each.digest in reached),
-        tenants=found.tenants,
-        adapters=len(found.adapters),
+        versions=tuple(_on_base(each, recall) for each in list_versions(store) if each.digest in reached),
+        tenants=recall.tenants,
+        adapters=len(recall.adapters),
     )
 
 
-def _on_base(version: Version, found: recalls.Recall) -> VersionOnBase:
-    served = [one for one in found.served if one.version == version.digest]
-    aliases = (one for one in found.aliases if one.version == version.digest)
+def _on_base(version: Version, recall: recalls.Recall) -> VersionOnBase:
+    served = [one for one in recall.served if one.version == version.digest]
+    aliases = (one for one in recall.aliases if one.version == version.digest)
     return VersionOnBase(
         version=version.label,
         digest=version.digest,
@@ -285,11 +285,11 @@ def recall(acting: Acting, asked: StartRecall) -> Recalled:
     """Withdraw something and everything that was made from it, and abort the rollouts that it reaches."""
     store, reason = acting.store, asked.reason
     cause = cause_of(store, asked.kind, asked.value)
-    found = recalls.recall(store, cause, reason=reason, actor=acting.actor, dry_run=asked.dry_run)
+    reached = recalls.recall(store, cause, reason=reason, actor=acting.actor, dry_run=asked.dry_run)
     aborted: list[int] = []
     if not asked.dry_run:
-        aborted = [give_up(store, number, f"recalled: {reason}").id for number in found.rollouts]
-    return Recalled(**dict(found), aborted_rollouts=tuple(aborted), next=tuple(_next_steps(found)))
+        aborted = [give_up(store, number, f"recalled: {reason}").id for number in reached.rollouts]
+    return Recalled(**dict(reached), aborted_rollouts=tuple(aborted), next=tuple(_next_steps(reached)))
 
 
 def recall_status_of(store: Store, kind: str, value: str) -> RecallStatus:
@@ -297,21 +297,21 @@ def recall_status_of(store: Store, kind: str, value: str) -> RecallStatus:
     return recall_status.recall_status(store, cause_of(store, kind, value))
 
 
-def _next_steps(found: Recall) -> Iterator[NextStep]:
-    kind, _, value = found.cause.partition(" ")
-    if not found.done:
+def _next_steps(recall: Recall) -> Iterator[NextStep]:
+    kind, _, value = recall.cause.partition(" ")
+    if not recall.done:
         yield NextStep("nothing was changed; withdraw it", "recall", reason=..., **{kind: value})
         return
-    for champion in found.champions:
+    for champion in recall.champions:
         words = f"{champion.name}@champion is withdrawn and no longer answers"
         yield NextStep(words, "rollout rollback", rollout=champion.name, **champion.scope.fields())
-    if any(one.kind == "dataset" for one in found.reached):
+    if any(one.kind == "dataset" for one in recall.reached):
         yield NextStep("build, train and measure again without these rows", "run")
-    elif found.adapters:
+    elif recall.adapters:
         yield NextStep("change what these weights were trained on (rows, settings or base), then run", "run")
-    if found.other_licences:
-        yield NextStep(f"not withdrawn, since they do not need it: {'; '.join(found.other_licences)}")
-    if any(one.kind == "version" for one in found.reached):
+    if recall.other_licences:
+        yield NextStep(f"not withdrawn, since they do not need it: {'; '.join(recall.other_licences)}")
+    if any(one.kind == "version" for one in recall.reached):
         yield NextStep("list the names that need a new version, until it serves", "recall", pending=True)
     yield NextStep("see whether it is gone", "recall", check=True, **{kind: value})
 
@@ -327,15 +327,15 @@ def _examples(store: Store, report: Report) -> list[MovedExample]:
         )
         features: dict[str, dict[str, Any]] = dict(session.execute(query).all())
     measured = measured_baseline(store, load_version(store, report.version)).features
-    found = []
+    examples = []
     for finding in report.findings:
         if finding.outcome != "drift" or finding.name not in measured:
             continue
         usual = float(median(measured[finding.name]))
         values = {request: float(each[finding.name]) for request, each in features.items() if finding.name in each}
         farthest = sorted(values, key=lambda request: -abs(values[request] - usual))[:_EXAMPLES]
-        found += [_example(kept[request], finding.name, values[request], usual) for request in farthest]
-    return found
+        examples += [_example(kept[request], finding.name, values[request], usual) for request in farthest]
+    return examples
 
 
 def _example(case: Case, feature: str, value: float, usual: float) -> MovedExample:
@@ -396,9 +396,9 @@ class NameWebhook(Request):
 
 def list_webhooks(project: Project) -> WebhookList:
     """The project's webhooks, and what did not arrive."""
-    found = deliveries.count(project.store, project.settings.name)
+    counts = deliveries.count(project.store, project.settings.name)
     shown = tuple(
-        WebhookView.of(webhook, name=name, waiting=found.get((name, False), 0), given_up=found.get((name, True), 0))
+        WebhookView.of(webhook, name=name, waiting=counts.get((name, False), 0), given_up=counts.get((name, True), 0))
         for name, webhook in project.settings.webhooks.items()
     )
     failed = deliveries.failed(project.store, project.settings.name)
@@ -501,20 +501,20 @@ def look(
     runs, errors = _runs(project), dict[RetrainCause, TunesmithError]()
     for cause in settings.causes:
         try:
-            found = RETRAIN_CAUSES[cause].look(seen)
+            due = RETRAIN_CAUSES[cause].look(seen)
         except TunesmithError as error:  # it must not hide the others
             errors[cause] = error
             continue
-        if found is None:
+        if due is None:
             continue
-        key = _key(project, cause, found)
+        key = _key(project, cause, due)
         job = next((each.id for each in runs if each.key == key), None)
         waits = "" if job is not None else _waits(settings, seen.at, runs)
         if by is not None and job is None and not waits:
-            arguments = run_arguments(project, {}) | {"cause": f"{cause}: {found.about}"}
+            arguments = run_arguments(project, {}) | {"cause": f"{cause}: {due.about}"}
             job = queue.add(project.store, "run", arguments, project=project.settings.name, actor=by, key=key).id
             runs = _runs(project)
-        causes.append(DueCause(cause=cause, about=found.about, says=found.says, job=job, waits=waits))
+        causes.append(DueCause(cause=cause, about=due.about, says=due.says, job=job, waits=waits))
     for cause, failure in errors.items():
         if not causes:
             raise failure
@@ -542,14 +542,14 @@ def _champion(project: Project) -> Version | None:
 
 def _runs(project: Project) -> list[JobRow]:
     """The project's runs that have not ended, and those that a cause queued; newest first."""
-    found = queue.list_jobs(project.store, most=_LISTED)
-    own = (job for job in found if (job.project, job.kind) == (project.settings.name, "run"))
+    jobs = queue.list_jobs(project.store, most=_LISTED)
+    own = (job for job in jobs if (job.project, job.kind) == (project.settings.name, "run"))
     return [job for job in own if job.ended is None or job.cause]
 
 
-def _key(project: Project, cause: str, found: Due) -> str:
+def _key(project: Project, cause: str, due: Due) -> str:
     """Names a cause and the settings of its run: other settings may give what these did not."""
-    stated = {"cause": cause, "about": found.about, "settings": project.settings.digest}
+    stated = {"cause": cause, "about": due.about, "settings": project.settings.digest}
     return f"retrain {digest_of(stated)}"
 
 

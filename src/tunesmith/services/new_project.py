@@ -115,19 +115,19 @@ def make_project(
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
     otherwise = None if control_tokens == "drop" else NextStep("drop the tokens", "init", control_tokens="drop")
     with _made(root):  # the rows are found from there
-        found = examine_rows(root, source, ControlTokens(base, root, progress), otherwise)
-        source = source.model_copy(update={"rename": dict(found.rename)})
+        findings = examine_rows(root, source, ControlTokens(base, root, progress), otherwise)
+        source = source.model_copy(update={"rename": dict(findings.rename)})
         if name is None:
             plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
             name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
-        settings, files = _compose(name, base, source, licences, found)
+        settings, files = _compose(name, base, source, licences, findings)
         if control_tokens == "drop":
             settings["data"]["control_tokens"] = control_tokens
         plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
         files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
         parse_settings(files[FILE], str(root / FILE))
-        if found.answers.schema is not None:
-            check_answer_schema(found.answers.schema, "the schema that is inferred from the answers")
+        if findings.answers.schema is not None:
+            check_answer_schema(findings.answers.schema, "the schema that is inferred from the answers")
         if there := next((root / relative for relative in files if (root / relative).exists()), None):
             raise UsageError("this file is there already", where=str(there), fix="move it, or use -C")
         texts = {relative: text.encode() for relative, text in files.items()}
@@ -137,15 +137,15 @@ def make_project(
         Project.load(root)
     return NewProject(
         project=str(root / FILE),
-        rows=found.rows,
-        unusable=sum(found.unusable.values()),
-        broken=found.broken,
-        reordered=found.answers.reordered,
-        respelled=found.answers.respelled,
-        json_answers=found.answers.schema is not None,
+        rows=findings.rows,
+        unusable=sum(findings.unusable.values()),
+        broken=findings.broken,
+        reordered=findings.answers.reordered,
+        respelled=findings.answers.respelled,
+        json_answers=findings.answers.schema is not None,
         files=tuple(written),
-        measured=measured(found),
-        notes=notes(found),
+        measured=measured(findings),
+        notes=notes(findings),
         root=root,
     )
 
@@ -196,26 +196,26 @@ _HEADER = """\
 
 
 def _compose(
-    name: str, base: str, source: Source, licences: Licences, found: RowFindings
+    name: str, base: str, source: Source, licences: Licences, findings: RowFindings
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    answers, is_json = found.answers, found.answers.schema is not None
+    answers, is_json = findings.answers, findings.answers.schema is not None
     files, long, short = dict[str, str](), dict[str, Any](), dict[str, Any]()
-    if found.system is not None:  # a prompt replaces the rows' own system turns
+    if findings.system is not None:  # a prompt replaces the rows' own system turns
         long, short = {"prompt": "prompts/long.txt"}, {"prompt": "prompts/short.txt"}
-        own = f"{found.system}\n" if found.system else ""
+        own = f"{findings.system}\n" if findings.system else ""
         files |= {long["prompt"]: own or long_prompt(answers), short["prompt"]: short_prompt(answers)}
     if answers.schema is not None:
         files["answer.schema.json"] = json.dumps(answers.schema, indent=1, ensure_ascii=False) + "\n"
-    split: dict[str, Any] = shares(found.rows)
-    if found.group_by:
-        split["group_by"] = found.group_by
+    split: dict[str, Any] = shares(findings.rows)
+    if findings.group_by:
+        split["group_by"] = findings.group_by
     answer: dict[str, Any] = {"max_tokens": min(-(-(answers.tokens + 8) // 16) * 16, _MOST_TOKENS)}
     if answers.constrained:
         answer["constrain"] = {"copy": answers.copied} if answers.copied else True
     task: dict[str, Any] = {"scorers": ["exact_match"]}
     if is_json:
         task = {"schema": "answer.schema.json", "scorers": ["json_valid", "exact_match", "field_f1"]}
-    if (metric := primary(found)) != "exact_match":
+    if (metric := primary(findings)) != "exact_match":
         task["scorers"] = list(dict.fromkeys([*task["scorers"], metric]))
         task["primary"] = metric
     gates: dict[str, Any] = {"lift": {"metric": metric, "over": "best-untuned", "at_least": LIFT}}
@@ -269,58 +269,58 @@ _METRICS = {
 _TOO_MANY = 1.5  # times as many held-out rows as planned
 
 
-def primary(found: RowFindings) -> str:
+def primary(findings: RowFindings) -> str:
     """The metric that decides. No two people write the same sentence: then parts of an answer count."""
-    answers = found.answers
+    answers = findings.answers
     if not answers.sentences:
         return "exact_match"
     if answers.schema is not None:
         return "field_f1"
     # Mostly JSON that is not all objects: the rows should be corrected first.
-    return "exact_match" if 2 * max(answers.objects, answers.lists) > found.rows + found.copies else "chrf"
+    return "exact_match" if 2 * max(answers.objects, answers.lists) > findings.rows + findings.copies else "chrf"
 
 
-def measured(found: RowFindings) -> str:
+def measured(findings: RowFindings) -> str:
     """What `run` measures, and what a version takes."""
-    metric = primary(found)
+    metric = primary(findings)
     return (
         f"measured: {metric}, {_METRICS[metric]}. A version takes {100 * LIFT:g} points more than the best untuned "
         "candidate (gates.lift)"
     )
 
 
-def notes(found: RowFindings) -> tuple[str, ...]:
+def notes(findings: RowFindings) -> tuple[str, ...]:
     """The notes on a project's rows, each a sentence."""
-    return (*_on_what_is_read(found), *_on_the_test(found), *_on_answers(found))
+    return (*_on_what_is_read(findings), *_on_the_test(findings), *_on_answers(findings))
 
 
-def _on_what_is_read(found: RowFindings) -> Iterator[str]:
+def _on_what_is_read(findings: RowFindings) -> Iterator[str]:
     """What of the rows is not used, and what is read otherwise."""
-    if found.one_instruction:
+    if findings.one_instruction:
         yield "all rows have one instruction: it is their system turn, and the input the request (data.sources, rename)"
-    if found.unusable:
-        why = ", ".join(f"{reason} ({count})" for reason, count in found.unusable.items())
+    if findings.unusable:
+        why = ", ".join(f"{reason} ({count})" for reason, count in findings.unusable.items())
         yield f"rows without a usable conversation: {why}"
-    if found.unchecked:
+    if findings.unchecked:
         yield (
             f"some rows hold texts in angle brackets or marks such as [INST], and the base cannot be read yet "
-            f"({found.unchecked}): `data build` refuses rows with control tokens of the base's chat template"
+            f"({findings.unchecked}): `data build` refuses rows with control tokens of the base's chat template"
         )
-    if found.long:
+    if findings.long:
         yield (
-            f"about {found.long} rows have more than {MAX_LENGTH} tokens: `data build` refuses them. Raise "
+            f"about {findings.long} rows have more than {MAX_LENGTH} tokens: `data build` refuses them. Raise "
             "train.max_length of the candidate tuned, or set data.overlong to drop or truncate"
         )
-    if found.copies:
-        yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
-    if found.unread:
-        times = _listed(f"`{key}` ({count} times)" for key, count in found.unread.items())
+    if findings.copies:
+        yield f"{findings.copies} more rows are copies of these: `data build` keeps one of each"
+    if findings.unread:
+        times = _listed(f"`{key}` ({count} times)" for key, count in findings.unread.items())
         yield f"keys that are not read, so nothing is learned from them: {times}"
 
 
-def _listed(found: Iterable[str]) -> str:
+def _listed(items: Iterable[str]) -> str:
     """The first of some, and how many others there are."""
-    every = list(found)
+    every = list(items)
     more = [f"{len(every) - _LISTED} others"] if len(every) > _LISTED else []
     return ", ".join([*every[:_LISTED], *more])
 
@@ -331,33 +331,33 @@ def _beginning(text: str) -> str:
     return repr(line if len(line) <= _SHOWN else f"{line[:_SHOWN]}...")
 
 
-def _on_the_test(found: RowFindings) -> Iterator[str]:
+def _on_the_test(findings: RowFindings) -> Iterator[str]:
     """What limits the figures on held-out rows."""
-    share = shares(found.rows)["test"]
-    tested = round(found.rows * share)
-    trained, held = found.split_rows.get("train", 0), found.split_rows.get("test", 0)
-    alike = f"one `{found.group_by}`" if found.group_by else "one wording, whatever its values"
+    share = shares(findings.rows)["test"]
+    tested = round(findings.rows * share)
+    trained, held = findings.split_rows.get("train", 0), findings.split_rows.get("test", 0)
+    alike = f"one `{findings.group_by}`" if findings.group_by else "one wording, whatever its values"
     fix = f"give rows of more groups, {'' if held > _TOO_MANY * tested else 'raise data.split.test, '}"
     fix += "or set data.split.group_by to a key that tells kinds of requests apart"
     if not trained or not held:
         yield (
             f"`data build` will probably refuse the rows: none is left to {'test' if trained else 'train on'}. They "
-            f"are in {found.groups} groups (a group: the rows of {alike}), which are never divided: {fix}"
+            f"are in {findings.groups} groups (a group: the rows of {alike}), which are never divided: {fix}"
         )
     elif tested < FEWEST_GROUPS:
         yield (
             f"about {tested} rows will be held out to test, and a gate decides nothing by fewer than {FEWEST_GROUPS}: "
             f"give at least {math.ceil(FEWEST_GROUPS / share)} rows, or raise data.split.test"
         )
-    elif found.held_groups < FEWEST_GROUPS:
-        groups = min(round(found.held_groups), FEWEST_GROUPS - 1)  # 19.9 are too few
+    elif findings.held_groups < FEWEST_GROUPS:
+        groups = min(round(findings.held_groups), FEWEST_GROUPS - 1)  # 19.9 are too few
         yield (
             f"about {groups} groups of equal size will be held out (a group: the rows of {alike}), which are {held} "
             f"rows, and {trained} rows are left to train on. A gate decides nothing by fewer groups than "
             f"{FEWEST_GROUPS}: {fix}"
         )
-    for key, values in found.key_values.items():
-        if 1 < values <= found.rows // 2:
+    for key, values in findings.key_values.items():
+        if 1 < values <= findings.rows // 2:
             why = f"too few to hold out whole groups ({FEWEST_GROUPS} or more)"
             if values >= FEWEST_GROUPS:
                 why = "of which a split would get none with the proposed shares"
@@ -367,20 +367,20 @@ def _on_the_test(found: RowFindings) -> Iterator[str]:
             )
 
 
-def _on_answers(found: RowFindings) -> Iterator[str]:
+def _on_answers(findings: RowFindings) -> Iterator[str]:
     """What is special about answers and prompts."""
-    answers = found.answers
-    if found.tools:
+    answers = findings.answers
+    if findings.tools:
         yield (
-            f"{found.tools} rows hold tools, which the base's chat template must render. That of the packaged base "
+            f"{findings.tools} rows hold tools, which the base's chat template must render. That of the packaged base "
             "does not: set base to a model whose template does, such as Qwen 2.5, Qwen 3 or Llama 3.1"
         )
-    if found.without_nulls:
+    if findings.without_nulls:
         yield (
-            f"{found.without_nulls} answers are objects of Parquet or Arrow, which have null for each missing key: "
+            f"{findings.without_nulls} answers are objects of Parquet or Arrow, which have null for each missing key: "
             "keys that are null are left out. Where null is an answer, write answers as JSON text"
         )
-    if len(answers.rare) > _RARE * found.rows:
+    if len(answers.rare) > _RARE * findings.rows:
         keys = _listed(f"`{key}`" for key in answers.rare)
         yield (
             f"keys that one answer alone has: {keys}. Others are likely to have keys that no row has, which "
@@ -391,7 +391,7 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
             f"{answers.calls} rows end in calls of tools: no schema is inferred. exact_match compares a call's name "
             "and arguments as JSON, however the base's template writes calls"
         )
-    if 2 * answers.objects > (every := found.rows + found.copies):
+    if 2 * answers.objects > (every := findings.rows + findings.copies):
         yield (
             f"{answers.objects} of {every} answers hold a JSON object, but not every answer is one and no more, so all "
             "are taken as text. For a schema, remove code fences, and correct or remove the other rows"
@@ -409,7 +409,7 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
             f"answers are {len(answers.labels)} labels: a classifier may be the best untuned candidate. pip install "
             "'tunesmith[classifier]' and add candidates.classifier: {method: classifier}"
         )
-    if primary(found) != "exact_match":
+    if primary(findings) != "exact_match":
         yield (
             "most answers hold a sentence of their own, which is seldom repeated word for word: exact_match does not "
             "decide. A judge in task.scorers compares what answers mean"
@@ -419,9 +419,9 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
             f"{answers.others} answers before a row's last one are texts or calls, which the schema forbids: the "
             "last answers are checked by it, and no answer is constrained"
         )
-    if found.system:
+    if findings.system:
         yield "prompts/long.txt is the system turn of your rows"
-    elif found.system is None:
+    elif findings.system is None:
         yield "the system turns of the rows differ: each candidate uses the row's own, and no prompt was written"
 
 

@@ -232,11 +232,11 @@ def fill(acting: Acting, asked: FillQueue) -> FilledQueue:
         pseudonyms, search, by = asked.pseudonyms, asked.search, acting.actor
         items = [*rows_to_review(store, digest, pseudonyms=pseudonyms, search=search, by=by), *items]
     added = queue.add_items(store, items, wanted=asked.reviewers, actor=acting.actor)
-    found = Counter(why for item in items for why in item.why)
+    counted = Counter(why for item in items for why in item.why)
     with store.reading() as session:
         counts = queue.counts(session)
     waiting = sum(counts[state] for state in queue.WAITING)
-    return FilledQueue(dataset=digest, added=added, found=dict(sorted(found.items())), waiting=waiting)
+    return FilledQueue(dataset=digest, added=added, found=dict(sorted(counted.items())), waiting=waiting)
 
 
 def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: str | None = None) -> ReviewList:
@@ -585,9 +585,9 @@ def decide_held(acting: Acting, asked: DecideAnswer) -> HeldAnswerView:
     It is decided once: a second reviewer's other decision is refused.
     """
     store, user = acting.store, acting.user
-    found = show_held(store, user, asked.identifier)
-    holding.decide(store, found.id, asked.decision, actor=user.name, reason=asked.reason, answer=asked.answer)
-    return show_held(store, user, found.id)
+    held = show_held(store, user, asked.identifier)
+    holding.decide(store, held.id, asked.decision, actor=user.name, reason=asked.reason, answer=asked.answer)
+    return show_held(store, user, held.id)
 
 
 def waiting_for(store: Store, user: User) -> int:

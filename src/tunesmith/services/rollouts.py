@@ -179,11 +179,11 @@ def start(acting: Acting, asked: StartRollout) -> RolloutView:
     project, scope = acting.project, acting.scope(asked)
     plan = project.settings.rollout
     check_analyses(project.settings.task.scorers, plan.steps)
-    found = resolve(project.store, asked.version, scope=scope)
+    version = resolve(project.store, asked.version, scope=scope)
     rollout = commands.start(
         project.store,
-        name=found.name,
-        version=found,
+        name=version.name,
+        version=version,
         steps=plan.steps,
         main_callers=plan.main_callers,
         actor=acting.actor,
@@ -242,8 +242,8 @@ def live_lines(session: Session, scope: Scope) -> list[RolloutLine]:
 
 
 def _lines(session: Session, query: Select[RolloutRow]) -> list[RolloutLine]:
-    found = [from_row(row) for row in session.scalars(query)]
-    labels = labels_of(session, {digest for one in found for digest in (one.stable, one.canary)})
+    rollouts = [from_row(row) for row in session.scalars(query)]
+    labels = labels_of(session, {digest for one in rollouts for digest in (one.stable, one.canary)})
     return [
         RolloutLine.of(
             one,
@@ -252,7 +252,7 @@ def _lines(session: Session, query: Select[RolloutRow]) -> list[RolloutLine]:
             canary=labels.get(one.canary, ""),
             waits=_waits(one),
         )
-        for one in found
+        for one in rollouts
     ]
 
 
@@ -271,7 +271,7 @@ def startable(project: Project, user: User) -> Startable:
     """The newest versions of the project's name for the user's scope, without those that serve all of it now."""
     name, store = project.settings.name, project.store
     query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, user.scope))
-    found = []
+    versions = []
     with store.reading() as session:
         serving = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == CHAMPION)
         query = query.where(VersionRow.digest.not_in(serving)).order_by(VersionRow.number.desc())
@@ -282,8 +282,8 @@ def startable(project: Project, user: User) -> Startable:
                 continue
             permission = standing(session, version, version.scope)
             waits = "" if permission.granted else permission.message
-            found.append(StartableVersion(version=version.label, waits=waits, **version.scope.fields()))
-    return Startable(versions=tuple(found), steps=steps_of(project.settings.rollout.steps))
+            versions.append(StartableVersion(version=version.label, waits=waits, **version.scope.fields()))
+    return Startable(versions=tuple(versions), steps=steps_of(project.settings.rollout.steps))
 
 
 def progress(store: Store, number: int) -> Progress:

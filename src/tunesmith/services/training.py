@@ -176,26 +176,26 @@ def _duration(given: str | float) -> float:
     return seconds
 
 
-def _compared_by(found: TrainingSearchBody) -> str:
-    return "the score" if found.by == "score" else PROBABILITY
+def _compared_by(body: TrainingSearchBody) -> str:
+    return "the score" if body.by == "score" else PROBABILITY
 
 
-def _conclusion(found: TrainingSearchBody) -> str:
+def _conclusion(body: TrainingSearchBody) -> str:
     """What follows from a search, in words."""
-    if found.best is None:
+    if body.best is None:
         return "Keep what you have: no setting could be trained."
-    outcomes = Counter(each.outcome for each in found.trials if each.number != PRESENT)
+    outcomes = Counter(each.outcome for each in body.trials if each.number != PRESENT)
     counted = [f"{outcomes[name]} {name}" for name in ("complete", "pruned", "failed") if outcomes[name]]
-    if found.planned > len(found.trials):
-        counted.append(f"{found.planned - len(found.trials)} not run for want of time")
+    if body.planned > len(body.trials):
+        counted.append(f"{body.planned - len(body.trials)} not run for want of time")
     others = f"the other settings ({', '.join(counted)})"
-    what = _compared_by(found).removeprefix("the ")
-    if found.best == PRESENT:
+    what = _compared_by(body).removeprefix("the ")
+    if body.best == PRESENT:
         return f"Keep what you have: none of {others} had a higher {what} on validation rows."
     said = "The present settings could not be trained; the best others are written below."
-    if (difference := found.difference) is not None:
-        by = f"{100 * difference.mean:.1f} points" if found.by == "score" else f"{difference.mean:.3f}"
-        p = f"(p {difference.p:.2g} after correction for {len(found.trials) - 1} settings)"
+    if (difference := body.difference) is not None:
+        by = f"{100 * difference.mean:.1f} points" if body.by == "score" else f"{difference.mean:.3f}"
+        p = f"(p {difference.p:.2g} after correction for {len(body.trials) - 1} settings)"
         if not difference.real:
             return (
                 f"Keep what you have: the best of {others} has a {what} that is higher by {by}, which is within noise "
@@ -227,7 +227,7 @@ class TrainedCandidate(View):
 
 def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
     """The trained candidates of a project, with what a run may change. A training with a budget has no epochs."""
-    found = []
+    candidates = []
     for name, candidate in project.settings.candidates.items():
         if (train := candidate.train) is None:
             continue
@@ -243,8 +243,8 @@ def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
             for key, label in CHANGEABLE.items()
             if key not in left_out
         )
-        found.append(TrainedCandidate(name=name, settings=settings))
-    return tuple(found)
+        candidates.append(TrainedCandidate(name=name, settings=settings))
+    return tuple(candidates)
 
 
 _LOOKED_AT = 50  # newest forecasts that are looked through for a project's
@@ -285,11 +285,11 @@ def newest_forecast(project: Project) -> KeptForecast | None:
     known, trained = set(project.settings.candidates), set(project.settings.tuned)
     for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
         try:
-            found = Forecast.recorded(project.store, digest)
+            forecast = Forecast.recorded(project.store, digest)
         except (Refused, UsageError):
             continue
-        if found.name in trained and known >= set(found.rivals):
-            return KeptForecast(at=at, forecast=found)
+        if forecast.name in trained and known >= set(forecast.rivals):
+            return KeptForecast(at=at, forecast=forecast)
     return None
 
 

@@ -192,8 +192,8 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
 @action("version.verify", tokens=("read",), at="/versions/{name}/{number}/verification", form=True, reads_files=True)
 def verify(acting: Acting, asked: VerifyVersion) -> Verification:
     """Verify a version and what it was made from now."""
-    found = find_version(acting.store, acting.user, asked.name, asked.number)
-    return verify_version(acting.store, found.label, whole_store=False)
+    version = find_version(acting.store, acting.user, asked.name, asked.number)
+    return verify_version(acting.store, version.label, whole_store=False)
 
 
 def verify_offline(
@@ -219,10 +219,10 @@ def list_versions(store: Store, *, name: str = "", limit: int = LISTED) -> Versi
 
     name: only versions whose name contains this text. limit: only the last so many that were registered; 0: all.
     """
-    found = tuple(registered(one) for one in versions.list_versions(store, containing=name, newest=limit or None))
-    listed = {version.digest for version in found}
+    shown = tuple(registered(one) for one in versions.list_versions(store, containing=name, newest=limit or None))
+    listed = {version.digest for version in shown}
     aliases = tuple(alias for alias in list_aliases(store) if alias.version in listed)
-    return VersionList(versions=found, aliases=aliases, total=versions.count_versions(store, containing=name))
+    return VersionList(versions=shown, aliases=aliases, total=versions.count_versions(store, containing=name))
 
 
 def registered(version: Version) -> RegisteredVersion:
@@ -286,8 +286,8 @@ def details(store: Store, user: User, version: Version) -> VersionDetails:
 
 def notice(store: Store, version: str, *, scope: Scope = Scope()) -> Notice:
     """What the licences of a version's rows ask for. Raises Refused where it was made from no rows."""
-    found = resolve(store, version, scope=scope)
-    return Notice(version=found.label, notice=_notice(store, found))
+    named = resolve(store, version, scope=scope)
+    return Notice(version=named.label, notice=_notice(store, named))
 
 
 def _notice(store: Store, version: Version) -> str:
@@ -351,13 +351,13 @@ def _decisions(store: Store, version: Version, approvals: Approvals | None) -> t
 
 
 def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[ListedVersion]:
-    found = [versions.version_of(store, row) for row in rows]
-    permissions = serving.permissions(session, found)
+    known = [versions.version_of(store, row) for row in rows]
+    permissions = serving.permissions(session, known)
     aliases = list_aliases(store)
     champions = {alias.version: alias for alias in aliases if alias.alias == CHAMPION}
     canaries = set(session.scalars(select(RolloutRow.canary).where(RolloutRow.status.in_(LIVE))))
     listed = []
-    for version in found:
+    for version in known:
         permission = permissions[version.digest]
         state = _REASONS.get(permission.reason, "untrusted")
         champion = champions.get(version.digest)
@@ -421,14 +421,14 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
     from tunesmith.registry.export import export_version
 
     store, settings, progress = acting.store, acting.project.settings.engine, acting.progress
-    found = resolve(store, asked.version, scope=acting.scope(asked))
-    candidate = load_candidate(store, found.candidate)
+    version = resolve(store, asked.version, scope=acting.scope(asked))
+    candidate = load_candidate(store, version.candidate)
     base = open_base(store, candidate.base)
     if asked.form == "gguf":
         check_supported(base.folder)  # before anything slow
     done = export_version(
         store,
-        found,
+        version,
         asked.target.absolute(),
         form=asked.form,
         dtype=asked.dtype,
@@ -442,7 +442,7 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
         **dict(done.body),
         export=done.record,
         folder=str(done.folder),
-        version=found.label,
+        version=version.label,
         notes=_notes(candidate),
     )
 

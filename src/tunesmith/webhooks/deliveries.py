@@ -81,14 +81,14 @@ def _cursors(session: Session, project: str) -> dict[str, int]:
 
 def due(store: Store, project: str, webhooks: Collection[str], at: float) -> dict[str, Sequence[DeliveryRow]]:
     """The deliveries to be tried now, by webhook, oldest first."""
-    found = {}
+    queues = {}
     with store.reading() as session:
         for name in webhooks:
             mine = (DeliveryRow.project == project, DeliveryRow.webhook == name)
             waiting = select(DeliveryRow).where(*mine, DeliveryRow.given_up.is_(False), DeliveryRow.due <= at)
             if queue := session.scalars(waiting.order_by(DeliveryRow.seq).limit(_TOGETHER)).all():
-                found[name] = queue
-    return found
+                queues[name] = queue
+    return queues
 
 
 def record(store: Store, project: str, results: Mapping[DeliveryRow, str], at: float) -> None:
@@ -116,14 +116,14 @@ def count(store: Store, project: str) -> dict[tuple[str, bool], int]:
     columns = (DeliveryRow.webhook, DeliveryRow.given_up)
     grouped = select(*columns, func.count()).where(DeliveryRow.project == project).group_by(*columns)
     with store.reading() as session:
-        return {(webhook, ended): found for webhook, ended, found in session.execute(grouped)}
+        return {(webhook, ended): n for webhook, ended, n in session.execute(grouped)}
 
 
 def failed(store: Store, project: str) -> Sequence[DeliveryRow]:
     """The newest deliveries that failed at least once, newest first."""
-    found = select(DeliveryRow).where(DeliveryRow.project == project, DeliveryRow.error != "")
+    query = select(DeliveryRow).where(DeliveryRow.project == project, DeliveryRow.error != "")
     with store.reading() as session:
-        return session.scalars(found.order_by(DeliveryRow.seq.desc()).limit(_LISTED)).all()
+        return session.scalars(query.order_by(DeliveryRow.seq.desc()).limit(_LISTED)).all()
 
 
 def try_again(session: Session, project: str, webhook: str, at: float) -> int:

@@ -57,8 +57,8 @@ class Deliverer:
         problems = send([[self._outgoing(delivery) for delivery in queue] for queue in queues])
         results = {
             delivery: problem
-            for queue, found in zip(queues, problems, strict=True)
-            for delivery, problem in zip(queue, found, strict=False)
+            for queue, said in zip(queues, problems, strict=True)
+            for delivery, problem in zip(queue, said, strict=False)
         }
         deliveries.record(self._store, self._project, results, time.time())
         for delivery, problem in results.items():
