@@ -73,7 +73,7 @@ def test_only_a_rows_own_answers_are_labels(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert learned(renderer, composed) == '{"own":0}{"own":2}'
     # The model sees the same tokens as where the row is a request, and requests are composed as before.
-    plain = compose(candidate, row.messages, composer.retrieved_without_group(row, ANYONE))
+    plain = compose(candidate, row.messages, composer.retrieved_without_group(row))
     assert renderer.conversation(composed).ids == renderer.conversation(plain).ids
     assert renderer.prompt(composed[:-1]) == renderer.prompt(plain[:-1])
     assert {turn.weight for turn in plain[:-6]} == {1}

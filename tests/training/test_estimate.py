@@ -36,7 +36,7 @@ from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, lay_out_steps, step_tokens
 from tunesmith.training.estimates.estimate import MemoryNeeds, check_disk, check_memory, estimate
-from tunesmith.training.estimates.prediction import Memory, read_shapes, training_memory
+from tunesmith.training.estimates.memory_plan import Memory, read_shapes, training_memory
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import parameters
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.candidates.answering import Answerer
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
@@ -124,7 +124,7 @@ def keep_answers(
     files: Mapping[str, bytes] | None = None,
 ) -> str:
     """Store an answers record with its lines and further files; returns its digest."""
-    whole = {"answers.jsonl": b"".join(canonical(dict(line)) + b"\n" for line in lines), **(files or {})}
+    whole = {"answers.jsonl": canonical_lines(map(dict, lines)), **(files or {})}
     blobs = {name: store.put_bytes(content) for name, content in whole.items()}
     return store.put_record(body.record(parents, blobs))
 

@@ -67,7 +67,7 @@ class Composer:
         answers of shots and retrieved examples have weight 0, or a row would be learned with each row that it is
         retrieved for. The row's own turns keep their weights.
         """
-        composed = compose(self._candidate, example.messages, self.retrieved_without_group(example, ANYONE))
+        composed = compose(self._candidate, example.messages, self.retrieved_without_group(example))
         before = len(composed) - len(turns_only(example.messages))
         return (*map(_not_learned, composed[:before]), *composed[before:])
 
@@ -75,13 +75,13 @@ class Composer:
         """What is retrieved for a request; nothing where the candidate retrieves nothing."""
         return Retrieved() if self._candidate.retrieve is None else self._retrieve_text(last_request(messages), caller)
 
-    def retrieved_without_group(self, example: Example, caller: Caller) -> Retrieved:
-        """What is retrieved for a training row when its own group is left out."""
+    def retrieved_without_group(self, example: Example) -> Retrieved:
+        """What is retrieved for a training row when its own group is left out, for anybody."""
         retrieve = self._candidate.retrieve
         if retrieve is None:
             return Retrieved()
         if retrieve.from_ == "documents":
-            return self._retrieve_text(last_request(example.request), caller)
+            return self._retrieve_text(last_request(example.request), ANYONE)
         skip = self._places_of_group.get(example.group, frozenset())
         return self._shown(self._index.nearest(last_request(example.request), retrieve.k, skip))
 

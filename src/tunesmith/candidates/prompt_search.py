@@ -15,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import turns_only
 from tunesmith.candidates.retrieval import choose_shots, draw_shots
 from tunesmith.candidates.settings import Search
-from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.core.digests import canonical_lines, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Dataset, Example
@@ -111,7 +111,7 @@ def search_prompts(
         tries=tuple(tries),
         best=best,
     )
-    blobs = {"answers.jsonl": store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines))}
+    blobs = {"answers.jsonl": store.put_bytes(canonical_lines(lines))}
     parents = {"base": candidate.base, "dataset": dataset.digest, **candidate.documents_parent}
     return store.put_record(body.record(parents, blobs))
 

@@ -44,8 +44,8 @@ class Index:
     ) -> None:
         self._by, self._embed = by, embed
         self._words = [words(text) for text in texts]
-        self._sets = [set(each) for each in self._words]
-        self._known = set().union(*self._sets)
+        self._sets = [frozenset(each) for each in self._words]
+        self._known = frozenset[str]().union(*self._sets)
         self._index = _index_by_words(self._words)
         self._vectors = vectors if vectors is not None or embed is None or by == "bm25" else embed(texts)
 
@@ -59,10 +59,7 @@ class Index:
 
     def similarity(self, text: str) -> float:
         """Jaccard similarity (0 to 1) of a request's words to those of the best text by BM25."""
-        asked = set(words(text))
-        place = _best(self._by_word(text), 1)[0]
-        union = asked | self._sets[place]
-        return len(asked & self._sets[place]) / len(union) if union else 0.0
+        return _likeness(frozenset(words(text)), self._sets[_best(self._by_word(text), 1)[0]])
 
     def _by_word(self, text: str) -> NDArray[np.floating]:
         known = [word for word in words(text) if word in self._known]
@@ -207,8 +204,7 @@ def _farthest_first(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _likeness(left: frozenset[str], right: frozenset[str]) -> float:
-    union = len(left | right)
-    return len(left & right) / union if union else 1.0
+    return len(left & right) / len(left | right)
 
 
 def _order(text: str) -> str:

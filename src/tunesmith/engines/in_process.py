@@ -31,6 +31,7 @@ class InProcessEngine(ABC, Generic[Loaded]):
     """Renders requests, holds loaded adapters and models trained in full, and scores multiple-choice questions in
     batches. Implements engines.protocol.Engine.
 
+    base: digest of the base record. context_length: most tokens that a prompt and its answer may have together.
     choice_rows, choice_tokens: the most rows, and the most tokens of several rows, in one forward pass of choose().
     shares_prefix: whether it computes their common prefix once.
     """
@@ -41,7 +42,7 @@ class InProcessEngine(ABC, Generic[Loaded]):
     shares_prefix: bool
 
     def __init__(self, base: Base) -> None:
-        self._base = base
+        self._base, self.base, self.context_length = base, base.digest, base.context_length
         self._renderer = Renderer(base.folder)
         self._adapters: dict[str, Loaded] = {}  # by the caller's name
         self._whole: OrderedDict[str, Engine] = OrderedDict()  # models trained in full, most recently used last
@@ -51,16 +52,6 @@ class InProcessEngine(ABC, Generic[Loaded]):
     @abstractmethod
     def _vocabulary(self) -> int:
         """How many logits a step has."""
-
-    @property
-    def base(self) -> str:
-        """Digest of the base record."""
-        return self._base.digest
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens that a prompt and its answer may have together."""
-        return self._base.context_length
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder under name. Loading a name again replaces it for later requests.

@@ -211,8 +211,8 @@ class Store:
         prefix = prefix.removeprefix("sha256:").lower()
         if len(prefix) < 4 or any(letter not in "0123456789abcdef" for letter in prefix):
             raise UsageError(f"{prefix!r} is not the start of a digest", fix="give at least 4 hex digits")
-        folder = f"records/{prefix[:2]}/"
-        found = [digest for key in self.blobs.keys(folder) if (digest := _digest_of_key(key))[7:].startswith(prefix)]
+        named = ("sha256:" + Path(key).stem for key in self.blobs.keys(f"records/{prefix[:2]}/"))
+        found = [digest for digest in named if digest[7:].startswith(prefix)]
         if len(found) != 1:
             raise UsageError(f"{len(found)} records start with {prefix}", fix="give more digits" if found else None)
         return found[0]
@@ -236,15 +236,13 @@ class Store:
 
     def records_of(self, kind: str) -> list[str]:
         """Digests of all records of a kind, oldest first."""
-        with self.reading() as session:
-            query = select(RecordRow.digest).where(RecordRow.kind == kind)
-            return list(session.scalars(query.order_by(RecordRow.created_at, RecordRow.digest)))
+        return [digest for digest, _ in reversed(self.dated_records(kind))]
 
     def dated_records(self, kind: str, *, most: int | None = None) -> list[tuple[str, str]]:
         """Digests of the newest records of a kind, newest first, each with the time when it was made."""
         query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == kind)
         with self.reading() as session:
-            rows = session.execute(query.order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(most))
+            rows = session.execute(query.order_by(RecordRow.created_at.desc(), RecordRow.digest.desc()).limit(most))
             return [(row.digest, row.created_at) for row in rows]
 
     # Version folders
@@ -335,10 +333,6 @@ def _record_key(digest: str) -> str:
 
 def _version_key(ref: VersionRef) -> str:
     return f"versions/{ref.name}/v{ref.number}/"
-
-
-def _digest_of_key(key: str) -> str:
-    return "sha256:" + key.rsplit("/", 1)[-1].removesuffix(".json")
 
 
 def _hex(digest: str) -> str:

@@ -120,10 +120,9 @@ def test_requests_set_every_option(engine: VllmEngine, fake: FakeVllm) -> None:
     path, body = fake.heard[-1]
     assert path == "/v1/completions"
     assert body["prompt"] == engine._renderer.prompt(request.messages), "rendered here, sent as ids"
-    sent = {key: body[key] for key in ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_token_ids")}
-    assert sent == {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["\n"], "stop_token_ids": [1]}
+    wanted = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["\n"], "stop_token_ids": [1]}
     plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    assert {key: body[key] for key in plain} == plain
+    assert body.items() >= (wanted | plain).items()
     assert body["structured_outputs"]["json"].items() >= schema.items()
     with pytest.raises(UsageError, match="cannot hold answers to a grammar"):
         engine.generate(_requests(grammar='start: "x"'))
@@ -163,6 +162,9 @@ def test_another_model_is_refused(base: Base, other: Path, tmp_path: Path) -> No
         assert VllmEngine(phi3, VllmSettings(kind="vllm", url=url)).generate(_requests()[:1])
     refused(FakeVllm(phi3.folder, room=256), "log-probabilities", another)
 
+    empty = FakeVllm(other)
+    empty.models.clear()
+    refused(empty, "no such model")
     refused(FakeVllm(other), "runs another model(.|\n)*log-probabilities")
     refused(FakeVllm(base.folder, room=4096), "context length is 4096")
     shuffled = write_model(tmp_path / "shuffled")
@@ -258,6 +260,13 @@ def test_errors_of_the_server(base: Base, fake: FakeVllm, url: str) -> None:
         with pytest.raises(TunesmithError, match=match) as caught:
             engine.generate(_requests()[:1])
         assert caught.value.exit_code == 1
+    for ends in ("abort", None):
+        fake.ends = ends
+        with pytest.raises(TunesmithError, match=f"ended an answer as {ends!r}"):
+            engine.generate(_requests(max_tokens=1)[:1])
+    fake.scores = False
+    with pytest.raises(TunesmithError, match="no finite log-probability"):
+        engine.choose([Question(_requests()[0].messages, ("yes",))])
     fake.faults = ["stall"]
     server = vllm_http.Server(url, VllmSettings(kind="vllm", url=url, answer_seconds=0.5), None)
     with pytest.raises(TunesmithError, match=r"no answer within 0\.5 s(.|\n)*engine.answer_seconds") as caught:

@@ -31,7 +31,8 @@ class FakeVllm:
         self.models: dict[str, Any] = {str(base): self._load(base)}
         self.paths: dict[str, str] = {}
         self.loading = True  # whether adapters may be loaded while it runs
-        self.ignore_adapters = False
+        self.ignore_adapters, self.scores = False, True  # scores: reports the log-probabilities that it is asked for
+        self.ends: str | None = "length"  # finish_reason of an answer that has all its tokens
         self.key: str | None = None
         self.faults: list[str] = []  # taken in turn by requests: busy, drop, stall, fail, break
         self.heard: list[tuple[str, Any]] = []
@@ -112,12 +113,12 @@ class FakeVllm:
         (token,), best = body["logprob_token_ids"], int(scores.argmax())
         found: dict[str, Any] = copy.deepcopy(RECORDED["score"]["body"])
         top = {f"token_id:{best}": float(scores[best]), f"token_id:{token}": float(scores[token])}
-        found["choices"][0]["logprobs"]["top_logprobs"] = [top]
+        found["choices"][0]["logprobs"]["top_logprobs"] = [top if self.scores else {}]
         return found
 
     def _complete(self, body: Any) -> dict[str, Any]:
         ids: list[int] = []
-        finish, reason = "length", None
+        finish, reason = self.ends, None
         while len(ids) < body["max_tokens"]:
             ids.append(int(self._next(body["model"], [*body["prompt"], *ids]).argmax()))
             text = self.tokenizer.decode(ids, skip_special_tokens=body.get("skip_special_tokens", True))

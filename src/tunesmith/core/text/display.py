@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
 from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple
 
@@ -116,15 +115,11 @@ def differences(old: str, new: str) -> list[Change]:
         left, right = old.splitlines(keepends=True), new.splitlines(keepends=True)
     if max(len(left), len(right)) > _MOST_PIECES:
         left, right = [old], [new]
-    return list(_changes(left, right))
-
-
-def _changes(left: list[str], right: list[str]) -> Iterator[Change]:
+    changes: list[Change] = []
     for tag, a, b, c, d in SequenceMatcher(None, left, right).get_opcodes():
         if tag == "equal":
-            yield Change("same", "".join(left[a:b]))
+            changes.append(Change("same", "".join(left[a:b])))
             continue
-        if a < b:
-            yield Change("removed", "".join(left[a:b]))
-        if c < d:
-            yield Change("added", "".join(right[c:d]))
+        both = (Change("removed", "".join(left[a:b])), Change("added", "".join(right[c:d])))
+        changes += [change for change in both if change.text]
+    return changes

@@ -30,14 +30,14 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, has_whole_m
 
 
 class VllmEngine:
-    """Implements engines.protocol.Engine."""
+    """Implements engines.protocol.Engine. base: digest of the base record."""
 
     follows_grammars = False  # schemas only
 
     def __init__(self, base: Base, settings: VllmSettings, progress: Progress = SILENT) -> None:
         """Starts servers where the settings say so, and checks them. progress: told of those that fail, and of those
         that answer again."""
-        self._base, self._renderer = base, Renderer(base.folder)
+        self._base, self.base, self._renderer = base, base.digest, Renderer(base.folder)
         self._processes = start_servers(base.folder, settings, progress)
         weakref.finalize(self, stop_servers, self._processes)  # when this process exits, too
         key = api_key(settings.key_env, "engine.key_env")
@@ -49,11 +49,6 @@ class VllmEngine:
         self._at_once = settings.concurrency * len(servers)
         self._folder = Path(settings.adapters).expanduser() if settings.adapters else cache_folder() / "vllm"
         self._known: dict[str, str] = {}  # an adapter's name here -> its name on the servers, also that of its folder
-
-    @property
-    def base(self) -> str:
-        """Digest of the base record."""
-        return self._base.digest
 
     @property
     def context_length(self) -> int:

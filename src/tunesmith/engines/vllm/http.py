@@ -21,12 +21,12 @@ _FIRST_WAIT = 0.25  # seconds before the first retry; doubled for each further o
 _START = "start it: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE-FOLDER --enable-lora --max-lora-rank RANK"
 
 
-class NotThere(Exception):
-    """The server has no such path or model. what: the server's message. model: whether a model is missing."""
+class NotThere(Refused):
+    """The server has no such path or model. said: the server's message. model: whether a model is missing."""
 
-    def __init__(self, what: str, *, model: bool) -> None:
-        super().__init__(what)
-        self.what, self.model = what, model
+    def __init__(self, said: str, where: str, *, model: bool) -> None:
+        super().__init__(f"the vLLM server has no such {'model' if model else 'path'}: {said}", where=where)
+        self.said, self.model = said, model
 
 
 class Unavailable(TunesmithError):
@@ -145,7 +145,7 @@ class Server:
             fix = f"put the right key into ${self._key_env}" if self._key_env else "name its variable in engine.key_env"
             return Refused("the vLLM server does not accept the API key", where=self.url, fix=fix)
         if status == 404:
-            return NotThere(message, model="NotFound" in kind)
+            return NotThere(message, self.url, model="NotFound" in kind)
         if status in (400, 413, 422):
             return UsageError(f"the vLLM server rejects the request: {message}", where=self.url)
         return self._failed(f"status {status}: {message}")

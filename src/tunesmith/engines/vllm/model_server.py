@@ -189,7 +189,7 @@ class ModelServer:
                 if error.model:
                     what = "cannot read the adapter's files"
                     fix = f"name a folder in engine.adapters that both see; it was {folder}"
-                raise Refused(f"the vLLM server {what}: {error.what}", where=self.url, fix=fix) from error
+                raise Refused(f"the vLLM server {what}: {error.said}", where=self.url, fix=fix) from error
             except (UsageError, ServerError) as error:
                 raise Refused(
                     f"the adapter was not loaded: {error.what}",
@@ -208,7 +208,7 @@ class ModelServer:
                 return  # another thread has loaded it since
             self._check_server()
             if adapter is None or not error.model:
-                raise Refused(f"the vLLM server has no such model: {error.what}", where=self.url) from error
+                raise error
             self._register(adapter)
 
     def _fixed_scores(self, model: str) -> list[float]:
@@ -242,12 +242,14 @@ def scoring(ids: Sequence[int], token: int) -> dict[str, Any]:
 
 def log_probability(choice: Mapping[str, Any], token: int) -> float:
     """A token's log-probability in the answer to scoring()."""
-    found = float(choice["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
-    if not math.isfinite(found):
+    listed = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
+    score = float(listed[0].get(f"token_id:{token}", math.nan))
+    if not math.isfinite(score):
         raise TunesmithError(
-            "the vLLM server returned a log-probability that is not finite", fix="look at the server's own log"
+            "the vLLM server returned no finite log-probability of a token",
+            fix="look at the server's own log; vLLM 0.32 was tested",
         )
-    return found
+    return score
 
 
 def concurrently(

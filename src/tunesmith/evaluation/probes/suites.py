@@ -15,7 +15,6 @@ from typing import Any
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, compose
 from tunesmith.candidates.grammars.copying import Constraint
-from tunesmith.core.access import ANYONE
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
@@ -96,7 +95,7 @@ def probe_context(
 
     def put(row: Example, request: Sequence[Message]) -> tuple[Message, ...]:
         changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
-        return compose(candidate, request, composer.retrieved_without_group(changed, ANYONE))
+        return compose(candidate, request, composer.retrieved_without_group(changed))
 
     if candidate.training is not None:
         stated = TrainingBody.read(store, candidate.training).settings.model_dump()

@@ -122,7 +122,7 @@ async def _told(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
         if now != known:  # viewers fetch their pages again when they hear of it: not all at the same moment
             await asyncio.sleep(random.random() * _APART * found.streams.total())
         told = now != known and viewer.session in found.open
-        if not told and not await asyncio.to_thread(sessions.is_open, viewer.store, viewer.session):
+        if not told and not await asyncio.to_thread(sessions.open_among, viewer.store, [viewer.session]):
             return
         changed = [topic for topic, a, b in zip(TOPICS, known, now, strict=True) if a != b]
         known = now

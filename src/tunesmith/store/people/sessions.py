@@ -118,11 +118,6 @@ def continue_session(store: Store, secret: str, *, now: float | None = None) -> 
     return OpenSession(found.id, user, following)
 
 
-def is_open(store: Store, number: str) -> bool:
-    """Whether a session may still go on."""
-    return bool(open_among(store, [number]))
-
-
 def open_among(store: Store, numbers: Sequence[str], *, now: float | None = None) -> frozenset[str]:
     """Those of some sessions that may still go on."""
     query = select(SessionRow).join(UserRow, UserRow.name == SessionRow.user)

@@ -96,7 +96,7 @@ def issue_token(
     deactivated or has too many tokens.
     """
     check_name(name, "token name")
-    given, at = check_scopes(scopes), time_or_now(now)
+    given, at = chosen(scopes, TOKEN_SCOPES, "scope", "a token"), time_or_now(now)
     if expires is not None and expires <= at:
         raise UsageError("the token would have expired already", fix="give a later end")
     secret = _PREFIX + secrets.token_urlsafe(_BYTES)
@@ -170,11 +170,6 @@ def note_use(store: Store, used: Mapping[str, float]) -> None:
     with store.writing() as session:
         for digest, at in used.items():
             session.execute(update(TokenRow).where(TokenRow.digest == digest).values(used=at))
-
-
-def check_scopes(scopes: Iterable[str]) -> list[str]:
-    """The scopes, sorted. Raises UsageError for an unknown one, and for none."""
-    return chosen(scopes, TOKEN_SCOPES, "scope", "a token")
 
 
 def _row(session: Session, user: str, name: str) -> TokenRow:
