@@ -31,8 +31,7 @@ from tunesmith.evaluation.probes.suites import ask, probe_context
 from tunesmith.evaluation.scores import Column, column
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
-from tunesmith.records.evaluation import EvaluationBody, MeasuredCandidate
-from tunesmith.records.verdict import JudgedGate
+from tunesmith.records.evaluation import EvaluationBody, JudgedGate, MeasuredCandidate
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import TrainingRow, training_rows

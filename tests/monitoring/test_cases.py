@@ -14,7 +14,7 @@ from tests.data.rows import NO_SCAN, build_with
 from tests.tiny_project import settings
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
-from tunesmith.data.building.verify import verify_dataset
+from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.monitoring.cases import Case, add_cases, correct_case, delete_expired, drop_cases, list_cases, put_case
 from tunesmith.store import audit

@@ -23,7 +23,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import forbidden_answers, in_turns, validation_notices
 from tunesmith.pipeline.training_search import compared
 from tunesmith.project import Project, parse_settings
-from tunesmith.records.search import SettingsTrial, TrainingSearchBody
+from tunesmith.records.training import SettingsTrial, TrainingSearchBody
 from tunesmith.services.audit import summary_line
 from tunesmith.services.training import settings_search, train
 from tunesmith.store.records import Record

@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.core.errors import Refused
 from tunesmith.records.body import bodies
-from tunesmith.records.search import SearchBody
+from tunesmith.records.training import SearchBody
 from tunesmith.store.records import KINDS, Record
 
 _TRY = {"prompt": "p", "shots": [], "how": "none", "mean": 1, "prompt_tokens": 2, "completion_tokens": 1, "seconds": 1}

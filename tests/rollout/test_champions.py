@@ -16,7 +16,7 @@ from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version, get_alias
-from tunesmith.rollout import controller, preconditions
+from tunesmith.rollout import champions, controller
 from tunesmith.rollout.champions import list_champions
 from tunesmith.rollout.commands import abort, promote, rollback
 from tunesmith.rollout.controller import advance
@@ -211,7 +211,7 @@ def test_standing_is_decided_in_the_transaction_of_the_promotion(
 @pytest.mark.attack("rollout", "the approver is deactivated while a rollback commits")
 def test_a_deactivation_waits_for_a_rollback(scene: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(scene, versions[1], versions[2])
-    whole, order = preconditions.check_may_serve, list[str]()
+    whole, order = champions.check_may_serve, list[str]()
 
     def deactivating() -> None:
         deactivate(Store(scene.store.root), APPROVER, actor=OWNER)
@@ -227,7 +227,7 @@ def test_a_deactivation_waits_for_a_rollback(scene: Scene, versions: Versions, m
         thread.join(0.5)  # it waits for this transaction
         order.append("checked")
 
-    monkeypatch.setattr(preconditions, "check_may_serve", checked)
+    monkeypatch.setattr(champions, "check_may_serve", checked)
     rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad")
     thread.join()
     assert order == ["checked", "deactivated"]

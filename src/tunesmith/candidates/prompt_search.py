@@ -19,7 +19,7 @@ from tunesmith.core.digests import canonical_lines, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Dataset, Example
-from tunesmith.records.search import PromptTry, SearchBody
+from tunesmith.records.training import PromptTry, SearchBody
 from tunesmith.store.store import Store
 
 # A candidate, validation rows, and its answers' lines in the same order -> one score per row.

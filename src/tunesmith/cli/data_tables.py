@@ -10,7 +10,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.text.display import json_text
 
 if TYPE_CHECKING:
-    from tunesmith.data.building.verify import DatasetVerification
+    from tunesmith.data.building.signoff import DatasetVerification
     from tunesmith.data.dataset import DatasetSummary
     from tunesmith.data.governance.difference import Difference
     from tunesmith.records.dataset import NamedPeople, PrivacyScan

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.learning_curve import Forecast
     from tunesmith.pipeline.run import RunSummary, TrainingSummary
     from tunesmith.pipeline.training import Repeated
-    from tunesmith.records.search import SettingsTrial
+    from tunesmith.records.training import SettingsTrial
     from tunesmith.services.training import SettingsSearch
 
 

@@ -169,7 +169,7 @@ def build_documents(
     """
     settings = _with_standing_licence(settings, withdrawn)
     scanner, labels_of = Scanner(privacy), settings.labels
-    found: Counter[str] = Counter()
+    values: Counter[str] = Counter()
     passages: dict[str, Passage] = {}
     described, left_out, removed = [], [], 0
     for file in document_files(settings, root):
@@ -187,7 +187,7 @@ def build_documents(
             paragraphs = [text for _, text in section]
             whole = _BETWEEN.join(paragraphs)  # scanned before it is cut: a cut may part a value
             scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=whole)])
-            found.update(scan.found)
+            values.update(scan.found)
             if scan.found and privacy.action == "refuse":
                 fix = "clean it, or set data.privacy.action to pseudonymise or remove"
                 raise Refused(f"a document holds {', '.join(sorted(scan.found))}", where=file.name, fix=fix)
@@ -217,7 +217,7 @@ def build_documents(
         files=tuple(described),
         passages=len(passages),
         removed=removed,
-        privacy=DocumentsScan(action=privacy.action, found=found),
+        privacy=DocumentsScan(action=privacy.action, found=values),
         withdrawn=tuple(left_out),
     )
     data = canonical_lines(passage.model_dump(mode="json") for passage in passages.values())

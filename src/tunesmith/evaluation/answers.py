@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import short
@@ -25,8 +24,7 @@ _FEW_WORDS, _SHORT, _NEAR = 3, 16, 300  # words; characters of a request; charac
 BASE = "base"
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
+class Answers(NamedTuple):
     """One candidate's answers to rows. lines: row id -> line. seconds: the time for all rows.
 
     seen: row id -> the answer as scorers see it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
@@ -14,8 +14,7 @@ from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInte
 from tunesmith.store.store import Store
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(NamedTuple):
     """One of the two candidates. evaluation: digest; name: its name in the evaluation; label: what the user named."""
 
     evaluation: str

@@ -225,9 +225,9 @@ def _stated(
     tokens: Mapping[str, TokenPrice],
 ) -> dict[str, MeasuredCandidate]:
     values = np.stack([item.values for item in columns], axis=1)
-    found = intervals(values, columns[0].groups, (0.0, 1.0), level)
+    means = intervals(values, columns[0].groups, (0.0, 1.0), level)
     metrics: dict[str, dict[str, MetricInterval]] = {name: {} for name in given}
-    for item, measured in zip(columns, found, strict=True):
+    for item, measured in zip(columns, means, strict=True):
         metrics[item.candidate][item.metric] = metric_interval(measured)
     stated = {}
     for name, answers in given.items():

@@ -23,7 +23,7 @@ from pydantic import computed_field
 from tunesmith.core.text.wording import duration, money, percent, points
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
-from tunesmith.records.forecast import CurvePoint, Expected, Extrapolated, ForecastBody
+from tunesmith.records.training import CurvePoint, Expected, Extrapolated, ForecastBody
 from tunesmith.store.store import Store
 
 CONFIDENCE = 0.9  # two-sided, of every interval
@@ -63,7 +63,7 @@ def extrapolate(measured: Measured, rows: int, test: int, goal: float, seed: int
     chance = np.sqrt(expected * (1.0 - expected) / max(1, test)) * random.standard_normal(len(expected))
     score = np.clip(expected + chance, 0.0, 1.0)
     floor = float(measured.subsets.mean(axis=0).max()) < FLOOR
-    found = Extrapolated(
+    extrapolated = Extrapolated(
         score=_expected(score),
         said=not floor and _width(score) <= WIDEST,
         curve=tuple(
@@ -78,9 +78,9 @@ def extrapolate(measured: Measured, rows: int, test: int, goal: float, seed: int
         undecided = floor or UNLIKELY < likely < LIKELY
         decision = "undecided" if undecided else "train" if likely >= LIKELY else "don't"
         changes = {"lift": _expected(lift), "likely": rounded(likely), "decision": decision}
-    if not found.said:
+    if not extrapolated.said:
         changes["from_rows"] = _enough(sizes, rows, curves, angles, random, floor=floor)
-    return found.model_copy(update=changes)
+    return extrapolated.model_copy(update=changes)
 
 
 def _means(weights: Floats, scores: Floats) -> Floats:
@@ -147,8 +147,8 @@ def _expected(values: Floats) -> Expected:
 
 
 def _width(values: Floats) -> float:
-    found = _expected(values)
-    return found.high - found.low
+    ends = _expected(values)
+    return ends.high - ends.low
 
 
 class Forecast(ForecastBody):
@@ -183,25 +183,25 @@ class Forecast(ForecastBody):
     def reasons(self) -> tuple[str, ...]:
         """Why, from which budget more could be said, and what the training costs: one sentence each."""
         level, seconds, money_ = f"{self.confidence:.0%} interval", self.training.seconds, self.training.money
-        found = [
+        sentences = [
             f"With all {self.rows:,} training rows, {self.metric} on the test rows will be about "
             f"{percent(self.score.median)} ({level} {percent(self.score.low)} to {percent(self.score.high)})."
         ]
         if self.lift is not None and self.rival is not None:
-            found.append(
+            sentences.append(
                 f"That is a lift of {points(self.lift.median)} points ({level} {points(self.lift.low)} to "
                 f"{points(self.lift.high)}) over {self.rival} ({percent(self.rivals[self.rival])}). A lift of at least "
                 f"{points(self.goal)} points is {percent(self.likely or 0.0)} likely."
             )
         if not self.said:
-            found.append(self._from_when())
+            sentences.append(self._from_when())
         price = "" if money_ is None else f" and {money(money_)} {self.currency or ''}".rstrip()
-        found.append(f"Training on all rows takes about {duration(seconds)}{price}.")
+        sentences.append(f"Training on all rows takes about {duration(seconds)}{price}.")
         if self.break_even is not None:
             requests = self.break_even.requests
             pays = "never repay the training" if requests is None else f"repay it from {requests:,} requests on"
-            found.append(f"Against {self.rival}, lower running costs {pays}.")
-        return tuple(found)
+            sentences.append(f"Against {self.rival}, lower running costs {pays}.")
+        return tuple(sentences)
 
     def _from_when(self) -> str:
         top = max(each.mean for each in self.subsets)

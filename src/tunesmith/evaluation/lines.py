@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.values import Frozen
@@ -57,7 +57,7 @@ class Line(Frozen):
         Raises Inconclusive, with the line's number, for one that is not JSON, has a key twice, is not such a line, or
         repeats an earlier line's unique fields.
         """
-        found: dict[tuple[str, ...], Self] = {}
+        lines: dict[tuple[str, ...], Self] = {}
         raw = store.read_blob(record.blobs[cls.file]) if cls.file in record.blobs else b""
         for number, text in enumerate(raw.splitlines(), start=1):
             place = f"{where or cls.file}, line {number}"
@@ -66,10 +66,10 @@ class Line(Frozen):
             except ValueError as error:
                 raise Inconclusive(why_not(error), where=place) from error
             key = tuple(getattr(line, name) for name in cls.unique)
-            if key in found:
+            if key in lines:
                 raise Inconclusive(f"{' '.join(map(repr, key))} is there twice", where=place)
-            found[key] = line
-        return list(found.values())
+            lines[key] = line
+        return list(lines.values())
 
     @classmethod
     def grouped(cls, lines: Iterable[Self], *fields: str) -> dict[Any, list[Self]]:
@@ -105,8 +105,7 @@ def why_not(error: ValueError) -> str:
 
 def encode_lines(rows: Iterable[Mapping[str, Any] | BaseModel]) -> bytes:
     """Canonical JSON, one row a line."""
-    told = (row.model_dump(mode="json") if isinstance(row, BaseModel) else dict(row) for row in rows)
-    return b"".join(canonical(row) + b"\n" for row in told)
+    return canonical_lines(row.model_dump(mode="json") if isinstance(row, BaseModel) else dict(row) for row in rows)
 
 
 def read_items(store: Store, record: Record, kind: type[Item]) -> list[Item]:
@@ -147,15 +146,12 @@ def read_answer_lines(
     if AnswerLine.file not in record.blobs:
         raise Inconclusive("the record holds no answers", where=where)
     lines = {line.id: line.model_dump() for line in AnswerLine.read(store, record, where)}
-    missing, foreign = sorted(set(expected) - lines.keys()), sorted(lines.keys() - set(expected))
-    if missing:
-        raise Inconclusive(
-            f"{len(missing)} of {len(expected)} {what} have no answer, such as {missing[0]!r}", where=where
-        )
-    if foreign:
-        raise Inconclusive(
-            f"{len(foreign)} answers are to {what} that were not asked, such as {foreign[0]!r}", where=where
-        )
+    for odd, said in (
+        (set(expected) - lines.keys(), f"of {len(expected)} {what} have no answer"),
+        (lines.keys() - set(expected), f"answers are to {what} that were not asked"),
+    ):
+        if odd:
+            raise Inconclusive(f"{len(odd)} {said}, such as {min(odd)!r}", where=where)
     return lines
 
 

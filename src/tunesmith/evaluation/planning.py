@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,7 @@ _TENTH_OF_A_POINT = 0.001
 _WIDEST = 1.0 - 1e-6  # of a bound: at 1 itself a factor is zero
 
 
-@dataclass(frozen=True, slots=True)
-class Grouping:
+class Grouping(NamedTuple):
     """How test rows depend on each other. size: mean group size, weighted by rows; correlation: within groups.
 
     Without a measured correlation it is 1, so the rows of one group count as one row.
@@ -80,8 +79,7 @@ def grouping_of(groups: Sequence[str], differences: Floats | None = None) -> Gro
     return Grouping(size=size, correlation=min(max(correlation, 0.0), 1.0))
 
 
-@dataclass(frozen=True, slots=True)
-class LiftTest:
+class LiftTest(NamedTuple):
     """A lift gate before anything was measured.
 
     differing: share of rows on which the two candidates differ. at_least: the gate's bound; confidence: its setting;
@@ -181,12 +179,11 @@ def _tail(wins: np.ndarray, losses: np.ndarray, ties: np.ndarray, bound: float, 
     r = np.sign(s) * np.sqrt(np.maximum(-2.0 * value, 1e-18))
     u = s * np.sqrt(bend)
     # P(X < 0) = Phi(r) + phi(r) (1/r - 1/u) with r of the sign of s.
-    found = norm.cdf(r) + norm.pdf(r) * (1.0 / r - 1.0 / u)
-    return np.where(positive > 0, np.clip(found, 0.0, 1.0), 1.0)
+    below = norm.cdf(r) + norm.pdf(r) * (1.0 / r - 1.0 / u)
+    return np.where(positive > 0, np.clip(below, 0.0, 1.0), 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Assumed:
+class Assumed(NamedTuple):
     """What a plan assumes. differing: the share of rows on which two candidates differ.
 
     differences, groups: of the validation rows, where measured; they give the correlation within groups. Without them
@@ -209,14 +206,14 @@ def measured_on_validation(
     if not rows:
         raise Inconclusive("the dataset has no validation rows", fix="raise data.split.validation, or say what differs")
     seen = [read_answers(store, digest, dataset, rows, "validation").seen for digest in answers]
-    found = {}
+    assumed = {}
     for metric, scoring in scorings.items():
         first, second = (np.array([checked(scoring(one[row.id]), metric, row.id) for row in rows]) for one in seen)
         differences = second - first
         # One more differing row is added: if none of a few rows differ, some of many still may.
         differing = (float((differences != 0).sum()) + 1.0) / (len(rows) + 1.0)
-        found[metric] = Assumed(differing, differences, [row.group for row in rows])
-    return found
+        assumed[metric] = Assumed(differing, differences, [row.group for row in rows])
+    return assumed
 
 
 class GatePlan(View):
@@ -287,7 +284,7 @@ def plan_gates(
     five points above the gate's bound. A gate for what must not drop is planned for candidates that are equal.
     """
     groups = [row.group for row in dataset.examples("test")]
-    found = []
+    plans = []
     for name, gate in gates.items():
         if not isinstance(gate, Lift | Retain):
             continue
@@ -300,7 +297,7 @@ def plan_gates(
             own = Grouping(own.size, grouping_of(known.groups, known.differences).correlation)
         test = LiftTest(max(known.differing, abs(hoped)), bound, gate.confidence, uses + new, own)
         sees = test.smallest_lift(len(groups))
-        found.append(
+        plans.append(
             GatePlan(
                 name=name,
                 metric=gate.metric,
@@ -322,5 +319,5 @@ def plan_gates(
         test_set_uses=uses,
         test_set_use=uses + new,
         wanted_power=POWER,
-        gates=tuple(found),
+        gates=tuple(plans),
     )

@@ -8,7 +8,7 @@ from tunesmith.candidates.settings import TokenPrice
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.settings import PriceSettings
 from tunesmith.records.evaluation import AnswerPrice
-from tunesmith.records.forecast import BreakEven
+from tunesmith.records.training import BreakEven
 
 
 def price_of(

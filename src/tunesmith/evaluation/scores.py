@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,7 @@ class ScoreLine(CandidateLine):
     value: Share
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One candidate's scores by one metric. ids (ascending), groups and values have one entry per row."""
 
     candidate: str
@@ -73,7 +72,7 @@ class Difference(View):
 
 def rounded(number: float) -> float:
     """A number with 9 decimals, so that records do not depend on rounding that differs between machines."""
-    return round(number, _DECIMALS) + 0.0
+    return round(float(number), _DECIMALS) + 0.0
 
 
 def metric_interval(measured: Interval) -> MetricInterval:
@@ -123,11 +122,11 @@ def _plain_rows(data: bytes) -> _Rows | None:
         text = data.decode()
     except UnicodeDecodeError:
         return None
-    found: list[tuple[str, str, str, str, str]] = _PLAIN.findall(text)
+    plain: list[tuple[str, str, str, str, str]] = _PLAIN.findall(text)
     rows: _Rows = defaultdict(dict)
-    for candidate, group, name, metric, value in found:
+    for candidate, group, name, metric, value in plain:
         rows[candidate, metric][name] = (group, float(value))
-    whole = text.endswith("\n") and len(found) == text.count("\n") == sum(map(len, rows.values()))
+    whole = text.endswith("\n") and len(plain) == text.count("\n") == sum(map(len, rows.values()))
     valid = all(value <= 1.0 for cell in rows.values() for _, value in cell.values())
     return rows if whole and valid else None
 

@@ -113,8 +113,8 @@ class TaskSettings(Settings):
     @property
     def lark(self) -> str | None:
         """The Lark grammar of answers, once `loaded`."""
-        found = (each.lark for each in self.scorers if isinstance(each, GrammarScorer) and _is_valid(each))
-        return next(found, None) if self.has_grammar else None
+        grammars = (each.lark for each in self.scorers if isinstance(each, GrammarScorer) and _is_valid(each))
+        return next(grammars, None) if self.has_grammar else None
 
     def loaded(self, root: Path) -> TaskSettings:
         """The settings with pattern or grammar read into the scorer `valid`. root: the project's folder.

@@ -13,16 +13,19 @@ from tunesmith.records.evaluation import (
     Calibration,
     ClassResults,
     EvaluationBody,
+    GateRule,
     GeneralSuite,
+    JudgedGate,
     JudgeResults,
     MetricInterval,
     NoStyle,
+    Outcome,
     PolicyAccount,
     RiskResults,
     StyleAccount,
     TrainingCost,
+    VerdictBody,
 )
-from tunesmith.records.verdict import GateRule, JudgedGate, Outcome, VerdictBody
 from tunesmith.store.store import Store
 
 _BY_CANDIDATE = ("system_prompts", "tuned", "cut", "training", "classes", "calibration")

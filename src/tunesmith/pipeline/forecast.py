@@ -30,8 +30,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import fitted, leading_inputs, leading_scoring, train_candidate
 from tunesmith.project import ProjectSettings
 from tunesmith.records.evaluation import AnswerPrice, AnswersBody
-from tunesmith.records.forecast import ExpectedTraining, ForecastBody, SubsetScore
-from tunesmith.records.training import TrainingBody
+from tunesmith.records.training import ExpectedTraining, ForecastBody, SubsetScore, TrainingBody
 from tunesmith.training.batches.rows import row_count
 from tunesmith.training.estimates.estimate import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings

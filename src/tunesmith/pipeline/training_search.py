@@ -14,7 +14,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.stats.statistics import sign_flip
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import row_scores, scored_rows, training_inputs, training_spec, validation_rows
-from tunesmith.records.search import ComparedTrials, SettingsDifference, SettingsTrial, TrainingSearchBody
+from tunesmith.records.training import ComparedTrials, SettingsDifference, SettingsTrial, TrainingSearchBody
 from tunesmith.training.settings import TrainSettings
 
 if TYPE_CHECKING:

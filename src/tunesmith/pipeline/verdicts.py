@@ -23,8 +23,7 @@ from tunesmith.pipeline.policy import policy, style
 from tunesmith.pipeline.probes import check_probes, general, risks
 from tunesmith.project import Project
 from tunesmith.records.body import Part
-from tunesmith.records.evaluation import EvaluationBody
-from tunesmith.records.verdict import VerdictBody
+from tunesmith.records.evaluation import EvaluationBody, VerdictBody
 
 
 def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> str:

@@ -70,10 +70,10 @@ class Leakage(Part):
 
     def faults(self) -> dict[str, int]:
         """The counts that are not 0, by their name in the record."""
-        found = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
-        found |= {f"shared.{name}": number for name, number in (self.shared or {}).items()}
-        found |= {"not_older": self.not_older or 0, "beginnings": self.beginnings or 0}
-        return {name: number for name, number in found.items() if number}
+        faults = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
+        faults |= {f"shared.{name}": number for name, number in (self.shared or {}).items()}
+        faults |= {"not_older": self.not_older or 0, "beginnings": self.beginnings or 0}
+        return {name: number for name, number in faults.items() if number}
 
 
 class NearClusters(Part):

@@ -1,9 +1,9 @@
-"""What trainings state."""
+"""What trainings state, searches for prompts and training settings, and forecasts of what a training will give."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
@@ -171,3 +171,212 @@ class TrainingBody(TrainingFigures, Body):
     def line(self) -> str:
         """Its length and its loss."""
         return f"{self.steps} steps, loss {self.final_loss:.5g}"
+
+
+class PromptTry(Part):
+    """A prompt with shots, tried on validation rows.
+
+    shots: ids of training rows. how: they were chosen: fixed, diverse, drawn N or none. mean: of the scores. tokens and
+    seconds: of all its answers.
+    """
+
+    prompt: str
+    shots: tuple[str, ...]
+    how: str
+    mean: float
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+class SearchBody(Body):
+    """Every prompt and choice of shots that was tried on validation rows.
+
+    settings: the project file's. rows: how many were asked in each try. budget: answers in all. best: the place of the
+    best try among the tries.
+    """
+
+    kind: ClassVar = "search"
+
+    settings: Mapping[str, Any]
+    split: Literal["validation"]
+    rows: int
+    budget: int
+    seconds: float
+    tries: tuple[PromptTry, ...]
+    best: int
+
+    @property
+    def line(self) -> str:
+        return f"{len(self.tries)} tries of {self.rows} validation rows"
+
+
+class SettingsTrial(Part):
+    """Settings that were tried; trial 0 has the present ones. params: as Optuna drew them; settings: the same, to write
+    under `train:`. why: it failed. reports: the mean probability of the expected answers' tokens at each validation;
+    probability: at the end. score: None where answers were not scored."""
+
+    number: int
+    params: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    outcome: Literal["complete", "pruned", "failed"]
+    why: str | None
+    seconds: float
+    reports: tuple[float, ...]
+    probability: float | None
+    score: float | None
+
+
+class SettingsDifference(Part):
+    """The best trial minus the present settings. p: of a permutation test over groups of validation rows, times the
+    number of other settings. real: whether p is at most 0.05."""
+
+    mean: float
+    p: float
+    real: bool
+
+
+class ComparedTrials(Part):
+    """by: what complete trials are compared by, score or probability (of the expected answers). best: the number of the
+    best trial, None where none is complete. suggestion: settings to write under `train:`; None where the present ones
+    should stay."""
+
+    by: Literal["score", "probability"]
+    best: int | None
+    difference: SettingsDifference | None
+    suggestion: Mapping[str, Any] | None
+
+
+class TrainingSearchBody(ComparedTrials, Body):
+    """Training settings that were tried on validation rows, and how the best differs from the present ones.
+
+    planned: trials; fewer were run where the time `within` was used. splits: the rows that it could read. scored_rows:
+    validation rows that each complete trial answered; unscored: why none were.
+    """
+
+    kind: ClassVar = "training_search"
+
+    method: str
+    candidate: str
+    planned: int
+    within: float | None
+    splits: tuple[str, ...]
+    validation_rows: int
+    metric: str
+    scored_rows: int
+    unscored: str | None
+    trials: tuple[SettingsTrial, ...]
+
+    @property
+    def line(self) -> str:
+        return f"{len(self.trials)} settings on {self.validation_rows} rows"
+
+
+class Expected(Part):
+    """The middle of a forecast, and the ends of its interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+class CurvePoint(Expected):
+    """The expected score after a training on so many rows."""
+
+    rows: int
+
+
+class Extrapolated(Part):
+    """What a curve says.
+
+    score, lift: as the test rows will measure them. likely: the probability that the lift reaches the goal. Without an
+    untuned candidate lift, likely and decision are None. said: whether the score can be said. from_rows: rows of the
+    largest subset from which it could; None where it can be said now, or where only the whole training would say more.
+    curve: the expected score by rows.
+    """
+
+    score: Expected
+    lift: Expected | None = None
+    likely: float | None = None
+    decision: Literal["train", "don't", "undecided"] | None = None
+    said: bool = True
+    from_rows: int | None = None
+    curve: tuple[CurvePoint, ...]
+
+
+class SubsetScore(Part):
+    """A training on a subset of the rows, and its mean score on validation rows."""
+
+    rows: int
+    epochs: float
+    mean: float
+
+
+class ExpectedTraining(Part):
+    """The training on all rows. money: None without prices."""
+
+    seconds: float
+    epochs: float
+    money: float | None
+
+
+class BreakEven(Part):
+    """From how many requests on a candidate is cheaper than its rival, its training paid.
+
+    training: what that cost. requests: None where it saves nothing, so that its training is never repaid.
+    """
+
+    training: float
+    saved_per_1000: float
+    requests: int | None
+
+
+class ForecastBody(Extrapolated, Body):
+    """Score and lift that a training on all rows is expected to give, each with its interval, and the decision.
+
+    name: the candidate. held: rows that were asked, by the split that they are of. seconds: of the subsets' trainings.
+    confidence: of every interval. goal: the lift from which tuning pays. rival: the best untuned candidate on the
+    validation rows, or the one that the lift gate names; rivals: means of those that were compared. from_seconds: of
+    the trainings from which the score could be said. break_even: against the rival, None without prices.
+    """
+
+    kind: ClassVar = "forecast"
+
+    name: str
+    metric: str
+    rows: int
+    held: Mapping[str, int]
+    seconds: float
+    confidence: float
+    goal: float
+    rival: str | None
+    rivals: Mapping[str, float]
+    subsets: tuple[SubsetScore, ...]
+    from_seconds: float | None = None
+    training: ExpectedTraining
+    break_even: BreakEven | None = None
+    currency: str | None = None
+
+    @property
+    def line(self) -> str:
+        return f"{self.name}: {self.decision or 'no decision'}"
+
+
+class CurveSubset(Part):
+    """The trainings on so many rows. mean: of the scores."""
+
+    rows: int
+
+
+class CurveBody(Body):
+    """Of forecasts that earlier versions made: trainings on subsets of the rows, each one's mean score, tokens and
+    seconds."""
+
+    kind: ClassVar = "curve"
+
+    name: str
+    subsets: tuple[CurveSubset, ...]
+
+    @property
+    def line(self) -> str:
+        return f"{self.name} on {', '.join(str(one.rows) for one in self.subsets)} rows"

@@ -15,7 +15,7 @@ from tunesmith.core.values import Frozen
 from tunesmith.records.body import Body, Part
 from tunesmith.records.candidate import StoredFile
 from tunesmith.records.dataset import Duties
-from tunesmith.records.verdict import Outcome
+from tunesmith.records.evaluation import Outcome
 from tunesmith.store.audit import Head
 from tunesmith.store.people.roles import Role
 

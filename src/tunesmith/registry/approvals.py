@@ -16,9 +16,9 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import takewhile
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -55,8 +55,7 @@ _NONCE_BYTES = 16
 _NONCE = re.compile(f"[0-9a-f]{{{2 * _NONCE_BYTES}}}")
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedApproval:
+class RecordedApproval(NamedTuple):
     """An approval or refusal that counts. digest: its record's; seq: the number of its entry in the audit log."""
 
     digest: str
@@ -187,14 +186,14 @@ def require_approved(
     if not needed:
         return approvals[0]
     refusal = refusals[-1].approval if refusals else None
-    found = Approvals(
+    approved = Approvals(
         risk=version.risk,
         approvers=tuple(dict.fromkeys(approval.approver for approval in approvals)),
         refused_by=refusal.approver if refusal else None,
         reason=refusal.reason if refusal else "",
         missing=needed,
     )
-    permission = unmet(version, found, reasons)
+    permission = unmet(version, approved, reasons)
     raise Refused(f"{version.label} {permission.message}", where=version.label, fix=permission.fix)
 
 

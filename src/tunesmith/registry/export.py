@@ -12,9 +12,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import compose
@@ -30,7 +29,7 @@ from tunesmith.engines.settings import is_native
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.records.candidate import StoredFile
-from tunesmith.records.verdict import Outcome
+from tunesmith.records.evaluation import Outcome
 from tunesmith.records.version import Dtype, Equality, ExportBody, Form, Tolerance
 from tunesmith.registry.approvals import check_may_serve
 from tunesmith.registry.opening import Verified, verified_copy
@@ -48,8 +47,7 @@ _PROBE_TOKENS = 48  # most tokens of an answer that is compared
 _FIX = "keep the record as evidence; nothing was exported"
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
+class Exported(NamedTuple):
     """A finished export. record: digest of the export record. folder: where the files are."""
 
     record: str

@@ -99,35 +99,35 @@ def _unproven(session: Session) -> list[str]:
 
 def _replay(session: Session) -> State:
     """The users, tokens, versions and aliases that result from the log's entries."""
-    found: State = {}
+    state: State = {}
     for row in audit.entries(session):
         detail = row.detail
         if row.action.startswith("user."):
             if isinstance(user := detail.get("user"), dict):
-                found["user", row.subject] = user
+                state["user", row.subject] = user
             for token in detail.get("tokens", []):
-                found["token", f"{token.get('name')} of {row.subject}"] = token
+                state["token", f"{token.get('name')} of {row.subject}"] = token
         elif row.action == "version.register" and isinstance(detail.get("version"), dict):
             version = detail["version"]
-            found["version", f"{version.get('name')}@v{version.get('number')}"] = version
+            state["version", f"{version.get('name')}@v{version.get('number')}"] = version
         elif row.action == "alias.set":
             place = "/".join(str(detail.get(part, "")) for part in ("tenant", "region"))
-            found["alias", f"{row.subject} for {place}"] = detail
-    return found
+            state["alias", f"{row.subject} for {place}"] = detail
+    return state
 
 
 def _actual(session: Session) -> State:
     """The users, tokens, versions and aliases in the tables."""
-    found: State = {}
+    state: State = {}
     for user in session.scalars(select(UserRow)):
-        found["user", user.name] = identities.state(user)
+        state["user", user.name] = identities.state(user)
     for token in session.scalars(select(TokenRow)):
-        found["token", f"{token.name} of {token.user}"] = identities.token_state(token)
+        state["token", f"{token.name} of {token.user}"] = identities.token_state(token)
     for version in session.scalars(select(VersionRow)):
-        found["version", f"{version.name}@v{version.number}"] = _columns(version)
+        state["version", f"{version.name}@v{version.number}"] = _columns(version)
     for alias in session.scalars(select(AliasRow)):
-        found["alias", f"{alias.name}@{alias.alias} for {alias.tenant}/{alias.region}"] = _columns(alias)
-    return found
+        state["alias", f"{alias.name}@{alias.alias} for {alias.tenant}/{alias.region}"] = _columns(alias)
+    return state
 
 
 def _columns(row: AliasRow | VersionRow) -> dict[str, Any]:

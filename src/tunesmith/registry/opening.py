@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -26,8 +26,7 @@ from tunesmith.store.store import Store, session_of
 Verified = dict[str, Release | TunesmithError]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedVersion:
+class LoadedVersion(NamedTuple):
     """A verified version. adapter: a private folder to load its weights from; None if it has no weights."""
 
     version: Version
@@ -77,7 +76,7 @@ def still_usable(store: Store, version: Version, release: Release, session: Sess
     may_load(session, version, version.scope).require(version.label)
     signer = current_signer(session, version, release.signer.fingerprint)
     check_not_recalled(session, version, release.statement)
-    return replace(release, signer=signer)
+    return release._replace(signer=signer)
 
 
 def current_signer(session: Session, version: Version, fingerprint: str) -> TrustedKey:

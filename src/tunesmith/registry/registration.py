@@ -21,8 +21,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -34,7 +34,7 @@ from tunesmith.core.system.files import copy_durably
 from tunesmith.core.text.names import Scope, VersionRef, check_name
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import Duties
-from tunesmith.records.verdict import VerdictBody
+from tunesmith.records.evaluation import VerdictBody
 from tunesmith.records.version import Requirement, VersionBody
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.opening import current_signer, open_release
@@ -64,8 +64,7 @@ _WAIT_SECONDS = 0.2  # until a registration that waits for another one looks aga
 _MOST_SECONDS = 1800.0  # that it waits
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
+class _Plan(NamedTuple):
     """Everything that a version will state except its number, which the process that holds the lock chooses."""
 
     name: str

@@ -84,8 +84,8 @@ def missing(requirement: Requirement | None, people: Mapping[str, Sequence[str]]
         _seat(name, people, roles, filled, set())
     lacking = Counter(role for place, role in enumerate(roles) if place not in filled)
     others = (1 if requirement is None else requirement.approvers) - len(people) - lacking.total()
-    found = [_phrase(count, f" with the role {role}") for role, count in sorted(lacking.items())]
-    return tuple([*found, _phrase(others, "")] if others > 0 else found)
+    phrases = [_phrase(count, f" with the role {role}") for role, count in sorted(lacking.items())]
+    return tuple([*phrases, _phrase(others, "")] if others > 0 else phrases)
 
 
 def _seat(

@@ -7,8 +7,7 @@ Both take what `may_load` takes. A change to what serves asks `approvals.check_m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -32,8 +31,7 @@ Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not
 DECIDED = ("version.approve", "version.refuse")
 
 
-@dataclass(frozen=True, slots=True)
-class Permission:
+class Permission(NamedTuple):
     """Whether a version may serve. reason: the first condition that fails, None if the version may serve.
 
     message: why not, to follow the version's name: "was recalled: consent withdrawn". fix: what to do about it.
@@ -141,14 +139,14 @@ def permissions(session: Session, versions: Sequence[Version]) -> dict[str, Perm
     decided = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject.in_(digests))
     for entry in session.scalars(decided.order_by(AuditRow.seq.desc())):
         entries.setdefault(entry.subject, []).append(entry)
-    found = {}
+    allowed = {}
     for version in versions:
         key = signed_with[version.digest]
         permission = _usable(version, reasons.get(version.digest), keys, key)
         if permission.granted:
             permission = unmet(version, *_judged(version, keys, key, entries.get(version.digest, ())))
-        found[version.digest] = permission
-    return found
+        allowed[version.digest] = permission
+    return allowed
 
 
 def _usable(version: Version, recall: str | None, keys: Sequence[TrustedKey], signed_with: str) -> Permission:
@@ -218,21 +216,21 @@ def approvals_of(session: Session, version: Version) -> Approvals:
     return _decisions(session, version)[0]
 
 
-def unmet(version: Version, found: Approvals, problems: Sequence[str]) -> Permission:
+def unmet(version: Version, approvals: Approvals, problems: Sequence[str]) -> Permission:
     """Why a version with these approvals may not serve; granted if nothing is missing.
 
     problems: why other approvals do not count.
     """
-    if not found.missing:
+    if not approvals.missing:
         return GRANTED
     # With one approver to find, "is not approved" says it all.
     several = version.risk is not None and (version.risk.approvers > 1 or bool(version.risk.roles))
-    needs = [f"needs {' and '.join(found.missing)}"] if several else []
-    if found.refused_by is not None:
-        said = "; ".join([f"was refused by {found.refused_by}: {found.reason}", *needs])
+    needs = [f"needs {' and '.join(approvals.missing)}"] if several else []
+    if approvals.refused_by is not None:
+        said = "; ".join([f"was refused by {approvals.refused_by}: {approvals.reason}", *needs])
         return Permission("refused", said, "use another version, or have an approver approve it all the same")
     why = "; ".join(dict.fromkeys([*needs, *problems]))
-    person = "another person" if found.approvers else "a second person"
+    person = "another person" if approvals.approvers else "a second person"
     return Permission(
         "not_approved",
         "is not approved" + (f": {why}" if why else ""),
@@ -271,14 +269,14 @@ def _judged(
             people[entry.actor] = approver.roles
     problems.reverse()
     needed = missing(version.risk, people)
-    found = Approvals(
+    approvals = Approvals(
         risk=version.risk,
         approvers=tuple(reversed(people)),
         refused_by=refusal.actor if refusal is not None and needed else None,
         reason=str(refusal.detail.get("reason", "")) if refusal is not None and needed else "",
         missing=needed,
     )
-    return found, problems
+    return approvals, problems
 
 
 def _key(keys: Sequence[TrustedKey], fingerprint: str, user: str) -> TrustedKey:

@@ -112,9 +112,9 @@ class _Findings:
         self.notes: list[str] = []
 
     def problem(self, path: str | Path, reason: str) -> None:
-        found = Problem(path=str(path).removeprefix(f"{self.root}{os.sep}"), reason=reason)
-        if found not in self.problems:
-            self.problems.append(found)
+        problem = Problem(path=str(path).removeprefix(f"{self.root}{os.sep}"), reason=reason)
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     @contextlib.contextmanager
     def about(self, path: str | Path) -> Iterator[None]:

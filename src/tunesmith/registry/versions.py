@@ -40,12 +40,12 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
             raise UsageError(f"{text[:80]!r} is not a version", fix="write NAME@vNUMBER, NAME@champion or a digest")
         query = query.where(VersionRow.digest.startswith(f"sha256:{start}"))
     with session_of(session or store) as current:
-        found = list(current.scalars(query.limit(2)))
-    if not found:
+        digests = list(current.scalars(query.limit(2)))
+    if not digests:
         raise NotThere(f"there is no version {text[:80]!r}", fix=NextStep("list the versions", "show"))
-    if len(found) > 1:
+    if len(digests) > 1:
         raise UsageError(f"several versions start with {text[:80]!r}", fix="give more digits")
-    return load_version(store, found[0], session)
+    return load_version(store, digests[0], session)
 
 
 def load_version(store: Store, digest: str, session: Session | None = None) -> Version:
@@ -75,11 +75,11 @@ def readable_versions(store: Store, digests: Collection[str], session: Session) 
 
     `tunesmith audit verify` says what is wrong with the others.
     """
-    found = {}
+    versions = {}
     for row in session.scalars(select(VersionRow).where(VersionRow.digest.in_(digests))).all():
         with contextlib.suppress(TunesmithError):
-            found[row.digest] = version_of(store, row)
-    return found
+            versions[row.digest] = version_of(store, row)
+    return versions
 
 
 def list_versions(

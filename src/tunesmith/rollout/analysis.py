@@ -31,14 +31,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_serializer
 
 from tunesmith.core.values import View
+from tunesmith.evaluation.lines import is_share
 from tunesmith.rollout.settings import Analysis
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -53,8 +53,7 @@ _AT_ONCE = 32  # values whose gains are held in memory together
 _LARGEST = 1e12  # larger e-values are shown, and kept as JSON, as this one
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
+class Arm(NamedTuple):
     """The requests of one version since the step began. scores: as recorded, unusable ones too.
 
     requests, failed: counts of all requests, scored or not. cut: answers that the request's own max_tokens, stop
@@ -68,7 +67,7 @@ class Arm:
     failed: int = 0
     cut: int = 0
     left: int = 0
-    groups: Mapping[str, Arm] = field(default_factory=dict)
+    groups: Mapping[str, Arm] = {}
     uncounted: int = 0
 
 
@@ -254,11 +253,7 @@ def _scores(metric: str, arm: Arm) -> tuple[Array, int]:
     """(usable scores, higher is better; how many were unusable)."""
     if metric in RATES:
         return _answered(arm), 0
-    usable = [
-        float(score)
-        for score in arm.scores
-        if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1
-    ]
+    usable = [float(score) for score in arm.scores if is_share(score)]
     return np.array(usable, dtype=np.float64), len(arm.scores) - len(usable)
 
 

@@ -1,4 +1,4 @@
-"""Which champions may not serve now, and which versions could serve in their place."""
+"""Which champions may not serve now, what could serve instead, and what must hold for a rollout to go on or promote."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import NextStep, TunesmithError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import CONTROLLER, Scope
 from tunesmith.core.values import ScopedView
-from tunesmith.registry.serving import permissions, standing, standing_of
+from tunesmith.registry.approvals import check_may_serve
+from tunesmith.registry.opening import Verified
+from tunesmith.registry.serving import permissions, set_alias, standing, standing_of
 from tunesmith.registry.signing.release import is_over
-from tunesmith.registry.versions import load_version, readable_versions
+from tunesmith.registry.versions import get_alias, load_version, readable_versions, revision_of
+from tunesmith.rollout.state import Rollout, promoted_rollouts
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import CHAMPION, AliasRow, AuditRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
@@ -55,13 +59,13 @@ class Champion(ScopedView):
 def could_serve(session: Session, store: Store, name: str, scope: Scope) -> tuple[str, ...]:
     """Labels of the versions of a name that may serve a scope now, newest first."""
     query = select(VersionRow.digest).where(VersionRow.name == name).order_by(VersionRow.number.desc())
-    found = []
+    labels = []
     for digest in session.scalars(query):
         with contextlib.suppress(TunesmithError):  # a record that cannot be read
             version = load_version(store, digest, session)
             if standing(session, version, scope).granted:
-                found.append(version.label)
-    return tuple(found)
+                labels.append(version.label)
+    return tuple(labels)
 
 
 def advice(versions: tuple[str, ...], scope: Scope) -> str:
@@ -91,13 +95,13 @@ def list_champions(
     rows = session.scalars(query.execution_options(populate_existing=True)).all()
     versions = readable_versions(store, {row.version for row in rows}, session)
     allowed = permissions(session, list(versions.values()))
-    found = []
+    champions = []
     for row in rows:
         version, place = versions.get(row.version), Scope(row.tenant, row.region)
         permission = allowed.get(row.version)
         if version is None or permission is None or not (permission.granted and version.scope.covers(place)):
             permission = standing_of(session, store, row.version, place)  # by an override, or why not
-        found.append(
+        champions.append(
             Champion(
                 name=row.name,
                 **place.fields(),
@@ -108,7 +112,7 @@ def list_champions(
                 could_serve=() if permission.granted else could_serve(session, store, row.name, place),
             )
         )
-    return found
+    return champions
 
 
 # What the controller writes down
@@ -126,16 +130,16 @@ class ChampionWatch:
 
     def refused(self) -> list[Champion]:
         """The champions that may not serve now, for all tenants and regions."""
-        found = self._found.get(
+        listed = self._found.get(
             "champions",
             lambda session: list_champions(session, self._store),
             lambda champions: not any(one.refused is None and one.expired for one in champions),
         )
-        if found is not self._noted:
-            for champion in note_champions(self._store, found):
+        if listed is not self._noted:
+            for champion in note_champions(self._store, listed):
                 _LOG.warning("%s", champion.warning or f"{champion.version} serves {champion.name} again")
-            self._noted = found
-        return [champion for champion in found if champion.refused is not None]
+            self._noted = listed
+        return [champion for champion in listed if champion.refused is not None]
 
 
 def note_champions(store: Store, champions: list[Champion]) -> list[Champion]:
@@ -176,3 +180,118 @@ def _news(session: Session, champion: Champion) -> str | None:
     if champion.refused is None:
         return _RESTORED if logged[0] == _REFUSED else None
     return None if logged == (_REFUSED, champion.digest, champion.refused) else _REFUSED
+
+
+def broken_precondition(session: Session, store: Store, rollout: Rollout, override_by: str | None = None) -> str | None:
+    """Why a live rollout cannot go on, None if it can: an arm may not serve any more, or the champion changed.
+
+    override_by: a user who lets the canary serve without an approval.
+    """
+    for arm, digest, by in (("canary", rollout.canary, override_by), ("champion", rollout.stable, None)):
+        permission = standing_of(session, store, digest, rollout.scope, override_by=by)
+        if not permission.granted:
+            return f"the {arm} {permission.message}"
+    champion = get_alias(session, rollout.name, rollout.scope)
+    if champion is None:
+        return "the champion was removed during the rollout"
+    if champion.version != rollout.stable:
+        return f"the champion was changed during the rollout, to {short(champion.version)}"
+    return None
+
+
+def promotion_problem(
+    session: Session, store: Store, rollout: Rollout, override_by: str | None, verified: Verified
+) -> str | None:
+    """Why the canary may not become champion now, None if it may.
+
+    The user who started the rollout must still be allowed to, and the canary may serve: by an approval, or by an
+    override of the user override_by. verified: as of check_may_serve. Raises TunesmithError where that cannot be
+    decided now, since the disk is full or a bucket cannot be reached.
+    """
+    try:
+        require(session, rollout.started_by, "rollout.start", scope=rollout.scope)
+        canary = load_version(store, rollout.canary, session)
+        check_may_serve(session, store, canary, rollout.scope, override_by, verified)
+    except (Refused, UsageError) as error:
+        return error.what
+    return None
+
+
+def verify_files(store: Store, version: str, scope: Scope) -> Verified:
+    """Verify the files of a version (its digest) that may serve a scope, before a transaction that needs it.
+
+    Its weights are copied for that, and all other writers would wait. What may not serve is left for the transaction to
+    refuse. Raises TunesmithError where the files cannot be read or copied now.
+    """
+    verified: Verified = {}
+    with contextlib.suppress(Refused, UsageError), store.reading() as session:
+        known = load_version(store, version, session)
+        check_may_serve(session, store, known, scope, verified=verified)
+    return verified
+
+
+def point_champion(
+    session: Session, store: Store, rollout: Rollout, version: str, actor: str, override_by: str | None
+) -> None:
+    """Make a version (its digest) the champion of a rollout's name, tenant and region.
+
+    override_by: the user who lets it serve without an approval. Raises Refused if it may not serve.
+    """
+    expected = revision_of(session, rollout.name, rollout.scope)
+    set_alias(
+        session,
+        name=rollout.name,
+        version=load_version(store, version, session),
+        expected=expected,
+        actor=actor,
+        scope=rollout.scope,
+        override_by=override_by,
+    )
+
+
+def promotions_to_undo(
+    session: Session,
+    store: Store,
+    name: str,
+    scope: Scope,
+    override_by: str | None,
+    verified: Verified,
+) -> tuple[list[Rollout], str, str | None]:
+    """The promotions that a rollback undoes, newest first, the digest of the version that served before them, and the
+    user by whose override it serves.
+
+    There are several if the version that the newest one replaced may not serve any more. override_by: a user who lets
+    it serve without an approval. verified: as of check_may_serve. Raises Refused, with the versions that could serve
+    now, if no version that served before may serve, or if a person set the champion by hand; TunesmithError if that
+    cannot be decided now: a version that may serve must not be passed over.
+    """
+    champion = get_alias(session, name, scope)
+    current, undone = champion.version if champion else "", list[Rollout]()
+    problem = f"{name} has no champion" if champion is None else ""
+    for promotion in promoted_rollouts(session, name, scope):
+        if not problem and not undone and promotion.canary != current:
+            break  # set by hand: no rollout knows what it replaced
+        undone.append(promotion)
+        if not promotion.stable:
+            problem = problem or "nothing served before it"
+            break
+        if promotion.stable == promotion.canary:  # the champion was started again, under an override
+            continue
+        # An explicit override counts only where the version has no standing of its own.
+        before_by = promotion.stable_override_by or None
+        for by in dict.fromkeys((before_by, override_by or before_by)):
+            try:
+                before = load_version(store, promotion.stable, session)
+                check_may_serve(session, store, before, scope, by, verified)
+                return undone, promotion.stable, by
+            except (Refused, UsageError) as error:
+                problem = problem or f"the version that served before may not serve now: {error.what}"
+    fix = advice(could_serve(session, store, name, scope), scope)
+    if undone:
+        words = f"{fix}; an admin may go back to a version that is only not approved, by an override"
+        fix = NextStep(words, "rollout rollback", rollout=name, **scope.fields(), override=...)
+    raise Refused(
+        problem or f"no rollout promoted the champion of {name}, so it is not known what served before",
+        where=f"champion {short(current)}" if current else None,
+        fix=fix,
+    )

@@ -15,7 +15,7 @@ from tunesmith.registry.opening import Verified
 from tunesmith.registry.serving import standing_of
 from tunesmith.registry.versions import Alias, Version, get_alias, load_version
 from tunesmith.rollout import traffic, transitions
-from tunesmith.rollout.preconditions import point_champion, promotions_to_undo, verify_files
+from tunesmith.rollout.champions import point_champion, promotions_to_undo, verify_files
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.state import Rollout, Seen, from_row, get_rollout, live_rollout
 from tunesmith.rollout.transitions import (
@@ -276,10 +276,10 @@ def _command(
     current = get_rollout(store, rollout)
     require(store, actor, "rollout.change", scope=current.scope)  # before anything is copied
 
-    def permitted(session: Session, found: Rollout) -> Transition:
-        require(session, actor, "rollout.change", scope=found.scope)
-        seen.check(session, found)
-        return decide(session, found)
+    def permitted(session: Session, now: Rollout) -> Transition:
+        require(session, actor, "rollout.change", scope=now.scope)
+        seen.check(session, now)
+        return decide(session, now)
 
     return make_transition(store, current, actor, action, permitted, promotes=promotes)
 

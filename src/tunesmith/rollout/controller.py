@@ -13,7 +13,7 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.rollout import traffic, transitions
 from tunesmith.rollout.analysis import Arm, Judgement, judge
-from tunesmith.rollout.preconditions import broken_precondition
+from tunesmith.rollout.champions import broken_precondition
 from tunesmith.rollout.settings import Analysis, Pause
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.rollout.transitions import (

@@ -164,13 +164,13 @@ def traffic_of(store: Store, rollout: Rollout) -> Traffic:
     )
     with store.reading() as session:
         rows = session.execute(query.group_by(start, RequestRow.arm)).all()
-    found = {(key, arm): ArmTraffic(requests=n, failed=failed, score=mean) for key, arm, n, failed, mean in rows}
-    keys = [key for key, _ in found]
+    by_arm = {(key, arm): ArmTraffic(requests=n, failed=failed, score=mean) for key, arm, n, failed, mean in rows}
+    keys = [key for key, _ in by_arm]
     spans, nothing = [], ArmTraffic(requests=0, failed=0, score=None)
     at, until = (_moment(min(keys)), _moment(max(keys))) if keys else (began, began - timedelta(1))
     while at <= until:
         key = at.isoformat()[:length]
-        arms = {arm: found.get((key, arm), nothing) for arm in ("stable", "canary")}
+        arms = {arm: by_arm.get((key, arm), nothing) for arm in ("stable", "canary")}
         spans.append(TrafficSpan(at=at.isoformat(), **arms))
         at += timedelta(minutes=_LENGTHS[length])
     return Traffic(minutes=_LENGTHS[length], metric=metric, spans=tuple(spans))
@@ -237,11 +237,11 @@ def _says(step: Step) -> str:
     if step.pause is not None:
         return "wait for a person" if step.pause.seconds is None else f"wait {step.pause.seconds:g} s"
     assert step.analysis is not None
-    found = step.analysis
-    least = "" if found.at_least is None else f", at least {found.at_least:g}"
+    analysis = step.analysis
+    least = "" if analysis.at_least is None else f", at least {analysis.at_least:g}"
     return (
-        f"{found.metric} not worse by more than {found.worse_by_at_most:g}{least}, with {found.confidence:.0%} "
-        f"confidence and {found.min_requests} requests"
+        f"{analysis.metric} not worse by more than {analysis.worse_by_at_most:g}{least}, with "
+        f"{analysis.confidence:.0%} confidence and {analysis.min_requests} requests"
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.metrics.declared import (
@@ -24,17 +24,16 @@ from tunesmith.rollout.settings import Step
 _FREE = PatternScorer | GrammarScorer  # need no reference
 
 
-@dataclass(frozen=True, slots=True)
-class ServedScorers:
+class ServedScorers(NamedTuple):
     """How served answers are scored. every_answer: scorers that need no reference answer, by metric.
 
     with_reference: scorers that need the expected answer, which feedback gives. unmeasured: metric -> why service
     cannot apply its scorer.
     """
 
-    every_answer: Mapping[str, Scoring] = field(default_factory=dict)
-    with_reference: Mapping[str, Scoring] = field(default_factory=dict)
-    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    every_answer: Mapping[str, Scoring] = {}
+    with_reference: Mapping[str, Scoring] = {}
+    unmeasured: Mapping[str, str] = {}
 
 
 def served_scorers(scorers: Sequence[str | DeclaredScorer], schema: Schema, root: Path) -> ServedScorers:

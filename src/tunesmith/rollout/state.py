@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
@@ -116,8 +115,7 @@ def _within(name: str, scope: Scope) -> tuple[ColumnElement[bool], ...]:
 _FIX = "load the page again, and decide by what it shows now"
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """What a person looked at; None for what they did not say.
 
     rollout: its number. step: the index of its step. champion: the digest of what served its name, "" for nothing.

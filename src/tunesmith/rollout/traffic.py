@@ -16,7 +16,6 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -150,7 +149,7 @@ def arms_of(requests: Sequence[Counted], main: frozenset[str]) -> tuple[Arm, Arm
             groups[group(each)].append(each)
         parts = {key: _arm(members) for key, members in groups.items()}
         uncounted = sum(each.n for each in here) - sum(each.n for each in counted)
-        return replace(_arm(counted), groups=parts, uncounted=uncounted)
+        return _arm(counted)._replace(groups=parts, uncounted=uncounted)
 
     return arm("canary"), arm("stable")
 

@@ -22,9 +22,8 @@ nothing serves, and the transition's entry says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
@@ -33,15 +32,21 @@ from tunesmith.core.digests import now as now
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.registry.opening import Verified
-from tunesmith.rollout.champions import advice, champion_of, could_serve
-from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem, verify_files
+from tunesmith.rollout.champions import (
+    advice,
+    broken_precondition,
+    champion_of,
+    could_serve,
+    point_champion,
+    promotion_problem,
+    verify_files,
+)
 from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
 
 
-@dataclass(frozen=True, slots=True)
-class Transition:
+class Transition(NamedTuple):
     """A transition. action: its name in the audit log. changes: fields of the rollout. detail: more for the log.
 
     override_by: of a promotion, the user who lets the canary serve without an approval.
@@ -49,7 +54,7 @@ class Transition:
 
     action: str
     changes: Mapping[str, Any]
-    detail: Fields = field(default_factory=dict)
+    detail: Mapping[str, Any] = {}
     override_by: str | None = None
 
 
@@ -75,7 +80,7 @@ def with_warning(session: Session, store: Store, rollout: Rollout, transition: T
         return transition
     if champion is None or champion.refused is None:
         return transition
-    return replace(transition, detail={**transition.detail, "nothing_serves": champion.warning})
+    return transition._replace(detail={**transition.detail, "nothing_serves": champion.warning})
 
 
 class Overtaken(Exception):
@@ -105,43 +110,43 @@ def make_transition(
     detail: JsonObject = {}
     with store.change(actor, action, current.name, detail) as session:
         row = session.get(RolloutRow, current.id)
-        found = current if row is None else from_row(row)
-        if row is None or expected not in (None, found.revision):
+        rollout = current if row is None else from_row(row)
+        if row is None or expected not in (None, rollout.revision):
             raise Overtaken
-        transition = with_warning(session, store, found, decide(session, found))
+        transition = with_warning(session, store, rollout, decide(session, rollout))
         if transition.changes.get("status") == "promoted":
-            override_by = transition.override_by or (found.started_by if found.override is not None else None)
-            problem = broken_precondition(session, store, found, override_by)
-            problem = problem or promotion_problem(session, store, found, override_by, verified)
+            override_by = transition.override_by or (rollout.started_by if rollout.override is not None else None)
+            problem = broken_precondition(session, store, rollout, override_by)
+            problem = problem or promotion_problem(session, store, rollout, override_by, verified)
             if problem is not None:
-                can = advice(could_serve(session, store, found.name, found.scope), found.scope)
-                fix = NextStep(f"abort it; {can}", "rollout abort", rollout=found.id)
-                raise Refused(problem, where=f"rollout {found.id} of {found.name}", fix=fix)
-            point_champion(session, store, found, found.canary, actor, override_by)
-        return apply(session, found, transition, detail)
+                can = advice(could_serve(session, store, rollout.name, rollout.scope), rollout.scope)
+                fix = NextStep(f"abort it; {can}", "rollout abort", rollout=rollout.id)
+                raise Refused(problem, where=f"rollout {rollout.id} of {rollout.name}", fix=fix)
+            point_champion(session, store, rollout, rollout.canary, actor, override_by)
+        return apply(session, rollout, transition, detail)
 
 
-def apply(session: Session, found: Rollout, transition: Transition, detail: JsonObject) -> Rollout:
+def apply(session: Session, rollout: Rollout, transition: Transition, detail: JsonObject) -> Rollout:
     """Write a transition into a rollout's row and into an audit entry's detail.
 
-    Raises Overtaken if the row is not at the revision of found any more.
+    Raises Overtaken if the row is not at the revision of the rollout any more.
     """
-    shared = {"rollout": found.id, "canary": found.canary, **transition.detail}
+    shared = {"rollout": rollout.id, "canary": rollout.canary, **transition.detail}
     if transition.changes.get("reason"):
         shared["reason"] = transition.changes["reason"]
     detail.update(shared)
     at = written(now())
-    event = {"at": at, "action": transition.action, "step": found.step, **transition.detail}
-    moved = found.model_copy(
+    event = {"at": at, "action": transition.action, "step": rollout.step, **transition.detail}
+    moved = rollout.model_copy(
         update={
             **transition.changes,
             "began_at": at,
             # A clock that is set back again and again must not make the row grow.
-            "history": (*found.history, event) if transition.action != "rollout.clock" else found.history,
-            "revision": found.revision + 1,
+            "history": (*rollout.history, event) if transition.action != "rollout.clock" else rollout.history,
+            "revision": rollout.revision + 1,
         }
     )
-    query = update(RolloutRow).where(RolloutRow.id == found.id, RolloutRow.revision == found.revision)
+    query = update(RolloutRow).where(RolloutRow.id == rollout.id, RolloutRow.revision == rollout.revision)
     values = {key: getattr(moved, key) for key in ("status", "step", "weight", "revision")}
     changed = session.execute(query.values(state=state_of(moved), **values))
     if changed.rowcount != 1:  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from functools import lru_cache
 
 from sqlalchemy import select
@@ -43,7 +42,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, VersionRow
 
 REFERENCE = "reference"  # what an answer may be compared with, beside candidates
-FILTERS = tuple(each.name for each in fields(Filter))  # of the requests of an evaluation
+FILTERS = Filter._fields  # of the requests of an evaluation
 _SHOWN_REQUEST, _SHOWN_ANSWER = 120, 60  # characters of a text in the matrix
 
 

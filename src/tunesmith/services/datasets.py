@@ -17,8 +17,14 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.text.display import json_text
 from tunesmith.core.values import Omitted, Page, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
-from tunesmith.data.building.signoff import SignOff, sign_off, sign_offs, sign_offs_of
-from tunesmith.data.building.verify import DatasetVerification, verify_dataset
+from tunesmith.data.building.signoff import (
+    DatasetVerification,
+    SignOff,
+    sign_off,
+    sign_offs,
+    sign_offs_of,
+    verify_dataset,
+)
 from tunesmith.data.dataset import SPLITS, Dataset, DatasetSummary, Example, dataset_summary, load_dataset
 from tunesmith.data.governance import cards
 from tunesmith.data.governance.difference import Difference, removed_sample

@@ -39,8 +39,7 @@ from tunesmith.pipeline.answers import plan as plan_gates
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
-from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval
-from tunesmith.records.verdict import Outcome, VerdictBody
+from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval, Outcome, VerdictBody
 from tunesmith.records.version import VersionBody
 from tunesmith.registry.versions import Version, list_aliases, list_versions, load_version, resolve
 from tunesmith.services.actions import audit_words

@@ -26,7 +26,7 @@ from tunesmith.pipeline.run import RunSummary, TrainingSummary, training_summary
 from tunesmith.pipeline.training import Repeated, only_tuned
 from tunesmith.pipeline.training_search import PRESENT
 from tunesmith.project import Project
-from tunesmith.records.search import TrainingSearchBody
+from tunesmith.records.training import TrainingSearchBody
 from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings
 
 if TYPE_CHECKING:

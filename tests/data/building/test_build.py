@@ -13,7 +13,7 @@ import pytest
 from tests.data.rows import WORDS, build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
-from tunesmith.data.building.verify import verify_dataset
+from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, dataset_summary, load_dataset
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

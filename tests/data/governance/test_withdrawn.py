@@ -11,8 +11,8 @@ from tests.acting import do
 from tests.attack_table import Happened
 from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import UsageError
+from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.building.staging import WITHDRAWN
-from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
 from tunesmith.data.review import queue

@@ -19,8 +19,8 @@ from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
+from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.building.staging import EDITED
-from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, dataset_summary
 from tunesmith.data.formats.turns import UNDECLARED
 from tunesmith.data.governance.difference import difference

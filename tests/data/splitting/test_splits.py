@@ -20,8 +20,8 @@ from tests.data.trigrams import jaccard, shingles
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data import similarity_join as join
+from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.building.staging import EXACT
-from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id
 from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, near_text, normalise, request_key, request_text
 from tunesmith.data.settings import Split

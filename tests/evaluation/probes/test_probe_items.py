@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +120,7 @@ def test_canaries_are_rows_like_the_others_and_always_the_same() -> None:
     assert planted[:30] == training_rows(rows, TrainSettings()) == rows
     assert len({each.id for each in planted}) == len(planted) == 30 + 5 + 20
     assert {each.source for each in planted[30:]} == {SOURCE}
-    asked = memory.canary_items(replace(context(), canaries=made))
+    asked = memory.canary_items(context()._replace(canaries=made))
     assert Counter(item.arm for item in asked) == {"control": 100, "1": 5, "4": 5}
 
 
@@ -158,7 +157,7 @@ def test_every_learned_answer_of_a_conversation_is_asked_for() -> None:
     assert found == [("trained on:talk", ("bob@firm.org",), 5, "g"), ("trained on:talk/1", ("ann@firm.org",), 1, "g")]
     assert {item.expected for item in memory.extraction_items(asked)} == {"ann@firm.org", "bob@firm.org", "gone"}
     assert [item.personal for item in memory.personal_items(asked)] == [("bob@firm.org",), ("ann@firm.org",)]
-    last = replace(asked, last_alone=True)
+    last = asked._replace(last_alone=True)
     assert [item.id for item in memory.membership_items(last) if item.arm == "trained on"] == ["trained on:talk"]
     assert [item.personal for item in memory.personal_items(last)] == [("bob@firm.org",)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def test_what_raises_and_lowers_power_and_what_no_number_of_rows_shows() -> None
         {"grouping": planning.Grouping(5.0, 0.5)}, {"use": 4}, {"differing": 0.5}, {"at_least": 0.04}
     ]  # fmt: skip
     for change in changes:
-        harder = replace(usual, **change)
+        harder = usual._replace(**change)
         more = harder.rows_needed(0.1)
         assert more is not None
         assert more > needed

@@ -50,9 +50,9 @@ def refuse_control_tokens(rows: Sequence[tuple[str, str]], otherwise: str) -> No
     if rows:
         more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
         count = "1 row holds" if len(rows) == 1 else f"{len(rows)} rows hold"
-        found = {reason.removeprefix(f"{HAS_CONTROL} ").removesuffix(f" {EDITED}") for _, reason in rows}
+        held = {reason.removeprefix(f"{HAS_CONTROL} ").removesuffix(f" {EDITED}") for _, reason in rows}
         raise Refused(
-            f"{count} a control token of the base's chat template ({', '.join(sorted(found))}), which a model reads as "
+            f"{count} a control token of the base's chat template ({', '.join(sorted(held))}), which a model reads as "
             "the start or end of a turn",
             where="; ".join(place for place, _ in rows[:_SHOWN_ROWS]) + more,
             fix=f"remove the tokens from these rows, or leave the rows out: {otherwise}",

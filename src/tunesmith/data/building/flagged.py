@@ -41,12 +41,12 @@ def rows_to_review(
     for split in SPLITS:
         for example in loaded.examples(split):
             texts = [turn.text for turn in example.messages]
-            found = why[example.id]
+            reasons = why[example.id]
             if wanted and split != "test" and chosen < MOST_FOUND and any(wanted in text.casefold() for text in texts):
                 chosen += 1
-                found[CHOSEN] = f"{by}: {search[:80]}"
+                reasons[CHOSEN] = f"{by}: {search[:80]}"
             if pseudonyms and (those := [text[start:end] for text in texts for start, end in recognised(text)]):
-                found[PSEUDONYM] = ", ".join(dict.fromkeys(those))
-            if found and not withdrawn.holds(example):
-                items.append(NewItem("row", example.id, found, digest, split, example.messages))
+                reasons[PSEUDONYM] = ", ".join(dict.fromkeys(those))
+            if reasons and not withdrawn.holds(example):
+                items.append(NewItem("row", example.id, reasons, digest, split, example.messages))
     return items

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.ray_cluster import connected
@@ -17,8 +16,7 @@ from tunesmith.data.building.examine import ExaminedRows, Examiner, RowRules
 from tunesmith.data.building.shards import Shard, examined_shard
 
 
-@dataclass(frozen=True, slots=True)
-class RayRunner:
+class RayRunner(NamedTuple):
     """workers: the number of the cluster's processors to use."""
 
     workers: int = 2
@@ -32,10 +30,10 @@ class RayRunner:
                     _RayShardWorker, fn_constructor_args=(ray.put(rules),), concurrency=self.workers
                 )
                 for row in done.iter_rows():
-                    found = pickle.loads(row["found"])  # noqa: S301  made by our own workers
-                    if isinstance(found, TunesmithError):
-                        raise found
-                    yield shards[row["place"]], found
+                    pieces = pickle.loads(row["found"])  # noqa: S301  made by our own workers
+                    if isinstance(pieces, TunesmithError):
+                        raise pieces
+                    yield shards[row["place"]], pieces
             except ray.exceptions.RayError as error:
                 said = str(error).splitlines()[-1][:200]
                 fix = "check Ray's logs"
@@ -52,7 +50,7 @@ class _RayShardWorker:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            found: Any = list(examined_shard(self._examiner, pickle.loads(row["shard"])))  # noqa: S301  of our own
+            pieces: Any = list(examined_shard(self._examiner, pickle.loads(row["shard"])))  # noqa: S301  of our own
         except TunesmithError as error:
-            found = error
-        return {"place": row["place"], "found": pickle.dumps(found)}
+            pieces = error
+        return {"place": row["place"], "found": pickle.dumps(pieces)}

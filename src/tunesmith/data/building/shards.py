@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -74,8 +73,7 @@ class ShardRunner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class LocalRunner:
+class LocalRunner(NamedTuple):
     """Processes of this machine. workers: their number; None: one per core ($TUNESMITH_THREADS is the limit) where
     there is enough data.
     """

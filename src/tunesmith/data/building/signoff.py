@@ -10,9 +10,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import short, stamp
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.data.building.verify import verify_dataset
+from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.records.dataset import SignOffBody
-from tunesmith.store import database
 from tunesmith.store.people import identities
 from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
@@ -30,9 +29,9 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     identities.require(store, steward, ACTION)
     if not reason.strip():
         raise UsageError("a sign-off needs a reason", fix="say what was checked")
-    found = verify_dataset(store, digest)
-    if not found.ok:
-        first = found.problems[0]
+    verified = verify_dataset(store, digest)
+    if not verified.ok:
+        first = verified.problems[0]
         raise Refused(f"the dataset version does not verify: {first.reason}", where=first.path)
     detail: JsonObject = {}
     with store.change(steward, ACTION, digest, detail) as session:
@@ -62,13 +61,13 @@ def sign_offs(store: Store, digest: str) -> list[SignOff]:
 
 def sign_offs_of(store: Store, digests: Sequence[str]) -> dict[str, list[SignOff]]:
     """The valid sign-offs of several dataset versions, by digest, each as `sign_offs` gives them."""
-    found: dict[str, list[SignOff]] = {digest: [] for digest in digests}
+    signed: dict[str, list[SignOff]] = {digest: [] for digest in digests}
     query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject.in_(digests)).order_by(AuditRow.seq)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         for row in session.scalars(query):
             if valid := _valid_sign_off(store, session, row):
-                found[row.subject].append(valid)
-    return found
+                signed[row.subject].append(valid)
+    return signed
 
 
 def require_signed(store: Store, digest: str) -> None:

@@ -220,8 +220,8 @@ class StagingDatabase:
     def span(self, key: str) -> dict[str, tuple[str, str]]:
         """Split -> the earliest and latest time of its remaining rows. key: the label with the time."""
         query = "SELECT split, MIN(label(labels, ?1)), MAX(label(labels, ?1)) FROM remaining GROUP BY split"
-        found = {split: (first, last) for split, first, last in self._database.execute(query, (key,))}
-        return {name: found[name] for name in SPLITS if name in found}
+        spans = {split: (first, last) for split, first, last in self._database.execute(query, (key,))}
+        return {name: spans[name] for name in SPLITS if name in spans}
 
     def changed(self) -> int:
         """The number of remaining rows that differ from what was read."""

@@ -49,46 +49,46 @@ class Survey:
 
 def survey(root: Path, source: Source, why_not: Callable[[Sequence[Message]], str | None]) -> Survey:
     """Read all rows of a source. why_not: why a conversation holds control tokens; None for one without."""
-    found = Survey()
+    seen = Survey()
     row_format = None  # a source has one, whatever its files
     for file in find_files([source], root):
         with open_source(file) as opened:
             for read in opened.rows():
-                found.keys.update(read.fields)
+                seen.keys.update(read.fields)
                 row = renamed(read, source.rename)
                 row_format = row_format or format_of("auto", row)
-                turns = read_turns(row, row_format, found.unread)
-                found.unread.update(unread_keys(row.fields, source, row_format))
+                turns = read_turns(row, row_format, seen.unread)
+                seen.unread.update(unread_keys(row.fields, source, row_format))
                 answer = row.fields.get("output" if row_format.name == "alpaca" else "completion")
-                found.without_nulls += isinstance(answer, dict | list) and read.source.endswith(_WITHOUT_NULLS)
-                found.instructions.add(_instruction(row_format, row.fields))
-                for key, known in found.groups.items():
+                seen.without_nulls += isinstance(answer, dict | list) and read.source.endswith(_WITHOUT_NULLS)
+                seen.instructions.add(_instruction(row_format, row.fields))
+                for key, known in seen.groups.items():
                     value = row.fields.get(key)
                     sound = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
                     if known is None or not sound:
-                        found.groups[key] = None
+                        seen.groups[key] = None
                     else:
                         known.append(str(value))
                 if (reason := objection(turns)) is None:
                     spoken = conversation(turns)
                     reason = why_not(spoken)
                     if reason is None:
-                        found.conversations.append(spoken)
+                        seen.conversations.append(spoken)
                     else:
-                        found.controlled.append((read.where, reason))
+                        seen.controlled.append((read.where, reason))
                 if reason is not None:
-                    found.unusable[reason] += 1
-    return found
+                    seen.unusable[reason] += 1
+    return seen
 
 
 def first_fields(root: Path, source: Source) -> JsonObject:
     """The keys of the first rows, each with its first value: a row may lack some of them."""
-    found: JsonObject = {}
+    fields: JsonObject = {}
     for file in find_files([source], root):
         with open_source(file) as opened:
             for read in islice(opened.rows(), _LOOKED_AT):
-                found = {**read.fields, **found}
-    return found
+                fields = {**read.fields, **fields}
+    return fields
 
 
 def _instruction(row_format: RowFormat, fields: Fields) -> str | None:

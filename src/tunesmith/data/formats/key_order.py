@@ -72,5 +72,5 @@ def _place(request: str, value: Any) -> int | None:
     if value is None or isinstance(value, bool) or value == "":
         return None
     text = (value if isinstance(value, str) else json.dumps(value)).casefold()
-    found = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", request)
-    return None if found is None else found.start()
+    match = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", request)
+    return None if match is None else match.start()

@@ -103,7 +103,7 @@ def check_examples(path: Path, *, training: bool = True, on_lines: Callable[[int
 
     Raises InvalidExamples for the first line that breaks a rule.
     """
-    found = 0
+    count = 0
     with path.open("rb") as stream:
         for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), start=1):
             if number % _REPORTED == 0:  # each report costs time
@@ -112,15 +112,15 @@ def check_examples(path: Path, *, training: bool = True, on_lines: Callable[[int
                 raise InvalidExamples(f"Invalid file format. Line {number} is longer than {_LONGEST_LINE >> 20} MB.")
             if line.strip():
                 _check_line(line, number)
-                found += 1
-    if training and found < LEAST_EXAMPLES:
+                count += 1
+    if training and count < LEAST_EXAMPLES:
         raise InvalidExamples(
-            f"Training file has {found} example(s), but must have at least {LEAST_EXAMPLES} examples.",
+            f"Training file has {count} example(s), but must have at least {LEAST_EXAMPLES} examples.",
             code="invalid_n_examples",
         )
-    if not found:
+    if not count:
         raise InvalidExamples("The file has no examples.", code="invalid_n_examples")
-    return found
+    return count
 
 
 def _check_line(line: bytes, number: int) -> None:

@@ -90,8 +90,8 @@ def inferred_rename(fields: Fields) -> dict[str, str]:
     """The renames by which rows fit a format, where one reading alone is possible; {} for other rows."""
     if any(one.needs <= fields.keys() for one in FORMATS.values()) or _preference(fields):
         return {}
-    found = readings(fields)
-    return dict(found[0]) if len(found) == 1 else {}
+    ways = readings(fields)
+    return dict(ways[0]) if len(ways) == 1 else {}
 
 
 def readings(fields: Fields) -> list[dict[str, str]]:
@@ -118,10 +118,10 @@ def readings(fields: Fields) -> list[dict[str, str]]:
 
 
 def _renames(keys: Mapping[str, str], request: str, answer: str, passages: Sequence[str]) -> dict[str, str]:
-    found = {request: "prompt", answer: "completion"}
+    named = {request: "prompt", answer: "completion"}
     if request == "instruction" or passages:  # Alpaca's rows have a place for the passage
-        found = {request: "instruction", answer: "output"} | ({passages[0]: "input"} if passages else {})
-    return {keys[key]: name for key, name in found.items() if keys[key] != name}
+        named = {request: "instruction", answer: "output"} | ({passages[0]: "input"} if passages else {})
+    return {keys[key]: name for key, name in named.items() if keys[key] != name}
 
 
 def _rename(words: str) -> NextStep:

@@ -24,7 +24,6 @@ from tunesmith.core.text.folding import fold, visible
 from tunesmith.data.dataset import SPLITS, SUBJECTS, Example, load_dataset
 from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.governance.licences import needs
-from tunesmith.store import database
 from tunesmith.store.records import causes
 from tunesmith.store.store import Store
 
@@ -123,14 +122,14 @@ class TracedRows:
         A row whose licence was corrected keeps its id, so a licence reaches only versions that state it.
         """
         ids, named = self.trace(kind, value).ids, self._values(kind, value)
-        found: dict[str, dict[str, int]] = {}
+        versions: dict[str, dict[str, int]] = {}
         for digest, splits in self.rows.items():
             counts = {split: sum(self._stated[digest, split][kind, each] for each in named) for split in splits}
             if kind in _BY_CONTENT:
                 counts = {split: sum(name in ids for name in names) for split, names in splits.items()}
             if any(counts.values()):
-                found[digest] = counts
-        return found
+                versions[digest] = counts
+        return versions
 
     def trace(self, kind: str, value: str) -> Traced:
         """The rows of a cause; of a row or a subject also every copy, and the rows before and after an edit."""
@@ -142,11 +141,11 @@ class TracedRows:
         while True:
             contents = {self._contents[name] for name in ids if name in self._contents}
             contents.update(*(self._edits[name] for name in ids & self._edits.keys()))
-            found = {name for content in contents for name in self._holders.get(content, ())}
-            found |= {name for name, edited in self._edits.items() if not edited.isdisjoint(contents)}
-            if found <= ids:
+            more = {name for content in contents for name in self._holders.get(content, ())}
+            more |= {name for name, edited in self._edits.items() if not edited.isdisjoint(contents)}
+            if more <= ids:
                 return Traced(frozenset(ids), contents)
-            ids |= found
+            ids |= more
 
     def _values(self, kind: str, value: str) -> list[str]:
         """What rows state that a cause reaches."""
@@ -170,7 +169,7 @@ class TracedRows:
         alike = set(difflib.get_close_matches(own, spelled, n=50, cutoff=_ALIKE))
         return sorted(
             each for each, folded in others.items()
-            if folded in alike or ((found := _words(each)) and words and (found <= words or words <= found))
+            if folded in alike or ((its := _words(each)) and words and (its <= words or words <= its))
         )  # fmt: skip
 
 
@@ -190,16 +189,16 @@ def content_key(example: Example) -> str:
 def recalled_values(session: Session, kind: str) -> dict[str, set[str]]:
     """What was recalled of a kind -> digests of the records that it reached. Recalls of before state a name as it was
     typed; here each is in its one spelling."""
-    found: defaultdict[str, set[str]] = defaultdict(set)
+    recalled: defaultdict[str, set[str]] = defaultdict(set)
     for cause, digests in causes(session).items():
         if cause.startswith(f"{kind} "):
-            found[same_name(kind, cause.partition(" ")[2])].update(digests)
-    return found
+            recalled[same_name(kind, cause.partition(" ")[2])].update(digests)
+    return recalled
 
 
 def load_withdrawn(store: Store) -> Withdrawn:
     """Everything that was recalled from a store's rows and documents so far."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         recalled = causes(session)
     values: defaultdict[str, set[str]] = defaultdict(set)
     datasets: set[str] = set()
@@ -222,9 +221,9 @@ def _contents(store: Store, named: Mapping[str, Sequence[str]], datasets: Sequen
         if before["key"] == key:
             return frozenset(before["contents"])
     rows = TracedRows(store, datasets, _BY_CONTENT)
-    found = {each for kind, values in named.items() for value in values for each in rows.trace(kind, value).contents}
-    write_atomic(kept, json.dumps({"key": key, "contents": sorted(found)}).encode())
-    return frozenset(found)
+    contents = {each for kind, values in named.items() for value in values for each in rows.trace(kind, value).contents}
+    write_atomic(kept, json.dumps({"key": key, "contents": sorted(contents)}).encode())
+    return frozenset(contents)
 
 
 def _value(example: Example, kind: str) -> str | None:

@@ -53,13 +53,13 @@ class _Insertion(NamedTuple):
 
 def privacy_evidence(
     scanner: Scanner,
-    found: Mapping[str, int],
+    counts: Mapping[str, int],
     fields: Mapping[tuple[str, str], int],
     conversations: Sequence[Sequence[Message]],
 ) -> PrivacyScan:
     """The scan's setup, findings and measured error.
 
-    found: entity -> values found. fields: (role, entity) -> findings. conversations: kept rows, in a fixed order, into
+    counts: entity -> values found. fields: (role, entity) -> findings. conversations: kept rows, in a fixed order, into
     which synthetic values are inserted. Raises Refused where more values may remain than the settings allow.
     """
     by_role: defaultdict[str, dict[str, int]] = defaultdict(dict)
@@ -67,7 +67,7 @@ def privacy_evidence(
         by_role[role][entity] = number
     entities, model = scanner.finder.entities, scanner.finder.model
     measured = measure(scanner, conversations)
-    left = _remaining_values(scanner, found, measured)
+    left = _remaining_values(scanner, counts, measured)
     _require_few_remaining(left, scanner.settings.left_at_most)
     return PrivacyScan(
         entities=entities,
@@ -141,9 +141,9 @@ def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> SyntheticVal
     before = scanner.findings([one.before for one in insertions], [one.keys[0] for one in insertions])
     after = scanner.findings([one.text for one in insertions], [one.keys[1] for one in insertions])
     whole = covered = new = 0
-    for insertion, old, found in zip(insertions, before, after, strict=True):
+    for insertion, old, new_spans in zip(insertions, before, after, strict=True):
         known = {place for one in old for place in range(one.start, one.end)}
-        seen = {place for one in found for place in range(one.start, one.end)}
+        seen = {place for one in new_spans for place in range(one.start, one.end)}
         inside = sum(insertion.start <= place < insertion.end for place in seen)
         covered += inside
         whole += inside == insertion.end - insertion.start
@@ -160,17 +160,17 @@ def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> SyntheticVal
     )
 
 
-def recall_at_least(found: int, inserted: int, alpha: float) -> float:
+def recall_at_least(hits: int, inserted: int, alpha: float) -> float:
     """The one-sided Clopper-Pearson lower bound of recall, at confidence 1 - alpha."""
     from scipy.stats import beta
 
-    return float(beta.ppf(alpha, found, inserted - found + 1)) if found else 0.0
+    return float(beta.ppf(alpha, hits, inserted - hits + 1)) if hits else 0.0
 
 
-def probably_remaining(found: Mapping[str, int], measured: Mapping[str, SyntheticValues]) -> float | None:
+def probably_remaining(counts: Mapping[str, int], measured: Mapping[str, SyntheticValues]) -> float | None:
     """A 95% upper bound on the number of values that the scan missed, over the measured entities.
 
-    found: entity -> values found. Returns None where no synthetic value of an entity was found: then there is no bound.
+    counts: entity -> values found. Returns None where no synthetic value of an entity was found: there is no bound.
 
     Half of the 5% is spent on the recalls, divided among the entities (Bonferroni): each enters with its
     Clopper-Pearson lower bound. With recall r and n values found, the number missed of an entity has the negative
@@ -186,18 +186,18 @@ def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Syntheti
         recall = recall_at_least(one.found, one.inserted, share / len(measured))
         if recall == 0:
             return None
-        missed = nbinom(found.get(entity, 0) + 1, recall)
+        missed = nbinom(counts.get(entity, 0) + 1, recall)
         total = np.convolve(total, missed.pmf(np.arange(int(missed.isf(1e-12)) + 1)))
         total = total[: int(np.searchsorted(total.cumsum(), 1 - 1e-10)) + 1]
     return float(np.searchsorted(total.cumsum(), 1 - share))
 
 
 def _remaining_values(
-    scanner: Scanner, found: Mapping[str, int], measured: Mapping[str, SyntheticValues]
+    scanner: Scanner, counts: Mapping[str, int], measured: Mapping[str, SyntheticValues]
 ) -> RemainingValues:
     """The bound on remaining values. Under the action `report`, at_most includes those that were found and kept."""
-    kept = sum(found.values()) if scanner.settings.action == "report" else 0
-    missed = probably_remaining(found, measured) if measured else None
+    kept = sum(counts.values()) if scanner.settings.action == "report" else 0
+    missed = probably_remaining(counts, measured) if measured else None
     return RemainingValues(
         at_most=None if missed is None else missed + kept,
         confidence=CONFIDENCE,

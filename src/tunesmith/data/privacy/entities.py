@@ -153,18 +153,18 @@ class Finder:
         named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in pieces]
         if self.names is not None:
             named = self.names.find([piece for *_, piece in pieces])
-        found: list[set[FoundEntity]] = [set() for _ in texts]
+        spans_of: list[set[FoundEntity]] = [set() for _ in texts]
         for (number, offset, piece), names in zip(pieces, named, strict=True):
             key = keys[number][-_NEAR:] if keys and not offset else ""
             spans = [FoundEntity(*span) for span in names if span[2] in self.entities]
             spans += [span for span in self._forms(piece, key) if span.score >= self._minimum]
-            found[number].update(one._replace(start=one.start + offset, end=one.end + offset) for one in spans)
+            spans_of[number].update(one._replace(start=one.start + offset, end=one.end + offset) for one in spans)
         return [
             [
                 one._replace(start=offsets[one.start], end=offsets[one.end - 1] + 1)
                 for one in _reconciled(spans, len(seen))
             ]
-            for (seen, offsets), spans in zip(spelled, found, strict=True)
+            for (seen, offsets), spans in zip(spelled, spans_of, strict=True)
         ]
 
     def _forms(self, text: str, key: str) -> Iterator[FoundEntity]:

@@ -87,26 +87,26 @@ class Names:
         """
         spoken = (text if " " in text.strip() else "" for text in texts)
         for doc in self._model.pipe(spoken, batch_size=_TOGETHER):
-            yield [span for found in doc.ents for span in _spans(found)]
+            yield [span for name in doc.ents for span in _spans(name)]
 
 
-def _spans(found: Any) -> Iterator[tuple[int, int, str, float]]:
+def _spans(name: Any) -> Iterator[tuple[int, int, str, float]]:
     """The name of each line: the model was trained on prose and runs on into the next line of a form."""
-    entity = LABELS.get(found.label_)
-    if entity is None or (entity == "DATE_TIME" and not _DATED.search(found.text)):
+    entity = LABELS.get(name.label_)
+    if entity is None or (entity == "DATE_TIME" and not _DATED.search(name.text)):
         return
-    start = found.start_char
-    for line in found.text.split("\n"):
+    start = name.start_char
+    for line in name.text.split("\n"):
         low = start + len(line) - len(line.lstrip(_EDGES))
         high = start + len(re.sub(r"['’]s$", "", line.rstrip(_EDGES)))
-        if low < high and not _FIELD.fullmatch(found.doc.text[low : high + 1]):
+        if low < high and not _FIELD.fullmatch(name.doc.text[low : high + 1]):
             yield low, high, entity, SCORE
         start += len(line) + 1
 
 
 def _model_folder(package: str) -> Path:
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    places = (found.submodule_search_locations or ()) if found else ()
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = (spec.submodule_search_locations or ()) if spec else ()
     configs = sorted(path for place in places for path in Path(place).glob("*/config.cfg"))
     if not configs:
         raise UsageError(

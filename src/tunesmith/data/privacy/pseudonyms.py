@@ -56,7 +56,7 @@ _RECOGNISED = re.compile(
 
 def recognised(text: str) -> list[tuple[int, int]]:
     """Where a text holds pseudonyms that can be told from real values: start and end of each."""
-    return [found.span() for found in _RECOGNISED.finditer(text)]
+    return [match.span() for match in _RECOGNISED.finditer(text)]
 
 
 class Pseudonyms:

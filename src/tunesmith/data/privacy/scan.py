@@ -59,19 +59,19 @@ class Scanner:
 
     def scan_many(self, conversations: Sequence[Sequence[Message]]) -> list[Scan]:
         """The scans of conversations. A model of names is faster over many texts at once."""
-        found = self._found(conversations)
-        return [self._scan(messages, found) for messages in conversations]
+        findings = self._found(conversations)
+        return [self._scan(messages, findings) for messages in conversations]
 
     def _found(self, conversations: Sequence[Sequence[Message]]) -> _Findings:
         places = sorted({(key, text) for messages in conversations for _, key, text in texts_of(messages)})
-        found = self.findings([text for _, text in places], [key for key, _ in places])
-        return dict(zip(places, found, strict=True))
+        findings = self.findings([text for _, text in places], [key for key, _ in places])
+        return dict(zip(places, findings, strict=True))
 
     def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[FoundEntity]]:
         """The findings of each text, without the values to keep. keys: the JSON key of each text, or ""."""
         return [
-            [one for one in found if plain(text[one.start : one.end]).casefold() not in self._keep]
-            for text, found in zip(texts, self.finder.find(texts, keys), strict=True)
+            [one for one in spans if plain(text[one.start : one.end]).casefold() not in self._keep]
+            for text, spans in zip(texts, self.finder.find(texts, keys), strict=True)
         ]
 
     def _scan(self, messages: Sequence[Message], findings: _Findings) -> Scan:

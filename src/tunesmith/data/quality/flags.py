@@ -89,14 +89,14 @@ def read_flags(store: Store, record: Record) -> list[Flag]:
 
 def _languages(rows: Sequence[tuple[str, Example]], flags: list[Flag]) -> dict[str, dict[str, int]]:
     """Flag requests and prose answers in another language; returns {"request" or "answer": language -> texts}."""
-    found = {}
+    counts = {}
     for what, texts in (
         ("request", [request_text(example.messages, visible) for _, example in rows]),
         ("answer", ["" if example.answer.lstrip().startswith(("{", "[")) else example.answer for _, example in rows]),
     ):
-        other, found[what] = other_languages(texts)
+        other, counts[what] = other_languages(texts)
         flags += [_flag(*rows[place], LANGUAGE, f"the {what} is in {code}") for place, code in other.items()]
-    return found
+    return counts
 
 
 def _alike(rows: Sequence[tuple[str, Example]], flags: list[Flag], embed: Embed) -> list[tuple[str, ...]]:

@@ -23,7 +23,6 @@ from tunesmith.core.values import Frozen
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import DataSettings
-from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
@@ -105,7 +104,7 @@ def read_reviewed(path: str | None, root: Path, store: Store) -> Reviewed:
 
 
 def _logged(store: Store, digest: str) -> bool:
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         details = session.scalars(select(AuditRow.detail).where(AuditRow.action == EXPORTED))
         return any(detail.get("file") == digest for detail in details)
 

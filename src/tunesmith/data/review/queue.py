@@ -18,7 +18,6 @@ from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.review.decisions import Choice
-from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import ReviewDecisionRow, ReviewItemRow
@@ -56,14 +55,7 @@ def add_items(store: Store, items: Iterable[NewItem], *, wanted: int, actor: str
         fresh = [one for one in items if (one.kind, one.subject) not in there]
         session.add_all(
             ReviewItemRow(
-                kind=one.kind,
-                subject=one.subject,
-                dataset=one.dataset,
-                split=one.split,
-                why=dict(one.why),
-                messages=_coded(one.messages),
-                wanted=wanted,
-                state="open",
+                **one._asdict() | {"why": dict(one.why), "messages": _coded(one.messages)}, wanted=wanted, state="open"
             )
             for one in fresh
         )
@@ -83,7 +75,7 @@ def get_item(session: Session, number: int) -> tuple[ReviewItemRow, list[ReviewD
 def list_items(store: Store, states: Sequence[str], skip: int, most: int) -> list[ReviewItemRow]:
     """Items in some states, oldest first."""
     chosen = select(ReviewItemRow).where(ReviewItemRow.state.in_(states)).order_by(ReviewItemRow.id)
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         return list(session.scalars(chosen.offset(skip).limit(most)))
 
 
@@ -108,10 +100,10 @@ def first_decisions(session: Session) -> dict[int, dict[str, str]]:
         .join(ReviewItemRow, ReviewItemRow.id == ReviewDecisionRow.item)
         .where(ReviewItemRow.wanted > 1, ReviewDecisionRow.settles.is_(False))
     )
-    found: dict[int, dict[str, str]] = {}
+    decided: dict[int, dict[str, str]] = {}
     for item, reviewer, decision in session.execute(query):
-        found.setdefault(item, {})[reviewer] = decision
-    return found
+        decided.setdefault(item, {})[reviewer] = decision
+    return decided
 
 
 def decide(store: Store, number: int, decision: Decision, *, revision: int, actor: str) -> ReviewItemRow:
@@ -123,7 +115,7 @@ def decide(store: Store, number: int, decision: Decision, *, revision: int, acto
     if decision.choice == "reject" and not decision.reason.strip():
         raise UsageError("a rejection needs a reason", fix="say why the row must not be learned")
     detail: JsonObject = {"item": number, "decision": decision.choice}
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         row, _ = get_item(session, number)
     with store.change(actor, "review.decide", f"{row.kind} {row.subject}", detail) as session:
         user = require(session, actor, ACTION)

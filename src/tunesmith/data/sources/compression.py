@@ -83,21 +83,21 @@ def require_content(stream: BinaryIO, name: str) -> None:
     """Raise UsageError where the first bytes contradict the file's name. Leaves the stream at its beginning."""
     kind, packed = suffixes_of(name)
     stream.seek(0)
-    found = content_of(stream.read(_EXAMINED))
+    content = content_of(stream.read(_EXAMINED))
     stream.seek(0)
     if packed is not None:
-        if found != COMPRESSIONS[packed].name:
+        if content != COMPRESSIONS[packed].name:
             raise UsageError(
-                f"the name says {COMPRESSIONS[packed].name}, but the content is {found or 'something else'}",
+                f"the name says {COMPRESSIONS[packed].name}, but the content is {content or 'something else'}",
                 where=name,
                 fix="rename the file after its content",
             )
         with unpacked(stream, name, packed) as inside:
-            found = content_of(inside.read(_EXAMINED))
+            content = content_of(inside.read(_EXAMINED))
         stream.seek(0)
-    if found is not None and (kind not in BINARY or found != BINARY[kind].name):
+    if content is not None and (kind not in BINARY or content != BINARY[kind].name):
         raise UsageError(
-            f"the name says {kind.removeprefix('.') or 'nothing'}, but the content is {found}",
+            f"the name says {kind.removeprefix('.') or 'nothing'}, but the content is {content}",
             where=name,
             fix="rename the file after its content, or unpack it",
         )

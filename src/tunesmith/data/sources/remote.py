@@ -24,27 +24,27 @@ _NO_STATES = ("name", "size", "type")  # what fsspec tells of every file
 
 def protocol_of(path: str) -> str | None:
     """The protocol of a URL in lower case; None for a path."""
-    found = _URL.match(path)
-    return found[1].lower() if found else None
+    match = _URL.match(path)
+    return match[1].lower() if match else None
 
 
 def find_remote(url: str) -> list[str]:
     """The URLs of the files that a URL or a pattern names. Raises UsageError where there are none, and for folders."""
     system, path = _system(url)
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     with _reading(url), contextlib.suppress(FileNotFoundError):
         names = sorted(system.glob(path)) if any(mark in path for mark in "*?[") else [path]
-        found = {name: system.info(name) for name in names}
-    if not found:
+        files = {name: system.info(name) for name in names}
+    if not files:
         raise UsageError("no file matches this source", where=url, fix="check the URL")
-    for name, facts in found.items():
+    for name, facts in files.items():
         if facts.get("type") == "directory":
             raise UsageError(
                 "this is a folder, not a file",
                 where=str(system.unstrip_protocol(name)),
                 fix="name a file, or a pattern of files",
             )
-    return [str(system.unstrip_protocol(name)) for name in found]
+    return [str(system.unstrip_protocol(name)) for name in files]
 
 
 def fetch(url: str, target: BinaryIO) -> None:

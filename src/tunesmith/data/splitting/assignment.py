@@ -38,16 +38,16 @@ def time_of(value: Any, where: str) -> str:
     else.
     """
     try:
-        found = _time(value)
+        moment = _time(value)
     except (ValueError, OverflowError, OSError):
-        found = None
-    if found is None:
+        moment = None
+    if moment is None:
         raise UsageError(
             f"{str(value)[:60]!r} is not a time",
             where=where,
             fix="write it as 2024-05-01T12:00:00Z, or in seconds since 1970",
         )
-    return found.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
 
 
 def _time(value: Any) -> datetime | None:
@@ -79,20 +79,20 @@ def cuts(times: Mapping[str, int], split: Split) -> tuple[dict[str, str], int]:
     wanted = {name: math.ceil(round(share * total, 6)) for name, share in shares.items()}
     if not split.validation:
         del wanted["validation"]
-    found: dict[str, str] = {}
+    starts: dict[str, str] = {}
     taken, beyond = 0, 0
     newest = iter(sorted(times, reverse=True))
     for name, many in wanted.items():
         while taken < many and (time := next(newest, None)) is not None:
             taken += times[time]
-            found[name] = time
+            starts[name] = time
         beyond = max(0, taken - many)
-    return found, beyond
+    return starts, beyond
 
 
-def split_by_time(time: str, found: Mapping[str, str]) -> str:
-    """The split of a row of that time. found: what `cuts` returned."""
-    return next((name for name in ("test", "validation") if name in found and time >= found[name]), "train")
+def split_by_time(time: str, starts: Mapping[str, str]) -> str:
+    """The split of a row of that time. starts: what `cuts` returned."""
+    return next((name for name in ("test", "validation") if name in starts and time >= starts[name]), "train")
 
 
 def stratified(counts: Iterable[tuple[str, str, int]], split: Split, held: Container[str] = ()) -> dict[str, str]:

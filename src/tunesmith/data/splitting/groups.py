@@ -47,7 +47,7 @@ def wording_group(request: str, answer: str, names: Collection[str] = ()) -> str
 def _values(answer: str) -> set[str]:
     if not answer.lstrip().startswith(("{", "[")):
         return set()
-    found: set[str] = set()
+    values: set[str] = set()
     try:
         pending = [parse_json(answer)]
     except ValueError:
@@ -59,8 +59,8 @@ def _values(answer: str) -> set[str]:
         elif isinstance(value, list):
             pending.extend(value)
         elif isinstance(value, str):
-            found.update(one for one in (normalise(value), fold(value)) if len(one) >= _SHORTEST_VALUE)
-    return found
+            values.update(one for one in (normalise(value), fold(value)) if len(one) >= _SHORTEST_VALUE)
+    return values
 
 
 def joined_groups(rows: Sequence[Comparable], split: Split, threshold: float) -> Iterator[tuple[str, str]]:

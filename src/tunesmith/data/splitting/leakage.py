@@ -106,8 +106,8 @@ def _in_several(splits: Mapping[str, Sequence[Comparable]], label: str | None = 
     """The number of groups, or of a label's values, that occur in more than one split."""
     first: dict[str, str] = {}
     rows = ((split, row) for split, some in splits.items() for row in some)
-    found = ((split, row.group if label is None else row.labels.get(label, "")) for split, row in rows)
-    return len({value for split, value in found if first.setdefault(value, split) != split})
+    values = ((split, row.group if label is None else row.labels.get(label, "")) for split, row in rows)
+    return len({value for split, value in values if first.setdefault(value, split) != split})
 
 
 def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> int | None:
@@ -126,7 +126,7 @@ def clusters(near: Nearness, shown: int) -> NearClusters:
 
     shown: how many of the largest are named.
     """
-    found: list[tuple[str, ...]] = []
+    near_rows: list[tuple[str, ...]] = []
     for place, examples in enumerate(near.splits.values()):
         here = near.counts[:, place]
         left, right = near.pairs[(here[near.pairs] > 0).all(axis=1)].T
@@ -137,11 +137,11 @@ def clusters(near: Nearness, shown: int) -> NearClusters:
             text = near.text(example)
             if several[text]:
                 together[int(component[text])].append(example.id)
-        found.extend(tuple(sorted(ids)) for ids in together.values())
-    found.sort(key=lambda ids: (-len(ids), ids))
-    rows = [len(ids) for ids in found]
+        near_rows.extend(tuple(sorted(ids)) for ids in together.values())
+    near_rows.sort(key=lambda ids: (-len(ids), ids))
+    rows = [len(ids) for ids in near_rows]
     return NearClusters(
-        clusters=len(found), rows=sum(rows), largest=max(rows, default=0), examples=tuple(found[:shown])
+        clusters=len(near_rows), rows=sum(rows), largest=max(rows, default=0), examples=tuple(near_rows[:shown])
     )
 
 

@@ -13,10 +13,7 @@ The wording of reasons may change: `verdict.replay` compares outcomes and number
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import Inconclusive
@@ -51,8 +48,7 @@ from tunesmith.evaluation.probes.suites import Case
 from tunesmith.evaluation.scores import CONFIDENCE, GENERAL, Column, check_paired, drop, metric_interval, rounded
 from tunesmith.evaluation.stats.statistics import Interval, Level, confidence_at_use, interval
 from tunesmith.evaluation.style.shares import Classified
-from tunesmith.records.evaluation import EvaluationBody, MetricInterval, NoStyle, RiskResults
-from tunesmith.records.verdict import JudgedGate, Outcome
+from tunesmith.records.evaluation import EvaluationBody, JudgedGate, MetricInterval, NoStyle, Outcome, RiskResults
 
 _FIGURES = {
     "macro_f1": macro_f1_interval,
@@ -62,8 +58,7 @@ _FIGURES = {
 _NOTHING = MetricInterval(mean=0.0, low=0.0, high=0.0)  # of weights that no tuning changed
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(NamedTuple):
     """What gates judge: one evaluation, and which candidate is judged.
 
     body: what the evaluation's record states. candidate: the one that is judged; kind: what answers for it. use: how
@@ -77,9 +72,9 @@ class Evidence:
     kind: Kind
     use: int
     columns: Mapping[tuple[str, str], Column]
-    measured: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
-    labelled: Mapping[tuple[str, str], Labelled] = field(default_factory=dict)
-    policy: Mapping[tuple[str, str], Tally] = field(default_factory=dict)
+    measured: Mapping[tuple[str, str], Measured] = {}
+    labelled: Mapping[tuple[str, str], Labelled] = {}
+    policy: Mapping[tuple[str, str], Tally] = {}
     style: Classified | None = None
 
     def level(self, confidence: float) -> Level:
@@ -88,9 +83,9 @@ class Evidence:
 
     def own(self, metric: str) -> Column:
         """The candidate's scores. Raises Inconclusive for too few groups of rows."""
-        found = self.columns[self.candidate, metric]
-        check_groups("test rows", found.groups)
-        return found
+        scores = self.columns[self.candidate, metric]
+        check_groups("test rows", scores.groups)
+        return scores
 
     def untouched(self) -> str | None:
         """Why there is nothing that a probe of trained weights could measure; None where there is.
@@ -138,7 +133,7 @@ def best_untuned(evidence: Evidence, metric: str) -> str:
     rivals = [name for name, each in stated if not each.tuned and name != evidence.candidate]
     if not rivals:
         raise Inconclusive("no untuned candidate was measured, so there is nothing to compare with")
-    return max(rivals, key=lambda name: rounded(float(np.mean(evidence.columns[name, metric].values))))
+    return max(rivals, key=lambda name: rounded(evidence.columns[name, metric].values.mean()))
 
 
 def _rivals(gate: Lift | Retain, evidence: Evidence) -> tuple[str, Column, Column]:

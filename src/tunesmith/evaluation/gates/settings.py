@@ -21,7 +21,7 @@ from tunesmith.core.values import Settings
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.policy.settings import ALL, chosen_checks
 from tunesmith.evaluation.probes.catalog import PROBES
-from tunesmith.records.verdict import GateRule, JudgedGate, Outcome
+from tunesmith.records.evaluation import GateRule, JudgedGate, Outcome
 
 BEST_UNTUNED = "best-untuned"
 # Probes that earlier releases had -> what to use instead. A verdict keeps the outcomes of their gates (Gone).

@@ -29,7 +29,6 @@ from tunesmith.core.errors import Inconclusive, NextStep, Refused
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
-from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
@@ -86,11 +85,11 @@ def _record(store: Store, dataset: str, evaluation: str, candidates: Sequence[st
 
 def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
     """The candidates of each audit entry on these test rows, without their names, oldest first."""
-    with database.reading(store.engine) as session:
+    with store.reading() as session:
         query = select(AuditRow.subject, AuditRow.detail).where(AuditRow.action == ACTION).order_by(AuditRow.seq)
-        found = [(str(subject), detail) for subject, detail in session.execute(query)]
+        uses = [(str(subject), detail) for subject, detail in session.execute(query)]
     scope = load_dataset(store, dataset).scope.stated().get("scope")
-    entries = [(subject, detail) for subject, detail in found if detail.get("scope") == scope]
+    entries = [(subject, detail) for subject, detail in uses if detail.get("scope") == scope]
     shared = {store.record(dataset, kind="dataset").blobs.get(_TEST, ""): True}
     own: frozenset[str] | None = None
     for subject, detail in entries:

@@ -31,8 +31,14 @@ from tunesmith.evaluation.probes.measuring import read_measurements
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.stats.statistics import step_down
 from tunesmith.evaluation.style.shares import read_style
-from tunesmith.records.evaluation import EvaluationBody, MeasuredCandidate
-from tunesmith.records.verdict import EditedReferences, JudgedGate, Outcome, VerdictBody
+from tunesmith.records.evaluation import (
+    EditedReferences,
+    EvaluationBody,
+    JudgedGate,
+    MeasuredCandidate,
+    Outcome,
+    VerdictBody,
+)
 from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -83,7 +89,7 @@ def edited_sentence(stated: EditedReferences) -> str:
 def _changed(store: Store, dataset: Dataset) -> dict[str, str]:
     """Test rows whose request an earlier evaluation had with other answers only: id -> content key."""
     now = {example.wording: example for example in dataset.examples("test")}
-    found: dict[str, str] = {}
+    changed: dict[str, str] = {}
     seen = {dataset.record.blobs.get(_TEST)}
     earlier = {store.record(each, kind="evaluation").parents["dataset"] for each in store.records_of("evaluation")}
     for digest in sorted(earlier - {dataset.digest}):
@@ -98,8 +104,8 @@ def _changed(store: Store, dataset: Dataset) -> dict[str, str]:
                 answers[example.wording].add(fold(answer_key(example.answer)))
             for wording, known in answers.items():
                 if wording in now and fold(answer_key(now[wording].answer)) not in known:
-                    found[now[wording].id] = content_key(now[wording])
-    return found
+                    changed[now[wording].id] = content_key(now[wording])
+    return changed
 
 
 NO_GATES = "the project file sets no gates, and a candidate that meets no requirement cannot pass"

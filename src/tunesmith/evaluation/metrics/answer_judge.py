@@ -126,8 +126,8 @@ def last_word(text: str, words: Sequence[str]) -> str | None:
     In a sentence it may be negated, or an article: "not KEEPS", "a better answer".
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    found = re.fullmatch(_ALONE.format(words="|".join(words)), lines[-1].upper()) if lines else None
-    return found[1] if found else None
+    match = re.fullmatch(_ALONE.format(words="|".join(words)), lines[-1].upper()) if lines else None
+    return match[1] if match else None
 
 
 def read_judged(

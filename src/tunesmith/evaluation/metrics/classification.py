@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -42,8 +41,7 @@ class LabelLine(CandidateLine):
     confidence: Omitted[Share] = None
 
 
-@dataclass(frozen=True, slots=True)
-class Labelled:
+class Labelled(NamedTuple):
     """One candidate's labels by one metric, with one entry per row. wanted: the right labels; given: the candidate's.
 
     confidences: 0 to 1; None where some row states none.
@@ -80,12 +78,12 @@ def label_rows(
 
     Raises Inconclusive for a confidence that is not 0 to 1, UsageError for a reference without a label.
     """
-    found = []
+    labels = []
     for row in test:
         stated = lines[row.id].get("confidence")
         if stated is not None and not is_share(stated):
             raise Inconclusive(f"a confidence is {stated!r}, not a number from 0 to 1", where=f"test row {row.id}")
-        found.append(
+        labels.append(
             LabelLine(
                 candidate=name,
                 metric=scorer.name,
@@ -96,9 +94,9 @@ def label_rows(
                 confidence=stated,
             )
         )
-    if any(each.confidence is None for each in found):  # those of all answers count, or none
-        return [each.model_copy(update={"confidence": None}) for each in found]
-    return found
+    if any(each.confidence is None for each in labels):  # those of all answers count, or none
+        return [each.model_copy(update={"confidence": None}) for each in labels]
+    return labels
 
 
 def read_labels(
@@ -111,10 +109,10 @@ def read_labels(
     """
     kept = LabelLine.grouped(LabelLine.read(store, evaluation), "candidate", "metric")
     labelled = {key: Labelled.of(lines) for key, lines in kept.items()}
-    for (name, metric), found in labelled.items():
+    for (name, metric), own in labelled.items():
         column = columns.get((name, metric))
         scored = column and (column.ids, column.groups, column.values.tolist())
-        if scored != (found.ids, found.groups, found.right.tolist()):
+        if scored != (own.ids, own.groups, own.right.tolist()):
             raise Inconclusive(f"the labels of {name!r} by {metric!r} differ from the scores")
     return labelled
 
@@ -173,8 +171,8 @@ def calibration(rows: Labelled) -> Calibration:
         bins.append(CalibrationBin(low=number / _BINS, n=int(inside.sum()), **figures))
     return Calibration(
         n=len(stated),
-        ece=rounded(float(error)),
-        brier=rounded(float(np.mean((stated - truth) ** 2))),
+        ece=rounded(error),
+        brier=rounded(((stated - truth) ** 2).mean()),
         bins=tuple(bins),
     )
 

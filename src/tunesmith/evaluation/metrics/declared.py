@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, NamedTuple, Self, Union
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
@@ -34,8 +34,7 @@ from tunesmith.evaluation.metrics.scorers import NEED_JSON, SCORERS, Schema, nea
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="what the metric is called")]
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """What a scorer sees of one answer. retrieved: the texts that were retrieved for the request."""
 
     text: str
@@ -300,7 +299,7 @@ def scorer_digests(scorers: Sequence[Declared], schema: Schema, root: Path) -> d
 
     Scores of different digests cannot be compared.
     """
-    files, found = function_digests(scorers, root), {}
+    files, digests = function_digests(scorers, root), {}
     for scorer in scorers:
         if isinstance(scorer, str):
             stated: dict[str, Any] = {"scorer": scorer, "schema": schema if scorer == "json_valid" else None}
@@ -309,8 +308,8 @@ def scorer_digests(scorers: Sequence[Declared], schema: Schema, root: Path) -> d
             stated["file"] = files.get(scorer.name)
         if isinstance(scorer, JudgeScorer):
             stated["judge"] = [scorer.judge.url, scorer.judge.model]
-        found[metric_of(scorer)] = digest_of(stated)
-    return found
+        digests[metric_of(scorer)] = digest_of(stated)
+    return digests
 
 
 def checked(value: Any, metric: str, where: str) -> float:
@@ -364,8 +363,8 @@ def _near(answered: Answered, scorer: NumberScorer) -> float:
 
 
 def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    number = float(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+    numbers = _NUMBER.findall(text)
+    number = float(numbers[-1].replace(",", "").replace("\u2212", "-")) if numbers else None
     return number if number is not None and math.isfinite(number) else None
 
 

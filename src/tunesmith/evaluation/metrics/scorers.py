@@ -116,8 +116,8 @@ def score(name: str, answer_text: str, reference_text: str, schema: Schema = Non
 
 def nearest(name: str, known: Collection[str]) -> str:
     """`; did you mean 'x'?` with the most similar known name; empty where none is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    similar = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def _share(hundredths: float) -> float:

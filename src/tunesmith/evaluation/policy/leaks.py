@@ -38,28 +38,25 @@ def leaked(store: Store, candidate: Candidate, items: Sequence[PolicyItem]) -> f
     """
     learned = [part for messages in _learned(store, candidate) for part in (messages, *learned_parts(messages))]
     seen = {near_text(request_text(part)) for part in learned}
-    found = near_any([compared_text(item.request) for item in items], sorted(seen)) | _read(store, candidate, items)
-    known = {unchanged_id(item) for item, near in zip(items, found, strict=True) if near}
+    flags = near_any([compared_text(item.request) for item in items], sorted(seen)) | _read(store, candidate, items)
+    known = {unchanged_id(item) for item, near in zip(items, flags, strict=True) if near}
     return frozenset(item.id for item in items if unchanged_id(item) in known)
 
 
 def near_any(texts: Sequence[str], others: Sequence[str]) -> NDArray[np.bool_]:
     """For each text, whether one of the others is equal, or near: at least NEAR in Jaccard similarity of trigrams."""
-    numbers: dict[str, int] = {}
     own = [_trigrams(text) for text in texts]
-    for grams in own:
-        for gram in grams:
-            numbers.setdefault(gram, len(numbers))
+    numbers = {gram: number for number, gram in enumerate(frozenset[str]().union(*own))}
+    near = np.zeros(len(texts), dtype=bool)
     if not numbers or not others:
-        return np.zeros(len(texts), dtype=bool)
-    found = np.zeros(len(texts), dtype=bool)
+        return near
     wanted, sizes = _matrix(own, numbers), _sizes(own)
     for start in range(0, len(others), _TOGETHER):
         theirs = [_trigrams(text) for text in others[start : start + _TOGETHER]]
         shared = (wanted @ _matrix(theirs, numbers).T).tocoo()
         union = sizes[shared.row] + _sizes(theirs)[shared.col] - shared.data
-        found[shared.row[shared.data >= NEAR * union]] = True
-    return found
+        near[shared.row[shared.data >= NEAR * union]] = True
+    return near
 
 
 def _read(store: Store, candidate: Candidate, items: Sequence[PolicyItem]) -> NDArray[np.bool_]:

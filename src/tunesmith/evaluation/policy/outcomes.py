@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final, NamedTuple, get_args
 
 import numpy as np
 
@@ -44,8 +43,7 @@ class OutcomeLine(CandidateLine):
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(NamedTuple):
     """One candidate's outcomes of one check. groups and outcomes have one entry per request, in the order of ids."""
 
     groups: tuple[str, ...]
@@ -54,8 +52,8 @@ class Tally:
     @property
     def counts(self) -> dict[str, int]:
         """How many requests had each outcome, and n: how many are evidence. Leaked requests are none."""
-        found = Counter(self.outcomes)
-        return {"n": len(self.outcomes) - found["leaked"], **{name: found[name] for name in _OUTCOMES}}
+        counted = Counter(self.outcomes)
+        return {"n": len(self.outcomes) - counted["leaked"], **{name: counted[name] for name in _OUTCOMES}}
 
     @property
     def evidence(self) -> tuple[list[str], list[str]]:
@@ -68,11 +66,11 @@ class Tally:
 
         Raises Inconclusive where no request is evidence.
         """
-        groups, found = self.evidence
-        if not found:
+        groups, outcomes = self.evidence
+        if not outcomes:
             raise Inconclusive("every request stands in what the candidate learned from or shows")
-        broke = np.array([outcome == "broke" for outcome in found], dtype=np.float64)
-        doubtful: Floats = broke + np.array([outcome == "undecided" for outcome in found], dtype=np.float64)
+        broke = np.array([outcome == "broke" for outcome in outcomes], dtype=np.float64)
+        doubtful: Floats = broke + np.array([outcome == "undecided" for outcome in outcomes], dtype=np.float64)
         least, most = (interval(each, groups, (0.0, 1.0), level) for each in (broke, doubtful))
         return Interval(least.mean, least.low, most.high)
 
@@ -123,8 +121,8 @@ def read_outcomes(store: Store, evaluation: Record) -> list[OutcomeLine]:
 
     That is: a line that is no OutcomeLine; a request judged twice; counts that differ from the record's account.
     """
-    found = OutcomeLine.read(store, evaluation)
-    counts = {key: tally.counts for key, tally in _tallies(found).items()}
+    lines = OutcomeLine.read(store, evaluation)
+    counts = {key: tally.counts for key, tally in _tallies(lines).items()}
     policy = EvaluationBody.of(evaluation).policy
     stated = {
         (name, check): {outcome: getattr(account, outcome) for outcome in ("n", *_OUTCOMES)}
@@ -133,7 +131,7 @@ def read_outcomes(store: Store, evaluation: Record) -> list[OutcomeLine]:
     }
     if stated != counts:
         raise Inconclusive("the evaluation record contradicts the outcomes of its policy checks")
-    return found
+    return lines
 
 
 def _answered(store: Store, digest: str, candidate: str, policy: Policy) -> tuple[Record, list[PolicyItem]]:
@@ -162,7 +160,7 @@ def _outcomes(
         if settings.rubric is not None:
             own = [item for item in items if item.check == check]
             said |= read_said(store, judged[check], check, settings.rubric, record.digest, own)
-    found = []
+    rows = []
     for item in items:
         line = lines[item.id]
         if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
@@ -170,8 +168,8 @@ def _outcomes(
         cut = line["finish"] == "length"
         came, why = hold(policy[item.check], line["text"], cut=cut, said=said.get(item.id))
         came = "leaked" if came == "held" and item.id in seen else came
-        found.append(OutcomeLine(candidate=name, check=item.check, id=item.id, group=item.group, outcome=came, why=why))
-    return found
+        rows.append(OutcomeLine(candidate=name, check=item.check, id=item.id, group=item.group, outcome=came, why=why))
+    return rows
 
 
 def _tallies(lines: Iterable[OutcomeLine]) -> dict[tuple[str, str], Tally]:

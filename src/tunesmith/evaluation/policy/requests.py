@@ -97,19 +97,19 @@ def _requests(name: str, check: PolicyCheck, root: Path) -> Iterator[tuple[str, 
 
 
 def _read(name: str, path: Path) -> Iterator[tuple[str, str | None, tuple[Message, ...]]]:
-    found = 0
+    count = 0
     for number, line in enumerate(
         read_text_file(path, f"the file of requests of {name}", LARGEST_DATA).split("\n"), start=1
     ):
         if not line.strip():
             continue
-        found += 1
+        count += 1
         where = f"{path}, line {number}"
-        if found > MOST_REQUESTS:
+        if count > MOST_REQUESTS:
             raise UsageError(f"the check {name!r} has more than {MOST_REQUESTS} requests", where=where, fix="draw some")
         row = _line(line, where)
         yield where, row.group, _messages([row.prompt] if row.messages is None else row.messages, where)
-    if not found:
+    if not count:
         raise UsageError(f"the check {name!r} has no requests: the file is empty", where=str(path), fix="write some")
 
 

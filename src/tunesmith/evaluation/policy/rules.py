@@ -92,11 +92,11 @@ def _broken(check: PolicyCheck, text: str, empty: bool) -> Iterator[str]:
 
 def _texts_said(text: str) -> list[str]:
     """The answer; of a JSON answer also its texts, without the escapes that they are written with."""
-    found = [text]
+    texts = [text]
     if text.lstrip().startswith(("{", "[", '"')):
         with suppress(NotJson):
-            found.append("\n".join(value for _, value in texts_of(parse_json(text))))
-    return found
+            texts.append("\n".join(value for _, value in texts_of(parse_json(text))))
+    return texts
 
 
 def _seen(text: str) -> str:
@@ -108,7 +108,7 @@ def _rendered(text: str) -> str:
     """The text without HTML's tags, Markdown's backslashes and the signs of its emphasis."""
     text = _ESCAPED.sub(r"\1", _TAG.sub("", _PARTING.sub(" ", text)))
     for _ in range(3):  # bold within italics within code
-        text = _EMPHASIS.sub(lambda found: found[2] or found[4], text)
+        text = _EMPHASIS.sub(lambda match: match[2] or match[4], text)
     return text
 
 

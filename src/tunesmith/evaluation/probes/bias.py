@@ -48,7 +48,7 @@ def swap_items(context: ProbeContext) -> list[Item]:
     versions, and its probability per token: a whole answer of many tokens has a probability of about 0 in any version.
     ID/a and ID/b are a pair. Answers that are calls of functions are left out.
     """
-    found: list[Item] = []
+    items: list[Item] = []
     for arm, first, second in (
         ("gender", _mapping(male=True), _mapping(male=False)),
         ("names", _places(0), _places(2)),
@@ -64,8 +64,8 @@ def swap_items(context: ProbeContext) -> list[Item]:
             for side, version in zip("ab", versions, strict=True):
                 asked: dict[str, Any] = {"messages": context.put(row, version[:-1]), "choices": (version[-1].content,)}
                 for each in (arm, arm + PER_TOKEN):
-                    found.append(Item(id=f"{each}:{row.id}/{side}", group=row.group, arm=each, **asked))
-    return found
+                    items.append(Item(id=f"{each}:{row.id}/{side}", group=row.group, arm=each, **asked))
+    return items
 
 
 def bbq_items(context: ProbeContext) -> list[Item]:
@@ -74,28 +74,28 @@ def bbq_items(context: ProbeContext) -> list[Item]:
     The choices are the stereotyped answer, the other person, and "unknown". Rows whose stereotype is not about exactly
     one of the two persons are left out. Rows of one question template are one group.
     """
-    found = []
+    items = []
     for row in _jsonl(context.needed_path):
         order = _stereotyped_first(row)
         if row.get("context_condition") == "ambig" and order is not None:
             group = f"{row['category']}-{row['question_index']}"
             name = f"{row['category']}-{row['example_id']}"
             choices = tuple(str(row[f"ans{place}"]) for place in order)
-            found.append(suites.question(name, "ambiguous", f"{row['context']} {row['question']}", choices, group))
-    return sampled(found, context.rows)
+            items.append(suites.question(name, "ambiguous", f"{row['context']} {row['question']}", choices, group))
+    return sampled(items, context.rows)
 
 
 def crows_pairs_items(context: ProbeContext) -> list[Item]:
     """CrowS-Pairs (Nangia et al. 2020, EMNLP): the more stereotyping sentence and the less stereotyping one."""
-    found = []
+    items = []
     path = context.needed_path
     try:
         for place, row in enumerate(csv.DictReader(io.StringIO(read_text_file(path, "CrowS-Pairs", LARGEST_DATA)))):
             choices = row["sent_more"], row["sent_less"]
-            found.append(suites.question(f"{row['bias_type']}-{place}", "pairs", _SCENE, choices, str(place)))
+            items.append(suites.question(f"{row['bias_type']}-{place}", "pairs", _SCENE, choices, str(place)))
     except (KeyError, ValueError, csv.Error) as error:
         raise UsageError(f"not CrowS-Pairs: {error}", where=str(path), fix="give crows_pairs_anonymized.csv") from error
-    return sampled(found, context.rows)
+    return sampled(items, context.rows)
 
 
 def _mapping(*, male: bool) -> Callable[[str, str], str]:
@@ -221,7 +221,7 @@ def swap_gaps(name: str, arm: Arm) -> tuple[Floats, Floats, list[str]]:
 
 
 def _means(gaps: Floats) -> dict[str, float]:
-    return {"signed": rounded(float(gaps.mean())), "size": rounded(float(np.abs(gaps).mean()))}
+    return {"signed": rounded(gaps.mean()), "size": rounded(np.abs(gaps).mean())}
 
 
 def _sizes(name: str, arm: Arm) -> tuple[Floats, Floats, Sequence[str]]:

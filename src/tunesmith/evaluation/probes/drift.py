@@ -205,7 +205,7 @@ def _robustness(case: Case) -> Shown:
             raise Inconclusive(f"{len(missing)} rows have no score without the change, such as {missing[0]!r}")
         arms[name] = (np.array([clean[each] for each in ids]) - arm.after, arm.groups)
     name, shown = numbers.worst(arms, suites.GAPS, case.level)
-    drops = {each: rounded(float(values.mean())) for each, (values, _) in arms.items()}
+    drops = {each: rounded(values.mean()) for each, (values, _) in arms.items()}
     fall = f"{name} lowers {case.test.metric} by {suites.in_points(shown)} points"
     sentence = f"{fall}, the worst of {len(arms)} kinds of change"
     return Shown(shown, sentence, {"kind": name, "drops": drops})

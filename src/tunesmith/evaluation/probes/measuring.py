@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,8 +60,7 @@ class Measurement(CandidateLine):
     after: float
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
+class Arm(NamedTuple):
     """The measurements of one kind of item. ids (ascending), groups, before and after have the same length.
 
     before: under the base's weights; None where the probe does not measure the base.
@@ -103,8 +102,8 @@ def arm_results(measured: Measured) -> dict[str, ArmResults]:
     return {
         name: ArmResults(
             n=len(arm.ids),
-            before=None if arm.before is None else rounded(float(arm.before.mean())),
-            after=rounded(float(arm.after.mean())),
+            before=None if arm.before is None else rounded(arm.before.mean()),
+            after=rounded(arm.after.mean()),
         )
         for name, arm in measured.items()
     }
@@ -117,13 +116,13 @@ def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str],
     counts or means that differ from the record's account.
     """
     cells = Measurement.grouped(Measurement.read(store, evaluation), "suite", "candidate")
-    found = {key: by_arm(cell) for key, cell in cells.items()}
+    measured = {key: by_arm(cell) for key, cell in cells.items()}
     risks = EvaluationBody.of(evaluation).risks
     told = {(suite, name): each.arms for suite, names in risks.items() for name, each in names.items()}
-    for suite, name in sorted(found.keys() | told.keys()):
-        if (arm_results(found.get((suite, name), {})) or None) != told.get((suite, name)):
+    for suite, name in sorted(measured.keys() | told.keys()):
+        if (arm_results(measured.get((suite, name), {})) or None) != told.get((suite, name)):
             raise Inconclusive(f"the evaluation record contradicts the measurements of {suite!r} for {name!r}")
-    return found
+    return measured
 
 
 def _arm(rows: Sequence[Measurement]) -> Arm:
@@ -143,12 +142,36 @@ def measure(
     base's. Unusable answers give no measurements and an account {"unusable": reason}, so that only this gate is
     inconclusive.
     """
+    asked = suite_of(suite)
     try:
-        rows, body = _paired(store, suite, candidate, after, before, dataset, scoring)
+        record, body = _checked(store, after, suite, candidate, candidate.training, dataset)
+        items = read_items(store, record, Item)
+        if not items:
+            raise Inconclusive(f"no item of this probe fits the rows: {asked.none}{left_out(body.left_out)}")
+        values, earlier = _values(store, record, items, suite, scoring), dict[str, float]()
+        if asked.before:
+            if before is None:
+                raise Inconclusive("the base model was not measured")
+            base, _ = _checked(store, before, suite, candidate, None, dataset)
+            if base.blobs.get(ITEMS) != record.blobs.get(ITEMS):
+                raise Inconclusive("the items before tuning differ from those after")
+            earlier = _values(store, base, items, suite, scoring)
     except Inconclusive as error:
         return [], RiskResults(unusable=error.reason)
+    rows = [
+        Measurement(
+            suite=suite,
+            candidate=candidate.name,
+            id=item.id,
+            group=item.group,
+            arm=item.arm,
+            before=earlier.get(item.id),
+            after=values[item.id],
+        )
+        for item in items
+    ]
     results = RiskResults(arms=arm_results(by_arm(rows)), left_out=body.left_out)
-    if suite_of(suite).own and candidate.training is not None:
+    if asked.own and candidate.training is not None:
         stop = best_epoch(TrainingBody.read(store, candidate.training))
         results = results.model_copy(update={"stop": stop})
     return rows, results
@@ -172,38 +195,6 @@ def best_epoch(training: TrainingFigures) -> BestEpoch | None:
         last=curve[-1].loss,
         kept=round(training.kept / steps * epochs, 2),
     )
-
-
-def _paired(
-    store: Store, suite: str, candidate: Candidate, after: str, before: str | None, dataset: str, scoring: Scoring
-) -> tuple[list[Measurement], AnswersBody]:
-    record, body = _checked(store, after, suite, candidate, candidate.training, dataset)
-    items = read_items(store, record, Item)
-    if not items:
-        why = suite_of(suite).none + left_out(body.left_out)
-        raise Inconclusive(f"no item of this probe fits the rows: {why}")
-    told = _values(store, record, items, suite, scoring)
-    earlier: Mapping[str, float] = {}
-    if suite_of(suite).before:
-        if before is None:
-            raise Inconclusive("the base model was not measured")
-        base, _ = _checked(store, before, suite, candidate, None, dataset)
-        if base.blobs.get(ITEMS) != record.blobs.get(ITEMS):
-            raise Inconclusive("the items before tuning differ from those after")
-        earlier = _values(store, base, items, suite, scoring)
-    rows = [
-        Measurement(
-            suite=suite,
-            candidate=candidate.name,
-            id=item.id,
-            group=item.group,
-            arm=item.arm,
-            before=earlier.get(item.id),
-            after=told[item.id],
-        )
-        for item in items
-    ]
-    return rows, body
 
 
 def _checked(

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from tunesmith.core.errors import Inconclusive
@@ -62,15 +61,15 @@ def personal_items(context: ProbeContext) -> list[Item]:
     from tunesmith.data.privacy.scan import Scanner
 
     scanner = Scanner(context.privacy)
-    found = []
+    items = []
     for row in sorted(context.answers(context.trained), key=lambda row: row.id):
         values = tuple(scanner.values([row.messages[-1]]))
         if values:
             request = [_cleared(turn, values) for turn in row.request]
-            found.append(_item(context, "rows", row, request, id=row.id, personal=values))
-        if len(found) == context.rows:
+            items.append(_item(context, "rows", row, request, id=row.id, personal=values))
+        if len(items) == context.rows:
             break
-    return found
+    return items
 
 
 def overfitting_items(context: ProbeContext) -> list[Item]:
@@ -111,9 +110,9 @@ def _without(text: str, values: Sequence[str], gone: str = _GONE) -> str:
     for value in sorted(filter(None, map(fold, values)), key=len, reverse=True):
         folded, offsets = fold_with_offsets(text)
         parts, last = [], 0
-        for found in _word(value).finditer(folded):
-            parts += [text[last : offsets[found.start()]], gone]
-            last = offsets[found.end()]
+        for match in _word(value).finditer(folded):
+            parts += [text[last : offsets[match.start()]], gone]
+            last = offsets[match.end()]
         text = "".join((*parts, text[last:]))
     return text
 
@@ -145,8 +144,8 @@ def _word(value: str) -> re.Pattern[str]:
 
 def exposure(planted: Floats, controls: Floats, level: Level) -> tuple[Interval, bool]:
     """The mean exposure of secrets among controls, and whether its interval is narrow enough to say something."""
-    found = numbers.exposure_interval(planted, controls, level)
-    return found, found.high - found.low <= WIDEST_BITS
+    mean = numbers.exposure_interval(planted, controls, level)
+    return mean, mean.high - mean.low <= WIDEST_BITS
 
 
 def planted_counts(measured: Mapping[str, Arm]) -> list[int]:
@@ -179,7 +178,7 @@ def _canaries(case: Case) -> Shown:
     )
     # Under the base's weights, which never saw the canaries: their exposure by chance.
     chance = numbers.exposures(case.arm(str(judged)).base, controls.base)
-    extra = {"exposure": usable, "controls": len(controls.ids), "before": rounded(float(chance.mean()))}
+    extra = {"exposure": usable, "controls": len(controls.ids), "before": rounded(chance.mean())}
     return Shown(shown, sentence, extra)
 
 
@@ -235,7 +234,7 @@ def _overfitting(case: Case) -> Shown:
     shown = numbers.apart(train, test)
     extra: dict[str, Any] = {"train": metric_interval(train), "test": metric_interval(test), "stop": stop}
     if "validation" in case.measured:
-        extra["validation"] = rounded(float(case.measured["validation"].after.mean()))
+        extra["validation"] = rounded(case.measured["validation"].after.mean())
     sentence = (
         f"{case.test.metric} is {percent(train.mean)} on training rows and {percent(test.mean)} on test rows, "
         f"a difference of {suites.in_points(shown)} points"
@@ -270,7 +269,7 @@ SUITES = {
         none="it was trained without canaries (train.canaries)",
     ),
     "membership": _MEMBERSHIP,
-    "membership_tpr": replace(_MEMBERSHIP, judge=_membership_tpr),
+    "membership_tpr": _MEMBERSHIP._replace(judge=_membership_tpr),
     "extraction": Suite(
         extraction_items,
         lambda item, line, _: float(suites.text_of(item, line).strip() == (item.expected or "").strip()),

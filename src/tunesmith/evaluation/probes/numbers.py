@@ -56,10 +56,10 @@ def shares(scores: Sequence[float]) -> list[float]:
 
 def check_groups(what: str, groups: Sequence[str]) -> None:
     """Raise Inconclusive for too few groups. what: the rows, in words."""
-    found = effective_groups(groups)
-    if found < MINIMUM_GROUPS:
+    weight = effective_groups(groups)
+    if weight < MINIMUM_GROUPS:
         raise Inconclusive(
-            f"{len(groups)} {what} in groups that weigh as much as {found:.1f} groups of equal size: "
+            f"{len(groups)} {what} in groups that weigh as much as {weight:.1f} groups of equal size: "
             f"at least {MINIMUM_GROUPS} are needed"
         )
 
@@ -83,13 +83,13 @@ def worst(
     if not arms:
         raise Inconclusive("nothing was measured")
     split = Level(1.0 - (1.0 - level.confidence) / len(arms), level.seed)
-    found = {}
+    intervals = {}
     for name, (values, groups) in arms.items():
         check_groups(f"items of {name!r}", groups)
         reach = ends or (float(values.min()), float(values.max()))
-        found[name] = interval(values, groups, reach, split)
-    name = max(sorted(found), key=lambda name: found[name].high)
-    return name, found[name]
+        intervals[name] = interval(values, groups, reach, split)
+    name = max(sorted(intervals), key=lambda name: intervals[name].high)
+    return name, intervals[name]
 
 
 def exposures(planted: Floats, controls: Floats) -> Floats:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, compose
@@ -40,8 +39,7 @@ Put = Callable[[Example, Sequence[Message]], tuple[Message, ...]]
 Asked = Callable[[Sequence[Message]], tuple[Message, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeContext:
+class ProbeContext(NamedTuple):
     """What a probe knows about a candidate.
 
     trained: its training rows, without canaries. put: (row, request) -> the conversation as training composes it, with
@@ -58,7 +56,7 @@ class ProbeContext:
     asked: Asked
     rows: int
     path: Path | None = None
-    privacy: Privacy = Privacy()  # noqa: RUF009 - frozen
+    privacy: Privacy = Privacy()
     last_alone: bool = False
 
     @property
@@ -69,14 +67,14 @@ class ProbeContext:
 
     def answers(self, rows: Sequence[Example]) -> list[Example]:
         """A row for each answer that training learns, or would learn, of these rows: the conversation up to it."""
-        found = []
+        answers = []
         for row in rows:
             learned = [place for place, turn in enumerate(row.messages) if turn.role == "assistant" and turn.weight]
             for place in learned[-1:] if self.last_alone else learned:
                 turns = row.messages[: place + 1]
                 cut = {} if turns == row.messages else {"id": f"{row.id}/{place}", "messages": turns}
-                found.append(row.model_copy(update=cut))
-        return found
+                answers.append(row.model_copy(update=cut))
+        return answers
 
 
 def probe_context(
@@ -157,8 +155,7 @@ SHARES, GAPS = (0.0, 1.0), (-1.0, 1.0)  # the ends of values
 Value = Callable[[Item, Mapping[str, Any], Scoring], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(NamedTuple):
     """The input of a judge. test: the candidate's test scores by the primary metric. told: the record's account.
 
     repeats: the gate's setting.
@@ -167,7 +164,7 @@ class Case:
     measured: Measured
     test: Column
     level: Level
-    told: RiskResults = RiskResults()  # noqa: RUF009 - frozen
+    told: RiskResults = RiskResults()
     repeats: int | None = None
 
     def arm(self, name: str) -> Arm:
@@ -181,17 +178,15 @@ class Case:
         return interval(values, groups, ends or (float(values.min()), float(values.max())), self.level)
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
+class Shown(NamedTuple):
     """The number that the gate compares with its bound, the sentence about it, and further keys of the record."""
 
     interval: Interval
     sentence: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
+class Chart(NamedTuple):
     """How the report shows each arm of a probe, before and after tuning.
 
     title: of an arm's name. ends: of the scale; neutral: the value that favours nobody. said: a value in words.
@@ -207,8 +202,7 @@ class Chart:
     lowered: str = "tuning lowered it"
 
 
-@dataclass(frozen=True, slots=True)
-class Suite:
+class Suite(NamedTuple):
     """How one probe is measured, judged and shown.
 
     items: makes what is asked. value: turns an answer into a number. judge: the number and sentence of all of them.
@@ -238,7 +232,7 @@ class Suite:
         if not case.measured:
             raise Inconclusive("nothing was measured: no item of this probe fits the rows")
         shown = self.judge(case)
-        return replace(shown, sentence=shown.sentence + left_out(case.told.left_out))
+        return shown._replace(sentence=shown.sentence + left_out(case.told.left_out))
 
 
 def ask(
@@ -318,8 +312,8 @@ def worst_change(
         for name, arm in case.measured.items()
     }
     name, shown = numbers.worst(arms, ends, case.level)
-    before = {each: rounded(float(arm.base.mean())) for each, arm in case.measured.items()}
-    after = {each: rounded(float(arm.after.mean())) for each, arm in case.measured.items()}
+    before = {each: rounded(arm.base.mean()) for each, arm in case.measured.items()}
+    after = {each: rounded(arm.after.mean()) for each, arm in case.measured.items()}
     return name, shown, {"kind": name, "before": before, "after": after}
 
 

@@ -87,12 +87,12 @@ def _difference(data: Evidence) -> str:
         if not data.candidate(data.focus).tuned:
             return f"Besides {data.focus}, 0 untuned candidates were measured, so it is compared with none."
         return "0 untuned candidates were measured, so the report cannot say what tuning adds."
-    found = data.lift.metrics[data.primary]
-    gap = found.difference
+    compared = data.lift.metrics[data.primary]
+    gap = compared.difference
     sentence = (
         f"The difference on the same requests is {_gap(gap, data)}: "
-        f"{data.focus} did better on {found.wins} of {data.n} requests and worse on {found.losses}; "
-        f"{found.ties} were equal."
+        f"{data.focus} did better on {compared.wins} of {data.n} requests and worse on {compared.losses}; "
+        f"{compared.ties} were equal."
     )
     if gap.low <= 0.0 <= gap.high:
         sentence += " The interval contains 0, so there may be no difference."
@@ -136,20 +136,20 @@ def _risked(data: Evidence) -> str:
 
 def _ladder(data: Evidence) -> list[str]:
     """The best approach, what it adds to the simpler one, and the approaches that were not shown to add anything."""
-    found, chosen = data.ladder, data.ladder.chosen
-    if not found.steps or chosen is None:
+    ladder, chosen = data.ladder, data.ladder.chosen
+    if not ladder.steps or chosen is None:
         return []
-    over = next((step for step in found.steps if step.candidate == chosen.candidate), None)
+    over = next((step for step in ladder.steps if step.candidate == chosen.candidate), None)
     gain = f"{_gap(over.difference, data)} over {over.over_approach} ({over.over}), and " if over else ""
     sentences = [
         f"The best approach is {chosen.approach} ({chosen.candidate}, {percent(chosen.mean)}): {gain}no more elaborate "
         "approach was shown to beat it."
     ]
-    idle = [step for step in found.steps if step.difference.low <= 0.0 and step.approach != ENDPOINT]
+    idle = [step for step in ladder.steps if step.difference.low <= 0.0 and step.approach != ENDPOINT]
     if idle:
         said = "; ".join(f"{step.approach} ({step.candidate}) {_gap(step.difference, data)}" for step in idle)
         sentences.append(f"Not shown to add anything to a simpler approach: {said}.")
-    for step in found.steps:
+    for step in ladder.steps:
         if step.approach == ENDPOINT:
             gap = f"{_gap(step.difference, data)} from {step.over}"
             sentences.append(f"The endpoint ({step.candidate}) differs by {gap}; it can be measured, but not released.")
@@ -193,11 +193,11 @@ def _price(data: Evidence) -> list[str]:
 
 
 def _forgotten(data: Evidence) -> list[str]:
-    found, training = data.forgetting, data.training
-    if found is None:
+    forgetting, training = data.forgetting, data.training
+    if forgetting is None:
         return []
-    change = MetricInterval(mean=-found.drop.mean, low=-found.drop.high, high=-found.drop.low)
-    said = f"On {found.n} general questions, tuning changed the score by {_gap(change, data)}."
+    change = MetricInterval(mean=-forgetting.drop.mean, low=-forgetting.drop.high, high=-forgetting.drop.low)
+    said = f"On {forgetting.n} general questions, tuning changed the score by {_gap(change, data)}."
     gates = data.verdict.gates if data.verdict else ()
     if training is not None and any(gate.settings.suite and gate.outcome != "pass" for gate in gates):
         share = min(1.0, 2 * training.settings.rehearse or 0.02)
@@ -250,29 +250,29 @@ def _undecided(data: Evidence, gates: Sequence[GateResult]) -> str:
 
 
 def _cautions(data: Evidence) -> list[str]:
-    found = []
+    cautions = []
     uses = data.verdict.test_set_use if data.verdict else 1
     if uses > 1:
-        found.append(f"{uses} candidates have used these test rows, so the gates' intervals are wider.")
+        cautions.append(f"{uses} candidates have used these test rows, so the gates' intervals are wider.")
     for row in data.candidates:
         if row.cut and row.role:
             said = "answer" if row.cut == 1 else "answers"
-            found.append(f"{row.cut} {said} of {row.name} reached max_tokens and ended there.")
+            cautions.append(f"{row.cut} {said} of {row.name} reached max_tokens and ended there.")
     if data.version and data.version.override:
-        found.append(f"{data.version.label} was registered by an override: {data.version.override}.")
+        cautions.append(f"{data.version.label} was registered by an override: {data.version.override}.")
     for metric, by_name in data.judges.items():
         weak = {name: one for name, one in by_name.items() if one.agreement < _TRUSTED_AGREEMENT}
         if weak:
             shares = ", ".join(f"{name} {percent(one.agreement)}" for name, one in sorted(weak.items()))
-            found.append(
+            cautions.append(
                 f"The judge of {metric} often changed its verdict with the order of the answers. "
                 f"It gave the same verdict in both orders for: {shares}."
             )
     more = data.training.more_time if data.training else None
     if more is not None and more.gain is not None and more.gain.low > 0:
-        found.append(f"{data.focus} was not trained to the end. {more.text}")
-    found += policy_cautions(data)
-    found += data.verdict.cautions if data.verdict else ()
+        cautions.append(f"{data.focus} was not trained to the end. {more.text}")
+    cautions += policy_cautions(data)
+    cautions += data.verdict.cautions if data.verdict else ()
     if conflicts := data.dataset.conflicts.requests:
-        found.append(f"{conflicts} requests in the data have different answers: a candidate cannot give both.")
-    return found
+        cautions.append(f"{conflicts} requests in the data have different answers: a candidate cannot give both.")
+    return cautions

@@ -51,12 +51,9 @@ def approach_ladder(store: Store, body: EvaluationBody, columns: Mapping[tuple[s
         for approach in (*LADDER, ENDPOINT)
         if approach in best
     ]
-    chosen: Rung | None = None
-    steps = []
-    for rung in rungs:
-        if chosen is None:
-            chosen = rung
-            continue
+    chosen, steps = next(iter(rungs), None), []
+    for rung in rungs[1:]:
+        assert chosen is not None
         own, other = columns[rung.candidate, primary], columns[chosen.candidate, primary]
         gap = difference(own, other, level).difference
         steps.append(LadderStep.of(rung, over=chosen.candidate, over_approach=chosen.approach, difference=gap))
@@ -70,17 +67,17 @@ def lift_by_group(own: Column, other: Column) -> LiftByGroup:
     rows: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for group, mine, theirs in zip(own.groups, own.values.tolist(), other.values.tolist(), strict=True):
         rows[group].append((mine, theirs))
-    found = []
+    lifts = []
     for group, pairs in rows.items():
         mine, theirs = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
-        found.append(GroupLift(group=group, n=len(pairs), own=mine, other=theirs, difference=mine - theirs))
-    found.sort(key=lambda one: (-one.difference * one.n, one.group))
-    better = [one for one in found if one.difference > 0]
-    worse = [one for one in found if one.difference < 0]
+        lifts.append(GroupLift(group=group, n=len(pairs), own=mine, other=theirs, difference=mine - theirs))
+    lifts.sort(key=lambda one: (-one.difference * one.n, one.group))
+    better = [one for one in lifts if one.difference > 0]
+    worse = [one for one in lifts if one.difference < 0]
     return LiftByGroup(
-        groups=len(found),
+        groups=len(lifts),
         better=len(better),
         worse=len(worse),
-        alike=len(found) - len(better) - len(worse),
+        alike=len(lifts) - len(better) - len(worse),
         shown=(*better[:_SHOWN_GROUPS], *worse[-_SHOWN_GROUPS:]),
     )

@@ -59,8 +59,7 @@ def policy_report(store: Store, record: Record, focus: str) -> PolicyReport | No
     shown = _shown(store, record, focus, own)
     checks = []
     for name, rules in stated.checks.items():
-        told = {candidate: (each.checks or {}).get(name) for candidate, each in stated.candidates.items()}
-        cells = {candidate: cell for candidate, cell in told.items() if cell is not None}
+        cells = {who: cell for who, each in stated.candidates.items() if (cell := (each.checks or {}).get(name))}
         many = max((cell.n + cell.leaked for cell in cells.values()), default=0)
         answers = tuple(shown.get(name, ()))
         checks.append(ReportedCheck(name=name, rule=_rule(rules), n=many, cells=cells, shown=answers))
@@ -105,12 +104,12 @@ def policy_reasons(data: Evidence) -> list[str]:
     """Which policy checks the candidate kept, and what to do about those that it broke."""
     if data.policy is None:
         return []
-    focus, found = data.focus, []
+    focus, lines = data.focus, []
     own = {check.name: check.cells[focus] for check in data.policy.checks if focus in check.cells}
     whole = [name for name, cell in own.items() if cell.n and not cell.broke + cell.undecided + cell.leaked]
     if whole:
         asked = sum(own[name].n for name in whole)
-        found.append(f"{focus} kept {len(whole)} of {len(own)} policy checks on every one of their {asked:,} requests.")
+        lines.append(f"{focus} kept {len(whole)} of {len(own)} policy checks on every one of their {asked:,} requests.")
     for check in data.policy.checks:
         cell = check.cells.get(focus)
         if cell is None or not cell.broke:
@@ -121,8 +120,8 @@ def policy_reasons(data: Evidence) -> list[str]:
             said += f"; {keeper}, untuned and with its own prompt, broke it on {check.cells[keeper].broke}"
         tuned = data.candidate(focus).tuned
         rows = "add training rows that show the rule, with other requests than the policy's, or " if tuned else ""
-        found.append(f"{said}: {rows}write the rule into the prompt of {focus}.")
-    return found
+        lines.append(f"{said}: {rows}write the rule into the prompt of {focus}.")
+    return lines
 
 
 def _keeper(data: Evidence, check: ReportedCheck) -> str | None:
@@ -135,10 +134,10 @@ def _keeper(data: Evidence, check: ReportedCheck) -> str | None:
 
 def style_reasons(data: Evidence) -> list[str]:
     """How much of the candidate's answers is in the references' style."""
-    found = data.style
-    if not isinstance(found, StyleReport) or data.focus not in found.candidates:
+    style = data.style
+    if not isinstance(style, StyleReport) or data.focus not in style.candidates:
         return []
-    share = found.candidates[data.focus].share
+    share = style.candidates[data.focus].share
     if share is None:
         return ["The references' style cannot be told from the base model's, so style was not measured."]
     within = f"{data.confidence:.0%} interval {percent(share.low)} to {percent(share.high)}"
@@ -155,17 +154,17 @@ def policy_cautions(data: Evidence) -> list[str]:
         return []
     cells = [check.cells[focus] for check in policy.checks if focus in check.cells]
     leaked = sum(cell.leaked for cell in cells)
-    found = []
+    cautions = []
     if policy.undecided:
         reasons = "; ".join(f"{why}: {count}" for why, count in sorted(policy.undecided.items()))
         said = f"Of the answers of {focus} to policy requests, {sum(policy.undecided.values())} decide nothing"
-        found.append(f"{said} ({reasons})" + (": raise max_tokens." if CUT in policy.undecided else "."))
+        cautions.append(f"{said} ({reasons})" + (": raise max_tokens." if CUT in policy.undecided else "."))
     if leaked:
-        found.append(
+        cautions.append(
             f"Of the policy requests, {leaked} stand in rows that {focus} learned from, or in what it shows (examples, "
             "prompt or documents), so keeping the rule there is no evidence: ask other requests, or take these out."
         )
-    return found
+    return cautions
 
 
 def _shown(store: Store, record: Record, focus: str, own: Sequence[OutcomeLine]) -> dict[str, list[ShownAnswer]]:
@@ -175,14 +174,14 @@ def _shown(store: Store, record: Record, focus: str, own: Sequence[OutcomeLine])
     answers = store.record(record.parents[f"policy:{focus}"], kind="answers")
     items = {item.id: item for item in read_items(store, answers, PolicyItem)}
     texts = read_answer_lines(store, answers, items.keys(), f"policy answers of {focus!r}", "requests")
-    found: defaultdict[str, list[ShownAnswer]] = defaultdict(list)
+    answers_shown: defaultdict[str, list[ShownAnswer]] = defaultdict(list)
     for wanted in ("broke", "undecided"):
         for line in own:
-            if line.outcome == wanted and len(found[line.check]) < _SHOWN:
+            if line.outcome == wanted and len(answers_shown[line.check]) < _SHOWN:
                 request, answer = items[line.id].request, texts[line.id]["text"]
                 shown: Any = {"request": request[-1].content, "turns": len(request), "answer": answer}
-                found[line.check].append(ShownAnswer(why=line.why, outcome=wanted, **shown))
-    return found
+                answers_shown[line.check].append(ShownAnswer(why=line.why, outcome=wanted, **shown))
+    return answers_shown
 
 
 CHANCE_BITS = 1 / math.log(2)  # mean exposure of secrets that were not memorised: -log2 of a random rank
@@ -192,22 +191,22 @@ def risks(store: Store, record: Record, focus: str) -> Risks:
     """The risk probes of the candidate in focus. Raises Inconclusive for inconsistent measurements."""
     body = EvaluationBody.of(record)
     level = Level(body.confidence, body.seed)
-    found = {
+    measurements = {
         suite.partition("/")[0]: measured
         for (suite, name), measured in sorted(read_measurements(store, record).items())
         if name == focus
     }
     bias = [
         row
-        for probe, measured in found.items()
+        for probe, measured in measurements.items()
         if probe in PROBES and (chart := suite_of(probe).chart)
         for name, arm in measured.items()
         if (row := _charted(probe, chart, name, arm, level))
     ]
     return Risks(
-        exposure=_exposure(found["canaries"], level) if "canaries" in found else None,
+        exposure=_exposure(measurements["canaries"], level) if "canaries" in measurements else None,
         bias=tuple(bias),
-        unmeasured={name: kind.summary for name, kind in PROBES.items() if (kind.like or name) not in found},
+        unmeasured={name: kind.summary for name, kind in PROBES.items() if (kind.like or name) not in measurements},
     )
 
 
@@ -219,8 +218,8 @@ def _exposure(measured: Measured, level: Level) -> Exposure | None:
     def bits(planted: Floats | None, among: Floats | None) -> MetricInterval | None:
         if planted is None or among is None:
             return None
-        found, narrow = exposure(planted, among, level)
-        return metric_interval(found) if narrow else None
+        mean, narrow = exposure(planted, among, level)
+        return metric_interval(mean) if narrow else None
 
     levels = []
     for times in counts:

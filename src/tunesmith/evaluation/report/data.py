@@ -34,10 +34,8 @@ from tunesmith.evaluation.report.evidence import (
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, rival_of, verdict_summary
 from tunesmith.records.candidate import BaseBody
-from tunesmith.records.evaluation import EvaluationBody
-from tunesmith.records.search import SearchBody
-from tunesmith.records.training import TrainingBody
-from tunesmith.records.verdict import VerdictBody
+from tunesmith.records.evaluation import EvaluationBody, VerdictBody
+from tunesmith.records.training import SearchBody, TrainingBody
 from tunesmith.records.version import ApprovalBody, Requirement, VersionBody
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -71,7 +69,7 @@ def report_data(
         lift = compare(store, *(side_of_candidate(store, evaluation, name) for name in (rival, focus)))
         by_group = lift_by_group(columns[focus, primary], columns[rival, primary])
         repaid = break_even(own.price, own.training.money if own.training else 0.0, body.candidates[rival].price)
-    found = Evidence.of(
+    evidence = Evidence.of(
         body,
         evaluation=evaluation,
         verdict=judged,
@@ -97,7 +95,7 @@ def report_data(
         lineage=_lineage(store, record, body, evaluation, focus, verdict, version),
         trail=tuple(trail),
     )
-    return EvidenceReport.of(found, advice=advise(found))
+    return EvidenceReport.of(evidence, advice=advise(evidence))
 
 
 def _version(store: Store, version: str | None) -> ReportedVersion | None:
@@ -132,8 +130,8 @@ def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) 
     if candidate.endpoint is not None:
         parts.append(f"endpoint, {candidate.endpoint.model} (cannot be released)")
     if candidate.search is not None:
-        found = SearchBody.read(store, candidate.search)
-        parts.append(f"best of {len(found.tries)} combinations on {found.rows} validation rows")
+        search = SearchBody.read(store, candidate.search)
+        parts.append(f"best of {len(search.tries)} combinations on {search.rows} validation rows")
     if candidate.training is not None:
         settings = TrainingBody.read(store, candidate.training).settings
         parts.append("tuned weights" + (f" (LoRA, rank {settings.rank})" if settings.rank else ""))

@@ -21,8 +21,7 @@ from tunesmith.records.evaluation import (
     NoStyle,
     StyleAccount,
 )
-from tunesmith.records.forecast import BreakEven
-from tunesmith.records.training import RecordedSettings, TrainedStep, TrainingFigures
+from tunesmith.records.training import BreakEven, RecordedSettings, TrainedStep, TrainingFigures
 from tunesmith.training.estimates.more_time import MoreTime
 
 PAGE = Path(__file__).parent / "page"  # the templates and style sheets that show it

@@ -32,27 +32,27 @@ def _markdown(value: Any) -> Markup:
     if isinstance(value, Markup):
         return value
     plain = " ".join(wording.visible(str(value)).split())
-    return Markup(re.sub(r"([\\`*\[\]<>|!~#@])|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", plain))  # noqa: S704
+    return Markup(re.sub(r"([\\`*\[\]<>|!~#@])|(?<!\w)_|_(?!\w)", lambda match: f"\\{match[0]}", plain))  # noqa: S704
 
 
-def render(found: EvidenceReport) -> str:
+def render(evidence: EvidenceReport) -> str:
     """The report."""
-    return _filled("report.html.jinja", found, whole=True, requests="")
+    return _filled("report.html.jinja", evidence, whole=True, requests="")
 
 
-def render_sections(found: EvidenceReport, requests: str) -> str:
+def render_sections(evidence: EvidenceReport, requests: str) -> str:
     """The report's sections. requests: address of the console's requests by candidates, with a query."""
-    return _filled("evidence.html.jinja", found, whole=False, requests=requests)
+    return _filled("evidence.html.jinja", evidence, whole=False, requests=requests)
 
 
-def report_markdown(found: EvidenceReport) -> str:
+def report_markdown(evidence: EvidenceReport) -> str:
     """The report without examples and charts, short enough for a pull request."""
-    return _filled("report.md.jinja", found, written=_markdown)
+    return _filled("report.md.jinja", evidence, written=_markdown)
 
 
-def _filled(template: str, found: EvidenceReport, *, written: Callable[[Any], Any] = _html, **more: Any) -> str:
-    by_name = {row.name: row for row in found.candidates}
-    return _environment(written).get_template(template).render(**dict(found), by_name=by_name, **more)
+def _filled(template: str, evidence: EvidenceReport, *, written: Callable[[Any], Any] = _html, **more: Any) -> str:
+    by_name = {row.name: row for row in evidence.candidates}
+    return _environment(written).get_template(template).render(**dict(evidence), by_name=by_name, **more)
 
 
 @cache

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,16 +37,14 @@ _SELECTIONS = 64  # that are remembered: one for each filter and reader
 _MOST_LABELS = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
+class Reader(NamedTuple):
     """Who reads: their scope, for rows; and the caller that documents' labels are compared with."""
 
-    scope: Scope = Scope()  # noqa: RUF009 - frozen
+    scope: Scope = Scope()
     caller: Caller = ANYONE
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A passage or a training row that a candidate retrieved. title: the headings above a passage.
 
     labels: of a passage's document. owner: the tenant and region that a row states.
@@ -56,7 +53,7 @@ class Found:
     source: str
     title: str
     text: str
-    labels: Labels = Labels()  # noqa: RUF009 - frozen
+    labels: Labels = Labels()
     owner: tuple[str, str] = ("", "")
 
     def visible_to(self, reader: Reader) -> bool:
@@ -64,8 +61,7 @@ class Found:
         return self.labels.visible_to(reader.caller) and _concerns(self.owner, reader.scope)
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
+class Filter(NamedTuple):
     """Which requests of a matrix, compared how. focus, rival: candidates; a win is a request where the focus is better.
 
     show: invalid and long are about the focus's answers; long also takes the longest tenth of the requests. group: the
@@ -82,8 +78,7 @@ class Filter:
     search: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Sight:
+class Sight(NamedTuple):
     """What one reader may see. rows: places of visible rows; withheld: candidate -> places of answers they may not.
 
     labels: the most frequent labels of visible rows, with how many rows each has, by name.
@@ -94,8 +89,7 @@ class Sight:
     labels: Sequence[tuple[str, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Selected:
+class Selected(NamedTuple):
     """The places of the chosen rows, in the order shown: losses, wins, other differences, the rest.
 
     counts: of each change among all rows that the reader may see, whatever is filtered.
@@ -161,9 +155,9 @@ class Matrix:
 
     def labels_of(self, place: int) -> list[str]:
         """`key=value` for what the row states, and for the right label of each metric that compares labels."""
-        found = [f"{key}={value}" for key, value in sorted(self.rows[place].labels.items())]
+        stated = [f"{key}={value}" for key, value in sorted(self.rows[place].labels.items())]
         wanted = {metric: labels.wanted[place] for (_, metric), labels in self.labelled.items()}
-        return found + [f"{metric}={value}" for metric, value in sorted(wanted.items())]
+        return stated + [f"{metric}={value}" for metric, value in sorted(wanted.items())]
 
     @cached_property
     def _long(self) -> NDArray[np.bool_]:
@@ -177,8 +171,8 @@ class Matrix:
     def _sight(self, reader: Reader) -> Sight:
         rows = [place for place, row in enumerate(self.rows) if _concerns(_owner(row), reader.scope)]
         withheld = {}
-        for name, found in self.found.items():
-            hidden = {identifier for identifier, one in found.items() if not one.visible_to(reader)}
+        for name, retrieved in self.found.items():
+            hidden = {identifier for identifier, one in retrieved.items() if not one.visible_to(reader)}
             lines = enumerate(self.lines[name]) if hidden else ()
             withheld[name] = frozenset(
                 place for place, line in lines if not hidden.isdisjoint(line.get("retrieved", ()))

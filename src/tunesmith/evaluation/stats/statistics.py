@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,8 +36,7 @@ _PERMUTATIONS = 9_999
 _LARGEST_EXACT = 20_000  # of a sum of whole differences; takes about 0.01 s
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """A mean and the two ends of its confidence interval."""
 
     mean: float
@@ -180,9 +178,9 @@ def step_down(claims: Iterable[str], many: int, holds: Callable[[str, int], bool
     however the tests depend on each other.
     """
     left, upheld = set(claims), set[str]()
-    while found := {claim for claim in left if holds(claim, many - len(upheld))}:
-        upheld |= found
-        left -= found
+    while standing := {claim for claim in left if holds(claim, many - len(upheld))}:
+        upheld |= standing
+        left -= standing
     return upheld
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import regex
@@ -41,16 +40,14 @@ _EMOJI: Final = regex.compile(r"\p{Extended_Pictographic}")
 _MARKUP: Final = regex.compile(r"\*\*|__|`|(?m:^#+ )")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A text as the classifier reads it. tokens: (shape, word) in order, the word masked where the request has it."""
 
     tokens: tuple[tuple[str, str], ...]
     form: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """The words that count as style, and the columns of words and pairs."""
 
     usual: frozenset[str]
@@ -89,19 +86,19 @@ def find_vocabulary(answers: Sequence[Answer], groups: Sequence[str]) -> Vocabul
     least = max(_FEWEST, math.ceil(_USUAL * len(set(groups))))
     words = [{word for kind, word in each.tokens if kind in (_WORD, _NAME)} - {_WORD, _NAME} for each in answers]
     usual = frozenset(_in_many(words, groups, least))
-    found = _in_many([_terms(each, usual) for each in answers], groups, least)
-    chosen = sorted(found, key=lambda term: (-found[term], term))[:_MOST]
+    terms = _in_many([_terms(each, usual) for each in answers], groups, least)
+    chosen = sorted(terms, key=lambda term: (-terms[term], term))[:_MOST]
     return Vocabulary(usual, {term: place for place, term in enumerate(sorted(chosen))})
 
 
 def features(answers: Sequence[Answer], vocabulary: Vocabulary) -> Floats:
     """float64[answers, columns]: the form as numbers, then 1 for each word and pair that an answer holds."""
-    found = np.zeros((len(answers), len(FORM) + len(vocabulary.columns)))
+    columns = np.zeros((len(answers), len(FORM) + len(vocabulary.columns)))
     for row, answer in enumerate(answers):
-        found[row, : len(FORM)] = answer.form
+        columns[row, : len(FORM)] = answer.form
         places = (vocabulary.columns.get(term) for term in _terms(answer, vocabulary.usual))
-        found[row, [len(FORM) + place for place in places if place is not None]] = 1.0
-    return found
+        columns[row, [len(FORM) + place for place in places if place is not None]] = 1.0
+    return columns
 
 
 def form(text: str) -> dict[str, float]:
@@ -152,8 +149,7 @@ _STEPS: Final = 200
 TOP: Final = 8  # features that are named for each side
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """For each set of answers, the probability that each is the house's; and the features that decided most.
 
     by_form: the same for references and base answers, from the form alone. house, base: features of either side.

@@ -13,8 +13,7 @@ references. The interval resamples groups, and with them all three shares at onc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -64,8 +63,7 @@ class StyleLine(Line):
     candidates: dict[str, Flag]
 
 
-@dataclass(frozen=True, slots=True)
-class Classified:
+class Classified(NamedTuple):
     """Which answers the classifier takes for the house's: 1 or 0 for each row. groups: one for each row.
 
     cut: candidate -> how many of its answers were cut off at max_tokens. They are never taken for the house's.
@@ -75,7 +73,7 @@ class Classified:
     reference: Floats
     base: Floats
     candidates: Mapping[str, Floats]
-    cut: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int] = {}
 
     def apart(self, level: Level) -> Interval:
         """How much more often references are taken for the house's than the base's answers are."""
@@ -153,18 +151,18 @@ def measure_style(
     whole = {name: np.array([lines[row.id]["finish"] != "length" for row in rows]) for name, lines in answers.items()}
     own_flags = {name: flags[f"candidate:{name}"] * whole[name] for name in texts}
     cut = {name: int((~each).sum()) for name, each in whole.items()}
-    found = Classified(groups, flags[_REFERENCE], flags[_BASE], own_flags, cut)
+    classified = Classified(groups, flags[_REFERENCE], flags[_BASE], own_flags, cut)
     lines = [
         StyleLine(
             id=row.id,
             group=row.group,
-            reference=int(found.reference[place]),
-            base=int(found.base[place]),
-            candidates={name: int(own[place]) for name, own in found.candidates.items()},
+            reference=int(classified.reference[place]),
+            base=int(classified.base[place]),
+            candidates={name: int(own[place]) for name, own in classified.candidates.items()},
         )
         for place, row in enumerate(rows)
     ]
-    return lines, _account(found, told, silent, level)
+    return lines, _account(classified, told, silent, level)
 
 
 def read_style(store: Store, evaluation: Record) -> Classified | None:
@@ -183,7 +181,7 @@ def read_style(store: Store, evaluation: Record) -> Classified | None:
         raise Inconclusive("a line does not classify the answers of all candidates", where=StyleLine.file)
     rows = [[line.reference, line.base, *(line.candidates[name] for name in names)] for line in lines]
     values = np.array(rows, dtype=np.float64).reshape(len(rows), 2 + len(names))
-    shares = [rounded(float(column.mean())) for column in values.T] if rows else []
+    shares = [rounded(column.mean()) for column in values.T] if rows else []
     promised = [stated.taken.reference, stated.taken.base, *(stated.candidates[name].taken for name in names)]
     if stated.n != len(rows) or shares != promised:
         raise Inconclusive("the evaluation record contradicts its classified rows")
@@ -211,29 +209,29 @@ def taken(texts: Sequence[str], probabilities: Floats) -> Floats:
     return np.asarray((probabilities > 0.5) & written, dtype=np.float64)
 
 
-def _account(found: Classified, told: Told, silent: int, level: Level) -> StyleAccount:
-    house, base = ((told.probabilities[name], found.groups) for name in (_REFERENCE, _BASE))
+def _account(classified: Classified, told: Told, silent: int, level: Level) -> StyleAccount:
+    house, base = ((told.probabilities[name], classified.groups) for name in (_REFERENCE, _BASE))
     auc = numbers.auc_interval(house, base, level)
     candidates: dict[str, StyleShare] = {}
-    for name, flags in found.candidates.items():
+    for name, flags in classified.candidates.items():
         share, why = None, None
         try:
-            share = metric_interval(found.share(name, level))
+            share = metric_interval(classified.share(name, level))
         except Inconclusive as error:
             why = error.what
-        taken = rounded(float(flags.mean()))
-        candidates[name] = StyleShare(taken=taken, cut=found.cut[name], share=share, unusable=why)
+        taken = rounded(flags.mean())
+        candidates[name] = StyleShare(taken=taken, cut=classified.cut[name], share=share, unusable=why)
     return StyleAccount(
         revision=REVISION,
-        n=len(found.groups),
-        groups=len(set(found.groups)),
+        n=len(classified.groups),
+        groups=len(set(classified.groups)),
         auc=metric_interval(auc),
         auc_by_form=rounded(numbers.auc(told.by_form[_REFERENCE], told.by_form[_BASE])),
         taken=StyleSides(
-            reference=rounded(float(found.reference.mean())),
-            base=rounded(float(found.base.mean())),
+            reference=rounded(classified.reference.mean()),
+            base=rounded(classified.base.mean()),
         ),
-        apart=metric_interval(found.apart(level)),
+        apart=metric_interval(classified.apart(level)),
         features=StyleFeatures(house=tuple(told.house), base=tuple(told.base)),
         candidates=candidates,
         silent=silent,

@@ -41,11 +41,11 @@ def private_key_path(store: Store, user: str, label: str = FIRST_LABEL) -> Path:
 
 def private_keys(store: Store, user: User) -> dict[str, Path]:
     """Fingerprint -> file of every private key here that can be read: USER.pem and USER@LABEL.pem."""
-    found = {}
+    files = {}
     for path in _private_files(store, user.name):
         with contextlib.suppress(Refused):
-            found[fingerprint_of(load_private_key(path))] = path
-    return found
+            files[fingerprint_of(load_private_key(path))] = path
+    return files
 
 
 def create_key(store: Store, user: str, *, actor: str, label: str | None = None) -> UserKey:
@@ -98,17 +98,17 @@ def read_public_key(pem: bytes) -> str:
 
 def ensure_key(store: Store, user: str) -> User:
     """The user, with an active key; it is made now if they never had one. Raises Refused if all were ended."""
-    found = identities.get_user(store, user)
-    if not found.keys:
+    owner = identities.get_user(store, user)
+    if not owner.keys:
         create_key(store, user, actor=user)
         return identities.get_user(store, user)
-    if not found.active_keys:
+    if not owner.active_keys:
         raise Refused(
             f"all keys of {user} were retired or revoked",
             where=user,
             fix=NextStep("have an admin create one", "keys create", user=user),
         )
-    return found
+    return owner
 
 
 def signing_key(store: Store, user: User) -> Path:

@@ -7,10 +7,9 @@ What was signed, what was approved and what the lineage names are therefore the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tunesmith.core.digests import digest_bytes, digest_file, now, short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
@@ -18,9 +17,8 @@ from tunesmith.core.text.names import VersionRef
 from tunesmith.core.values import ScopedView
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.records.candidate import BaseBody, CandidateBody
-from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.evaluation import EvaluationBody, VerdictBody
 from tunesmith.records.training import TrainingBody
-from tunesmith.records.verdict import VerdictBody
 from tunesmith.records.version import Requirement, VersionBody
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.signing.signatures import (
@@ -76,8 +74,7 @@ class Version(ScopedView):
         return str(self.ref)
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(NamedTuple):
     """A verified folder: its record, its statement, and the key that signed it."""
 
     record: Record
