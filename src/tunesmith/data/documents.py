@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +22,7 @@ from tunesmith.data.governance.licences import spelled
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import Privacy, Source
+from tunesmith.data.sources.document_readers import Paragraphs
 from tunesmith.data.sources.file_types import DOCUMENT_FILES
 from tunesmith.data.sources.files import OpenSource, SourceFile, find_files, open_source
 from tunesmith.records.dataset import DocumentFile, DocumentsBody, DocumentsScan, ReadDocuments
@@ -253,7 +254,7 @@ def _standing(title: str, paragraphs: Sequence[str], scan: Scan, action: str) ->
     return [(title, each) for each, now in zip(paragraphs, changed, strict=True) if each == now]
 
 
-def cut(blocks: Sequence[tuple[str, str]], words: int, overlap: int) -> Iterator[tuple[str, str]]:
+def cut(blocks: Sequence[tuple[str, str]], words: int, overlap: int) -> Paragraphs:
     """(title, text) passages of at most `words` words, cut from (title, paragraph) blocks.
 
     Paragraphs under one heading are joined while they fit. A longer paragraph is cut, and each piece repeats the last
@@ -278,7 +279,7 @@ def cut(blocks: Sequence[tuple[str, str]], words: int, overlap: int) -> Iterator
         yield title, " ".join(held)
 
 
-def _read(opened: OpenSource) -> Iterator[tuple[str, str]]:
+def _read(opened: OpenSource) -> Paragraphs:
     """(headings above, paragraph) in order, in plain spacing."""
     if opened.bytes > _LARGEST:
         raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import short
@@ -13,7 +13,7 @@ from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.data.duplicates import answer_key, learned_parts, request_text
-from tunesmith.evaluation.lines import answers_to, is_number, read_answer_lines
+from tunesmith.evaluation.lines import Lines, answers_to, is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.numbers import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
@@ -33,7 +33,7 @@ class Answers(NamedTuple):
     digest: str
     candidate_digest: str
     candidate: Candidate
-    lines: Mapping[str, Mapping[str, Any]]
+    lines: Lines
     seconds: float
     seen: Mapping[str, Answered]
 
@@ -60,7 +60,7 @@ def seen_answers(
     store: Store,
     rows: Dataset,
     candidate: Candidate,
-    lines: Mapping[str, Mapping[str, Any]],
+    lines: Lines,
     examples: Sequence[Example],
 ) -> dict[str, Answered]:
     """Row id -> the answer as scorers see it, with the request and the retrieved texts. lines: answers by row id.

@@ -29,6 +29,7 @@ _OTHER_PARENT = {
 }
 Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Lines = Mapping[str, Mapping[str, Any]]  # id -> line of an answers record
 
 
 class Asked(Frozen):

@@ -55,6 +55,9 @@ class Column(NamedTuple):
     values: Floats
 
 
+Columns = Mapping[tuple[str, str], Column]  # (candidate, metric) -> column
+
+
 class Difference(View):
     """One metric of two candidates on the same rows: the first minus the second.
 
@@ -172,7 +175,7 @@ def check_paired(left: Column, right: Column) -> None:
         raise Inconclusive(f"{left.candidate!r} and {right.candidate!r} name different groups for the same rows")
 
 
-def _check_pairing(columns: Mapping[tuple[str, str], Column]) -> None:
+def _check_pairing(columns: Columns) -> None:
     """Raise Inconclusive unless all columns have the same rows; the general suite is checked separately."""
     for suite in (True, False):
         among = [item for (_, metric), item in columns.items() if (metric == GENERAL) is suite]
@@ -180,7 +183,7 @@ def _check_pairing(columns: Mapping[tuple[str, str], Column]) -> None:
             check_paired(among[0], item)
 
 
-def _check_summary(columns: Mapping[tuple[str, str], Column], body: EvaluationBody) -> None:
+def _check_summary(columns: Columns, body: EvaluationBody) -> None:
     """Raise Inconclusive where the record's means differ from the scores: readers see one, gates judge the other."""
     if not body.candidates:
         raise Inconclusive("the evaluation holds no candidates")

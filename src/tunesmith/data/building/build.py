@@ -29,9 +29,9 @@ from tunesmith.data.splitting.groups import joined_groups
 from tunesmith.data.splitting.leakage import (
     NEAR_HELD_OUT,
     NEAR_SAME_ANSWER,
-    Comparable,
     ComparedRow,
     Nearness,
+    Splits,
     clusters,
     leakage,
     rows_to_remove,
@@ -231,7 +231,7 @@ def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
         path.unlink(missing_ok=True)
 
 
-def counts(splits: Mapping[str, Sequence[Comparable]]) -> dict[str, dict[str, int]]:
+def counts(splits: Splits) -> dict[str, dict[str, int]]:
     """Rows and groups of each split."""
     return {
         "splits": {name: len(splits[name]) for name in SPLITS},

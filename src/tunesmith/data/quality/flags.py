@@ -42,6 +42,7 @@ _LEAST_LONG = 200  # characters; shorter texts are never flagged as long
 _ROWS_A_LABEL = 5  # as many folds as the cross-validation has
 _MOST_LABELS = 1000
 _FOLDS = 5
+_Rows = Sequence[tuple[str, Example]]  # split and row
 
 
 def examine_quality(
@@ -87,7 +88,7 @@ def read_flags(store: Store, record: Record) -> list[Flag]:
     return read_lines(store, record, FLAGS, Flag)
 
 
-def _languages(rows: Sequence[tuple[str, Example]], flags: list[Flag]) -> dict[str, dict[str, int]]:
+def _languages(rows: _Rows, flags: list[Flag]) -> dict[str, dict[str, int]]:
     """Flag requests and prose answers in another language; returns {"request" or "answer": language -> texts}."""
     counts = {}
     for what, texts in (
@@ -99,7 +100,7 @@ def _languages(rows: Sequence[tuple[str, Example]], flags: list[Flag]) -> dict[s
     return counts
 
 
-def _alike(rows: Sequence[tuple[str, Example]], flags: list[Flag], embed: Embed) -> list[tuple[str, ...]]:
+def _alike(rows: _Rows, flags: list[Flag], embed: Embed) -> list[tuple[str, ...]]:
     """Flag rows whose request means the same as another one; returns the clusters' ids. Equal requests count once."""
     places: dict[str, int] = {}
     for place, (_, example) in enumerate(rows):
@@ -113,7 +114,7 @@ def _alike(rows: Sequence[tuple[str, Example]], flags: list[Flag], embed: Embed)
     return [tuple(example.id for _, example in some) for some in clusters]
 
 
-def _plain_flags(rows: Sequence[tuple[str, Example]]) -> Iterator[Flag]:
+def _plain_flags(rows: _Rows) -> Iterator[Flag]:
     answers = [len(example.answer) for _, example in rows]
     requests = [len(request_text(example.messages, visible)) for _, example in rows]
     longest = [max(_LEAST_LONG, _TIMES * median(lengths)) for lengths in (answers, requests)]
@@ -130,7 +131,7 @@ def _flag(split: str, example: Example, flag: str, detail: str) -> Flag:
     return Flag(id=example.id, split=split, flag=flag, detail=detail)
 
 
-def _noisy(rows: Sequence[tuple[str, Example]]) -> Iterator[Flag]:
+def _noisy(rows: _Rows) -> Iterator[Flag]:
     try:
         from cleanlab.filter import find_label_issues
         from sklearn.feature_extraction.text import TfidfVectorizer

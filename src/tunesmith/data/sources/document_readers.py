@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 
+Paragraphs = Iterator[tuple[str, str]]  # (headings above a paragraph, paragraph)
 # Elements of HTML that begin a paragraph.
 _BLOCKS = re.compile(
     "address|article|aside|blockquote|body|caption|d[dlt]|details|div|fieldset|figcaption|figure|footer|form|h[1-6]"
@@ -21,13 +22,13 @@ _BLOCKS = re.compile(
 )
 
 
-def read_text(data: bytes, name: str) -> Iterator[tuple[str, str]]:
+def read_text(data: bytes, name: str) -> Paragraphs:
     """Paragraphs of plain text, which blank lines separate."""
     for paragraph in re.split(r"\n\s*\n", _decoded(data, name)):
         yield "", paragraph
 
 
-def read_markdown(data: bytes, name: str) -> Iterator[tuple[str, str]]:
+def read_markdown(data: bytes, name: str) -> Paragraphs:
     """Paragraphs, list items, code blocks and table rows of CommonMark."""
     from markdown_it import MarkdownIt
 
@@ -55,7 +56,7 @@ def _inline(kind: str, content: str) -> str:
     return " " if kind in ("softbreak", "hardbreak") else content if kind in ("text", "code_inline", "image") else ""
 
 
-def read_html(data: bytes, name: str) -> Iterator[tuple[str, str]]:
+def read_html(data: bytes, name: str) -> Paragraphs:
     """Blocks of text of an HTML page, without scripts, styles and navigation."""
     from selectolax.lexbor import LexborHTMLParser
 
@@ -80,7 +81,7 @@ def _block_of(node: Any) -> tuple[int, str]:
     return node.mem_id, node.tag
 
 
-def read_pdf(data: bytes, name: str) -> Iterator[tuple[str, str]]:
+def read_pdf(data: bytes, name: str) -> Paragraphs:
     """Paragraphs of a PDF; the page number serves as the heading."""
     from pypdf import PdfReader
     from pypdf.errors import PyPdfError

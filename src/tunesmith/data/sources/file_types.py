@@ -5,7 +5,7 @@ compression.py, files.py and documents.py look up everything they know about a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import BinaryIO, Final, NamedTuple
 
 from tunesmith.data.formats import row_readers
@@ -36,7 +36,7 @@ class DocumentFile(NamedTuple):
 
     name: str
     suffixes: tuple[str, ...]
-    read: Callable[[bytes, str], Iterator[tuple[str, str]]]
+    read: Callable[[bytes, str], document_readers.Paragraphs]
     magics: tuple[bytes, ...] = ()
 
 

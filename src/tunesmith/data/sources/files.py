@@ -21,6 +21,7 @@ from tunesmith.data.formats.row_readers import WHOLE, Part, SourceRow
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.compression import require_content, suffixes_of, unpacked
+from tunesmith.data.sources.document_readers import Paragraphs
 from tunesmith.data.sources.file_types import DOCUMENT_FILES, ROW_FILES, RowFile
 
 _LOCAL = ("file", "local")
@@ -128,7 +129,7 @@ class OpenSource:
             return [WHOLE]
         return kind.split(self._stream, self.file.name, size) or [WHOLE]
 
-    def paragraphs(self) -> Iterator[tuple[str, str]]:
+    def paragraphs(self) -> Paragraphs:
         """(headings above, paragraph) of a document, in order. Raises UsageError for a document that cannot be read."""
         self._stream.seek(0)
         kind = DOCUMENT_FILES[self._kind]

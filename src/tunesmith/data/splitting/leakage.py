@@ -31,11 +31,10 @@ class ComparedRow(NamedTuple):
 
 
 Comparable = Example | ComparedRow
+Splits = Mapping[str, Sequence[Comparable]]
 
 
-def rows_to_remove(
-    splits: Mapping[str, Sequence[Comparable]], threshold: float, outside: Iterable[str] = ()
-) -> dict[str, str]:
+def rows_to_remove(splits: Splits, threshold: float, outside: Iterable[str] = ()) -> dict[str, str]:
     """Example id -> why the row is removed: it is near a held-out row, or a near duplicate within its split.
 
     outside: near_text of requests that no split may hold; rows near one are removed from any split. Of two near rows in
@@ -102,7 +101,7 @@ def leakage(near: Nearness, split: Split = Split()) -> Leakage:
     )
 
 
-def _in_several(splits: Mapping[str, Sequence[Comparable]], label: str | None = None) -> int:
+def _in_several(splits: Splits, label: str | None = None) -> int:
     """The number of groups, or of a label's values, that occur in more than one split."""
     first: dict[str, str] = {}
     rows = ((split, row) for split, some in splits.items() for row in some)
@@ -110,7 +109,7 @@ def _in_several(splits: Mapping[str, Sequence[Comparable]], label: str | None = 
     return len({value for split, value in values if first.setdefault(value, split) != split})
 
 
-def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> int | None:
+def _not_older(splits: Splits, key: str | None) -> int | None:
     if key is None:
         return None
     newer, earliest = 0, "~"  # after every time
@@ -153,9 +152,7 @@ class Nearness:
     requests that no split may hold, given as near_text.
     """
 
-    def __init__(
-        self, splits: Mapping[str, Sequence[Comparable]], threshold: float, outside: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, splits: Splits, threshold: float, outside: Iterable[str] = ()) -> None:
         self.splits, self.threshold = splits, threshold
         places: dict[str, int] = {}
         self._of: dict[str, int] = {}

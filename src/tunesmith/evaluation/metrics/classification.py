@@ -14,9 +14,9 @@ import numpy as np
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.values import Omitted
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.lines import CandidateLine, Name, Share, is_share
+from tunesmith.evaluation.lines import CandidateLine, Lines, Name, Share, is_share
 from tunesmith.evaluation.metrics.declared import Answered, LabelScorer, label_of
-from tunesmith.evaluation.scores import Column, rounded
+from tunesmith.evaluation.scores import Columns, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, by_group, interval, resampled_figure
 from tunesmith.records.evaluation import (
     Calibration,
@@ -70,7 +70,7 @@ class Labelled(NamedTuple):
 def label_rows(
     name: str,
     scorer: LabelScorer,
-    lines: Mapping[str, Mapping[str, Any]],
+    lines: Lines,
     seen: Mapping[str, Answered],
     test: Sequence[Example],
 ) -> list[LabelLine]:
@@ -99,9 +99,7 @@ def label_rows(
     return labels
 
 
-def read_labels(
-    store: Store, evaluation: Record, columns: Mapping[tuple[str, str], Column]
-) -> dict[tuple[str, str], Labelled]:
+def read_labels(store: Store, evaluation: Record, columns: Columns) -> dict[tuple[str, str], Labelled]:
     """(candidate, metric) -> labels in the order of row ids; empty where the evaluation keeps none.
 
     columns: the evaluation's scores. Raises Inconclusive for a line that is not a label, and for labels that differ

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.evaluation.report.evidence import GroupLift, Ladder, LadderStep, LiftByGroup, Rung
-from tunesmith.evaluation.scores import Column, difference
+from tunesmith.evaluation.scores import Column, Columns, difference
 from tunesmith.evaluation.stats.statistics import Level
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
@@ -34,7 +33,7 @@ def approach_of(store: Store, candidate: Candidate) -> str:
     return "examples in the prompt" if candidate.shots else "prompting"
 
 
-def approach_ladder(store: Store, body: EvaluationBody, columns: Mapping[tuple[str, str], Column]) -> Ladder:
+def approach_ladder(store: Store, body: EvaluationBody, columns: Columns) -> Ladder:
     """The approaches from simple to elaborate, and what each adds on the same rows.
 
     Rungs are the best candidates of each measured approach, by the primary metric; each is compared with the rung

@@ -31,7 +31,7 @@ from tunesmith.evaluation.report.evidence import (
     ScoredAnswer,
     TrailEntry,
 )
-from tunesmith.evaluation.scores import GENERAL, Column, read_scores
+from tunesmith.evaluation.scores import GENERAL, Column, Columns, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, rival_of, verdict_summary
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.evaluation import EvaluationBody, VerdictBody
@@ -158,7 +158,7 @@ def _training(store: Store, candidate: Candidate) -> ReportedTraining | None:
     return ReportedTraining.of(body, training=candidate.training, more_time=more_time(body))
 
 
-def _forgetting(columns: Mapping[tuple[str, str], Column], body: EvaluationBody, focus: str) -> Forgetting | None:
+def _forgetting(columns: Columns, body: EvaluationBody, focus: str) -> Forgetting | None:
     """General ability before and after tuning, overall and by area; None where it was not measured."""
     stated = body.probes.get(GENERAL)
     if stated is None or focus not in stated.drops:
@@ -179,7 +179,7 @@ def _examples(
     store: Store,
     record: Record,
     primary: str,
-    columns: Mapping[tuple[str, str], Column],
+    columns: Columns,
     focus: str,
     rival: str | None,
 ) -> Examples | None:

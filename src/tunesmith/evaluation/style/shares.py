@@ -13,7 +13,7 @@ references. The interval resamples groups, and with them all three shares at onc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -24,7 +24,7 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.core.text.folding import visible
 from tunesmith.core.text.wording import points
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.lines import Line, Name, answers_to, read_answer_lines
+from tunesmith.evaluation.lines import Line, Lines, Name, answers_to, read_answer_lines
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.suites import drawn
 from tunesmith.evaluation.scores import metric_interval, rounded
@@ -116,7 +116,7 @@ def measure_style(
     digest: str | None,
     dataset: str,
     test: Sequence[Example],
-    answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    answers: Mapping[str, Lines],
     level: Level,
 ) -> tuple[list[StyleLine], StyleAccount | NoStyle | None]:
     """The lines of style.jsonl, and the evaluation record's account.
