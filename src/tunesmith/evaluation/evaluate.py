@@ -233,6 +233,7 @@ def _stated(
     for name, answers in given.items():
         lines, candidate = list(answers.lines.values()), answers.candidate
         prompt, completion = (sum(int(line[key]) for line in lines) for key in ("prompt_tokens", "completion_tokens"))
+        took = prompt, completion, answers.seconds
         labelled = {metric: Labelled.of(own) for (of, metric), own in labels.items() if of == name}
         training = None
         if candidate.training is not None and prices is not None:
@@ -247,15 +248,7 @@ def _stated(
             prompt_tokens=prompt,
             completion_tokens=completion,
             cut=sum(line["finish"] == "length" for line in lines),
-            price=price_of(
-                len(lines),
-                prompt,
-                completion,
-                answers.seconds,
-                prices,
-                tokens.get(name),
-                remote=candidate.endpoint is not None,
-            ),
+            price=price_of(len(lines), took, prices, tokens.get(name), remote=candidate.endpoint is not None),
             training=training,
             classes={metric: classes(rows, level) for metric, rows in labelled.items()} or None,
             calibration={metric: calibration(rows) for metric, rows in labelled.items() if rows.confidences} or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.evaluation.scores import rounded
@@ -12,20 +13,15 @@ from tunesmith.records.training import BreakEven
 
 
 def price_of(
-    n: int,
-    prompt_tokens: int,
-    completion_tokens: int,
-    seconds: float,
-    prices: PriceSettings | None,
-    tokens: TokenPrice | None,
-    *,
-    remote: bool,
+    n: int, took: Sequence[float], prices: PriceSettings | None, tokens: TokenPrice | None, *, remote: bool
 ) -> AnswerPrice:
-    """What 1,000 answers take and, where there are prices, cost. n: answers that took these tokens and seconds.
+    """What 1,000 answers take and, where there are prices, cost.
+
+    n: answers that took so many tokens of prompts, tokens of answers, and seconds.
 
     remote: an endpoint answers, which charges by the token, not by this machine's time.
     """
-    prompt, completion, spent = (rounded(1000.0 / n * each) for each in (prompt_tokens, completion_tokens, seconds))
+    prompt, completion, spent = (rounded(1000.0 / n * each) for each in took)
     money = None
     if remote and tokens is not None:
         money = rounded((prompt * tokens.prompt + completion * tokens.answer) / 1e6)

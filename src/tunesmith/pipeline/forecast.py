@@ -193,4 +193,4 @@ def _price(context: PipelineContext, given: str) -> AnswerPrice:
     body, asked = AnswersBody.of(record), load_candidate(context.store, record.parents["candidate"])
     project, remote = context.project.settings, asked.endpoint is not None
     tokens = (body.prompt_tokens or 0, body.completion_tokens or 0)
-    return price_of(body.n, *tokens, body.seconds, project.prices, _tokens(project).get(asked.name), remote=remote)
+    return price_of(body.n, (*tokens, body.seconds), project.prices, _tokens(project).get(asked.name), remote=remote)
