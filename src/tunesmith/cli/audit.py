@@ -52,9 +52,9 @@ def verify(
     head NUMBER:DIGEST: A newest entry that you kept elsewhere; repeatable.
     anchor PLACE: A place that `audit anchor` wrote to; repeatable.
     """
-    found = services.audit.verify_audit(here.store, head or (), anchor or (), tsa_roots)
-    here.emit(found, _draw_verification)
-    return 0 if found.ok else 3
+    verification = services.audit.verify_audit(here.store, head or (), anchor or (), tsa_roots)
+    here.emit(verification, _draw_verification)
+    return 0 if verification.ok else 3
 
 
 def show(
@@ -67,8 +67,8 @@ def show(
     search: Only entries with this text, the detail included.
     limit: Newest entries to show; 0 shows all.
     """
-    found = services.audit.show_audit(here.store, subject=subject, action=action, containing=search, limit=limit)
-    here.emit(found, _draw_log)
+    log = services.audit.show_audit(here.store, subject=subject, action=action, containing=search, limit=limit)
+    here.emit(log, _draw_log)
 
 
 def backup(here: Acting, file: File) -> None:
@@ -104,14 +104,14 @@ def _draw_anchored(done: services.audit.Anchored) -> Drawn:
         yield f"time-stamped at {done.stamped_at}"
 
 
-def _draw_verification(found: services.audit.AuditVerification) -> Drawn:
-    for problem in found.problems:
+def _draw_verification(verification: services.audit.AuditVerification) -> Drawn:
+    for problem in verification.problems:
         yield problem.reason, "red"
-    for note in found.notes:
+    for note in verification.notes:
         yield note, "dim"
-    outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
-    yield f"the log of {found.checked} entries {outcome}"
-    newest = f"{found.head.seq}:{found.head.digest}"
+    outcome = "verifies" if verification.ok else f"does not verify: {len(verification.problems)} problems"
+    yield f"the log of {verification.checked} entries {outcome}"
+    newest = f"{verification.head.seq}:{verification.head.digest}"
     yield f"its newest entry, to be kept elsewhere: {newest}", "dim"
 
 

@@ -48,15 +48,15 @@ def show(here: Here, dataset: _Newest = None, *, split: str = "train", limit: No
     split: train, validation, test or removed.
     limit: Rows to show; 0 shows all.
     """
-    found = services.datasets.show(here.store, dataset, split=split, limit=limit)
-    here.emit(found, lambda shown: [*data_tables.draw_summary(shown), *data_tables.draw_rows(shown)])
+    version = services.datasets.show(here.store, dataset, split=split, limit=limit)
+    here.emit(version, lambda shown: [*data_tables.draw_summary(shown), *data_tables.draw_rows(shown)])
 
 
 def verify(here: Here, dataset: _Newest = None) -> int:
     """Recompute a dataset version's digests, counts and leakage. Exit 3 on any difference from its record."""
-    found = services.datasets.verify(here.store, dataset)
-    here.emit(found, data_tables.draw_verification)
-    return 0 if found.ok else 3
+    verification = services.datasets.verify(here.store, dataset)
+    here.emit(verification, data_tables.draw_verification)
+    return 0 if verification.ok else 3
 
 
 def originals(here: Here, *, row: str | None = None, new_key: bool = False) -> None:

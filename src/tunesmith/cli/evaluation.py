@@ -12,7 +12,7 @@ from tunesmith.cli.terminal import Drawn, Here, Terminal, add_commands, table
 from tunesmith.core.errors import UsageError
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.display import printable
-from tunesmith.core.text.wording import money, points
+from tunesmith.core.text.wording import money, p_value, points
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -46,10 +46,10 @@ def plan(
     differing: Share of rows on which the two differ; by default 0.3.
     between NAME NAME: Measure that share on the validation rows, with these candidates.
     """
-    found = services.evaluations.plan(
+    planned = services.evaluations.plan(
         here.project, lift=lift, differing=differing, between=between or (), progress=Terminal()
     )
-    here.emit(found, _draw_plan)
+    here.emit(planned, _draw_plan)
 
 
 def evaluate(here: Here, names: list[str] | None = None) -> None:
@@ -65,9 +65,9 @@ def gate(here: Here, name: str | None = None) -> int:
 
     name: The candidate; by default the one meant for release.
     """
-    found = services.evaluations.gate(here.project, name, progress=Terminal())
-    here.emit(found, draw_verdict)
-    return EXITS[found.verdict]
+    verdict = services.evaluations.gate(here.project, name, progress=Terminal())
+    here.emit(verdict, draw_verdict)
+    return EXITS[verdict.verdict]
 
 
 def compare(here: Here, first: str, second: str) -> None:
@@ -102,9 +102,9 @@ def report(
     """
     if markdown and here.as_json:
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")
-    found = services.evaluations.report(here.project, version)
+    evidence = services.evaluations.report(here.project, version)
     if markdown:
-        text = services.evaluations.page_of(found, "report.md")
+        text = services.evaluations.page_of(evidence, "report.md")
         if output is not None:
             write_atomic(output, text.encode())
         else:
@@ -112,47 +112,45 @@ def report(
         return
     page = output if output is not None or here.as_json else here.directory / "report.html"
     if page is not None:
-        write_atomic(page, services.evaluations.page_of(found, "report.html").encode())
-    here.emit(found, lambda shown: [*_draw_advice(shown), f"written to {page}"])
+        write_atomic(page, services.evaluations.page_of(evidence, "report.html").encode())
+    here.emit(evidence, lambda shown: [*_draw_advice(shown), f"written to {page}"])
 
 
-def draw_evaluation(found: EvaluationSummary) -> Drawn:
+def draw_evaluation(summary: EvaluationSummary) -> Drawn:
     """The candidates with their intervals and prices, the best by the primary metric first."""
     from rich.table import Column
     from rich.text import Text
 
-    metrics = list(next(iter(found.candidates.values())))
-    prices = ["prompt tokens", "answer tokens", "seconds", *([found.currency] if found.currency else [])]
+    metrics = list(next(iter(summary.candidates.values())))
+    prices = ["prompt tokens", "answer tokens", "seconds", *([summary.currency] if summary.currency else [])]
     headings = [Column("candidate", no_wrap=True)]
-    headings += [Column(Text(metric, "bold cyan" if metric == found.primary else "")) for metric in metrics]
+    headings += [Column(Text(metric, "bold cyan" if metric == summary.primary else "")) for metric in metrics]
     headings += [Column(f"{each}\nper 1,000") for each in prices]
     rows = []
-    for name in sorted(found.candidates, key=lambda name: (-found.candidates[name][found.primary].mean, name)):
-        price = found.prices[name]
+    for name in sorted(summary.candidates, key=lambda name: (-summary.candidates[name][summary.primary].mean, name)):
+        price, measured = summary.prices[name], summary.candidates[name]
         costs = (price.prompt_tokens_per_1000, price.completion_tokens_per_1000, price.seconds_per_1000)
-        rows.append(
-            [
-                Text(name, "bold" if found.tuned[name] else ""),
-                *(_measured(found.candidates[name][metric]) for metric in metrics),
-                *(f"{each:,.0f}" for each in costs),
-                *([money(price.money_per_1000)] if found.currency else []),
-            ]
-        )
-    title = f"{found.n} held-out requests in {found.groups} groups"
+        cells = [
+            Text(name, "bold" if summary.tuned[name] else ""),
+            *(_measured(measured[metric]) for metric in metrics),
+        ]
+        paid = [money(price.money_per_1000)] if summary.currency else []
+        rows.append([*cells, *(f"{each:,.0f}" for each in costs), *paid])
+    title = f"{summary.n} held-out requests in {summary.groups} groups"
     yield table(rows, *headings, title=title, right=range(1, len(headings)))
-    for name, cut in found.cut.items():
+    for name, cut in summary.cut.items():
         if cut:
             yield f"{cut} answers of {name} were cut off at the longest length allowed"
-    for name, drop in found.probes["general"].drops.items() if found.probes else ():
+    for name, drop in summary.probes["general"].drops.items() if summary.probes else ():
         change = f"{-drop.mean * 100:+.1f} points [{-drop.high * 100:+.1f}, {-drop.low * 100:+.1f}]"
         yield f"general ability of {name} compared with its base: {change}"
-    yield from _draw_behaviour(found)
-    yield f"intervals are {found.confidence:.0%} confidence intervals over groups", "dim"
+    yield from _draw_behaviour(summary)
+    yield f"intervals are {summary.confidence:.0%} confidence intervals over groups", "dim"
 
 
-def _draw_behaviour(found: EvaluationSummary) -> Drawn:
+def _draw_behaviour(summary: EvaluationSummary) -> Drawn:
     """How often each candidate broke each policy check, and how much of its answers is in the references' style."""
-    for name, told in found.policy.candidates.items() if found.policy else ():
+    for name, told in summary.policy.candidates.items() if summary.policy else ():
         if told.unusable is not None:
             yield f"policy, {name}: {told.unusable}", "yellow"
         for check, cell in (told.checks or {}).items():
@@ -161,100 +159,86 @@ def _draw_behaviour(found: EvaluationSummary) -> Drawn:
             kept = not (cell.broke or cell.undecided or cell.leaked)
             said = f"policy check {check}: {name} broke it on {cell.broke} of {cell.n} requests{extra}{leaked}"
             yield said, "dim" if kept else "red" if cell.broke else "yellow"
-    if found.style is not None and hasattr(found.style, "unusable"):
-        yield f"style was not measured: {found.style.unusable}", "yellow"
-    elif found.style is not None:
-        for name, measured in found.style.candidates.items():
+    if summary.style is not None and hasattr(summary.style, "unusable"):
+        yield f"style was not measured: {summary.style.unusable}", "yellow"
+    elif summary.style is not None:
+        for name, measured in summary.style.candidates.items():
             share = measured.share
             said = f"{share.mean:.1%} [{share.low:.1%}, {share.high:.1%}]" if share else "inconclusive"
             yield f"answers of {name} in the references' style: {said}"
 
 
-def draw_verdict(found: VerdictSummary) -> Drawn:
+def draw_verdict(verdict: VerdictSummary) -> Drawn:
     """The gates with their outcomes, and the verdict."""
     from rich.text import Text
 
-    rows = [(gate.name, Text(gate.outcome, _COLOURS[gate.outcome]), gate.reason) for gate in found.gates]
+    rows = [(gate.name, Text(gate.outcome, _COLOURS[gate.outcome]), gate.reason) for gate in verdict.gates]
     if rows:
-        yield table(rows, "gate", "outcome", "why", title=f"gates for {found.candidate}")
-    reason = f" ({found.reason})" if found.reason else ""
-    yield Text.assemble("verdict: ", (found.verdict, f"bold {_COLOURS[found.verdict]}"), reason)
-    for caution in found.cautions:
+        yield table(rows, "gate", "outcome", "why", title=f"gates for {verdict.candidate}")
+    reason = f" ({verdict.reason})" if verdict.reason else ""
+    yield Text.assemble("verdict: ", (verdict.verdict, f"bold {_COLOURS[verdict.verdict]}"), reason)
+    for caution in verdict.cautions:
         yield caution, "yellow"
-    if found.test_set_use > 1:
-        yield f"{found.test_set_use} candidates have used these test rows, which widens the intervals", "dim"
+    if verdict.test_set_use > 1:
+        yield f"{verdict.test_set_use} candidates have used these test rows, which widens the intervals", "dim"
 
 
-def _draw_plan(found: Plan) -> Drawn:
-    for gate in found.gates:
-        yield found.sentence(gate)
+def _draw_plan(planned: Plan) -> Drawn:
+    for gate in planned.gates:
+        yield planned.sentence(gate)
         needed = f"{gate.needed:,} rows" if gate.needed else "no number of rows"
-        enough = f"{needed} in groups of this size would pass it with {found.wanted_power:.0%}"
+        enough = f"{needed} in groups of this size would pass it with {planned.wanted_power:.0%}"
         yield f"  a true difference of {points(gate.lift)} points passes with {gate.power:.0%}; {enough}"
-        assumed = "assumed, since a judge scores it" if found.measured else "assumed: --between measures it"
+        assumed = "assumed, since a judge scores it" if planned.measured else "assumed: --between measures it"
         basis = "measured on the validation rows" if gate.measured else assumed
         yield f"  how the two differ is {basis}; rows of one group correlate by {gate.correlation:.2f}", "dim"
-    if not found.gates:
+    if not planned.gates:
         yield "no gate compares two candidates, so there is nothing to plan"
-    yield f"{found.test_set_uses} candidates have used these test rows so far", "dim"
+    yield f"{planned.test_set_uses} candidates have used these test rows so far", "dim"
 
 
-def _draw_comparison(found: Comparison) -> Drawn:
-    first, second = found.first, found.second
+def _draw_comparison(comparison: Comparison) -> Drawn:
+    first, second = comparison.first, comparison.second
     headings = ("metric", first.label, second.label, "difference, points", "won", "lost", "alike", "p (sign-flip)")
-    rows = [
-        (
-            name,
-            f"{first.metrics[name].mean:.1%}",
-            f"{second.metrics[name].mean:.1%}",
-            _gap(metric.difference),
-            metric.wins,
-            metric.losses,
-            metric.ties,
-            "< 0.0001" if metric.sign_flip < 0.0001 else f"{metric.sign_flip:.2g}",
-        )
-        for name, metric in found.metrics.items()
-    ]
-    title = f"{second.label} against {first.label}, {found.n} requests"
+    rows = []
+    for name, metric in comparison.metrics.items():
+        means = [f"{side.metrics[name].mean:.1%}" for side in (first, second)]
+        counts = (metric.wins, metric.losses, metric.ties)
+        rows.append((name, *means, _gap(metric.difference), *counts, p_value(metric.sign_flip)))
+    title = f"{second.label} against {first.label}, {comparison.n} requests"
     yield table(rows, *headings, title=title, right=range(1, 8))
-    if found.changed_scorers:
-        yield f"not compared, since the scorer has changed: {', '.join(found.changed_scorers)}"
+    if comparison.changed_scorers:
+        yield f"not compared, since the scorer has changed: {', '.join(comparison.changed_scorers)}"
 
 
-def _draw_leaderboard(found: Leaderboard) -> Drawn:
-    for board in found.boards:
-        rows = [
-            (
-                row.version,
-                row.approach,
-                _measured(row),
-                _gap(row.behind) if row.behind else "",
-                row.verdict,
-                f"recalled: {row.recalled}" if row.recalled else row.alias or "",
-            )
-            for row in board.versions
-        ]
+def _draw_leaderboard(ranking: Leaderboard) -> Drawn:
+    for board in ranking.boards:
+        rows = []
+        for one in board.versions:
+            note = f"recalled: {one.recalled}" if one.recalled else one.alias or ""
+            behind = _gap(one.behind) if one.behind else ""
+            rows.append((one.version, one.approach, _measured(one), behind, one.verdict, note))
         headings = ("version", "approach", board.metric, "behind the first, points", "verdict", "")
         yield table(rows, *headings, title=board.title, right=(2, 3))
-    if not found.boards:
+    if not ranking.boards:
         yield "no version is registered yet; `tunesmith run` registers what passes its gates"
 
 
-def _measured(found: MetricInterval, sign: str = "", unit: str = "%") -> Text:
+def _measured(interval: MetricInterval, sign: str = "", unit: str = "%") -> Text:
     """A mean in percent, and its interval in the line below."""
     from rich.text import Text
 
-    mean, low, high = (f"{each * 100:{sign}.1f}" for each in (found.mean, found.low, found.high))
+    mean, low, high = (f"{each * 100:{sign}.1f}" for each in (interval.mean, interval.low, interval.high))
     return Text.assemble(f"{mean}{unit}\n", (f"[{low}, {high}]", "dim"))
 
 
-def _gap(found: MetricInterval) -> Text:
-    return _measured(found, "+", "")
+def _gap(interval: MetricInterval) -> Text:
+    return _measured(interval, "+", "")
 
 
-def _draw_advice(found: EvidenceReport) -> Drawn:
-    yield found.advice.headline, "bold"
-    for sentence in found.advice.reasons:
+def _draw_advice(evidence: EvidenceReport) -> Drawn:
+    yield evidence.advice.headline, "bold"
+    for sentence in evidence.advice.reasons:
         yield f"- {sentence}"
-    for sentence in found.advice.cautions:
+    for sentence in evidence.advice.cautions:
         yield f"! {sentence}", "yellow"

@@ -25,10 +25,10 @@ def list_held(here: Acting, everything: Annotated[bool, typer.Option("--all")] =
     everything: Decided ones too, until they are deleted.
     """
     by = here.acting
-    found = services.review.list_held(by.store, by.user, everything=everything)
+    listed = services.review.list_held(by.store, by.user, everything=everything)
     if not by.user.may("answer.review") and not here.as_json:
         say(f"{by.actor} may not review answers, so only their own are listed: act as a steward or approver with --as")
-    here.emit(found, _draw_list)
+    here.emit(listed, _draw_list)
 
 
 def show(here: Acting, identifier: Identifier) -> None:
@@ -55,10 +55,10 @@ def _decide(here: Acting, decision: str) -> None:
     here.emit(done, f"{done.id} is {done.state} by {done.decided_by}")
 
 
-def _draw_list(found: services.review.HeldList) -> Drawn:
+def _draw_list(listed: services.review.HeldList) -> Drawn:
     rows = [
         (one.id, one.version, one.caller, "; ".join(one.reasons), one.state, one.deadline, one.decided_by)
-        for one in found.held
+        for one in listed.held
     ]
     headings = ("answer", "version", "caller", "held because", "state", "deadline", "decided by")
     yield table(rows, *headings) if rows else "no answer waits"

@@ -68,15 +68,15 @@ def retrain(here: Acting, *, add: Annotated[bool, typer.Option("--queue")] = Fal
 
     add: Queue a run, as a worker does.
     """
-    found = here.do(services.monitoring.retrain) if add else services.monitoring.look(here.project, say=say)
-    here.emit(found, _draw_retraining)
-    return 3 if any(each.job is None for each in found.causes) else 0
+    due = here.do(services.monitoring.retrain) if add else services.monitoring.look(here.project, say=say)
+    here.emit(due, _draw_retraining)
+    return 3 if any(each.job is None for each in due.causes) else 0
 
 
-def _draw_retraining(found: Retraining) -> Drawn:
-    if not found.causes:
-        yield f"{found.version}: no new version is due" if found.version else "nothing serves yet"
-    for each in found.causes:
+def _draw_retraining(due: Retraining) -> Drawn:
+    if not due.causes:
+        yield f"{due.version}: no new version is due" if due.version else "nothing serves yet"
+    for each in due.causes:
         job = f"job {each.job}" if each.job else f"no run: {each.waits}" if each.waits else "no run: `retrain --queue`"
         yield f"{each.cause}: {each.says} ({job})"
 
@@ -111,11 +111,11 @@ def log(here: Here, job: Number, *, follow: Annotated[bool, typer.Option("--foll
         raise UsageError("--follow has no single result that --json could print", fix="leave one of them out")
     store, last = here.store, 0
     while True:
-        found = services.jobs.log(store, job, after=last)
-        here.emit(found, _draw_log)
-        if not follow or found.state in ("succeeded", "failed", "cancelled"):
+        part = services.jobs.log(store, job, after=last)
+        here.emit(part, _draw_log)
+        if not follow or part.state in ("succeeded", "failed", "cancelled"):
             return
-        last = found.lines[-1].number if found.lines else last
+        last = part.lines[-1].number if part.lines else last
         time.sleep(1.0)
 
 
@@ -155,14 +155,14 @@ def draw_job(job: JobView) -> Drawn:
     yield table([row for row in rows if row[1]], title=f"job {job.job}: {job.kind}")
 
 
-def _draw_list(found: JobList) -> Drawn:
-    rows = [(job.job, job.kind, _state(job), job.created_by, _time(job.created), _step(job)) for job in found.jobs]
+def _draw_list(listed: JobList) -> Drawn:
+    rows = [(job.job, job.kind, _state(job), job.created_by, _time(job.created), _step(job)) for job in listed.jobs]
     headings = ("job", "kind", "state", "by", "created", "step")
     yield table(rows, *headings) if rows else "no jobs; `tunesmith run` makes one"
 
 
-def _draw_log(found: JobLog) -> Drawn:
-    for line in found.lines:
+def _draw_log(part: JobLog) -> Drawn:
+    for line in part.lines:
         yield f"{_time(line.at)} {line.message}"
 
 
@@ -174,12 +174,12 @@ def _state(job: JobView) -> str:
 
 def _step(job: JobView) -> str:
     """The step that a running job is at, its share and the time left."""
-    found = job.progress
-    if job.state != "running" or not found:
+    progress = job.progress
+    if job.state != "running" or not progress:
         return ""
-    share = f" {found['done'] / found['total']:.0%}" if found["total"] else ""
-    left = "" if found["seconds_left"] is None else f", {found['seconds_left']:.0f} s left"
-    return f"{found['step']}{share}{left} {found['note']}".rstrip()
+    share = f" {progress['done'] / progress['total']:.0%}" if progress["total"] else ""
+    left = "" if progress["seconds_left"] is None else f", {progress['seconds_left']:.0f} s left"
+    return f"{progress['step']}{share}{left} {progress['note']}".rstrip()
 
 
 def _time(seconds: float) -> str:

@@ -47,9 +47,9 @@ def monitor(
     hours: The window; by default the project's.
     tenant: Look at one tenant's requests only.
     """
-    found, label = services.monitoring.monitor(here.project, version, hours=hours, tenant=tenant)
-    here.emit(found, lambda monitored: _draw_monitored(label, monitored))
-    return _EXITS[found.verdict]
+    report, label = services.monitoring.monitor(here.project, version, hours=hours, tenant=tenant)
+    here.emit(report, lambda monitored: _draw_monitored(label, monitored))
+    return _EXITS[report.verdict]
 
 
 def impact(here: Here, base: str) -> None:
@@ -149,14 +149,14 @@ def drop_cases(here: Acting, requests: list[str]) -> None:
     here.emit(dropped, f"{dropped.dropped} dropped")
 
 
-def _draw_impact(found: services.monitoring.Impact) -> Drawn:
+def _draw_impact(impact: services.monitoring.Impact) -> Drawn:
     rows = [
         (one.version, " ".join(filter(None, (one.tenant, one.region))), ", ".join(one.aliases), one.requests, one.last)
-        for one in found.versions
+        for one in impact.versions
     ]
-    yield table(rows, "version", "made for", "aliases", "requests", "last", title=found.spec)
-    tenants = ", ".join(tenant or "no tenant" for tenant in found.tenants)
-    yield f"{found.adapters} trained weights; tenants: {tenants or 'none'}"
+    yield table(rows, "version", "made for", "aliases", "requests", "last", title=impact.spec)
+    tenants = ", ".join(tenant or "no tenant" for tenant in impact.tenants)
+    yield f"{impact.adapters} trained weights; tenants: {tenants or 'none'}"
 
 
 def _draw_monitored(label: str, report: services.monitoring.Monitored) -> Drawn:
@@ -174,9 +174,9 @@ def _draw_monitored(label: str, report: services.monitoring.Monitored) -> Drawn:
     yield from _draw_pending(report.pending_retrains)
 
 
-def _draw_pending_list(found: services.monitoring.PendingRetrains) -> Drawn:
-    yield from _draw_pending(found.pending_retrains)
-    if not found.pending_retrains:
+def _draw_pending_list(listed: services.monitoring.PendingRetrains) -> Drawn:
+    yield from _draw_pending(listed.pending_retrains)
+    if not listed.pending_retrains:
         yield "no retrain is pending"
 
 
@@ -208,25 +208,25 @@ def _draw_near(near: Sequence[str]) -> Drawn:
         yield f"not withdrawn, and may mean the same: {name}"
 
 
-def _draw_recall(found: Recall) -> Drawn:
-    verb = "withdrew" if found.done else "would withdraw"
-    yield f"{verb} {found.cause} ({found.reason}); {len(found.reached)} records:"
-    for one in found.reached:
+def _draw_recall(recall: Recall) -> Drawn:
+    verb = "withdrew" if recall.done else "would withdraw"
+    yield f"{verb} {recall.cause} ({recall.reason}); {len(recall.reached)} records:"
+    for one in recall.reached:
         rows = ", ".join(f"{count} in {split}" for split, count in one.rows.items() if count)
         yield f"  {one.kind:<11} {one.label}{f': {rows}' if rows else ''}"
-    for alias in found.aliases:
+    for alias in recall.aliases:
         scope = " ".join(filter(None, (alias.tenant and f"tenant {alias.tenant}", alias.region)))
         yield f"  alias       {alias.name}@{alias.alias} {scope}".rstrip()
-    for served in found.served:
+    for served in recall.served:
         tenant = f"tenant {served.tenant}" if served.tenant else "no tenant"
         yield f"  answered    {served.requests} requests of {tenant}, the last {served.last}"
-    for number in found.rollouts:
-        yield f"  rollout     {number}: {'aborted' if found.done else 'would be aborted'}"
-    yield from _draw_near(found.near)
+    for number in recall.rollouts:
+        yield f"  rollout     {number}: {'aborted' if recall.done else 'would be aborted'}"
+    yield from _draw_near(recall.near)
 
 
-def _draw_cases(found: CaseList) -> Drawn:
-    for case in found.cases:
+def _draw_cases(listed: CaseList) -> Drawn:
+    for case in listed.cases:
         scores = ", ".join(f"{metric} {value:.2f}" for metric, value in case.scores.items())
         yield f"{case.request}  {case.at}  {case.by}  {scores}", "dim"
         yield f"  asked: {visible(case.messages[-1].content)}"
@@ -236,7 +236,7 @@ def _draw_cases(found: CaseList) -> Drawn:
         else:
             yield f"  expected: {visible(case.expected)}"
         yield f"  deleted after {case.until}", "dim"
-    if not found.cases:
+    if not listed.cases:
         yield 'no cases: with `cases:` in the project file, callers make them with "store" or "keep": true'
 
 
@@ -250,6 +250,6 @@ def _draw_added(added: AddedCases) -> Drawn:
     yield "then run `tunesmith data build`; existing measurements still refer to the earlier rows"
 
 
-def _draw_recalls(found: services.monitoring.RecallList) -> Drawn:
-    rows = [(one.cause, one.reason, one.at[:16], one.records) for one in found.recalls]
+def _draw_recalls(listed: services.monitoring.RecallList) -> Drawn:
+    rows = [(one.cause, one.reason, one.at[:16], one.records) for one in listed.recalls]
     yield table(rows, "recalled", "why", "at", "records")

@@ -63,14 +63,14 @@ def run(
 
 def _changes(given: Sequence[str]) -> dict[str, dict[str, str]]:
     """Changes from texts such as `tuned.epochs=2`. Raises UsageError for another form."""
-    found: dict[str, dict[str, str]] = {}
+    changes: dict[str, dict[str, str]] = {}
     for text in given:
         place, is_there, value = text.partition("=")
         name, _, key = place.rpartition(".")
         if not (is_there and name and key):
             raise UsageError(f"{text[:80]!r} changes no setting", where="--set", fix="write NAME.KEY=VALUE")
-        found.setdefault(name, {})[key] = value
-    return found
+        changes.setdefault(name, {})[key] = value
+    return changes
 
 
 def train(
@@ -108,8 +108,8 @@ def train(
         raise UsageError("one process holds one copy of the model", where="--copies", fix=fix)
     elif search:
         number = training.TRIALS if trials is None else trials
-        found = training.search_settings(here.project, candidate, trials=number, within=within, progress=progress)
-        here.emit(found, _draw_search)
+        result = training.search_settings(here.project, candidate, trials=number, within=within, progress=progress)
+        here.emit(result, _draw_search)
     elif repeat:
         done = training.repeat(here.project, candidate, progress=progress)
         here.emit(done, _draw_repeated)
@@ -158,11 +158,11 @@ def forecast(
             raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
         here.emit(here.do(services.jobs.add, kind="forecast"), draw_job)
         return 0
-    found = services.training.forecast(
+    made = services.training.forecast(
         here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor
     )
-    here.emit(found, _draw_forecast)
-    return FORECAST_EXITS[found.decision]
+    here.emit(made, _draw_forecast)
+    return FORECAST_EXITS[made.decision]
 
 
 def _draw_training(done: TrainingSummary) -> Drawn:
@@ -202,30 +202,30 @@ def _draw_repeated(done: Repeated) -> Drawn:
     yield table((("steps", str(done.steps)), ("weights", said), ("record", done.training)), title="repeated")
 
 
-def _draw_search(found: SettingsSearch) -> Drawn:
+def _draw_search(search: SettingsSearch) -> Drawn:
     import yaml
 
-    keys, scored = list(found.trials[0].settings), found.scored_rows > 0
+    keys, scored = list(search.trials[0].settings), search.scored_rows > 0
     names = (key.replace("learning_", "learning_\n") for key in keys)  # so that 80 columns suffice
-    headings = ("#", *names, "outcome", *([found.metric] if scored else []), "probability")
+    headings = ("#", *names, "outcome", *([search.metric] if scored else []), "probability")
     # Complete trials first, the best ones at the top.
     ordered = sorted(
-        found.trials, key=lambda each: (each.outcome, -(each.score or 0.0), -(each.probability or 0.0), each.number)
+        search.trials, key=lambda each: (each.outcome, -(each.score or 0.0), -(each.probability or 0.0), each.number)
     )
-    title = f"settings of {found.candidate}, on {found.validation_rows} validation rows"
+    title = f"settings of {search.candidate}, on {search.validation_rows} validation rows"
     yield table([_trial_row(each, keys, scored) for each in ordered], *headings, title=title)
-    best = f", and trial {found.best} those that did best" if found.best else ""
+    best = f", and trial {search.best} those that did best" if search.best else ""
     yield f"trial 0 has the present settings{best}"
     for trial in ordered:
         if trial.why:
             yield f"trial {trial.number}: {trial.why}"
-    why = "" if found.unscored is None else f": {found.unscored}"
-    yield f"compared by {found.compared_by}{why}"
-    yield f"record {found.search}\n"
-    yield found.conclusion
-    if found.suggestion is not None:
-        text = yaml.safe_dump({"train": found.suggestion}, sort_keys=False, default_flow_style=None)
-        yield f"\ncandidates.{found.candidate} in tunesmith.yaml, beside its other settings:\n{text}"
+    why = "" if search.unscored is None else f": {search.unscored}"
+    yield f"compared by {search.compared_by}{why}"
+    yield f"record {search.search}\n"
+    yield search.conclusion
+    if search.suggestion is not None:
+        text = yaml.safe_dump({"train": search.suggestion}, sort_keys=False, default_flow_style=None)
+        yield f"\ncandidates.{search.candidate} in tunesmith.yaml, beside its other settings:\n{text}"
 
 
 def _trial_row(trial: SettingsTrial, keys: list[str], scored: bool) -> list[str]:
@@ -257,16 +257,16 @@ def _draw_run(done: RunSummary) -> Drawn:
         yield f"  {command:<52} {why}"
 
 
-def _draw_forecast(found: Forecast) -> Drawn:
-    rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
-    rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
+def _draw_forecast(forecast: Forecast) -> Drawn:
+    rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in forecast.subsets]
+    rows += [(name, percent(mean), "") for name, mean in sorted(forecast.rivals.items(), key=lambda one: one[1])]
     rows += [
         (f"expected of {each.rows:,} rows", percent(each.median), f"{percent(each.low)} to {percent(each.high)}")
-        for each in found.curve
-        if each.rows >= found.rows
+        for each in forecast.curve
+        if each.rows >= forecast.rows
     ]
-    title = f"{sum(found.held.values())} validation rows"
-    yield table(rows, "", found.metric, f"{found.confidence:.0%} interval", title=title)
-    yield found.headline, f"bold {_COLOURS[found.decision]}"
-    for sentence in found.reasons:
+    title = f"{sum(forecast.held.values())} validation rows"
+    yield table(rows, "", forecast.metric, f"{forecast.confidence:.0%} interval", title=title)
+    yield forecast.headline, f"bold {_COLOURS[forecast.decision]}"
+    for sentence in forecast.reasons:
         yield f"- {sentence}"

@@ -92,9 +92,9 @@ def doctor(here: Here, *, gpu: bool = False) -> int:
 
     gpu: Only compute a training step on the GPU, and compare it with the CPU's.
     """
-    found = services.home.examine_gpu() if gpu else services.home.examine(here.directory)
-    here.emit(found, _draw_checks)
-    return 0 if found.ok else 1
+    checks = services.home.examine_gpu() if gpu else services.home.examine(here.directory)
+    here.emit(checks, _draw_checks)
+    return 0 if checks.ok else 1
 
 
 def memory(
@@ -127,38 +127,38 @@ def memory(
     utilisation: Share of the peak that is assumed.
     """
     given = here.given | {"device": None if device is None else round(device * _GIB)}
-    found = services.training.memory(here.directory, **given)
-    here.emit(found, _draw_memory)
-    return 0 if any(way.fits for way in found.ways) else 3
+    plan = services.training.memory(here.directory, **given)
+    here.emit(plan, _draw_memory)
+    return 0 if any(way.fits for way in plan.ways) else 3
 
 
-def _draw_status(found: services.home.Home) -> Drawn:
-    for one in found.serving:
+def _draw_status(home: services.home.Home) -> Drawn:
+    for one in home.serving:
         refused = f"; it may not serve: {one.refused}" if one.refused else ""
         since = f" since {one.since[:16]}" if one.since else ""
         where = "".join(f", {kind} {name}" for kind, name in (("tenant", one.tenant), ("region", one.region)) if name)
         asked = f"{one.requests} requests in the last hour, {one.failed} failed"
         yield f"serves: {one.version or one.name}{where}{since}; {asked}{refused}"
-    for rollout in found.moving:
+    for rollout in home.moving:
         moved = f"{rollout.canary} gets {rollout.weight}% of {rollout.name}'s requests ({rollout.status})"
         yield f"rollout {rollout.rollout}: {moved}"
-    for each in found.waiting:
+    for each in home.waiting:
         who = "you" if each.mine else " or ".join(each.roles)
         yield f"waits for {who}: {worded(each.says)}"
-    if found.versions:
-        newest = f"of versions that wait for an approval, only those of the newest {found.versions} are listed"
+    if home.versions:
+        newest = f"of versions that wait for an approval, only those of the newest {home.versions} are listed"
         yield f"{newest}: tunesmith show"
-    if found.champions:
-        yield f"the first {found.champions} that serve, by name: tunesmith show"
-    if found.rollouts:
-        yield f"the newest {found.rollouts} rollouts in progress: tunesmith rollout status"
-    for part in found.health:
+    if home.champions:
+        yield f"the first {home.champions} that serve, by name: tunesmith show"
+    if home.rollouts:
+        yield f"the newest {home.rollouts} rollouts in progress: tunesmith rollout status"
+    for part in home.health:
         yield f"{'healthy' if part.ok else 'unhealthy'}: {part.part}: {part.says}"
 
 
-def _draw_memory(found: MemoryPlan) -> Drawn:
-    kind = "LoRA" if found.method == "lora" else "full"
-    title = f"{found.base}: {found.numbers / 1e9:.2f} billion numbers, {found.tokens:,} tokens at once"
+def _draw_memory(plan: MemoryPlan) -> Drawn:
+    kind = "LoRA" if plan.method == "lora" else "full"
+    title = f"{plan.base}: {plan.numbers / 1e9:.2f} billion numbers, {plan.tokens:,} tokens at once"
     rows = [
         (
             ", ".join([kind, *["quantize: 4bit"] * bool(way.quantize), *["recompute: true"] * way.recompute]),
@@ -166,21 +166,21 @@ def _draw_memory(found: MemoryPlan) -> Drawn:
             "yes" if way.fits else "no",
             _duration(way.seconds),
         )
-        for way in found.ways
+        for way in plan.ways
     ]
     parts = ("base", "trained", "activations", "total", "fits", "1,000 rows")
     yield table(rows, "GiB on each device", *parts, title=title)
-    each = "the device has" if found.ranks == 1 else f"each of {found.ranks} devices has"
+    each = "the device has" if plan.ranks == 1 else f"each of {plan.ranks} devices has"
     yield (
-        f"{each} {found.device / _GIB:.1f} GiB. Answers keep {found.cache_per_token / 1024:.0f} KiB for a token: one "
-        f"device holds {found.cache_tokens:,} tokens beside the base in {found.precision}. The cache of 16 "
-        f"answers of {found.tokens:,} tokens takes {found.cache_rows / _GIB:.1f} GiB."
+        f"{each} {plan.device / _GIB:.1f} GiB. Answers keep {plan.cache_per_token / 1024:.0f} KiB for a token: one "
+        f"device holds {plan.cache_tokens:,} tokens beside the base in {plan.precision}. The cache of 16 "
+        f"answers of {plan.tokens:,} tokens takes {plan.cache_rows / _GIB:.1f} GiB."
     )
-    if found.rate is None:
-        yield found.basis
+    if plan.rate is None:
+        yield plan.basis
         return
     yield (
-        f"The time is an estimate for rows of {found.row_tokens:,} tokens, at {found.basis}. It leaves out attention, "
+        f"The time is an estimate for rows of {plan.row_tokens:,} tokens, at {plan.basis}. It leaves out attention, "
         "what 4 bits take to be restored, and what devices send each other."
     )
 
@@ -213,8 +213,8 @@ def _draw_project(made: NewProject) -> Drawn:
     yield f"  tunesmith run{'' if made.root == Path.cwd() else f' -C {made.root}'}"
 
 
-def _draw_checks(found: Checks) -> Drawn:
-    for check in found.checks:
+def _draw_checks(checks: Checks) -> Drawn:
+    for check in checks.checks:
         yield f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}"
         if check.fix:
             yield f"     {worded(check.fix)}"

@@ -51,8 +51,8 @@ def requests(
     """
     wanted = {name: here.given[name] for name in services.answers.FILTERS}
     store, user, digest = _which(here, evaluation)
-    found = services.answers.show_requests(store, user, user.region, digest, wanted, first, most)
-    here.emit(found, _draw_requests)
+    matrix = services.answers.show_requests(store, user, user.region, digest, wanted, first, most)
+    here.emit(matrix, _draw_requests)
 
 
 def request(here: Acting, row: str, *, evaluation: Evaluation = "", compared: str = "reference") -> None:
@@ -62,8 +62,8 @@ def request(here: Acting, row: str, *, evaluation: Evaluation = "", compared: st
     compared: What answers are compared with: reference, or a candidate.
     """
     store, user, digest = _which(here, evaluation)
-    found = services.answers.show_request(store, user, user.region, digest, row, {}, compared)
-    here.emit(found, _draw_request)
+    opened = services.answers.show_request(store, user, user.region, digest, row, {}, compared)
+    here.emit(opened, _draw_request)
 
 
 def evaluations(here: Acting, evaluation: str | None = None, *, page: Positive = 1) -> None:
@@ -88,58 +88,52 @@ def _which(here: Acting, evaluation: str) -> tuple[Store, User, str]:
     return store, user, services.evaluations.newest_evaluation(store, user)
 
 
-def _draw_requests(found: RequestMatrix) -> Drawn:
+def _draw_requests(matrix: RequestMatrix) -> Drawn:
     from rich.table import Column
 
-    chosen, counts = found.filter, found.changes
-    title = f"{found.chosen} of {found.total} requests, {chosen['focus']} against {chosen['rival']}"
+    chosen, counts = matrix.filter, matrix.changes
+    title = f"{matrix.chosen} of {matrix.total} requests, {chosen['focus']} against {chosen['rival']}"
     yield table(
-        ((row.id, row.request, row.change, *(f"{cell.score:.0%}" for cell in row.cells)) for row in found.rows),
+        ((row.id, row.request, row.change, *(f"{cell.score:.0%}" for cell in row.cells)) for row in matrix.rows),
         Column("row", no_wrap=True),
         "request",
         "change",
-        *found.candidates,
+        *matrix.candidates,
         title=f"{title}: {counts['loss']} losses, {counts['win']} wins",
     )
 
 
-def _draw_request(found: OpenedRequest) -> Drawn:
+def _draw_request(opened: OpenedRequest) -> Drawn:
     from rich.text import Text
 
-    for role, text in [*found.turns, ("reference", found.reference)]:
+    for role, text in [*opened.turns, ("reference", opened.reference)]:
         yield Text.assemble((f"{role}: ", "bold"), text)
     styles = {"added": "green underline", "removed": "red strike", "same": ""}
-    for one in found.answers:
+    for one in opened.answers:
         text = "withheld: it was made with something that you may not see" if one.text is None else one.text
-        changes = one.changes if one.candidate != found.compared else ()
+        changes = one.changes if one.candidate != opened.compared else ()
         words = [(each.text, styles[each.kind]) for each in changes] or [(printable_line(text), "")]
-        yield Text.assemble((f"{one.candidate} ({one.scores[found.primary]:.0%}): ", "bold"), *words)
+        yield Text.assemble((f"{one.candidate} ({one.scores[opened.primary]:.0%}): ", "bold"), *words)
         if one.retrieved:
             yield f"from {', '.join(dict.fromkeys(each.source for each in one.retrieved))}", "dim"
 
 
-def _draw_list(found: services.evaluations.EvaluationList) -> Drawn:
-    rows = [
-        (
-            one.evaluation[7:19],
-            one.at[:16],
-            one.n,
-            f"{one.best} {one.score.mean:.1%}" if one.score else f"unreadable: {one.unreadable}",
-            ", ".join(f"{verdict.candidate}: {verdict.verdict}" for verdict in one.verdicts),
-            ", ".join(version.version for version in one.versions),
-            one.recalled or "",
-        )
-        for one in found.evaluations
-    ]
-    title = f"{len(rows)} of {found.total} evaluations"
+def _draw_list(listed: services.evaluations.EvaluationList) -> Drawn:
+    rows = []
+    for one in listed.evaluations:
+        best = f"{one.best} {one.score.mean:.1%}" if one.score else f"unreadable: {one.unreadable}"
+        verdicts = ", ".join(f"{each.candidate}: {each.verdict}" for each in one.verdicts)
+        versions = ", ".join(each.version for each in one.versions)
+        rows.append((one.evaluation[7:19], one.at[:16], one.n, best, verdicts, versions, one.recalled or ""))
+    title = f"{len(rows)} of {listed.total} evaluations"
     yield table(rows, "evaluation", "at", "requests", "best", "verdicts", "versions", "recalled", title=title)
 
 
-def _draw_one(found: services.evaluations.EvaluationPage) -> Drawn:
+def _draw_one(page: services.evaluations.EvaluationPage) -> Drawn:
     from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
 
-    yield from draw_evaluation(found.summary)
-    if found.verdict is not None:
-        yield from draw_verdict(found.verdict)
-    if found.recalled is not None:
-        yield f"recalled: {found.recalled}", "bold red"
+    yield from draw_evaluation(page.summary)
+    if page.verdict is not None:
+        yield from draw_verdict(page.verdict)
+    if page.recalled is not None:
+        yield f"recalled: {page.recalled}", "bold red"

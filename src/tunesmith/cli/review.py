@@ -80,19 +80,19 @@ def export(here: Acting) -> None:
     here.emit(here.do(services.review.export), _draw_exported)
 
 
-def _draw_filled(found: services.review.FilledQueue) -> Drawn:
-    for why, number in found.found.items():
+def _draw_filled(filled: services.review.FilledQueue) -> Drawn:
+    for why, number in filled.found.items():
         yield f"{why}: {number}"
-    yield f"{found.added} added; {found.waiting} wait for a review"
-    if not found.found:
+    yield f"{filled.added} added; {filled.waiting} wait for a review"
+    if not filled.found:
         yield "nothing is flagged: `tunesmith data quality VERSION` looks for rows to review"
 
 
-def _draw_list(found: services.review.ReviewList) -> Drawn:
-    rows = [(one.item, one.state, one.kind, one.subject, "; ".join(one.why)) for one in found.items]
+def _draw_list(listed: services.review.ReviewList) -> Drawn:
+    rows = [(one.item, one.state, one.kind, one.subject, "; ".join(one.why)) for one in listed.items]
     yield table(rows, "item", "state", "kind", "of", "why")
-    yield f"page {found.page} of {found.pages}; " + ", ".join(f"{n} {name}" for name, n in found.counts.items())
-    for one in found.agreements:
+    yield f"page {listed.page} of {listed.pages}; " + ", ".join(f"{n} {name}" for name, n in listed.counts.items())
+    for one in listed.agreements:
         kappa = "too few or too alike for kappa"
         if one.kappa is not None:
             kappa = f"kappa {one.kappa:.2f}, 95% interval {one.low:.2f} to {one.high:.2f}"

@@ -95,29 +95,29 @@ def _emit_ended(here: Acting, ended: RolloutView) -> int:
     return 3
 
 
-def _draw_all(found: RolloutList) -> Drawn:
-    if not found.rollouts:
+def _draw_all(listed: RolloutList) -> Drawn:
+    if not listed.rollouts:
         yield "no rollouts yet; `tunesmith rollout start VERSION` starts one"
-    for rollout in found.rollouts:
+    for rollout in listed.rollouts:
         yield from _draw(rollout)
-    for warning in dict.fromkeys(one.champion.warning for one in found.rollouts if one.champion):
+    for warning in dict.fromkeys(one.champion.warning for one in listed.rollouts if one.champion):
         if warning is not None:
             yield warning, "bold red"
 
 
-def _draw_course(found: RolloutCourse) -> Drawn:
-    steps = [(one.number, one.says, one.state, one.ended_at or "", one.ended_by or "") for one in found.steps]
+def _draw_course(course: RolloutCourse) -> Drawn:
+    steps = [(one.number, one.says, one.state, one.ended_at or "", one.ended_by or "") for one in course.steps]
     yield table(steps, "step", "what", "state", "ended", "by")
     spans = [
         (one.at[:16], one.stable.requests, one.stable.failed, one.canary.requests, one.canary.failed)
-        for one in found.traffic.spans[-20:]
+        for one in course.traffic.spans[-20:]
     ]
     yield table(spans, "from", "stable", "failed", "canary", "failed", title="requests")
-    for each in found.evidence:
+    for each in course.evidence:
         points = [(one.requests, f"{one.not_worse:.3g}", f"{one.worse:.3g}") for one in each.points]
         yield table(points, "requests", "not worse", "worse", title=f"step {each.step}: {each.outcome}")
         yield f"{each.needed:g} decides; {each.reason}"
-    changes = [(one.at[:19], one.actor, one.action, one.reason) for one in found.changes]
+    changes = [(one.at[:19], one.actor, one.action, one.reason) for one in course.changes]
     yield table(changes, "when", "who", "what", "why")
 
 

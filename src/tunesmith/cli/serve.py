@@ -189,7 +189,7 @@ def _draw_serving(document: Mapping[str, Any]) -> Drawn:
     yield "ctrl-C stops it after the requests under way, a second one at once"
 
 
-def _draw_answer(found: services.answers.ChatAnswer) -> Drawn:
-    yield from printed_text(found.answer)(found)
-    if found.sources:
-        yield f"(from {', '.join(found.sources)})", "dim"
+def _draw_answer(answer: services.answers.ChatAnswer) -> Drawn:
+    yield from printed_text(answer.answer)(answer)
+    if answer.sources:
+        yield f"(from {', '.join(answer.sources)})", "dim"

@@ -26,6 +26,7 @@ from tunesmith import services
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.progress import Task
 from tunesmith.core.text.display import json_text, printable, printable_line
+from tunesmith.core.text.names import Scope
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -120,6 +121,11 @@ class Here:
         from tunesmith.project import open_store
 
         return open_store(self.directory)
+
+    @property
+    def scope(self) -> Scope:
+        """The tenant and region that the command's options name; "" stands for all."""
+        return Scope(self.given["tenant"] or "", self.given["region"] or "")
 
     def emit(self, result: Result, draw: Callable[[Result], Drawn] | str) -> None:
         """Print a command's result on stdout: as JSON, or for a person. draw: makes what is drawn, or is its line."""

@@ -216,24 +216,18 @@ def _warn(here: Acting, user: UserView) -> None:
         say("`tunesmith register` as another engineer signs the same verdict under the next number")
 
 
-def _draw_users(found: UserList) -> Drawn:
+def _draw_users(listed: UserList) -> Drawn:
     rows = (
         (user.user, ", ".join(user.roles), user.tenant, user.region, ", ".join(user.groups), user.active)
-        for user in found.users
+        for user in listed.users
     )
     yield table(rows, "user", "roles", "tenant", "region", "groups", "active")
 
 
-def _draw_tokens(found: TokenList) -> Drawn:
+def _draw_tokens(listed: TokenList) -> Drawn:
     rows = (
-        (
-            each.user,
-            each.name,
-            ", ".join(each.scopes),
-            each.status,
-            *map(_minute, (each.created, each.expires, each.used)),
-        )
-        for each in found.tokens
+        (one.user, one.name, ", ".join(one.scopes), one.status, *map(_minute, (one.created, one.expires, one.used)))
+        for one in listed.tokens
     )
     yield table(rows, "user", "token", "scopes", "status", "created", "expires", "last used")
 
@@ -242,9 +236,9 @@ def _minute(at: str | None) -> str:
     return "never" if at is None else at[:16].replace("T", " ")
 
 
-def _draw_keys(found: services.users.KeyList) -> Drawn:
+def _draw_keys(listed: services.users.KeyList) -> Drawn:
     rows: list[tuple[object, ...]] = [
-        (key.user, key.label, key.fingerprint, key.status, key.until or "", key.private) for key in found.keys
+        (key.user, key.label, key.fingerprint, key.status, key.until or "", key.private) for key in listed.keys
     ]
-    rows += [(key.user, "", key.fingerprint, "proposed", "", False) for key in found.proposed]
+    rows += [(key.user, "", key.fingerprint, "proposed", "", False) for key in listed.proposed]
     yield table(rows, "user", "label", "fingerprint", "status", "until entry", "private")

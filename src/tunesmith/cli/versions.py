@@ -23,7 +23,6 @@ from tunesmith.cli.terminal import (
 )
 from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
-from tunesmith.core.text.names import Scope
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -137,12 +136,11 @@ def verify(
     base FOLDER: Also verify the base model's files.
     lineage_only: Verify only what the version was made from, not the whole store.
     """
-    scope = Scope(tenant or "", region or "")
-    found = services.versions.verify_offline(
-        here.store, version, trust=trust, base=base, lineage_only=lineage_only, scope=scope
+    verification = services.versions.verify_offline(
+        here.store, version, trust=trust, base=base, lineage_only=lineage_only, scope=here.scope
     )
-    here.emit(found, _draw_verification)
-    return 0 if found.ok else 3
+    here.emit(verification, _draw_verification)
+    return 0 if verification.ok else 3
 
 
 def show(
@@ -163,8 +161,8 @@ def show(
     if what is not None:
         if name:
             raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
-        found = services.audit.tree(here.store, what, scope=Scope(tenant or "", region or ""))
-        here.emit(found, _draw_lineage)
+        node = services.audit.tree(here.store, what, scope=here.scope)
+        here.emit(node, _draw_lineage)
         return
     listed = services.versions.list_versions(here.store, name=name, limit=limit)
     if not listed.versions and not here.as_json:
@@ -204,8 +202,8 @@ def notice(here: Here, version: str, *, tenant: Tenant = None, region: Region = 
 
     version: NAME@v3, NAME@champion, or the start of a version's digest.
     """
-    found = services.versions.notice(here.store, version, scope=Scope(tenant or "", region or ""))
-    here.emit(found, printed_text(found.notice))
+    made = services.versions.notice(here.store, version, scope=here.scope)
+    here.emit(made, printed_text(made.notice))
 
 
 def _draw_registered(version: RegisteredVersion) -> Drawn:
@@ -234,13 +232,13 @@ def _draw_decision(done: services.versions.RecordedDecision) -> Drawn:
         yield f"next: tunesmith rollout start {done.version}"
 
 
-def _draw_verification(found: Verification) -> Drawn:
-    for problem in found.problems:
+def _draw_verification(verification: Verification) -> Drawn:
+    for problem in verification.problems:
         yield f"{problem.path}: {problem.reason}", "red"
-    for note in found.notes:
+    for note in verification.notes:
         yield note, "dim"
-    outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
-    yield f"{found.version} {outcome} ({found.checked} files checked)"
+    outcome = "verifies" if verification.ok else f"does not verify: {len(verification.problems)} problems"
+    yield f"{verification.version} {outcome} ({verification.checked} files checked)"
 
 
 def _draw_lineage(node: Node) -> Drawn:
@@ -259,15 +257,15 @@ def _draw_lineage(node: Node) -> Drawn:
             yield trunk
 
 
-def _draw_approvals(found: Approvals) -> Drawn:
-    if found.risk is not None:
-        yield f"risk class {found.risk.risk_class}"
-    if found.approvers:
-        yield f"approved by {', '.join(found.approvers)}"
-    if found.refused_by is not None:
-        yield f"refused by {found.refused_by}: {found.reason}", "red"
-    if found.missing:
-        yield f"it needs {' and '.join(found.missing)}"
+def _draw_approvals(approvals: Approvals) -> Drawn:
+    if approvals.risk is not None:
+        yield f"risk class {approvals.risk.risk_class}"
+    if approvals.approvers:
+        yield f"approved by {', '.join(approvals.approvers)}"
+    if approvals.refused_by is not None:
+        yield f"refused by {approvals.refused_by}: {approvals.reason}", "red"
+    if approvals.missing:
+        yield f"it needs {' and '.join(approvals.missing)}"
 
 
 def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:
@@ -281,12 +279,12 @@ def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:
         _grow(trunk.add(line), node.parents or node.children or ())
 
 
-def _draw_versions(found: VersionList) -> Drawn:
+def _draw_versions(listed: VersionList) -> Drawn:
     rows = []
-    for version in found.versions:
+    for version in listed.versions:
         pointing = ", ".join(
             "/".join(part for part in (alias.alias, alias.tenant, alias.region) if part)
-            for alias in found.aliases
+            for alias in listed.aliases
             if alias.version == version.digest
         )
         scope = "/".join(part for part in (version.tenant, version.region) if part)
@@ -295,8 +293,8 @@ def _draw_versions(found: VersionList) -> Drawn:
         rows.append((marked, short(version.digest), version.signer, scope, pointing))
     if rows:
         yield table(rows, "version", "digest", "signed by", "for", "aliases")
-    if len(rows) < found.total:
-        yield f"the newest {len(rows)} of {found.total}; --limit 0 shows all", "dim"
+    if len(rows) < listed.total:
+        yield f"the newest {len(rows)} of {listed.total}; --limit 0 shows all", "dim"
 
 
 def _draw_export(done: ExportedVersion) -> Drawn:

@@ -16,9 +16,9 @@ def register(app: typer.Typer) -> None:
 
 def list_webhooks(here: Here) -> int:
     """List the webhooks, and the events that did not arrive. Exit code 1: some failed too often and are given up."""
-    found = services.monitoring.list_webhooks(here.project)
-    here.emit(found, _draw_list)
-    return 1 if any(webhook.given_up for webhook in found.webhooks) else 0
+    listed = services.monitoring.list_webhooks(here.project)
+    here.emit(listed, _draw_list)
+    return 1 if any(webhook.given_up for webhook in listed.webhooks) else 0
 
 
 def retry(here: Acting, webhook: str) -> None:
@@ -26,8 +26,8 @@ def retry(here: Acting, webhook: str) -> None:
 
     webhook: Its name in tunesmith.yaml.
     """
-    found = here.do(services.monitoring.retry_webhook)
-    here.emit(found, f"{found.events} events are tried again")
+    retried = here.do(services.monitoring.retry_webhook)
+    here.emit(retried, f"{retried.events} events are tried again")
 
 
 def test(here: Acting, webhook: str) -> int:
@@ -35,20 +35,20 @@ def test(here: Acting, webhook: str) -> int:
 
     webhook: Its name in tunesmith.yaml.
     """
-    found = here.do(services.monitoring.test_webhook)
-    here.emit(found, f"{found.event}: {found.problem or 'arrived'}")
-    return 1 if found.problem else 0
+    tested = here.do(services.monitoring.test_webhook)
+    here.emit(tested, f"{tested.event}: {tested.problem or 'arrived'}")
+    return 1 if tested.problem else 0
 
 
-def _draw_list(found: services.monitoring.WebhookList) -> Drawn:
-    if not found.webhooks:
+def _draw_list(listed: services.monitoring.WebhookList) -> Drawn:
+    if not listed.webhooks:
         yield "no webhooks; `webhooks:` in tunesmith.yaml adds some"
         return
-    rows = [(each.name, each.host, each.waiting, each.given_up) for each in found.webhooks]
+    rows = [(each.name, each.host, each.waiting, each.given_up) for each in listed.webhooks]
     yield table(rows, "webhook", "host", "waiting", "given up")
     failed = [
         (each.webhook, each.type, each.event, f"{each.attempts}{', given up' if each.given_up else ''}", each.error)
-        for each in found.failed
+        for each in listed.failed
     ]
     if failed:
         yield table(failed, "webhook", "type", "event", "attempts", "error")

@@ -55,8 +55,8 @@ async def readyz(request: Request) -> Response:
     serving = serving_of(request)
     checks = {"database": await asyncio.to_thread(_database_answers, serving.store), **parts_that_answer(serving)}
     draining = serving.drain.begun
-    found = Readiness(ready=all(checks.values()) and not draining, draining=draining, **checks)
-    return JSONResponse(found.document(), status_code=200 if found.ready else 503)
+    readiness = Readiness(ready=all(checks.values()) and not draining, draining=draining, **checks)
+    return JSONResponse(readiness.document(), status_code=200 if readiness.ready else 503)
 
 
 @routes.get("/metrics", dependencies=[PUBLIC], response_class=PlainTextResponse)

@@ -45,8 +45,8 @@ def errors(*statuses: int) -> dict[int | str, JsonObject]:
 
 def answers(model: type[BaseModel], *statuses: int, extra: JsonObject = BEARER) -> JsonObject:
     """How a route for tokens describes itself. statuses: of its errors, besides those of tokens (401, 403, 429)."""
-    found = errors(*sorted({401, 403, 429, *statuses}))
-    return {"response_model": model, "responses": found, "openapi_extra": extra}
+    responses = errors(*sorted({401, 403, 429, *statuses}))
+    return {"response_model": model, "responses": responses, "openapi_extra": extra}
 
 
 def body(model: type[BaseModel], in_path: Collection[str] = ()) -> JsonObject:
@@ -57,23 +57,23 @@ def body(model: type[BaseModel], in_path: Collection[str] = ()) -> JsonObject:
         {"name": name, "in": "path", "required": True, "schema": schema["properties"].pop(name)} for name in in_path
     ]
     required = schema["required"] = [name for name in schema.get("required", ()) if name not in in_path]
-    found: JsonObject = {**BEARER, "parameters": parameters} if parameters else {**BEARER}
+    described: JsonObject = {**BEARER, "parameters": parameters} if parameters else {**BEARER}
     if schema["properties"]:
         _schemas[model.__name__] = schema
         content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}}
-        found["requestBody"] = {"required": bool(required), "content": content}
-    return found
+        described["requestBody"] = {"required": bool(required), "content": content}
+    return described
 
 
 def document(routes: Iterable[BaseRoute], version: str) -> JsonObject:
     """The OpenAPI document of routes, as a JSON object."""
-    found = get_openapi(title="Tunesmith", version=version, routes=list(routes), separate_input_output_schemas=False)
-    components = found.setdefault("components", {})
+    api = get_openapi(title="Tunesmith", version=version, routes=list(routes), separate_input_output_schemas=False)
+    components = api.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas.update(_schemas)
-    for operation in [each for path in found["paths"].values() for each in path.values()]:
+    for operation in [each for path in api["paths"].values() for each in path.values()]:
         operation["responses"].pop("422", None)  # FastAPI's own checks; the routes do theirs and answer 400
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    return found
+    return api

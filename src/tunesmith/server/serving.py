@@ -140,9 +140,9 @@ class Serving:
 
 def serving_of(request: Request) -> Serving:
     """The server that received a request."""
-    found = request.app.state.serving
-    assert isinstance(found, Serving)
-    return found
+    serving = request.app.state.serving
+    assert isinstance(serving, Serving)
+    return serving
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -173,12 +173,12 @@ def needs(*scopes: TokenScope) -> Any:
         if b"%00" in request.scope["query_string"]:
             raise bad_request("The address holds a NUL character.")
         serving = serving_of(request)
-        found = await who_has(request)
-        serving.used[found.digest] = time.time()
-        serving.rates.take(request.scope, found.digest, found.user.tenant)
-        request.state.caller = found
-        if scopes and not found.token.permits(*scopes):
-            raise forbidden(f"{capital(found.token.lacks(*scopes))}.", "insufficient_scope")
+        who = await who_has(request)
+        serving.used[who.digest] = time.time()
+        serving.rates.take(request.scope, who.digest, who.user.tenant)
+        request.state.caller = who
+        if scopes and not who.token.permits(*scopes):
+            raise forbidden(f"{capital(who.token.lacks(*scopes))}.", "insufficient_scope")
 
     return Depends(decide)
 
@@ -228,8 +228,8 @@ class Call:
 
 async def call_of(request: Request) -> Call:
     """Who calls, on a route that declares `needs`."""
-    found: Caller = request.state.caller
-    return Call(found.user, found.token, serving_of(request))
+    who: Caller = request.state.caller
+    return Call(who.user, who.token, serving_of(request))
 
 
 Calling = Annotated[Call, Depends(call_of)]

@@ -78,7 +78,7 @@ class TraceMiddleware:
 
 def _of_job(job: ChatJob) -> dict[str, Any]:
     request, route, completion = job.request, job.route, job.completion
-    found: dict[str, Any] = {
+    stated: dict[str, Any] = {
         names.OPERATION: names.CHAT,
         names.PROVIDER: names.SERVICE,
         names.REQUEST_MODEL: request.model[:100],
@@ -95,7 +95,7 @@ def _of_job(job: ChatJob) -> dict[str, Any]:
         names.REGION: job.user.region or None,
     }
     if completion is not None:
-        found[names.FINISH_REASONS] = (completion.finish,)
-        found[names.INPUT_TOKENS] = completion.prompt_tokens
-        found[names.OUTPUT_TOKENS] = completion.completion_tokens
-    return {name: value for name, value in found.items() if value is not None}
+        stated[names.FINISH_REASONS] = (completion.finish,)
+        stated[names.INPUT_TOKENS] = completion.prompt_tokens
+        stated[names.OUTPUT_TOKENS] = completion.completion_tokens
+    return {name: value for name, value in stated.items() if value is not None}

@@ -107,10 +107,10 @@ class FunctionCall(Frozen):
     @field_validator("arguments")
     @classmethod
     def _object(cls, value: str) -> str:
-        found = parse_json(value)  # a ValueError where it is broken
-        if not isinstance(found, dict):
+        parsed = parse_json(value)  # a ValueError where it is broken
+        if not isinstance(parsed, dict):
             raise ValueError("it is not a JSON object")
-        return json.dumps(found, ensure_ascii=False)
+        return json.dumps(parsed, ensure_ascii=False)
 
 
 class Call(Frozen):

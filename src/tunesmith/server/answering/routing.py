@@ -115,14 +115,14 @@ class Router:
 
         def decide(session: Session) -> Caller:
             try:
-                found = authenticate(session, token, now=self._clock())
+                who = authenticate(session, token, now=self._clock())
             except Refused as error:
                 raise unauthorised(f"{error.what}: {error.fix}") from None
-            if found is None:
+            if who is None:
                 raise unauthorised()
-            if not found.user.may("model.use"):
-                raise forbidden(f"{found.user.name} may not use models.")
-            return found
+            if not who.user.may("model.use"):
+                raise forbidden(f"{who.user.name} may not use models.")
+            return who
 
         return self._callers.get(digest_bytes(token.encode()), decide, self._active)
 
@@ -130,8 +130,8 @@ class Router:
         """Who has this token, if that is known already; None where `caller` has to look."""
         return self._callers.known(digest_bytes(token.encode()), self._active)
 
-    def _active(self, found: Caller) -> bool:
-        return found.token.status(self._clock()) == "active"
+    def _active(self, caller: Caller) -> bool:
+        return caller.token.status(self._clock()) == "active"
 
     def route(self, user: User, model: str, key: str) -> Route:
         """The version for a request. key: requests with equal keys get the same arm.
@@ -171,7 +171,7 @@ class Router:
             versions = select(VersionRow).where(VersionRow.tenant.in_(tenants), VersionRow.region.in_(regions))
             rows = session.scalars(versions.order_by(VersionRow.name, VersionRow.number))
             labels = [str(VersionRef(row.name, row.number)) for row in rows]
-        found, away = [], False
+        answering, away = [], False
         for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
             try:
                 if away and self._choices.kept((user.tenant, model), _Choice.holds) is None:
@@ -186,8 +186,8 @@ class Router:
                 away = True
                 continue
             if choice.permission.granted and choice.version.digest not in self._versions.failed:
-                found.append((model, choice.version))
-        return found
+                answering.append((model, choice.version))
+        return answering
 
     def _choice(self, user: User, model: str) -> _Choice:
         if user.region not in ("", self._region):

@@ -110,8 +110,8 @@ def rows(
 
     reason: only rows left out for it. search: only rows with this text.
     """
-    found, actor = datasets.find_dataset(call.store, digest), call.user.name
-    return datasets.list_rows(call.store, found, actor=actor, split=split, reason=reason, search=search, page=page)
+    dataset, actor = datasets.find_dataset(call.store, digest), call.user.name
+    return datasets.list_rows(call.store, dataset, actor=actor, split=split, reason=reason, search=search, page=page)
 
 
 @routes.shows(_DATASET + "/sign-offs", "read", whole=True)
@@ -171,8 +171,8 @@ def lineage(call: Calling, name: Name, number: Number) -> audit.Lineage:
 @routes.shows(_VERSION + "/records/{digest}", "read")
 def record(call: Calling, name: Name, number: Number, digest: Digest) -> audit.RecordDetails:
     """One record of a version's lineage."""
-    found = service.find_version(call.store, call.user, name, number)
-    return audit.record_details(call.store, call.user, found, digest)
+    version = service.find_version(call.store, call.user, name, number)
+    return audit.record_details(call.store, call.user, version, digest)
 
 
 @routes.shows(_VERSION + "/records/{digest}/rows", "read")
@@ -186,15 +186,15 @@ def origins(
     page: Page = 1,
 ) -> audit.OriginPage:
     """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
-    found = service.find_version(call.store, call.user, name, number)
-    return audit.dataset_rows(call.store, call.user, found, digest, split=split, text=search, page=page)
+    version = service.find_version(call.store, call.user, name, number)
+    return audit.dataset_rows(call.store, call.user, version, digest, split=split, text=search, page=page)
 
 
 @routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))
 def document(call: Calling, name: Name, number: Number, document: service.Document) -> Response:
     """The evaluation report, the datasheet of the rows, or the notice of their licences."""
-    found = service.find_version(call.store, call.user, name, number)
-    text = service.document_of(call.store, call.user, found, document, texts=call.token.permits("rows"))
+    version = service.find_version(call.store, call.user, name, number)
+    text = service.document_of(call.store, call.user, version, document, texts=call.token.permits("rows"))
     if document == "report.html":
         return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": REPORT_POLICY})
     return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type="text/markdown")

@@ -46,8 +46,8 @@ answering = APIRouter(prefix="/v1", dependencies=[needs("chat")], route_class=Pl
 @in_turn
 def models(call: Calling) -> ModelList:
     """The models that the caller may use now."""
-    found = call.serving.router.models(call.user)
-    return ModelList(object="list", data=[_model(name, version) for name, version in found])
+    available = call.serving.router.models(call.user)
+    return ModelList(object="list", data=[_model(name, version) for name, version in available])
 
 
 @routes.get("/models/{model:path}", **answers(Model, 404))

@@ -87,11 +87,11 @@ class Changes:
 @routes.get("/console/changes")
 async def changes(request: Request, viewer: Looking) -> StreamingResponse:
     """A stream of events: `state`, `jobs` or `traffic`, whenever that has changed."""
-    found = changes_of(request, viewer)
-    if found.streams[viewer.user.name] >= limits.PAGES:
+    news = changes_of(request, viewer)
+    if news.streams[viewer.user.name] >= limits.PAGES:
         raise ApiError(429, f"You have {limits.PAGES} pages open: close some.")
     headers = {**PRIVATE, "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(found, viewer), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(_events(news, viewer), headers=headers, media_type="text/event-stream")
 
 
 def changes_of(request: Request, viewer: Viewer) -> Changes:
@@ -99,29 +99,29 @@ def changes_of(request: Request, viewer: Viewer) -> Changes:
     state = request.app.state
     if not hasattr(state, "changes"):
         state.changes = Changes(viewer.serving)
-    found: Changes = state.changes
-    return found
+    news: Changes = state.changes
+    return news
 
 
-async def _events(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
-    found.streams[viewer.user.name] += 1
-    found.sessions[viewer.session] += 1
+async def _events(news: Changes, viewer: Viewer) -> AsyncIterator[str]:
+    news.streams[viewer.user.name] += 1
+    news.sessions[viewer.session] += 1
     try:
-        async for event in _told(found, viewer):
+        async for event in _told(news, viewer):
             yield event
     finally:
-        found.streams[viewer.user.name] -= 1
-        found.sessions[viewer.session] -= 1
+        news.streams[viewer.user.name] -= 1
+        news.sessions[viewer.session] -= 1
 
 
-async def _told(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
-    known = list(found.numbers)
+async def _told(news: Changes, viewer: Viewer) -> AsyncIterator[str]:
+    known = list(news.numbers)
     yield ": open\n\n"
-    while not found.serving.drain.begun:
-        now = await found.after(known)
+    while not news.serving.drain.begun:
+        now = await news.after(known)
         if now != known:  # viewers fetch their pages again when they hear of it: not all at the same moment
-            await asyncio.sleep(random.random() * _APART * found.streams.total())
-        told = now != known and viewer.session in found.open
+            await asyncio.sleep(random.random() * _APART * news.streams.total())
+        told = now != known and viewer.session in news.open
         if not told and not await asyncio.to_thread(sessions.open_among, viewer.store, [viewer.session]):
             return
         changed = [topic for topic, a, b in zip(TOPICS, known, now, strict=True) if a != b]

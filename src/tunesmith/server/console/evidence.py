@@ -51,24 +51,24 @@ CHANGES = {"loss": "loss", "win": "win", "differs": "others differ", "same": "al
 @routes.shows(_AT)
 def listed(viewer: Looking, page: Page = 1) -> Response:
     """The evaluations that this person may see, newest first."""
-    found = evaluations.list_evaluations(viewer.store, viewer.user, page)
-    last = pages(found.total, evaluations.LISTED)
-    return viewer.page("evidence.html.jinja", found=found, page=page, last=last)
+    listed = evaluations.list_evaluations(viewer.store, viewer.user, page)
+    last = pages(listed.total, evaluations.LISTED)
+    return viewer.page("evidence.html.jinja", listed=listed, page=page, last=last)
 
 
 @routes.shows(_AT + "/{digest}")
 def one(viewer: Looking, digest: str, verdict: str = "") -> Response:
     """One evaluation. What it showed is fetched by the page: computing it for the first time takes seconds."""
-    return viewer.page("evidence_evaluation.html.jinja", found=shown(viewer, digest, verdict), digest=digest)
+    return viewer.page("evidence_evaluation.html.jinja", evaluation=shown(viewer, digest, verdict), digest=digest)
 
 
 @routes.shows(_AT + "/{digest}/findings")
 def findings(viewer: Looking, digest: str, verdict: str = "") -> Response:
     """The sections of the report, without requests and answers. Computing them takes seconds."""
     judged = verdict and _full(verdict)
-    found = evaluations.show_findings(viewer.store, viewer.user, _full(digest), judged)
-    chosen = urlencode({"focus": found.focus, "rival": found.rival or ""})
-    return private(report_sections(found, f"{_AT}/{digest}/requests?{chosen}"))
+    report = evaluations.show_findings(viewer.store, viewer.user, _full(digest), judged)
+    chosen = urlencode({"focus": report.focus, "rival": report.rival or ""})
+    return private(report_sections(report, f"{_AT}/{digest}/requests?{chosen}"))
 
 
 @routes.shows(_AT + "/{digest}/requests")
@@ -76,24 +76,24 @@ def requests(viewer: Looking, request: Request, digest: str, page: Page = 1) -> 
     """The page of the matrix. What it shows is fetched by it: reading many rows for the first time takes seconds."""
     viewer.user.require(READ_PERMISSION)
     query = urlencode({**_chosen(request), "page": page})
-    return viewer.page("evidence_requests.html.jinja", found=shown(viewer, digest), digest=digest, query=query)
+    return viewer.page("evidence_requests.html.jinja", evaluation=shown(viewer, digest), digest=digest, query=query)
 
 
 @routes.shows(_AT + "/{digest}/matrix")
 def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Response:
     """The filters, and a page of the requests with every candidate's answer."""
     region, first = viewer.serving.settings.region, (page - 1) * _ROWS
-    found = answers.show_requests(viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS)
-    query = urlencode({key: value for key, value in found.filter.items() if value})
+    chosen = answers.show_requests(viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS)
+    query = urlencode({key: value for key, value in chosen.filter.items() if value})
     response = viewer.page(
         "evidence_matrix.html.jinja",
-        found=found,
+        matrix=chosen,
         digest=digest,
         query=query,
         shown=SHOWN,
         changes=CHANGES,
         page=page,
-        pages=pages(found.chosen, _ROWS),
+        pages=pages(chosen.chosen, _ROWS),
     )
     response.headers["HX-Replace-Url"] = f"{_AT}/{digest}/requests?{query}&page={page}"
     return response
@@ -103,9 +103,9 @@ def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Re
 def opened(viewer: Looking, request: Request, digest: str, row: str, compared: str = answers.REFERENCE) -> Response:
     """One request: answers side by side, their differences, and what was retrieved."""
     chosen, region = _chosen(request), viewer.serving.settings.region
-    found = answers.show_request(viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
-    query, page = urlencode(chosen), (found.place or 0) // _ROWS + 1
-    return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen, page=page)
+    one = answers.show_request(viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
+    query, page = urlencode(chosen), (one.place or 0) // _ROWS + 1
+    return viewer.page("evidence_request.html.jinja", opened=one, digest=digest, query=query, chosen=chosen, page=page)
 
 
 def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | None:
@@ -115,15 +115,15 @@ def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | Non
     """
     if not viewer.user.may(READ_PERMISSION):
         return None
-    found = evaluations.compare_versions(viewer.store, viewer.user, version, before)
-    if found is None or not found.rival:
+    pair = evaluations.compare_versions(viewer.store, viewer.user, version, before)
+    if pair is None or not pair.rival:
         return None
-    chosen = urlencode({"focus": found.focus, "rival": found.rival, "show": "losses"})
-    here = f"{_AT}/{found.evaluation[7:]}"
+    chosen = urlencode({"focus": pair.focus, "rival": pair.rival, "show": "losses"})
+    here = f"{_AT}/{pair.evaluation[7:]}"
     return {
         "requests": f"{here}/requests?{chosen}",
-        "against": f"{found.against} ({found.rival})" if found.against else found.rival,
-        "evaluation": f"{here}?verdict={found.verdict[7:]}",
+        "against": f"{pair.against} ({pair.rival})" if pair.against else pair.rival,
+        "evaluation": f"{here}?verdict={pair.verdict[7:]}",
     }
 
 
@@ -224,7 +224,7 @@ def _ask(viewer: Viewer, choice: Choice, question: str, stopped: Callable[[], bo
             answerer = serving.versions.answerer(choice.version)
         else:
             answerer = serving.versions.without_weights(choice.digest)
-        found = answers.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS, stopped=stopped)
+        answer = answers.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS, stopped=stopped)
     except Stopped as error:
         return Tried(choice.name, "", False, (), str(error))
     except TunesmithError as error:
@@ -232,4 +232,4 @@ def _ask(viewer: Viewer, choice: Choice, question: str, stopped: Callable[[], bo
     except Exception:  # noqa: BLE001 - the engine failed on this question alone
         LOG.exception("the engine failed on a question of the playground")
         return Tried(choice.name, "", False, (), "the engine failed on this question; the server's log says why")
-    return Tried(choice.name, found.answer, found.finish == "length", found.sources, "")
+    return Tried(choice.name, answer.answer, answer.finish == "length", answer.sources, "")

@@ -31,13 +31,13 @@ def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page:
     filters = {"state": state, "kind": kind, "by": by}
     given = {name: value for name, value in filters.items() if value}
     chosen: dict[str, Any] = {"states": [state] if state else (), "kinds": [kind] if kind else (), "by": by or None}
-    found = jobs.list_jobs(viewer.store, viewer.user, **chosen, first=(page - 1) * _PAGE, most=_PAGE)
+    listed = jobs.list_jobs(viewer.store, viewer.user, **chosen, first=(page - 1) * _PAGE, most=_PAGE)
     return viewer.page(
         "jobs.html.jinja",
-        jobs=found.jobs,
-        total=found.total,
+        jobs=listed.jobs,
+        total=listed.total,
         page=page,
-        last=pages(found.total, _PAGE),
+        last=pages(listed.total, _PAGE),
         filters=filters,
         given=given,
         here="/console/jobs?" + (urlencode(given) + "&" if given else ""),
@@ -100,21 +100,21 @@ def _shown(setting: Setting) -> str:
 
 def charts(curves: JobCurves) -> list[Chart]:
     """A chart of the losses and, where answers were scored, one of the scores, for each training."""
-    found = []
+    drawn = []
     for each in curves.trainings:
         metric = each.metric or "score"
         losses = (_line("training loss", each, "loss", 1), _line("validation loss", each, "validation_loss", 2))
         scores = _line(metric, each, "score", 1)
         if filled := [line for line in losses if line.points]:
-            found.append(chart(f"{each.name}: loss", filled, x="step", y="loss"))
+            drawn.append(chart(f"{each.name}: loss", filled, x="step", y="loss"))
         if scores.points:
             title = f"{each.name}: {metric} on validation rows"
-            found.append(chart(title, [scores], x="step", y=metric, scale="share"))
-    return found
+            drawn.append(chart(title, [scores], x="step", y=metric, scale="share"))
+    return drawn
 
 
 def _line(label: str, training: TrainingCurve, field: str, colour: int) -> Line:
-    points = {float(point.step): found for point in training.points if (found := getattr(point, field)) is not None}
+    points = {float(point.step): y for point in training.points if (y := getattr(point, field)) is not None}
     return Line(label, points, colour, dashed=colour > 1)
 
 

@@ -208,10 +208,10 @@ def client_secret(login: LoginSettings) -> str:
 
 def _remembered(cookie: str) -> JsonObject:
     try:
-        found = json.loads(base64.urlsafe_b64decode(cookie))
+        remembered = json.loads(base64.urlsafe_b64decode(cookie))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return remembered if isinstance(remembered, dict) else {}
 
 
 def _name(login: LoginSettings) -> str:

@@ -26,20 +26,20 @@ Search = Annotated[str, Query(max_length=200)]
 @routes.shows("/")
 def home(viewer: Looking) -> Response:
     """What serves, rollouts in progress and what needs action, for this person's tenant and region."""
-    found = service.home(viewer.store, viewer.user.name, viewer.serving.project)
+    overview = service.home(viewer.store, viewer.user.name, viewer.serving.project)
     newest = jobs.list_jobs(viewer.store, viewer.user, most=_JOBS)
     said = {True: "answers", False: "does not answer"}
     parts = parts_that_answer(viewer.serving)
-    health = [*(PartHealth(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *found.health]
-    return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, job_total=newest.total, health=health)
+    health = [*(PartHealth(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *overview.health]
+    return viewer.page("home.html.jinja", home=overview, jobs=newest.jobs, job_total=newest.total, health=health)
 
 
 @routes.shows("/console/due")
 def due(viewer: Looking) -> Response:
     """What measurements of traffic and files say is due. They may take seconds, so the page asks for them apart."""
     project = viewer.serving.project
-    found = service.due(project, viewer.user.name) if project is not None else ()
-    return viewer.page("home_waiting.html.jinja", waiting=found)
+    waiting = service.due(project, viewer.user.name) if project is not None else ()
+    return viewer.page("home_waiting.html.jinja", waiting=waiting)
 
 
 @routes.shows(_ROOT)
@@ -63,9 +63,9 @@ def drift(viewer: Looking) -> Response:
     project = viewer.serving.project
     if project is None:
         raise ApiError(409, "This server runs without a project file, which says what drift is.")
-    found = monitoring.drift(project, texts=viewer.user.may("row.review"))
+    measured = monitoring.drift(project, texts=viewer.user.may("row.review"))
     due = None if project.settings.retraining is None else monitoring.look(project)
-    return viewer.page("operations_drift.html.jinja", found=found, due=due)
+    return viewer.page("operations_drift.html.jinja", drift=measured, due=due)
 
 
 @routes.shows(_ROOT + "/recall")
@@ -73,15 +73,15 @@ def recall_status(viewer: Looking, cause: Text) -> Response:
     """Whether something that was recalled is gone."""
     viewer.require_everything()
     kind, _, value = cause.partition(" ")
-    found = monitoring.recall_status_of(viewer.store, kind, value)
-    return viewer.page("operations_recall.html.jinja", found=found)
+    status = monitoring.recall_status_of(viewer.store, kind, value)
+    return viewer.page("operations_recall.html.jinja", status=status)
 
 
 @routes.shows(_ROOT + "/impact")
 def impact(viewer: Looking, base: Text) -> Response:
     """What depends on a base."""
     viewer.require_everything()
-    return viewer.page("operations_impact.html.jinja", found=monitoring.impact(viewer.store, base.strip()))
+    return viewer.page("operations_impact.html.jinja", impact=monitoring.impact(viewer.store, base.strip()))
 
 
 @routes.shows(_ROOT + "/audit")
@@ -89,10 +89,10 @@ def audit_log(viewer: Looking, search: Search = "", page: Page = 1) -> Response:
     """Who did what, the newest first."""
     viewer.require_everything()
     search, skip = search.strip(), (page - 1) * _ENTRIES
-    found = audit.show_audit(viewer.store, containing=search, skip=skip, limit=_ENTRIES)
-    last = pages(found.total, _ENTRIES)
-    entries = found.entries[::-1]
-    return viewer.page("audit.html.jinja", entries=entries, total=found.total, search=search, page=page, last=last)
+    log = audit.show_audit(viewer.store, containing=search, skip=skip, limit=_ENTRIES)
+    last = pages(log.total, _ENTRIES)
+    entries = log.entries[::-1]
+    return viewer.page("audit.html.jinja", entries=entries, total=log.total, search=search, page=page, last=last)
 
 
 @routes.shows(_ROOT + "/people")
@@ -112,9 +112,9 @@ def people(viewer: Looking) -> Response:
 @routes.shows("/console/keys")
 def own_keys(viewer: Looking) -> Response:
     """The person's keys, and for admins those of others that wait."""
-    found = list_keys(viewer.store, viewer.user).proposed
-    own = [key for key in found if key.user == viewer.user.name]
-    others = [key for key in found if key.user != viewer.user.name] if is_admin(viewer.user) else None
+    waiting = list_keys(viewer.store, viewer.user).proposed
+    own = [key for key in waiting if key.user == viewer.user.name]
+    others = [key for key in waiting if key.user != viewer.user.name] if is_admin(viewer.user) else None
     return viewer.page("keys.html.jinja", own=own, others=others)
 
 
@@ -122,8 +122,8 @@ def own_keys(viewer: Looking) -> Response:
 def answers(viewer: Looking) -> Response:
     """Answers that wait for a reviewer, by deadline, and those that were decided, until they are deleted."""
     viewer.user.require("answer.review")  # others read theirs by /api/held
-    found = review.list_held(viewer.store, viewer.user, everything=True).held
-    return viewer.page("operations_held.html.jinja", held=found, most=review.LISTED)
+    held = review.list_held(viewer.store, viewer.user, everything=True).held
+    return viewer.page("operations_held.html.jinja", held=held, most=review.LISTED)
 
 
 @routes.shows(_ROOT + "/held/{identifier}")

@@ -38,8 +38,8 @@ _COURSES: WeakKeyDictionary[FastAPI, Shared[str]] = WeakKeyDictionary()
 @routes.shows("/console/versions")
 def version_list(viewer: Looking, q: Text = "", state: Text = "", page: Page = 1) -> Response:
     """The versions that the person may see, the newest first."""
-    found = versions.page_of_versions(viewer.store, viewer.user, text=q, state=state, page=page)
-    return viewer.page("versions.html.jinja", found=found, q=q, state=state, states=versions.STATES)
+    listed = versions.page_of_versions(viewer.store, viewer.user, text=q, state=state, page=page)
+    return viewer.page("versions.html.jinja", listed=listed, q=q, state=state, states=versions.STATES)
 
 
 @routes.shows(_VERSION)
@@ -48,7 +48,7 @@ def one_version(viewer: Looking, request: Request, name: Name, number: Number) -
     version = versions.find_version(viewer.store, viewer.user, name, number)
     return viewer.page(
         "version.html.jinja",
-        found=versions.details(viewer.store, viewer.user, version),
+        details=versions.details(viewer.store, viewer.user, version),
         lineage=audit.lineage(viewer.store, version),
         server=f"{request.url.scheme}://{request.url.netloc}",
         options=version.scope.options(),
@@ -64,11 +64,11 @@ def record(
     """A record of a version's lineage; of a dataset also its rows with their licences."""
     store, user = viewer.store, viewer.user
     version, rows = versions.find_version(store, user, name, number), None
-    found = audit.record_details(store, user, version, digest)
-    if found.kind == "dataset":
+    details = audit.record_details(store, user, version, digest)
+    if details.kind == "dataset":
         rows = audit.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
     at = viewer.path.rpartition("/records/")[0]
-    return viewer.page("record.html.jinja", found=found, rows=rows, version=version, at=at, split=split, q=q)
+    return viewer.page("record.html.jinja", details=details, rows=rows, version=version, at=at, split=split, q=q)
 
 
 @routes.shows(_VERSION + "/{document}")
@@ -105,22 +105,22 @@ class Shared(Generic[Value]):
 @routes.shows(_ROLLOUTS)
 def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
     """The rollouts of this person's tenant and region, newest first. version: label of one to start with."""
-    found = rollouts.list_page(viewer.store, viewer.user, page)
+    listed = rollouts.list_page(viewer.store, viewer.user, page)
     project = viewer.serving.project
     if project is None or not viewer.user.may("rollout.start"):
-        return viewer.page("rollouts.html.jinja", found=found, startable=None, chosen=version)
+        return viewer.page("rollouts.html.jinja", listed=listed, startable=None, chosen=version)
     startable = rollouts.startable(project, viewer.user)
-    return viewer.page("rollouts.html.jinja", found=found, startable=startable, chosen=version)
+    return viewer.page("rollouts.html.jinja", listed=listed, startable=startable, chosen=version)
 
 
 @routes.shows(_ROLLOUTS + "/{number}")
 def one_rollout(viewer: Looking, number: int) -> Response:
     """One rollout: where it stands, its steps, what may be done, and who did what."""
-    found = rollouts.one_visible_to(viewer.store, viewer.user, number, judged=False)
-    before = found.stable.digest if found.stable else ""
-    losses = lost(viewer, found.canary.digest, before) if found.canary else None
+    one = rollouts.one_visible_to(viewer.store, viewer.user, number, judged=False)
+    before = one.stable.digest if one.stable else ""
+    losses = lost(viewer, one.canary.digest, before) if one.canary else None
     progress = rollouts.progress(viewer.store, number)
-    return viewer.page("rollout.html.jinja", one=found, progress=progress, losses=losses)
+    return viewer.page("rollout.html.jinja", one=one, progress=progress, losses=losses)
 
 
 @routes.get(_ROLLOUTS + "/{number}/course")
@@ -128,10 +128,10 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
     """The part of a rollout's page that changes with traffic: made once for everybody who looks at it."""
 
     def made() -> str:
-        found = rollouts.course(viewer.store, number)
-        shown = [(each, evidence_charts(each)) for each in reversed(found.evidence)]
-        charts = traffic_charts(found.traffic)
-        shares = {"traffic": found.traffic, "charts": charts, "evidence": shown, "number": number}
+        rollout = rollouts.course(viewer.store, number)
+        shown = [(each, evidence_charts(each)) for each in reversed(rollout.evidence)]
+        charts = traffic_charts(rollout.traffic)
+        shares = {"traffic": rollout.traffic, "charts": charts, "evidence": shown, "number": number}
         return rendered("rollout_course.html.jinja", shares)
 
     await viewer.run(partial(rollouts.one_visible_to, viewer.store, viewer.user, number, judged=False))
@@ -140,15 +140,15 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
     return private(await shared.get((number, seen), partial(viewer.run, made)))
 
 
-def traffic_charts(found: Traffic) -> list[Chart]:
+def traffic_charts(traffic: Traffic) -> list[Chart]:
     """Requests, failures and scores of both arms over time; [] without requests."""
-    if not found.spans:
+    if not traffic.spans:
         return []
-    times = [datetime.fromisoformat(span.at).timestamp() for span in found.spans]
-    per = "minute" if found.minutes == 1 else f"{found.minutes} minutes"
+    times = [datetime.fromisoformat(span.at).timestamp() for span in traffic.spans]
+    per = "minute" if traffic.minutes == 1 else f"{traffic.minutes} minutes"
 
     def lines(what: str) -> list[Line]:
-        spans = list(zip(times, found.spans, strict=True))
+        spans = list(zip(times, traffic.spans, strict=True))
         return [
             Line(arm, {at: getattr(getattr(span, arm), what) for at, span in spans}, colour, dashed=arm == "stable")
             for arm, colour in ARMS
@@ -159,19 +159,20 @@ def traffic_charts(found: Traffic) -> list[Chart]:
         for title, what in (("Requests", "requests"), ("Failed requests", "failed"))
     ]
     score = lines("score")
-    scored = any(y is not None for line in score for y in line.points.values())
-    return [*shown, chart(f"Mean {found.metric}", score, x="time", y=found.metric, scale="share")] if scored else shown
+    if any(y is not None for line in score for y in line.points.values()):
+        shown.append(chart(f"Mean {traffic.metric}", score, x="time", y=traffic.metric, scale="share"))
+    return shown
 
 
-def evidence_charts(found: Evidence) -> list[Chart]:
+def evidence_charts(step: Evidence) -> list[Chart]:
     """The e-values against the one that decides, and both means, as the step's requests came; [] without requests."""
-    points = found.points
+    points = step.points
     if not points:
         return []
     evidence = [
         Line("not worse", {point.requests: max(point.not_worse, _LEAST) for point in points}, GOOD),
         Line("worse", {point.requests: max(point.worse, _LEAST) for point in points}, BAD, dashed=True),
-        Line(f"{found.needed:.3g} decides", {point.requests: found.needed for point in points}, 0, dashed=True),
+        Line(f"{step.needed:.3g} decides", {point.requests: step.needed for point in points}, 0, dashed=True),
     ]
     means = [
         Line(arm, {point.requests: getattr(point, arm) for point in points}, colour, dashed=arm == "stable")
@@ -179,5 +180,5 @@ def evidence_charts(found: Evidence) -> list[Chart]:
     ]
     return [
         chart("Evidence (e-values, logarithmic)", evidence, x="request", y="e-value", scale="log"),
-        chart(f"Mean {found.metric} so far", means, x="request", y=found.metric, scale="share"),
+        chart(f"Mean {step.metric} so far", means, x="request", y=step.metric, scale="share"),
     ]

@@ -90,14 +90,14 @@ def when(at: float | str | None) -> Markup | str:
     """A time as an element, whose text `console.js` makes "12 min ago" where it is near."""
     if at is None:
         return "–"
-    found = _time(at)
-    full = found.strftime("%Y-%m-%d %H:%M:%S UTC")
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(found.isoformat(), full, moment(at))
+    moved = _time(at)
+    full = moved.strftime("%Y-%m-%d %H:%M:%S UTC")
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(moved.isoformat(), full, moment(at))
 
 
 def _time(at: float | str) -> datetime:
-    found = datetime.fromtimestamp(at, UTC) if isinstance(at, float | int) else datetime.fromisoformat(at)
-    return found.astimezone(UTC)
+    time = datetime.fromtimestamp(at, UTC) if isinstance(at, float | int) else datetime.fromisoformat(at)
+    return time.astimezone(UTC)
 
 
 def many(number: int, noun: str) -> str:
@@ -124,7 +124,7 @@ def percent(share: float | None) -> str:
 
 @cache
 def _environment() -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("tunesmith.server.console", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -133,10 +133,10 @@ def _environment() -> Environment:
         finalize=_shown,
     )
     filters = (audit_words, count, duration, gigabytes, json_text, many, moment, percent, scope, short, when)
-    found.filters.update({each.__name__: each for each in filters})
-    parts = vars(found.get_template("parts.html.jinja").module)
-    found.globals.update(parts, asset=asset, pages=PAGES)
-    return found
+    environment.filters.update({each.__name__: each for each in filters})
+    parts = vars(environment.get_template("parts.html.jinja").module)
+    environment.globals.update(parts, asset=asset, pages=PAGES)
+    return environment
 
 
 def _shown(value: Any) -> Any:

@@ -52,7 +52,7 @@ async def _perform(action: Action[Any, Any], request: Request, viewer: Changing)
     if has_template(template):
         return viewer.page(template, done=done)
     shown = {name: "" if value is None else str(value) for name, value in dict(done).items()}
-    following = FIELD.sub(lambda found: shown.get(found[1], ""), field(given, "next"))
+    following = FIELD.sub(lambda name: shown.get(name[1], ""), field(given, "next"))
     return gone_to(request, local_page(following.rstrip("/")))
 
 
@@ -62,14 +62,14 @@ def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[st
     Text for a number becomes one. A field `changes.my.lora.rank` is the key `rank` of the key `my.lora` of the field
     `changes`. Raises UsageError where a field is both a text and keys.
     """
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, texts in given.items():
         values = [text.replace("\r\n", "\n") for text in texts]
         if name in _OF_THE_FORM or values == [""]:
             continue
         first, *inside = name.split(".", 1)
         *path, last = [first, *(part for each in inside for part in each.rsplit(".", 1))]
-        inner = found
+        inner = fields
         for part in path:
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
@@ -77,7 +77,7 @@ def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[st
         kinds = set[str]() if path else _kinds(model).get(last, set())
         number = "integer" in kinds and len(values[0]) < 20 and values[0].isascii() and values[0].isdecimal()
         inner[last] = values if "array" in kinds else int(values[0]) if number else values[0]
-    return found
+    return fields
 
 
 @cache

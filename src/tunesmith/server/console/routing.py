@@ -93,26 +93,26 @@ async def viewer(request: Request) -> Viewer:
     """Who looks. Raises NotLoggedIn without a session."""
     serving = serving_of(request)
     sent = request.cookies.get(SECURE_COOKIE) or request.cookies.get(COOKIE, "")
-    found = await asyncio.to_thread(sessions.continue_session, serving.store, sent) if sent else None
-    if found is None:
+    session = await asyncio.to_thread(sessions.continue_session, serving.store, sent) if sent else None
+    if session is None:
         raise NotLoggedIn
     region = serving.settings.region
-    if found.user.region not in ("", region):
+    if session.user.region not in ("", region):
         where = f"the region {region}" if region else "no region"
-        raise ApiError(403, f"You may act for the region {found.user.region}, this server is for {where}.")
-    request.state.new_cookie = found.secret
-    return Viewer(found.user, found.id, serving, request.url.path)
+        raise ApiError(403, f"You may act for the region {session.user.region}, this server is for {where}.")
+    request.state.new_cookie = session.secret
+    return Viewer(session.user, session.id, serving, request.url.path)
 
 
 @decides("session")
 async def changing_viewer(request: Request) -> Viewer:
     """Who changes something. Raises NotLoggedIn without a session, ApiError 403 for a form that is not of its pages."""
     check_origin(request)
-    found = await viewer(request)
+    person = await viewer(request)
     sent = request.headers.get("x-csrf") or field(await form(request), "csrf")
-    if not hmac.compare_digest(sent.encode(), found.csrf.encode()):
+    if not hmac.compare_digest(sent.encode(), person.csrf.encode()):
         raise ApiError(403, "This form is not of your session. Load the page again.")
-    return found
+    return person
 
 
 async def form(request: Request) -> dict[str, list[str]]:
@@ -126,8 +126,8 @@ async def form(request: Request) -> dict[str, list[str]]:
             request.state.form = parse_qs(data.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
         except ValueError as error:
             raise bad_request("The form cannot be read.", code="invalid_form") from error
-    found: dict[str, list[str]] = request.state.form
-    return found
+    fields: dict[str, list[str]] = request.state.form
+    return fields
 
 
 def field(given: Mapping[str, Sequence[str]], name: str) -> str:

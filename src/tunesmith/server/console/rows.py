@@ -23,21 +23,21 @@ def listed(viewer: Looking, page: int = 1) -> Response:
     """All dataset versions, newest first."""
     if not viewer.user.scope.unlimited:
         return viewer.page("rows_none.html.jinja")
-    return viewer.page("rows.html.jinja", found=datasets.list_datasets(viewer.store, page))
+    return viewer.page("rows.html.jinja", listed=datasets.list_datasets(viewer.store, page))
 
 
 @routes.shows("/console/rows/compare")
 def compare(viewer: Looking, before: str = "", after: str = "") -> Response:
     """What differs between two dataset versions."""
     first, second = _digest(viewer, before), _digest(viewer, after)
-    found = datasets.difference(viewer.store, first, second)
+    difference = datasets.difference(viewer.store, first, second)
     texts: dict[str, dict[str, datasets.FoundRow]] = {"before": {}, "after": {}}
     if viewer.user.may("row.read"):
-        gone = [*(one.before for one in found.changed[:_SHOWN]), *found.removed[:_SHOWN]]
-        come = [*(one.after for one in found.changed[:_SHOWN]), *found.added[:_SHOWN]]
+        gone = [*(one.before for one in difference.changed[:_SHOWN]), *difference.removed[:_SHOWN]]
+        come = [*(one.after for one in difference.changed[:_SHOWN]), *difference.added[:_SHOWN]]
         for side, digest, ids in (("before", first, gone), ("after", second, come)):
             texts[side] = datasets.rows_by_id(viewer.store, digest, ids, actor=viewer.user.name)
-    return viewer.page("rows_compare.html.jinja", found=found, texts=texts, most=_SHOWN)
+    return viewer.page("rows_compare.html.jinja", difference=difference, texts=texts, most=_SHOWN)
 
 
 @routes.shows("/console/rows/review")
@@ -48,8 +48,8 @@ def review_queue(
     viewer.require_everything()
     chosen, who = state if state in _STATES else "waiting", viewer.user.name
     first = review.next_item(viewer.store, actor=who)
-    found = review.list_items(viewer.store, state=chosen, page=page, actor=who)
-    return viewer.page("review.html.jinja", found=found, state=chosen, states=_STATES, first=first, added=added)
+    listed = review.list_items(viewer.store, state=chosen, page=page, actor=who)
+    return viewer.page("review.html.jinja", listed=listed, state=chosen, states=_STATES, first=first, added=added)
 
 
 @routes.shows("/console/rows/review/{number}")

@@ -178,11 +178,11 @@ def files(
     if order not in (None, "asc", "desc"):
         raise bad_request("order must be asc or desc.", "order")
     with _stored():
-        found = uploads.list_files(
+        listed = uploads.list_files(
             call.store, call.user.scope, purpose=purpose, after=after, most=most + 1, oldest_first=order == "asc"
         )
-    data = tuple(file_object(each) for each in found[:most])
-    return FileList(object="list", data=data, has_more=len(found) > most, **ends(data))
+    data = tuple(file_object(each) for each in listed[:most])
+    return FileList(object="list", data=data, has_more=len(listed) > most, **ends(data))
 
 
 @routes.get("/{file}", **answers(FileObject, 404))
@@ -232,10 +232,10 @@ def _allow(call: Call, action: str) -> None:
 def _found(call: Call, file: str) -> FileRow:
     _allow(call, "file.read")
     with _stored():
-        found = uploads.find(call.store, file, call.user.scope)
-    if found is None:
+        stored = uploads.find(call.store, file, call.user.scope)
+    if stored is None:
         raise no_such_file(file)
-    return found
+    return stored
 
 
 def no_such_file(file: str) -> ApiError:

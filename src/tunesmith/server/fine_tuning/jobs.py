@@ -86,9 +86,9 @@ def jobs(
         matched[1]: value for name, value in request.query_params.multi_items() if (matched := _FILTER.fullmatch(name))
     }
     wanted = pairs if metadata is None else None
-    found = service.list_fine_tuning(call.store, call.user, before=before, most=most + 1, metadata=wanted)
-    data = tuple(job_object(each, call.serving.project) for each in found[:most])
-    return objects.FineTuningJobList(object="list", data=data, has_more=len(found) > most)
+    listed = service.list_fine_tuning(call.store, call.user, before=before, most=most + 1, metadata=wanted)
+    data = tuple(job_object(each, call.serving.project) for each in listed[:most])
+    return objects.FineTuningJobList(object="list", data=data, has_more=len(listed) > most)
 
 
 @routes.get("/{job}", **answers(FineTuningJob, 404))
@@ -132,20 +132,20 @@ def events(
     ended. The header Last-Event-ID continues a stream after that event.
     """
     most = objects.page_limit(limit, _PAGE["events"], _MOST)
-    found = _found(call, job)
+    row = _found(call, job)
     if stream not in (None, "false", "true"):
         raise bad_request("stream must be true or false.", "stream")
-    lines = service.log(call.store, found.id, call.user).lines
+    lines = service.log(call.store, row.id, call.user).lines
     if stream == "true":
         if after is not None or limit is not None:
             raise bad_request("stream=true takes no after and no limit: these are for pages.", "stream")
         known = request.headers.get("last-event-id")
-        last = 0 if known is None else _number_of(found, lines, known, "Last-Event-ID")
-        return _stream(request, call, found, last)
+        last = 0 if known is None else _number_of(row, lines, known, "Last-Event-ID")
+        return _stream(request, call, row, last)
     if after is not None:
-        before = _number_of(found, lines, after, "after")
+        before = _number_of(row, lines, after, "after")
         lines = tuple(line for line in lines if line.number < before)
-    data = tuple(event_object(found, line) for line in lines[::-1][:most])
+    data = tuple(event_object(row, line) for line in lines[::-1][:most])
     return objects.FineTuningEventList(object="list", data=data, has_more=len(lines) > most)
 
 
@@ -163,8 +163,8 @@ async def _changed(call: Call, identifier: str, change: Action[ChangeJob, JobVie
     look = partial(_found, call, identifier)
     try:
         change.check(user)
-        found = await serving.listing.run(user.name, look)
-        await serving.perform(change, ChangeJob(job=found.id), user)
+        row = await serving.listing.run(user.name, look)
+        await serving.perform(change, ChangeJob(job=row.id), user)
     except Forbidden as error:
         raise forbidden(sentence(error)) from error
     except Refused as error:
@@ -176,11 +176,11 @@ async def _changed(call: Call, identifier: str, change: Action[ChangeJob, JobVie
 
 def _found(call: Call, identifier: str) -> JobRow:
     """A job of the caller's scope. Raises ApiError 404."""
-    found = service.find_fine_tuning(call.store, identifier, call.user)
-    if found is None:
+    row = service.find_fine_tuning(call.store, identifier, call.user)
+    if row is None:
         message = f"Could not find fine tune: {identifier[: limits.SHOWN]}"
         raise ApiError(404, message, "fine_tune_not_found", "fine_tuning_job_id")
-    return found
+    return row
 
 
 def _number_of(job: JobRow, lines: Sequence[LogLine], event: str, field: str) -> int:

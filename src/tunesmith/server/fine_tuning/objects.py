@@ -299,7 +299,7 @@ def checkpoint_objects(job: JobRow) -> list[Checkpoint]:
     if job.state != "succeeded" or not done:
         return []
     metrics = done["checkpoint"]
-    found = Checkpoint(
+    checkpoint = Checkpoint(
         id=f"ftckpt-{job.id}-{metrics['step']}",
         object="fine_tuning.job.checkpoint",
         created_at=int(job.ended or job.created),
@@ -308,7 +308,7 @@ def checkpoint_objects(job: JobRow) -> list[Checkpoint]:
         metrics=metrics,
         step_number=metrics["step"],
     )
-    return [found]
+    return [checkpoint]
 
 
 def file_object(stored: FileRow) -> FileObject:

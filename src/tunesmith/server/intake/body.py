@@ -106,8 +106,8 @@ async def read_bytes(request: Request, settings: ServerSettings, count: Callable
 
 def _told(error: ValidationError) -> ApiError:
     """The first of pydantic's errors, with the field named as OpenAI does: messages[0].content."""
-    found = error.errors(include_url=False, include_context=False)
-    first = min(found, key=lambda one: _TOLD_FIRST.get(one["type"], len(_TOLD_FIRST)))
+    errors = error.errors(include_url=False, include_context=False)
+    first = min(errors, key=lambda one: _TOLD_FIRST.get(one["type"], len(_TOLD_FIRST)))
     path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
         return bad_request(f"Unrecognized request argument supplied: {path}", path, code="unknown_parameter")
