@@ -140,8 +140,8 @@ def _named(error: UsageError, answerer: Answerer, chunk: Sequence[Request]) -> U
             answerer.responder.generate(
                 [replace(_generation(answerer, example), max_tokens=1)], answerer.candidate.training
             )
-        except UsageError as found:
-            return UsageError(found.what, where=f"request {example.id}, {found.where}", fix=found.fix)
+        except UsageError as own:
+            return UsageError(own.what, where=f"request {example.id}, {own.where}", fix=own.fix)
     return error
 
 

@@ -171,6 +171,6 @@ def pack(batch: Batch, device: torch.device | None = None) -> Packed:
     chosen = torch.cat([torch.arange(prefix), padded.flatten()[real]])
     place = torch.zeros(batch.tokens, dtype=torch.long)
     place[chosen] = torch.arange(len(chosen))
-    found = (batch.ids[chosen][None], batch.positions[chosen][None], place[batch.predicts], place[padded], real)
-    ids, positions, predicts, padded, real = (tensor.to(device or tensor.device) for tensor in found)
+    tensors = (batch.ids[chosen][None], batch.positions[chosen][None], place[batch.predicts], place[padded], real)
+    ids, positions, predicts, padded, real = (tensor.to(device or tensor.device) for tensor in tensors)
     return Packed(ids, positions, predicts, prefix, padded, real)

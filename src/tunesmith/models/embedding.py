@@ -44,13 +44,13 @@ class Embedder:
         place = kept / f"vectors-{name}.npy" if kept is not None and len(texts) > 1 else None
         if place is not None and place.is_file():
             return np.load(place, allow_pickle=False)  # type: ignore[no-any-return]
-        found = self._compute(texts)
+        vectors = self._compute(texts)
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
             with scratch_folder(place.parent) as scratch:
-                np.save(scratch / place.name, found, allow_pickle=False)
+                np.save(scratch / place.name, vectors, allow_pickle=False)
                 (scratch / place.name).replace(place)
-        return found
+        return vectors
 
     def _compute(self, texts: Sequence[str]) -> Vectors:
         import torch
@@ -91,14 +91,14 @@ def _model_files(archive: zipfile.ZipFile, scratch: Path) -> Path:
 
 def open_embedder(digest: str) -> Embedder:
     """The embedder that a candidate was evaluated with. Raises Refused if the installed one differs."""
-    found = find_embedder()
-    if found.digest != digest:
+    embedder = find_embedder()
+    if embedder.digest != digest:
         raise Refused(
             "the embedding model differs from the one that the candidate was evaluated with",
-            where=str(found.folder),
+            where=str(embedder.folder),
             fix="delete that folder, so that it is downloaded again, or evaluate the candidate again",
         )
-    return found
+    return embedder
 
 
 @cache

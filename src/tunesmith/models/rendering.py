@@ -89,12 +89,12 @@ class Renderer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a turn: the tokenizer's end token and those of generation_config.json."""
-        found = {self.tokenizer.eos_token_id}
+        ids = {self.tokenizer.eos_token_id}
         generation = self._folder / "generation_config.json"
         if generation.is_file():
             listed = json.loads(generation.read_bytes()).get("eos_token_id", [])
-            found.update(listed if isinstance(listed, list) else [listed])
-        return frozenset(token for token in found if token is not None)
+            ids.update(listed if isinstance(listed, list) else [listed])
+        return frozenset(token for token in ids if token is not None)
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
@@ -293,12 +293,12 @@ class Renderer:
     def _places(self, encoded: Any, span: tuple[int, int]) -> list[int]:
         """Where the tokens of an assistant's turn are, up to and including the first end token."""
         start, end = span
-        found: list[int] = []
+        places: list[int] = []
         for place, (first, last) in enumerate(encoded.offsets):
             if first < end and last > max(start, first):
-                found.append(place)
+                places.append(place)
                 if encoded.ids[place] in self.stop_ids:
-                    return found
+                    return places
         raise Refused(
             "the assistant's turn has no end token, so the model would never learn to stop",
             where="chat_template",
@@ -412,7 +412,7 @@ def _dated(template: str) -> str:
 
     transformers' own function cannot be replaced by an argument: it passes templates plain data only.
     """
-    dated = _NOW.sub(lambda found: f"{found[1]}{_TODAY.strftime(found[2])}{found[1]}", template)
+    dated = _NOW.sub(lambda call: f"{call[1]}{_TODAY.strftime(call[2])}{call[1]}", template)
     if "strftime_now(" in dated:
         raise Refused(
             "the chat template computes how it writes today's date, so a prompt would have other tokens every day",

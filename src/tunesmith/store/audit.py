@@ -81,8 +81,8 @@ def _move_head(session: Session, before: Head, after: Head) -> None:
 
 def newest(session: Session) -> Head:
     """The newest entry that a session sees."""
-    found = session.execute(_NEWEST).first()
-    return Head(seq=found[0], digest=found[1]) if found else Head(seq=0, digest=GENESIS)
+    row = session.execute(_NEWEST).first()
+    return Head(seq=row[0], digest=row[1]) if row else Head(seq=0, digest=GENESIS)
 
 
 def revision(engine: Engine) -> Sequence[Any] | None:

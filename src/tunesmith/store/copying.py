@@ -58,8 +58,8 @@ class Contents:
 
 def keys_of(blobs: BlobStore) -> list[str]:
     """Every object of a store, a version's release after its other files."""
-    found = (key for prefix in PREFIXES for key in blobs.keys(prefix))
-    whole = [key for key in found if not key.rsplit("/", 1)[-1].startswith(SCRATCH)]
+    keys = (key for prefix in PREFIXES for key in blobs.keys(prefix))
+    whole = [key for key in keys if not key.rsplit("/", 1)[-1].startswith(SCRATCH)]
     return sorted(whole, key=lambda key: (key.endswith(f"/{RELEASE}"), key))
 
 

@@ -172,16 +172,16 @@ def first_recalled(session: Session, digests: Collection[str], own: Collection[s
 
 def ancestor_recalled(session: Session, digest: str) -> str | None:
     """Why a record that this one was made from was recalled as evidence (see `recalls_of`), or None if none was."""
-    found, waiting = set[str](), {digest}
+    above, waiting = set[str](), {digest}
     while waiting:
-        found |= waiting
-        waiting = set(session.scalars(select(EdgeRow.parent).where(EdgeRow.child.in_(waiting)))) - found
-    return next(iter(recalls_of(session, sorted(found - {digest})).values()), None)
+        above |= waiting
+        waiting = set(session.scalars(select(EdgeRow.parent).where(EdgeRow.child.in_(waiting)))) - above
+    return next(iter(recalls_of(session, sorted(above - {digest})).values()), None)
 
 
 def causes(session: Session) -> dict[str, list[str]]:
     """Cause, such as `licence CC-BY-NC-4.0` -> digests of the records that it reached. Sorted by cause."""
-    found: dict[str, list[str]] = {}
+    reached: dict[str, list[str]] = {}
     for cause, digest in session.execute(select(RecallRow.cause, RecallRow.digest).order_by(RecallRow.cause)):
-        found.setdefault(cause, []).append(digest)
-    return found
+        reached.setdefault(cause, []).append(digest)
+    return reached

@@ -212,10 +212,10 @@ class Store:
         if len(prefix) < 4 or any(letter not in "0123456789abcdef" for letter in prefix):
             raise UsageError(f"{prefix!r} is not the start of a digest", fix="give at least 4 hex digits")
         named = ("sha256:" + Path(key).stem for key in self.blobs.keys(f"records/{prefix[:2]}/"))
-        found = [digest for digest in named if digest[7:].startswith(prefix)]
-        if len(found) != 1:
-            raise UsageError(f"{len(found)} records start with {prefix}", fix="give more digits" if found else None)
-        return found[0]
+        digests = [digest for digest in named if digest[7:].startswith(prefix)]
+        if len(digests) != 1:
+            raise UsageError(f"{len(digests)} records start with {prefix}", fix="give more digits" if digests else None)
+        return digests[0]
 
     def children(self, digest: str) -> list[tuple[str, str, str]]:
         """(role, kind, digest) of every record that names this one as a parent."""
@@ -270,13 +270,13 @@ class Store:
     def version_folders(self, name: str = "") -> list[VersionRef]:
         """The versions whose folder is complete, registered or not: of one name, or of all."""
         prefix = f"versions/{name}/" if name else "versions/"
-        found = []
+        refs = []
         for key in self.blobs.keys(prefix):
             parts = key.split("/")
             if len(parts) == 4 and parts[3] == RELEASE:
                 with contextlib.suppress(UsageError):  # a folder that the store did not make
-                    found.append(VersionRef.parse(f"{parts[1]}@{parts[2]}"))
-        return found
+                    refs.append(VersionRef.parse(f"{parts[1]}@{parts[2]}"))
+        return refs
 
     # Memos: what a stage gave for the same inputs
 

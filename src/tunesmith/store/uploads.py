@@ -58,19 +58,19 @@ def put(
     if (known := find(store, file, scope)) is not None:
         return known
     remove_leftovers(store)
-    found = {"file": file, "size": source.stat().st_size, "digest": digest or digest_file(source)}
+    facts = {"file": file, "size": source.stat().st_size, "digest": digest or digest_file(source)}
     source.chmod(0o600)
     with source.open("rb") as stream:
         os.fsync(stream.fileno())
     key = _key(file, name)
-    detail: JsonObject = {**found, **scope.fields(), "purpose": purpose}
+    detail: JsonObject = {**facts, **scope.fields(), "purpose": purpose}
     with store.lock(key, "keeping an uploaded file"):  # its row tells of bytes that a killed process leaves
         try:
             store.blobs.put_file(key, source)
             with store.change(actor, "file.add", file, detail) as session:
                 require(session, actor, "file.change", scope=scope)
                 row = FileRow(
-                    **found, **scope.fields(), created_by=actor, name=name, purpose=purpose,
+                    **facts, **scope.fields(), created_by=actor, name=name, purpose=purpose,
                     created=time.time(),
                 )  # fmt: skip
                 session.add(row)
@@ -109,14 +109,14 @@ def list_files(
 ) -> list[FileRow]:
     """The files that a scope covers. after: only those behind this one in the same order, which may be deleted by now.
     Raises FileGone for an `after` that never was a file of the scope."""
-    found = select(FileRow).where(*within(FileRow, scope))
+    query = select(FileRow).where(*within(FileRow, scope))
     if purpose is not None:
-        found = found.where(FileRow.purpose == purpose)
+        query = query.where(FileRow.purpose == purpose)
     with store.reading() as session:
         if after is not None:
             place = _place(session, after, scope)
-            found = found.where(FileRow.number > place if oldest_first else FileRow.number < place)
-        ordered = found.order_by(FileRow.number if oldest_first else FileRow.number.desc()).limit(most)
+            query = query.where(FileRow.number > place if oldest_first else FileRow.number < place)
+        ordered = query.order_by(FileRow.number if oldest_first else FileRow.number.desc()).limit(most)
         return list(session.scalars(ordered))
 
 

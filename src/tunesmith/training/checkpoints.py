@@ -73,10 +73,10 @@ class Checkpoints:
 
         Raises Refused where the training's identity differs from the checkpoint's.
         """
-        found, damaged = self._ranks.agree(self._newest)
-        if found is None:
+        newest, damaged = self._ranks.agree(self._newest)
+        if newest is None:
             return None, damaged
-        name, state = found
+        name, state = newest
         self.moved = list(state.get("moved", []))
         before, now = (_ranks(each) for each in (state["identity"], self.identity))
         if before != now:
@@ -115,7 +115,7 @@ class Checkpoints:
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ; for a value that is a mapping, with its keys that differ."""
-    found: list[str] = []
+    changed: list[str] = []
     before, now = _comparable(before, now), _comparable(now, before)
     for key in {**now, **before}:
         old, new = before.get(key), now.get(key)
@@ -123,10 +123,10 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
-            found.append(f"{key} ({', '.join(names)})")
+            changed.append(f"{key} ({', '.join(names)})")
         else:
-            found.append(key)
-    return found
+            changed.append(key)
+    return changed
 
 
 def _comparable(identity: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,8 +139,8 @@ def _comparable(identity: Mapping[str, Any], other: Mapping[str, Any]) -> Mappin
 
 def _ranks(identity: Mapping[str, Any]) -> str:
     """The number of ranks, and of copies of the model among them."""
-    found = identity.get("environment", {})
-    ranks, copies = found.get("ranks", 1), found.get("copies", 1)
+    stated = identity.get("environment", {})
+    ranks, copies = stated.get("ranks", 1), stated.get("copies", 1)
     return f"{ranks} {'rank' if ranks == 1 else 'ranks'}" + (f" with {copies} copies" if copies > 1 else "")
 
 

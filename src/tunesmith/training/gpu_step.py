@@ -80,8 +80,8 @@ class Figure(NamedTuple):
     @property
     def difference(self) -> float:
         """The relative difference; infinite where the GPU's figure is not a number."""
-        found = abs(self.gpu / self.cpu - 1)
-        return found if found == found else float("inf")
+        share = abs(self.gpu / self.cpu - 1)
+        return share if share == share else float("inf")
 
 
 def compare_step() -> dict[str, list[Figure]]:
@@ -103,5 +103,5 @@ def compare_step() -> dict[str, list[Figure]]:
             return {"loss": loss, "gradient": norm, "loss after it": float(model.label_losses(batch).mean())}
 
         cpu = step(torch.device("cpu"), "fp32")
-        found = {precision: step(computing_device(), precision) for precision in ACCEPTED}
-    return {name: [Figure(key, gpu[key], cpu[key]) for key in cpu] for name, gpu in found.items()}
+        figures = {precision: step(computing_device(), precision) for precision in ACCEPTED}
+    return {name: [Figure(key, gpu[key], cpu[key]) for key in cpu] for name, gpu in figures.items()}

@@ -86,12 +86,12 @@ def _rank(lead: Lead, resources: Mapping[str, float], work: str, given: Mapping[
         take_part(ranks)
         return None
     try:
-        found = lead(given, ranks if ranks.size > 1 else ALONE, _Written(Path(work) / _LINES))
+        digest = lead(given, ranks if ranks.size > 1 else ALONE, _Written(Path(work) / _LINES))
     except TunesmithError as error:
         write_atomic(Path(work) / _FAILED, json.dumps(error.as_json()["error"]).encode())
         raise
     end(ranks)
-    return found
+    return digest
 
 
 class _Written(Silent):

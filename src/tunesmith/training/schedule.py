@@ -82,14 +82,14 @@ class TrainerState:
 
         The training loss of a validation is the mean over the steps since the validation before it.
         """
-        found: list[Overfit] = []
+        risen: list[Overfit] = []
         ends, losses = [int(each["step"]) for each in self.validation], [each["loss"] for each in self.validation]
         since = [self.curve[first:last] for first, last in zip([0, *ends], ends, strict=False)]
         means = [sum(point["loss"] for point in points) / max(1, len(points)) for points in since]
         for place, loss in enumerate(losses):
             lowest = losses.index(min(losses[: place + 1]))
             if loss > losses[lowest] and means[place] < means[lowest]:
-                found.append(
+                risen.append(
                     Overfit(
                         step=ends[place],
                         loss=loss,
@@ -99,7 +99,7 @@ class TrainerState:
                         lowest_training_loss=means[lowest],
                     )
                 )
-        return found
+        return risen
 
 
 def _value(validation: Mapping[str, float]) -> float:

@@ -92,11 +92,11 @@ class Validation:
     def measure(self) -> Mapping[str, float]:
         """The validation loss and the mean probability of the labels, and the score with its standard error where
         answers are scored."""
-        found = validation_fit(self.model, self.batches, self.ranks)
+        fit = validation_fit(self.model, self.batches, self.ranks)
         if self.score is not None and self.rows:
             score = self.score.score(self.model, self.rows)
-            found["score"], found["score_error"] = self.ranks.agree(lambda: score)
-        return found
+            fit["score"], fit["score_error"] = self.ranks.agree(lambda: score)
+        return fit
 
     def described(self) -> ValidationScore | None:
         """What answers are scored by; None where there is no score."""

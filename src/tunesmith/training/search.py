@@ -163,19 +163,19 @@ def _run(
                 raise optuna.TrialPruned
 
     shutil.rmtree(folder, ignore_errors=True)  # of a search that was killed
-    found: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     try:
         run_training(given, model=model, watch=watch)
-        found = _validated(trained[0], spec)
-        found["scores"] = scores(trained[0]) if scores else ()
+        stated = _validated(trained[0], spec)
+        stated["scores"] = scores(trained[0]) if scores else ()
     except optuna.TrialPruned:
-        found["outcome"] = "pruned"
+        stated["outcome"] = "pruned"
     except (TunesmithError, torch.OutOfMemoryError) as error:
         if not f"{getattr(error, 'where', 'train')}.".startswith("train."):
             raise
-        found = {"outcome": "failed", "why": getattr(error, "what", str(error))}
+        stated = {"outcome": "failed", "why": getattr(error, "what", str(error))}
     shutil.rmtree(folder, ignore_errors=True)
-    return Trial(number=asked.number, params=asked.params, settings=values, reports=tuple(reports), **found)
+    return Trial(number=asked.number, params=asked.params, settings=values, reports=tuple(reports), **stated)
 
 
 def _validated(model: TrainableModel, spec: TrainingSpec) -> dict[str, Any]:
@@ -184,13 +184,13 @@ def _validated(model: TrainableModel, spec: TrainingSpec) -> dict[str, Any]:
     All trials are checked in the same batches: of one that learned nothing they are then exactly those of another one.
     """
     rows = spec.validation.read()
-    found = [0.0] * len(rows)
+    sums = [0.0] * len(rows)
     for part in validation_parts(rows, spec.settings, share=model.shares_prefix):
         some = [rows[row] for row in part]
         losses = model.label_losses(lay_out(some, share=model.shares_prefix))
         for row, own in zip(part, losses.split([label_count(each) for each in some]), strict=True):
-            found[row] = math.fsum(own.neg().exp().tolist())
-    return {"probability": math.fsum(found) / sum(map(label_count, rows)), "probabilities": found}
+            sums[row] = math.fsum(own.neg().exp().tolist())
+    return {"probability": math.fsum(sums) / sum(map(label_count, rows)), "probabilities": sums}
 
 
 def _described(trial: Trial) -> str:

@@ -80,15 +80,15 @@ class Follower:
 
 def points(state: TrainerState) -> list[Point]:
     """The points of a state: loss, learning rate and speed of each step, then the validations' losses and scores."""
-    found: list[Point] = []
+    points: list[Point] = []
     for each in state.curve:
         step = int(each["step"])
         values = (each["loss"], each["learning_rate"], each["tokens"] / each["seconds"])
-        found += [Point(series, step, value) for series, value in zip(_STEP_SERIES, values, strict=True)]
+        points += [Point(series, step, value) for series, value in zip(_STEP_SERIES, values, strict=True)]
     for series in _VALIDATION_SERIES:
         name = series.rpartition("/")[2]
-        found += [Point(series, int(each["step"]), each[name]) for each in state.validation if name in each]
-    return found
+        points += [Point(series, int(each["step"]), each[name]) for each in state.validation if name in each]
+    return points
 
 
 def follower(
@@ -156,8 +156,8 @@ class _Mlflow(Sink):
             ) from error
         try:
             self._client: MlflowClient = MlflowClient(uri)
-            found = self._client.get_experiment_by_name(experiment)
-            number = self._client.create_experiment(experiment) if found is None else found.experiment_id
+            known = self._client.get_experiment_by_name(experiment)
+            number = self._client.create_experiment(experiment) if known is None else known.experiment_id
             runs = self._client.search_runs([number], f"tags.`tunesmith.run` = '{run}'", max_results=1)
             if runs:
                 self._run = runs[0].info.run_id

@@ -34,28 +34,28 @@ def gradients(model: TrainableModel, objective: Objective, step: Step, ranks: Ra
 def _add_gradients(model: TrainableModel, objective: Objective, batch: Batch, divisor: float) -> Tensor:
     """Add a batch's gradients to those on the parameters; returns its loss."""
     reference = -model.reference_losses(batch).cpu() if objective.uses_reference else None
-    found: list[Tensor] = []
+    weighed: list[Tensor] = []
 
     def weights(log_probabilities: Tensor) -> Tensor:
         if not log_probabilities.numel():  # a rank has no row left
             return torch.zeros(0)
         loss, each = objective.weigh(batch, log_probabilities, reference, divisor)
-        found.append(loss)
+        weighed.append(loss)
         return each
 
     loss = model.loss(batch, weights(torch.zeros(batch.labels.numel())) if objective.linear else weights)
     loss.backward()
     model.collect_gradients()
-    return loss.detach() if objective.linear or not found else found[0]
+    return loss.detach() if objective.linear or not weighed else weighed[0]
 
 
 def validation_fit(model: TrainableModel, batches: Sequence[Batch], ranks: Ranks = ALONE) -> dict[str, float]:
     """{"loss", "probability"}: the mean loss over all labels of the batches, on all ranks, and the mean probability
     that the model gives them."""
     losses = [model.label_losses(batch).double() for batch in batches]
-    found = {"loss": [each.sum() for each in losses], "probability": [each.neg().exp().sum() for each in losses]}
+    sums_of = {"loss": [each.sum() for each in losses], "probability": [each.neg().exp().sum() for each in losses]}
     labels = step_labels(batches)
-    return {name: ranks.total(math.fsum(map(float, sums))) / labels for name, sums in found.items()}
+    return {name: ranks.total(math.fsum(map(float, sums))) / labels for name, sums in sums_of.items()}
 
 
 def make_optimizer(model: TrainableModel, settings: TrainSettings) -> torch.optim.AdamW:

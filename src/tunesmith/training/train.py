@@ -166,9 +166,9 @@ def run_training(
         nonlocal reported
         peak, validated = memory.peak(), {each["step"]: each for each in state.validation}
         for each in state.curve[reported:]:
-            found = validated.get(each["step"], {})
+            scored = validated.get(each["step"], {})
             values = {"step": each["step"], "loss": each["loss"], "memory_bytes": peak}
-            values |= {f"validation_{key}": found[key] for key in ("loss", "score") if key in found}
+            values |= {f"validation_{key}": scored[key] for key in ("loss", "score") if key in scored}
             progress.measured(spec.name, values)
         reported = len(state.curve)
         if watch is not None:
@@ -260,7 +260,7 @@ def train(
 
 def environment(model: TrainableModel, ranks: Ranks = ALONE) -> Environment:
     """What a training's bytes depend on besides its input: versions, the machine, the number of threads and ranks."""
-    found = {
+    stated = {
         "kernel_revision": KERNEL_REVISION,
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
@@ -271,7 +271,7 @@ def environment(model: TrainableModel, ranks: Ranks = ALONE) -> Environment:
         "copies": ranks.copies,
         **model.environment(),
     }
-    return Environment.model_validate(found)
+    return Environment.model_validate(stated)
 
 
 def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsal: Rehearsal) -> dict[str, Any]:

@@ -197,23 +197,23 @@ class Trainer:
         """Validate, and keep a copy of the best weights if they are wanted."""
         state = self.state
         assert self._validate is not None
-        found = self._validate()
-        if not math.isfinite(found["loss"]):
-            raise self._not_finite(f"the validation loss became {found['loss']}", state.step)
-        state.validation.append({"step": state.step, **found})
-        chosen_by = "validation score" if "score" in found else "probability of the expected answers"
-        value = found.get("score", found["probability"])
-        self.progress.say(f"step {state.step}: {chosen_by} {value:.1%}, loss {found['loss']:.4f}")
+        measured = self._validate()
+        if not math.isfinite(measured["loss"]):
+            raise self._not_finite(f"the validation loss became {measured['loss']}", state.step)
+        state.validation.append({"step": state.step, **measured})
+        chosen_by = "validation score" if "score" in measured else "probability of the expected answers"
+        value = measured.get("score", measured["probability"])
+        self.progress.say(f"step {state.step}: {chosen_by} {value:.1%}, loss {measured['loss']:.4f}")
         if state.best == len(state.validation) - 1 and self.settings.keep == "best":
             self._best = [parameter.detach().clone() for parameter in self._parameters]
 
     def _warn_of_overfitting(self) -> None:
         """Say that overfitting begins, at the first validation after the lowest that shows it."""
         state = self.state
-        found = state.overfitting
-        if not found or found[-1].step != state.step or state.best is None:
+        rises = state.overfitting
+        if not rises or rises[-1].step != state.step or state.best is None:
             return
-        now = found[-1]
+        now = rises[-1]
         if now.lowest_step != state.validation[-2]["step"]:  # said before
             return
         best = f"of step {state.validation[state.best]['step']:.0f}"
@@ -240,13 +240,13 @@ class Trainer:
 
     @torch.no_grad()
     def _resume(self) -> TrainerState:
-        found, damaged = self._checkpoints.load()
+        newest, damaged = self._checkpoints.load()
         for name in damaged:
-            instead = "starting over" if found is None else "resuming from the one before it"
+            instead = "starting over" if newest is None else "resuming from the one before it"
             self.progress.say(f"checkpoint {name} is damaged; {instead}")
-        if found is None:
+        if newest is None:
             return TrainerState()
-        tensors, state = found
+        tensors, state = newest
         for number, parameter in enumerate(self._parameters):
             kept = {
                 name: tensors.like(f"{number}.{name}", parameter)

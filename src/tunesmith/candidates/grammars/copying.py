@@ -197,11 +197,11 @@ class CopyGrammars:
         return SchemaRules(self._root, self._fields, lengths).write()
 
     def _write(self, texts: tuple[str, ...]) -> str:
-        found = pieces(texts)
-        lengths = frozenset(bounds for bounds in self._bounds if has_run(found, *bounds))
+        words = pieces(texts)
+        lengths = frozenset(bounds for bounds in self._bounds if has_run(words, *bounds))
         rules = self._rules(lengths)
         if rules is None:
-            some = "" if {SPACE, END}.issuperset(found) else " of the length that the schema asks for"
+            some = "" if {SPACE, END}.issuperset(words) else " of the length that the schema asks for"
             raise UsageError(
                 f"the request holds no words{some}, and a required field of the answer must be copied from it",
                 where="messages",
@@ -210,7 +210,7 @@ class CopyGrammars:
         if not lengths:
             return rules
         # The end of a text stays a bare line feed, which no JSON string holds: no value goes across it.
-        chunks = [piece if piece == END else json.dumps(piece, ensure_ascii=False)[1:-1] for piece in found]
+        chunks = [piece if piece == END else json.dumps(piece, ensure_ascii=False)[1:-1] for piece in words]
         return f"{rules}{_COPIED}RUN: %regex {json.dumps({'substring_chunks': chunks}, ensure_ascii=False)}\n"
 
 
@@ -286,11 +286,11 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
 def invented(answer: str, fields: Sequence[str], own: Sequence[Message]) -> list[str]:
     """The copied fields of an answer whose value is not words of the request's user turns; none if it is not JSON."""
     try:
-        found = list(_texts(parse_json(answer), ""))
+        texts = list(_texts(parse_json(answer), ""))
     except NotJson:
         return []
     given = pieces(_user_texts(own))
-    copied = [(path, text) for path, text in found if any(_matches(field, path) for field in fields)]
+    copied = [(path, text) for path, text in texts if any(_matches(field, path) for field in fields)]
     return [_shown(path) for path, text in copied if not is_copied(text, given)]
 
 
@@ -299,14 +299,14 @@ def paths_to_copy(schema: Schema, rows: Sequence[tuple[str, Sequence[Message]]])
 
     rows: answers, each with its request. At least 98% of the values, and 20 of them, must be copied.
     """
-    found: Counter[str] = Counter()
+    times: Counter[str] = Counter()
     beyond: Counter[str] = Counter()
     fields = [path for path in text_fields(schema) if "*" not in path]
     for answer, own in rows:
         with suppress(NotJson):
-            found.update(path for path, _ in texts_of(parse_json(answer)))
+            times.update(path for path, _ in texts_of(parse_json(answer)))
         beyond.update(invented(answer, fields, own))
-    return [path for path in fields if found[path] >= _FEWEST and beyond[path] <= _BEYOND * found[path]]
+    return [path for path in fields if times[path] >= _FEWEST and beyond[path] <= _BEYOND * times[path]]
 
 
 def patterns_of(schema: Schema, chosen: Sequence[str]) -> list[str]:

@@ -117,7 +117,7 @@ def _said(rows: Sequence[tuple[str, Sequence[Message]]], *, most: bool = False) 
     most: also paths of several texts of which most are said wherever they are the value: a town that some requests
     shorten, or a name in whose place some answers have "" or "unknown".
     """
-    found: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
     numbers: set[str] = set()
     texts: dict[str, dict[str, list[int]]] = {}  # path -> text -> how often it is the value, and unsaid
@@ -126,7 +126,7 @@ def _said(rows: Sequence[tuple[str, Sequence[Message]]], *, most: bool = False) 
         with suppress(NotJson):
             for path, word in _words_of(parse_json(answer)):
                 missing = not is_copied(str(word).casefold(), given)
-                found[path] += 1
+                seen[path] += 1
                 unsaid[path] += missing
                 if not isinstance(word, str):
                     numbers.add(path)
@@ -136,7 +136,7 @@ def _said(rows: Sequence[tuple[str, Sequence[Message]]], *, most: bool = False) 
                     counts[1] += missing
     return {
         path
-        for path, times in found.items()
+        for path, times in seen.items()
         if times >= _ENUM_TIMES
         and (
             unsaid[path] <= (_UNSAID_NUMBERS if path in numbers else _UNSAID) * times
@@ -203,32 +203,32 @@ def _infer(values: Sequence[Any], path: str, level: int, said: Collection[str]) 
     kinds = _kinds(values)
     if kinds == ["null"]:
         return {"type": ["boolean", "null", "number", "string"]}  # which of them it may have is not known
-    found: JsonObject = {"type": kinds[0] if len(kinds) == 1 else kinds}
+    schema: JsonObject = {"type": kinds[0] if len(kinds) == 1 else kinds}
     if level >= _DEEPEST:
-        return found
+        return schema
     objects = [value for value in values if isinstance(value, dict)]
     keys = list(dict.fromkeys(key for value in objects for key in value))  # an answer is decoded in this order
     if keys and _is_table(objects, keys, path in said):
         inside = _kinds([each for value in objects for each in value.values()])
         if len(inside) == 1 and inside != ["null"]:
-            found["additionalProperties"] = {"type": inside[0]}
+            schema["additionalProperties"] = {"type": inside[0]}
     elif keys:
-        found["properties"] = {
+        schema["properties"] = {
             key: _infer(
                 [value[key] for value in objects if key in value], f"{path}.{key}" if path else key, level + 1, said
             )
             for key in keys
         }
-        found["required"] = [key for key in keys if all(key in value for value in objects)]
-        found["additionalProperties"] = False
+        schema["required"] = [key for key in keys if all(key in value for value in objects)]
+        schema["additionalProperties"] = False
     items = [item for value in values if isinstance(value, list) for item in value]
     if items:
-        found["items"] = _infer(items, f"{path}[]", level + 1, said)
+        schema["items"] = _infer(items, f"{path}[]", level + 1, said)
     if kinds in (["integer"], ["number"]) and (ends := _range(values, path in said)) is not None:
-        found |= {"minimum": ends[0], "maximum": ends[1]}
+        schema |= {"minimum": ends[0], "maximum": ends[1]}
     if kinds == ["string"] and path not in said and _is_vocabulary(values):
-        found["enum"] = sorted(set(values))
-    return found
+        schema["enum"] = sorted(set(values))
+    return schema
 
 
 def _is_table(objects: Sequence[Fields], keys: Sequence[str], said: bool) -> bool:
@@ -404,8 +404,8 @@ def _free_texts(
     for answer, request in pairs:
         given = pieces(turn.content for turn in request if turn.role == "user")
         with contextlib.suppress(NotJson):
-            found: Iterable[tuple[str, str]] = [("", answer)] if schema is None else texts_of(parse_json(answer))
-            texts = [(path, text, is_copied(text, given)) for path, text in found if path in free]
+            values: Iterable[tuple[str, str]] = [("", answer)] if schema is None else texts_of(parse_json(answer))
+            texts = [(path, text, is_copied(text, given)) for path, text in values if path in free]
             seen.update(path for path, _, _ in texts)
             for path, text, copied in texts:
                 said[path] += copied

@@ -46,22 +46,22 @@ def limits(schema: Schema, known: Collection[str]) -> list[str]:
 
 def types_of(schema: Schema) -> list[str]:
     """The JSON types that a schema names."""
-    found = schema.get("type", [])
-    return [found] if isinstance(found, str) else list(found)
+    named = schema.get("type", [])
+    return [named] if isinstance(named, str) else list(named)
 
 
 def resolved(root: Schema, reference: str, path: str) -> Any:
     """The part of a schema that a $ref names. Raises UsageError where there is none, and for the name of an $anchor."""
-    found: Any = root
+    inner: Any = root
     if reference[:2] not in ("#", "#/"):
         raise _unsupported(f"$ref: {reference}", path)
     try:
         for part in reference.removeprefix("#").split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
-            found = found[int(part)] if isinstance(found, list) else found[part]
+            inner = inner[int(part)] if isinstance(inner, list) else inner[part]
     except (KeyError, ValueError, IndexError, TypeError):
         raise _unsupported(f"$ref: {reference}", path) from None
-    return found
+    return inner
 
 
 def _unsupported(what: str, path: str) -> UsageError:
@@ -254,8 +254,8 @@ class SchemaRules:
             own["$schema"] = self._root["$schema"]
         return self._rule(f"%json {json.dumps(restricted(own), ensure_ascii=False)}")
 
-    def _any(self, found: Sequence[str | None]) -> str | None:
-        possible = list(dict.fromkeys(each for each in found if each is not None))
+    def _any(self, rules: Sequence[str | None]) -> str | None:
+        possible = list(dict.fromkeys(each for each in rules if each is not None))
         if len(possible) > 1:
             return self._rule(" | ".join(possible))
         return possible[0] if possible else None

@@ -40,13 +40,13 @@ _NEVER: Final = 1 << 40  # the length of an END: longer than any value
 
 def pieces(texts: Iterable[str]) -> list[str]:
     """The pieces of texts in order. SPACE stands for any whitespace between two pieces, END for the end of a text."""
-    found: list[str] = []
+    parts: list[str] = []
     for text in texts:
         for match in _PIECES.finditer(text):
             piece = SPACE if match["space"] else END if match["half"] else match[0]
-            found += [piece[at : at + _LONGEST] for at in range(0, len(piece), _LONGEST)]
-        found.append(END)
-    return found
+            parts += [piece[at : at + _LONGEST] for at in range(0, len(piece), _LONGEST)]
+        parts.append(END)
+    return parts
 
 
 def is_copied(value: str, given: Sequence[str]) -> bool:

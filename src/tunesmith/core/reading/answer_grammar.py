@@ -59,9 +59,9 @@ def check_answer_grammar(grammar: str, where: str) -> None:
             where=where,
             fix="the syntax is llguidance's dialect of Lark, with the regular expressions of Rust's regex crate",
         )
-    if found := next((each[1] for each in _OF_TOKENS.finditer(grammar) if each[1]), None):
+    if token := next((each[1] for each in _OF_TOKENS.finditer(grammar) if each[1]), None):
         raise UsageError(
-            f"not a grammar of answers: {found[:80]} counts or names a model's tokens, and answers are checked as text",
+            f"not a grammar of answers: {token[:80]} counts or names a model's tokens, and answers are checked as text",
             where=where,
             fix="bound a text by its characters, as in /[a-z]{1,20}/, and leave control tokens out",
         )

@@ -132,16 +132,16 @@ def _validator(schema: Schema) -> Any:
 
 def _dialect(schema: Schema, where: str) -> Any:
     named = schema.get("$schema", jsonschema.Draft202012Validator.META_SCHEMA["$schema"])
-    found = validators.validator_for({"$schema": named}, default=None) if isinstance(named, str) else None
-    if found is None:
+    dialect = validators.validator_for({"$schema": named}, default=None) if isinstance(named, str) else None
+    if dialect is None:
         raise UsageError(f"{str(named)[:200]!r} is not a known version of JSON Schema", where=f"{where}, $.$schema")
-    if found is jsonschema.Draft3Validator:  # its types may be schemas, and of any name
+    if dialect is jsonschema.Draft3Validator:  # its types may be schemas, and of any name
         raise UsageError(
             "draft-03 of JSON Schema is not supported",
             where=f"{where}, $.$schema",
             fix="write the schema in draft-04 or later, best in draft 2020-12",
         )
-    return found
+    return dialect
 
 
 def _parts(schema: Any, place: str) -> Iterator[tuple[str, Schema]]:
@@ -193,12 +193,12 @@ def _check_references(schema: Schema, dialect: Any, parts: set[int]) -> None:
         for key in _REFERENCES:
             if isinstance(target := contents.get(key), str):
                 resolved = resolver.lookup(target)
-                found = resolved.contents
-                if not isinstance(found, bool) and id(found) not in parts:
+                target_part = resolved.contents
+                if not isinstance(target_part, bool) and id(target_part) not in parts:
                     raise referencing.exceptions.Unresolvable(target)
-                if id(found) not in seen:  # it may stand under a keyword that is not known, so walk it from here
-                    seen.add(id(found))
-                    waiting.append((specification.create_resource(found), resolved.resolver))
+                if id(target_part) not in seen:  # it may stand under a keyword that is not known, so walk it from here
+                    seen.add(id(target_part))
+                    waiting.append((specification.create_resource(target_part), resolved.resolver))
         waiting += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
 
 

@@ -67,11 +67,11 @@ def parse_json(text: str | bytes) -> Any:
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these pairs. Raises ValueError for a key that occurs twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    keyed = dict(pairs)
+    if len(keyed) != len(pairs):
         key = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {key[:_SHOWN]!r} appears twice")
-    return found
+    return keyed
 
 
 _TOO_DEEP: Final = f"it is nested more than {DEEPEST} levels deep"
@@ -81,8 +81,8 @@ def _bound_depth(text: str) -> None:
     if text.count("{") + text.count("[") <= DEEPEST:
         return
     depth = 0
-    for found in _MARKS.finditer(text):
-        mark = found[0]
+    for match in _MARKS.finditer(text):
+        mark = match[0]
         if mark in ("{", "["):
             depth += 1
             if depth > DEEPEST:

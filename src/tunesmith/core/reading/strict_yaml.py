@@ -104,12 +104,12 @@ class _Strict(yaml.SafeLoader):
             if len(node.value) > _LONGEST_NUMBER:
                 raise ValueError("it has too many digits")
             read = self.construct_yaml_int if node.tag == f"{_TAG}int" else self.construct_yaml_float
-            found: int | float = read(node)
+            number: int | float = read(node)
         except (ValueError, OverflowError, IndexError) as error:
             raise _refused(f"the number {said!r} cannot be read: {error}", node.start_mark) from None
-        if not math.isfinite(found):
+        if not math.isfinite(number):
             raise _refused(f"the number {said!r} is not finite", node.start_mark)
-        return found
+        return number
 
 
 def _constructors() -> dict[Any, Callable[[Any, Any], Any]]:

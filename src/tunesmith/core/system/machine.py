@@ -39,7 +39,7 @@ def _group_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("
 
     A container's limit is not part of the machine's free memory. File pages that can be evicted count as free.
     """
-    found: list[int] = []
+    left: list[int] = []
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():
             _, kinds, path = line.split(":", 2)
@@ -50,8 +50,8 @@ def _group_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("
                 # Inside a container, the path may be the one outside, with the container's group mounted at the root.
                 for folder in [place, *place.parents] if place.is_dir() else [root]:
                     if folder.is_relative_to(root):
-                        found += _memory_left(folder, *names)
-    return found
+                        left += _memory_left(folder, *names)
+    return left
 
 
 _GROUP_FILES = {  # by controllers as /proc names them: version 2 and version 1

@@ -72,10 +72,10 @@ def remove_leftovers(within: Path) -> None:
         except OSError:
             continue
         try:
-            found = os.fstat(handle)
-            if found.st_uid == os.getuid():
+            status = os.fstat(handle)
+            if status.st_uid == os.getuid():
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path) if stat.S_ISDIR(found.st_mode) else path.unlink()
+                shutil.rmtree(path) if stat.S_ISDIR(status.st_mode) else path.unlink()
         except OSError:
             pass  # its process lives, or another one removes it
         finally:

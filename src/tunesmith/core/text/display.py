@@ -26,7 +26,7 @@ _HIDDEN = regex.compile(
 
 def printable(text: str) -> str:
     """The text with hidden, controlling and reordering characters as code points. Line feeds and tabs stay."""
-    return str(_HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text))
+    return str(_HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text))
 
 
 def printable_line(text: str) -> str:
@@ -90,8 +90,8 @@ def json_text(document: Any, **options: Any) -> str:
     return str(_HIDDEN.sub(_escaped, json.dumps(document, ensure_ascii=False, allow_nan=False, **options)))
 
 
-def _escaped(found: Any) -> str:
-    return json.dumps(found[0])[1:-1] if found[0] != "\x7f" else "\\u007f"
+def _escaped(match: Any) -> str:
+    return json.dumps(match[0])[1:-1] if match[0] != "\x7f" else "\\u007f"
 
 
 # A word, a mark, or white space. Texts with more of them are compared by lines: the time grows with their square.

@@ -110,11 +110,11 @@ def fold_with_offsets(text: str) -> tuple[str, Sequence[int]]:
     spellings = [_FOLDED[point] for point in map(ord, text)]
     spelt = "".join(spellings)
     places = [place for place, spelling in enumerate(spellings) for _ in spelling]
-    for found in reversed(list(_MARKS.finditer(spelt))):
-        del places[found.start() : found.end()]
+    for match in reversed(list(_MARKS.finditer(spelt))):
+        del places[match.start() : match.end()]
     spelt = _MARKS.sub("", spelt)
     if not unicodedata.is_normalized("NFC", spelt):
-        parts = [(found.start(), unicodedata.normalize("NFC", found[0])) for found in _COMPOSED.finditer(spelt)]
+        parts = [(match.start(), unicodedata.normalize("NFC", match[0])) for match in _COMPOSED.finditer(spelt)]
         places = [places[start] for start, part in parts for _ in part]
         spelt = "".join(part for _, part in parts)
     words = list(_WORD.finditer(spelt))
@@ -142,8 +142,8 @@ class _Compatible(dict[int, str]):
     """Code point -> what stands for the character before composition. Characters are worked out when first seen."""
 
     def __missing__(self, point: int) -> str:
-        self[point] = found = self.spelling(chr(point))
-        return found
+        self[point] = spelling = self.spelling(chr(point))
+        return spelling
 
     def spelling(self, letter: str) -> str:
         for _ in range(2):  # a decomposition may hold capitals, and a lower-case letter may have a decomposition
@@ -190,8 +190,8 @@ class _Plain(dict[str, str]):
         self._alike = alike
 
     def __missing__(self, letter: str) -> str:
-        self[letter] = found = self._spelling(letter)
-        return found
+        self[letter] = spelling = self._spelling(letter)
+        return spelling
 
     def _spelling(self, letter: str) -> str:
         if letter.isascii() or letter.isspace():
@@ -216,7 +216,7 @@ def _lookalikes() -> dict[str, str]:
     """
     from confusable_homoglyphs.confusables import confusables_data
 
-    found: dict[str, str] = {}
+    alike: dict[str, str] = {}
     for letter, others in confusables_data.items():
         name = _COMPATIBLE.spelling(letter)
         if len(name) != 1 or name.isascii() or not _FORGED_WITH.fullmatch(name):
@@ -229,10 +229,10 @@ def _lookalikes() -> dict[str, str]:
             if not text.isascii() or not (single or (_LATIN.match(name) and text.isalpha())):
                 continue
             if letter == name:
-                found[name] = text
+                alike[name] = text
             else:  # a capital: only where the small letter looks like nothing
-                found.setdefault(name, text)
-    return found
+                alike.setdefault(name, text)
+    return alike
 
 
 _COMPATIBLE, _VISIBLE, _FOLDED = _Compatible(), _Visible(), _Folded()

@@ -83,8 +83,8 @@ def _cache(config: Any) -> tuple[tuple[int, int], ...]:
     numbers = 2 * cached_heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     kept = [_ENDLESS] * config.num_hidden_layers
     with suppress(KeyError):  # kinds of layers that it does not know
-        found = libraries.transformers().StaticCache(config=config, max_cache_len=_ENDLESS).layers
-        kept = [getattr(layer, "max_cache_len", 0) for layer in found]
+        layers = libraries.transformers().StaticCache(config=config, max_cache_len=_ENDLESS).layers
+        kept = [getattr(layer, "max_cache_len", 0) for layer in layers]
     return tuple((numbers, most) for most in kept)
 
 
@@ -117,8 +117,8 @@ def _products(module: nn.Module, config: Any, head: nn.Module | None) -> list[tu
     """(outputs, inputs) of the products that a token goes through in a module."""
     experts = [one for each in module.modules() if is_experts(each) for one in each.parameters(recurse=False)]
     each_expert = [(one.shape[1], one.shape[2]) for one in experts if one.dim() == 3]
-    found = [sizes(each) for each in module.modules() if is_linear(each) and each is not head]
-    return found + each_expert * getattr(config, "num_experts_per_tok", 1)
+    linear = [sizes(each) for each in module.modules() if is_linear(each) and each is not head]
+    return linear + each_expert * getattr(config, "num_experts_per_tok", 1)
 
 
 def activation_bytes(shapes: Shapes, precision: str, *, tokens: int, scored: int, recompute: bool) -> int:

@@ -92,7 +92,7 @@ def load(
                 build = partial(transformers.AutoModelForCausalLM.from_config, copy.deepcopy(config), **made)
                 if (built := without_weights(build, folder, device)) is not None:
                     return built
-            module, found = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
+            module, report = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
         except Exception as error:  # every architecture has its own way to refuse a configuration
             reason = first_line(error).replace(str(scratch), str(folder))
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
@@ -109,7 +109,7 @@ def load(
                     fix="leave attention out",
                 ) from error
             raise cannot_run(folder, reason) from error
-    wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise Refused(
@@ -153,9 +153,9 @@ def stored_names(module: Any, folder: Path) -> tuple[dict[str, str], frozenset[s
     same: dict[nn.Parameter, list[str]] = {}  # several names where a parameter is tied
     for name, parameter in parameters.items():
         same.setdefault(parameter, []).append(name)
-    found = {names[0]: [keys[name] for name in names if name in keys] for names in same.values()}
-    repeated = frozenset(key for each in found.values() for key in each[1:])
-    return {name: each[0] for name, each in found.items() if each}, repeated
+    stored = {names[0]: [keys[name] for name in names if name in keys] for names in same.values()}
+    repeated = frozenset(key for each in stored.values() for key in each[1:])
+    return {name: each[0] for name, each in stored.items() if each}, repeated
 
 
 def first_line(error: Exception) -> str:

@@ -210,10 +210,10 @@ class HFModel:
         name = self.add_adapter(file.config)
         try:
             tensors = {key: torch.from_numpy(value) for key, value in file.tensors.items()}
-            found = peft.set_peft_model_state_dict(self._peft, tensors, adapter_name=name)
-            missing = [key for key in found.missing_keys if f".{name}" in key]
-            if found.unexpected_keys or missing:
-                raise _misfit(folder, f"tensors left over or missing: {[*found.unexpected_keys, *missing][0]}")
+            report = peft.set_peft_model_state_dict(self._peft, tensors, adapter_name=name)
+            missing = [key for key in report.missing_keys if f".{name}" in key]
+            if report.unexpected_keys or missing:
+                raise _misfit(folder, f"tensors left over or missing: {[*report.unexpected_keys, *missing][0]}")
         except (RuntimeError, Refused) as error:  # PEFT raises RuntimeError for another shape
             self.remove_adapter(name)
             raise error if isinstance(error, Refused) else _misfit(folder, _line(error)) from error
@@ -240,8 +240,8 @@ class HFModel:
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
         """An adapter's tensors, by their names in an adapter file; whole ones, for which all ranks call this."""
         with self.using(adapter):
-            found = libraries.peft().get_peft_model_state_dict(self._peft, adapter_name=adapter)
-            return {name: whole(tensor) for name, tensor in found.items()}
+            tensors = libraries.peft().get_peft_model_state_dict(self._peft, adapter_name=adapter)
+            return {name: whole(tensor) for name, tensor in tensors.items()}
 
     def without_start(
         self, adapter: str, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]
@@ -275,8 +275,8 @@ class HFModel:
         first = rows.ids[:, : rows.prefix].expand(len(rows.padded), -1)
         given = self.module(input_ids=torch.cat([first, rows.ids[0, rows.padded]], 1), use_cache=False).logits
         place, longest = rows.real[rows.predicts - rows.prefix], rows.padded.shape[1]
-        found: Tensor = given[place // longest, rows.prefix + place % longest]
-        return found
+        picked: Tensor = given[place // longest, rows.prefix + place % longest]
+        return picked
 
     def _losses(self, read: Tensor, labels: Tensor) -> Tensor:
         """read: what the head reads [N, width]; where the family changes what its head gives, logits."""
@@ -309,10 +309,10 @@ class HFModel:
         parameters = self.adapter_parameters(adapter)
         with self.using(adapter), torch.enable_grad():
             self.module(input_ids=torch.tensor([_PROBE], device=self.device), use_cache=False).logits.sum().backward()
-        found = [name.split(".lora_B.")[0] for name, tensor in parameters.items() if tensor.grad is None]
+        unused = [name.split(".lora_B.")[0] for name, tensor in parameters.items() if tensor.grad is None]
         for tensor in parameters.values():
             tensor.grad = None
-        return [name for name in found if name in self.linears]
+        return [name for name in unused if name in self.linears]
 
     @cached_property
     def pads(self) -> bool:

@@ -37,7 +37,7 @@ def outputs(module: Any, batch: Batch) -> Tensor:
     given = _bounds(batch, module.device) if module.config._attn_implementation == FLASH else {"packed": packed}
     before = _read.set(packed.prefix + packed.padded.shape[1])
     try:
-        found: Tensor = module(
+        logits: Tensor = module(
             input_ids=packed.ids,
             position_ids=packed.positions,
             use_cache=False,
@@ -46,7 +46,7 @@ def outputs(module: Any, batch: Batch) -> Tensor:
         ).logits
     finally:
         _read.reset(before)
-    return found[0]
+    return logits[0]
 
 
 def _bounds(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -70,8 +70,8 @@ def enable(module: Any, rows: Sequence[Rendered], exact: float) -> bool:
         return False
 
     def logits(ids: Tensor, places: Tensor) -> Tensor:
-        found: Tensor = module(input_ids=ids.to(module.device), use_cache=False).logits
-        return found[0, places.to(module.device)]
+        given: Tensor = module(input_ids=ids.to(module.device), use_cache=False).logits
+        return given[0, places.to(module.device)]
 
     probe, each = lay_out(rows, share=before != FLASH), [lay_out([row]) for row in rows]
     packed = pack(probe)
@@ -118,10 +118,10 @@ def _mask(*, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
     size = _read.get()
     if size is not None:
         q_length = kv_length = size
-    found: Tensor | None = libraries.transformers().masking_utils.sdpa_mask(
+    mask: Tensor | None = libraries.transformers().masking_utils.sdpa_mask(
         q_length=q_length, kv_length=kv_length, **options
     )
-    return found
+    return mask
 
 
 def _attention(
@@ -140,8 +140,8 @@ def _attention(
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        found: Tensor = sdpa(module, query, key, value, mask, **options)[0]
-        return found
+        mixed: Tensor = sdpa(module, query, key, value, mask, **options)[0]
+        return mixed
 
     if packed is None or len(packed.padded) == 1:
         return attend(query, key, value, attention_mask), None
@@ -150,8 +150,8 @@ def _attention(
 
     def side_by_side(tensor: Tensor) -> Tensor:
         tokens = tensor[0].transpose(0, 1)
-        found = tokens.new_zeros(rows * longest, *tokens.shape[1:]).index_copy(0, packed.real, tokens)
-        return found.view(rows, longest, *tokens.shape[1:]).transpose(1, 2)
+        padded = tokens.new_zeros(rows * longest, *tokens.shape[1:]).index_copy(0, packed.real, tokens)
+        return padded.view(rows, longest, *tokens.shape[1:]).transpose(1, 2)
 
     parts = (each.split([prefix, each.shape[2] - prefix], 2) for each in (query, key, value))
     (first_query, query), (first_key, key), (first_value, value) = parts
@@ -162,8 +162,8 @@ def _attention(
             torch.cat([first.expand(rows, -1, -1, -1), side_by_side(rest)], 2)
             for first, rest in zip(keys_and_values[:2], keys_and_values[2:], strict=True)
         )
-        found = attend(side_by_side(query), keys, values, mask[:, :, prefix:]).flatten(0, 1)
-        kept: Tensor = _Picked.apply(found, packed.real)
+        mixed = attend(side_by_side(query), keys, values, mask[:, :, prefix:]).flatten(0, 1)
+        kept: Tensor = _Picked.apply(mixed, packed.real)
         return kept[None]
 
     given_parts = (query, first_key, first_value, key, value)

@@ -70,16 +70,16 @@ def layers(module: Any, *, whole: bool = False) -> list[nn.Module]:
     module is its only layer; otherwise raises TunesmithError, because it would save no memory.
     """
     names = set(module._no_split_modules or ())
-    found: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
     for name, each in module.named_modules():
-        if type(each).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = each
-    if not found and whole:
+        if type(each).__name__ in names and not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = each
+    if not outermost and whole:
         return [module]
-    if not found:
+    if not outermost:
         raise TunesmithError(
             f"transformers does not say which parts of {type(module).__name__} are its layers",
             where="base",
             fix="train on one rank, and without recompute",
         )
-    return list(found.values())
+    return list(outermost.values())

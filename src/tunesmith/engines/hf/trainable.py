@@ -74,9 +74,9 @@ class HFTrainable(TrainableModel):
 
     def environment(self) -> Mapping[str, str]:
         """The device, what the base is kept and computed in, and how batches are laid out."""
-        found = {"device": device_name(self.device), "precision": self._precision, "attention": self._model.attention}
-        found["batches"] = "packed" if self._model.packs else "padded"
-        return found | ({"liger": version("liger-kernel")} if self._model.settings.liger else {})
+        stated = {"device": device_name(self.device), "precision": self._precision, "attention": self._model.attention}
+        stated["batches"] = "packed" if self._model.packs else "padded"
+        return stated | ({"liger": version("liger-kernel")} if self._model.settings.liger else {})
 
     def loss(self, batch: Batch, weights: LabelWeights) -> Tensor:
         """The weighted sum of a batch's negative log-likelihoods: a scalar, with gradients unless autograd is off."""
@@ -205,8 +205,8 @@ class LoraTrainable(HFTrainable):
 
     def environment(self) -> Mapping[str, str]:
         """What every training states, PEFT's version, and how the base is quantised."""
-        found = {**super().environment(), "peft": version("peft")}
-        return found if self._settings.quantize is None else found | {"quantized": four_bits_description()}
+        stated = {**super().environment(), "peft": version("peft")}
+        return stated if self._settings.quantize is None else stated | {"quantized": four_bits_description()}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """A, B and DoRA's magnitudes. LoRA+ (Hayou et al. 2024): B has a higher learning rate than A."""

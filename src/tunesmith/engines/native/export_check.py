@@ -119,11 +119,11 @@ def compare(
     with progress.task("comparing forms", 3 * len(answered)) as task:
 
         def score(scorer: Scorer) -> list[Tensor]:
-            found = []
+            scores = []
             for row in rows:
-                found.append(scorer(row))
+                scores.append(scorer(row))
                 task.advance()
-            return found
+            return scores
 
         network = load_network(base.folder, torch.float32)
         reference = list(map(_places, rows, score(_native(*tuned(trained, network, base)))))
@@ -166,12 +166,12 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
 def _figures(reference: Sequence[Places], scores: Sequence[Tensor]) -> ExportDifference:
     """How far an export's log-probabilities [N, vocabulary] of each answer differ from the reference."""
     largest, total, count, equal = 0.0, 0.0, 0, 0
-    for expected, found in zip(reference, scores, strict=True):
-        difference = (found.gather(1, expected.tokens) - expected.scores).abs()
+    for expected, given in zip(reference, scores, strict=True):
+        difference = (given.gather(1, expected.tokens) - expected.scores).abs()
         difference = difference[expected.scores > _UNLIKELY]
         largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
         total, count = total + float(difference.sum()), count + difference.numel()
-        equal += torch.equal(found.argmax(-1), expected.tokens[:, 0])
+        equal += torch.equal(given.argmax(-1), expected.tokens[:, 0])
     if not math.isfinite(largest + total):
         largest = total = math.inf
     return ExportDifference(

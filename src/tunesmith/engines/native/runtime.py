@@ -59,12 +59,12 @@ class LargePages:
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
             return torch.zeros(shape, dtype=dtype)
-        found = None if self._block is None else self._block.allocate(size)
-        if found is None:
+        memory = None if self._block is None else self._block.allocate(size)
+        if memory is None:
             self._block = _Block(max(_BLOCK, -(-size // _LARGE_PAGE) * _LARGE_PAGE))
-            found = self._block.allocate(size)
-            assert found is not None
-        return found.view(dtype).view(shape)
+            memory = self._block.allocate(size)
+            assert memory is not None
+        return memory.view(dtype).view(shape)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape and dtype."""

@@ -291,9 +291,9 @@ def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
             return [float(score) for score in known["scores"]]
     scores = _logits(base, ids).float().log_softmax(-1)
     each = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()  # of every id but the first
-    found = [float(each[place - 1]) for place in places(ids)]
-    write_atomic(kept, json.dumps({"ids": list(ids), "scores": found}).encode())
-    return found
+    chosen = [float(each[place - 1]) for place in places(ids)]
+    write_atomic(kept, json.dumps({"ids": list(ids), "scores": chosen}).encode())
+    return chosen
 
 
 @loading()
@@ -301,8 +301,8 @@ def _logits(base: Base, ids: Sequence[int]) -> Tensor:
     """Logits at every id but the last, by transformers' module in fp32. On the CPU: a GPU's memory is vLLM's."""
     load = transformers().AutoModelForCausalLM.from_pretrained
     module = load(base.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-    found: Tensor = module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
-    return found
+    logits: Tensor = module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+    return logits
 
 
 def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
@@ -417,12 +417,12 @@ class Pool:
             self._progress.say(f"vLLM at {server.url}: {problem or 'it answers again'}")
 
 
-def _check_again(found: weakref.ref[Pool]) -> None:
+def _check_again(weak: weakref.ref[Pool]) -> None:
     """Check the servers of a pool that failed, until all can be used or the pool is gone."""
     wait = _FIRST_WAIT
     while True:
         time.sleep(wait)
-        pool = found()
+        pool = weak()
         if pool is None or pool.check_failed():
             return
         del pool

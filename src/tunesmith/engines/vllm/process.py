@@ -186,8 +186,8 @@ def stop_servers(processes: Sequence[VllmProcess]) -> None:
 def _command(base: Path, settings: VllmSettings, port: int, gpus: int) -> list[str]:
     program, *arguments = shlex.split(settings.command)
     beside = Path(sys.executable).parent / program
-    found = shutil.which(os.path.expanduser(program)) or (str(beside) if os.access(beside, os.X_OK) else None)
-    if found is None:
+    path = shutil.which(os.path.expanduser(program)) or (str(beside) if os.access(beside, os.X_OK) else None)
+    if path is None:
         raise UsageError(f"the program {program} is not installed", where="engine.command", fix=_INSTALL)
     flags = [
         *("--host", "127.0.0.1", "--port", str(port)),
@@ -198,7 +198,7 @@ def _command(base: Path, settings: VllmSettings, port: int, gpus: int) -> list[s
     ]
     if gpus > 1:
         flags += ["--tensor-parallel-size", str(gpus)]
-    return [os.path.abspath(found), *arguments, str(base.absolute()), *flags, *settings.flags]
+    return [os.path.abspath(path), *arguments, str(base.absolute()), *flags, *settings.flags]
 
 
 def _new_log(number: int) -> Path:

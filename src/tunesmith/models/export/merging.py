@@ -52,8 +52,8 @@ def _read_changes(base: Base, adapter: Path) -> dict[str, Change]:
         layer, part = name.removeprefix("base_model.model.").split(".lora_")
         parts.setdefault(f"{layer}.weight", {})[part] = torch.from_numpy(tensor)
     return {
-        weight: Change(found["A.weight"], found["B.weight"], file.config.scale, found.get("magnitude_vector"))
-        for weight, found in parts.items()
+        weight: Change(low["A.weight"], low["B.weight"], file.config.scale, low.get("magnitude_vector"))
+        for weight, low in parts.items()
     }
 
 

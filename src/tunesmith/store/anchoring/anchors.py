@@ -102,7 +102,7 @@ class FilePlace:
 
     def read(self) -> AnchorsFound:
         """All anchors, oldest first. A missing file holds none."""
-        found = AnchorsFound()
+        kept = AnchorsFound()
         try:
             with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
                 self._check_regular(stream.fileno())
@@ -110,14 +110,14 @@ class FilePlace:
                 while line := stream.readline(_LONGEST + 2):
                     number += 1
                     whole = line.endswith(b"\n")
-                    found.take(line if whole else b"", f"line {number} of {self.name}")
+                    kept.take(line if whole else b"", f"line {number} of {self.name}")
                     if not whole:
                         break
         except FileNotFoundError:
-            return found
+            return kept
         except OSError as error:
             raise self._failed(error) from error
-        return found
+        return kept
 
     def write(self, anchor: Anchor, keep_until: datetime) -> datetime | None:
         """Add a line and sync it; None, since somebody can remove it. A line that does not fit is taken back."""
@@ -163,7 +163,7 @@ class BucketPlace:
 
     def read(self) -> AnchorsFound:
         """The anchors of all versions of all objects in the folder, oldest first."""
-        found = AnchorsFound()
+        kept = AnchorsFound()
         versions, deleted = list[JsonObject](), set[str]()
         for page in self._pages():
             versions += page.get("Versions") or []
@@ -172,14 +172,14 @@ class BucketPlace:
             key, version = one["Key"], one["VersionId"]
             where = f"object {key!r} of {self.name}"  # anybody who can write there chose the key
             if one["Size"] > _LONGEST:
-                found.take(b"", where)
+                kept.take(b"", where)
                 continue
             # One request: several would ask for the newest version first, which may be a delete marker.
             read = partial(_read, path=f"{self._bucket}/{key}", version=version)
-            found.take(self._try(read), where)
+            kept.take(self._try(read), where)
             if key in deleted and self._locked(key, version):
-                found.problems.append(f"{where} was deleted before its retention ended; its locked version is there")
-        return found
+                kept.problems.append(f"{where} was deleted before its retention ended; its locked version is there")
+        return kept
 
     def write(self, anchor: Anchor, keep_until: datetime) -> datetime | None:
         """Put an object that nobody, the account's owner included, can change or delete before keep_until,
@@ -212,8 +212,8 @@ class BucketPlace:
         return isinstance(until, datetime) and until > datetime.now(UTC)
 
     def _call(self, method: str, **arguments: Any) -> JsonObject:
-        found: JsonObject = self._try(lambda fs: fs.call_s3(method, Bucket=self._bucket, **arguments))
-        return found
+        answer: JsonObject = self._try(lambda fs: fs.call_s3(method, Bucket=self._bucket, **arguments))
+        return answer
 
     def _try(self, call: Callable[[Any], Any]) -> Any:
         try:

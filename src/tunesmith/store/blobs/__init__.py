@@ -13,8 +13,8 @@ _NAMED = re.compile(r"(?:blobs/[0-9a-f]{2}/([0-9a-f]{64})|records/[0-9a-f]{2}/([
 
 def named_digest(key: str) -> str | None:
     """The digest of the content that a key names; None for a key whose object may change."""
-    found = _NAMED.fullmatch(key)
-    return f"sha256:{found[1] or found[2]}" if found else None
+    match = _NAMED.fullmatch(key)
+    return f"sha256:{match[1] or match[2]}" if match else None
 
 
 class BlobStore(Protocol):

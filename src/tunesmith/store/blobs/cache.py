@@ -124,12 +124,12 @@ class FileCache:
             self._written = 0
             copies = [*self.root.glob("blobs/*/*"), *self.root.glob("records/*/*"), *self.root.glob("folders/*")]
             copies += self.root.glob("current/*/*")
-            found = []
+            sized = []
             for path in copies:
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((path.stat().st_atime, _bytes(path), path))
-            total = sum(size for _, size, _ in found)
-            for used, size, path in sorted(found):
+                    sized.append((path.stat().st_atime, _bytes(path), path))
+            total = sum(size for _, size, _ in sized)
+            for used, size, path in sorted(sized):
                 if total <= self._limit or used > time.time() - _IN_USE:
                     return
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -138,8 +138,8 @@ class FileCache:
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _mark_used(path: Path) -> None:

@@ -59,8 +59,8 @@ class LocalBlobs:
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Keys under a prefix. Links and devices are listed as they are: who reads one must check it."""
-        found = (path for path in self.folder(prefix).rglob("*") if path.is_symlink() or not path.is_dir())
-        yield from sorted(path.relative_to(self._root).as_posix() for path in found)
+        paths = (path for path in self.folder(prefix).rglob("*") if path.is_symlink() or not path.is_dir())
+        yield from sorted(path.relative_to(self._root).as_posix() for path in paths)
 
     def delete(self, key: str) -> None:
         """Remove a file. Its folder stays, since another process may be about to write there."""

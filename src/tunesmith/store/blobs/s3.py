@@ -56,9 +56,9 @@ class S3Blobs:
     """
 
     def __init__(self, url: str, cache: Path, limit: int) -> None:
-        found = urlsplit(url)
-        self._bucket, self._prefix = found.netloc, found.path.strip("/")
-        if found.scheme != "s3" or not _BUCKET.fullmatch(self._bucket) or found.query or found.fragment:
+        parts = urlsplit(url)
+        self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        if parts.scheme != "s3" or not _BUCKET.fullmatch(self._bucket) or parts.query or parts.fragment:
             raise UsageError(f"{url[:200]!r} is not a place for blobs", where="TUNESMITH_BLOBS_URL", fix=_URL_HELP)
         self._url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         self._cache = FileCache(cache, limit)
@@ -104,16 +104,16 @@ class S3Blobs:
         digest = named_digest(key)
         if digest is None:
             return self._current(key)
-        found = self._cache.file(key, digest)
-        if found is not None:
-            return found
+        copy = self._cache.file(key, digest)
+        if copy is not None:
+            return copy
         try:
-            found = self._cache.add(key, digest, self.pieces(key))
+            copy = self._cache.add(key, digest, self.pieces(key))
         except FileNotFoundError:
             return self._cache.root / key
-        if found is None:
+        if copy is None:
             raise Refused("the object's bytes do not have that digest", where=self.where(key), fix=_RESTORE)
-        return found
+        return copy
 
     def folder(self, prefix: str) -> Path:
         """A copy in the cache of the objects that are there now."""
@@ -180,8 +180,8 @@ class S3Blobs:
 
     def _list(self, prefix: str) -> list[ObjectMeta]:
         with self._told(prefix):
-            found = [one for some in self._store.list(prefix=prefix) for one in some]
-        return sorted(found, key=lambda one: one["path"])
+            objects = [one for some in self._store.list(prefix=prefix) for one in some]
+        return sorted(objects, key=lambda one: one["path"])
 
     def _current(self, key: str) -> Path:
         """A local file with the object's bytes now, since an object under such a key may change."""
@@ -206,7 +206,7 @@ class S3Blobs:
 
     def _failed(self, key: str, error: Exception) -> TunesmithError:
         text = str(error)
-        code = found[1] if (found := _CODE.search(text)) else ""
+        code = match[1] if (match := _CODE.search(text)) else ""
         denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or " 403 " in text or " 401 " in text
         if code == "NoSuchBucket":
             what, fix = f"there is no bucket {self._bucket}", f"create it, or change TUNESMITH_BLOBS_URL: {_URL_HELP}"

@@ -141,16 +141,16 @@ def require(where: Store | Session, user: str, action: str, *, scope: Scope = Sc
     """
     with session_of(where) as session:
         row = session.get(UserRow, user)
-        found = _user(row) if row else None
-    if found is None:
+        person = _user(row) if row else None
+    if person is None:
         raise Forbidden(f"{_shown(user)} is not a user", where=action, fix="act as another user")
-    found.require(action)
-    if not found.scope.covers(scope):
-        own = "/".join(part or "*" for part in (found.tenant, found.region))
+    person.require(action)
+    if not person.scope.covers(scope):
+        own = "/".join(part or "*" for part in (person.tenant, person.region))
         raise Forbidden(
             f"{user} may act only within {own}", where=action, fix="act as a user of that tenant and region"
         )
-    return found
+    return person
 
 
 def get_user(where: Store | Session, name: str) -> User:

@@ -69,7 +69,7 @@ def confirm_key(store: Store, name: str, fingerprint: str, *, actor: str, sessio
     session: the console's session in which actor does so. Raises UsageError if no key of that user waits under it,
     Refused unless actor is an admin, and nobody had a hand in both sessions.
     """
-    found = _find(store, name, fingerprint)
+    key = _find(store, name, fingerprint)
     fix = "have another admin confirm it"
     if actor == name:
         raise Refused(f"{name} proposed this key", where=name, fix=fix)
@@ -77,22 +77,22 @@ def confirm_key(store: Store, name: str, fingerprint: str, *, actor: str, sessio
     if session is not None:
         with store.reading() as reading:
             hands.add(link_maker(reading, session, actor) or actor)
-    if both := hands & {name, found.link_by}:
+    if both := hands & {name, key.link_by}:
         raise Refused(
             f"{both.pop()} made the link of a session in which this key was proposed or is confirmed: the two take "
             "different people",
             where=name,
             fix=f"{fix}, who made neither link; or {name} proposes it again after a login by the identity provider",
         )
-    return enrol_key(store, name, found.public_key, actor=actor)
+    return enrol_key(store, name, key.public_key, actor=actor)
 
 
 def reject_key(store: Store, name: str, fingerprint: str, *, actor: str) -> ProposedKey:
     """End a proposal. Its user may, and every admin. Raises as confirm_key does for a key that does not wait."""
-    found = _find(store, name, fingerprint)
+    key = _find(store, name, fingerprint)
     with changing(store, actor, _ENDED, name, own=True) as (_, detail):
-        detail |= {"key": found.fingerprint}
-    return found
+        detail |= {"key": key.fingerprint}
+    return key
 
 
 def waiting_keys(store: Store, name: str | None = None) -> list[ProposedKey]:
@@ -103,18 +103,18 @@ def waiting_keys(store: Store, name: str | None = None) -> list[ProposedKey]:
 
 def _waiting(session: Session, name: str | None) -> list[ProposedKey]:
     entries = select(AuditRow).where(AuditRow.action.in_((_PROPOSED, _ENDED))).order_by(AuditRow.seq)
-    found: dict[tuple[str, str], ProposedKey] = {}
+    waiting: dict[tuple[str, str], ProposedKey] = {}
     for row in session.scalars(entries if name is None else entries.where(AuditRow.subject == name)):
         key = (row.subject, str(row.detail["key"]))
         if row.action == _PROPOSED:
             more = {"public_key": row.detail["public_key"], "link_by": row.detail.get("link_by")}
-            found[key] = ProposedKey(user=key[0], fingerprint=key[1], at=row.at, **more)
+            waiting[key] = ProposedKey(user=key[0], fingerprint=key[1], at=row.at, **more)
         else:
-            found.pop(key, None)
-    keys, users = {key for _, key in found}, {user for user, _ in found}
+            waiting.pop(key, None)
+    keys, users = {key for _, key in waiting}, {user for user, _ in waiting}
     enrolled = set(session.scalars(select(KeyRow.fingerprint).where(KeyRow.fingerprint.in_(keys))))
     active = set(session.scalars(select(UserRow.name).where(UserRow.name.in_(users), UserRow.active)))
-    return [one for one in found.values() if one.fingerprint not in enrolled and one.user in active]
+    return [one for one in waiting.values() if one.fingerprint not in enrolled and one.user in active]
 
 
 def _find(store: Store, name: str, fingerprint: str) -> ProposedKey:

@@ -97,25 +97,25 @@ def continue_session(store: Store, secret: str, *, now: float | None = None) -> 
     """The session of a cookie, with the cookie's next value where it is time for one. None where it may not go on."""
     at, digest = time_or_now(now), secret_digest(secret)
     with store.reading() as session:
-        found = _row(session, digest)
-        if found is None or not _may_go_on(found, digest, at):
+        known = _row(session, digest)
+        if known is None or not _may_go_on(known, digest, at):
             return None
-        user = get_user(session, found.user)
+        user = get_user(session, known.user)
     if not user.active:
         return None
-    replaces = found.digest == digest and at - found.changed >= REPLACE_SECONDS
-    if not replaces and at - found.used < _USED_SECONDS:
-        return OpenSession(found.id, user, None)
+    replaces = known.digest == digest and at - known.changed >= REPLACE_SECONDS
+    if not replaces and at - known.used < _USED_SECONDS:
+        return OpenSession(known.id, user, None)
     with store.writing() as session:
         row = _row(session, digest)
         if row is None:
             return None
         row.used = at
         if not replaces or row.digest != digest:  # another request replaced it first
-            return OpenSession(found.id, user, None)
+            return OpenSession(known.id, user, None)
         following = secrets.token_urlsafe(_BYTES)
         row.digest, row.before, row.changed = secret_digest(following), digest, at
-    return OpenSession(found.id, user, following)
+    return OpenSession(known.id, user, following)
 
 
 def open_among(store: Store, numbers: Sequence[str], *, now: float | None = None) -> frozenset[str]:

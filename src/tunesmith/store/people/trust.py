@@ -159,14 +159,14 @@ def _put_changed(blobs: BlobStore, key: str, data: bytes) -> None:
 def _signed_in_time(session: Session, ended: list[KeyRow]) -> dict[str, set[str]]:
     """Fingerprint -> digests whose signature by that key the log recorded before the key was retired or revoked."""
     until = {key.fingerprint: key.until or 0 for key in ended}
-    found: dict[str, set[str]] = {}
+    signed: dict[str, set[str]] = {}
     if not until:
-        return found
+        return signed
     entries = select(AuditRow.seq, AuditRow.detail).where(
         AuditRow.action.in_(_SIGNING), AuditRow.seq < max(until.values())
     )
     for seq, detail in session.execute(entries):
         signature = detail.get("signature")
         if isinstance(signature, dict) and seq < until.get(str(signature.get("key")), 0):
-            found.setdefault(signature["key"], set()).add(str(signature.get("digest")))
-    return found
+            signed.setdefault(signature["key"], set()).add(str(signature.get("digest")))
+    return signed

@@ -113,13 +113,13 @@ def enrolled_by(store: Store, actor: str, since: int) -> dict[str, str]:
     entries = select(AuditRow).where(
         AuditRow.actor == actor, AuditRow.action.in_(("user.add", "user.key")), AuditRow.seq >= since
     )
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     with store.reading() as session:
         for row in session.scalars(entries.order_by(AuditRow.seq)):
             for key in row.detail["user"]["keys"]:
                 if key["enrolled"] == row.seq:
-                    found[key["fingerprint"]] = f"{key['label']} of {row.subject} (entry {row.seq})"
-    return found
+                    keys[key["fingerprint"]] = f"{key['label']} of {row.subject} (entry {row.seq})"
+    return keys
 
 
 def find_label(row: UserRow, label: str) -> KeyRow:

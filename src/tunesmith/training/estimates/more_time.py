@@ -77,17 +77,17 @@ def _without_gain(training: TrainingBody) -> str | None:
 
 
 def _by_probability(validation: Sequence[ValidationPoint]) -> str:
-    found = [each.probability for each in validation if each.probability is not None]  # earlier records have none
-    if len(found) < 2:
+    values = [each.probability for each in validation if each.probability is not None]  # earlier records have none
+    if len(values) < 2:
         return "These validations are too few to say what more time would bring."
-    if max(found[:-1]) >= found[-1]:
+    if max(values[:-1]) >= values[-1]:
         return (
             "The probability of the expected answers no longer rose at the end, so more time is not expected to bring "
             "more."
         )
     return (
-        f"The probability of the expected answers' tokens still rose at the end, from {found[-2]:.1%} to "
-        f"{found[-1]:.1%}; how many points of the metric more time would bring, it does not say."
+        f"The probability of the expected answers' tokens still rose at the end, from {values[-2]:.1%} to "
+        f"{values[-1]:.1%}; how many points of the metric more time would bring, it does not say."
     )
 
 

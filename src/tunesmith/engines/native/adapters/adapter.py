@@ -25,14 +25,14 @@ LAYERS = "base_model.model.model.layers"  # PEFT's name of them
 
 def blocks(network: Network, group: str, config: AdapterConfig) -> list[tuple[str, slice, slice]]:
     """For each adapted layer of a group: its name, its rows of b, and its columns of b, which are its rows of a."""
-    found: list[tuple[str, slice, slice]] = []
+    adapted: list[tuple[str, slice, slice]] = []
     row = 0
     for part, size in zip(GROUPS[group], network.parts(group), strict=True):
         if part.rsplit(".", 1)[-1] in config.targets:
-            column = len(found) * config.rank
-            found.append((part, slice(row, row + size), slice(column, column + config.rank)))
+            column = len(adapted) * config.rank
+            adapted.append((part, slice(row, row + size), slice(column, column + config.rank)))
         row += size
-    return found
+    return adapted
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +83,13 @@ def read_adapter(folder: Path, network: Network, base: Base) -> PackedAdapter:
     adapted = range(network.shape.layers) if config.layers is None else config.layers
     for number, layer in enumerate(network.layers):
         for group, product in layer.linear.items():
-            found = blocks(network, group, config)
-            if not found or number not in adapted:
+            places = blocks(network, group, config)
+            if not places or number not in adapted:
                 continue
-            every = len(found) * config.rank
+            every = len(places) * config.rank
             a, b = torch.zeros(every, product.into), torch.zeros(product.out, every)
             magnitudes: list[tuple[slice, Tensor]] = []
-            for part, rows, columns in found:
+            for part, rows, columns in places:
                 prefix = f"{LAYERS}.{number}.{part}"
                 try:
                     a[columns] = tensors.pop(f"{prefix}.lora_A.weight")

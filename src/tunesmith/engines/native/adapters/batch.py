@@ -43,8 +43,8 @@ class AdapterBatch:
         others = _others(owners)
 
         def at(place: Place) -> tuple[LowRankFactors, Tensor | None] | None:
-            found = self._places.get(place)
-            return None if found is None else (found[0], others(found[1]))
+            packed = self._places.get(place)
+            return None if packed is None else (packed[0], others(packed[1]))
 
         return at
 
@@ -54,10 +54,10 @@ class AdapterBatch:
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._row_scales.values() for number, _ in each}
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
-            product, found = self._network.layers[number].linear[group], self._places.get((number, group))
-            if found is None:
+            product, packed = self._network.layers[number].linear[group], self._places.get((number, group))
+            if packed is None:
                 return product(x)
-            factors, widths = found
+            factors, widths = packed
             y = product(x, factors.low(x).masked_fill_(others(widths), 0.0), factors)
             for owner, scales in self._row_scales[number, group]:
                 own = rows[owner]

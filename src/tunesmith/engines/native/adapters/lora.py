@@ -105,15 +105,15 @@ class LoraModel(NativeTrainable):
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the last backward pass's gradients, unpacked and in fp32, to those of the master weights."""
-        found = [torch.empty_like(master) for master in self.masters]
+        totals = [torch.empty_like(master) for master in self.masters]
         gradients = [(ga, gc) for _, ga, gc in self._copies.values()]
-        views = zip(*map(_views, found, self._shapes), strict=True)
+        views = zip(*map(_views, totals, self._shapes), strict=True)
         for (_, group), (ga, gc), (into_a, into_c) in zip(self.places, gradients, views, strict=True):
             into_a.copy_(ga[: len(into_a)])
             for _, mine, columns, rows in self._parts[group]:
                 into_c[:, mine].copy_(gc[columns, rows])
-        found[1].mul_(self.config.scale)
-        for master, gradient in zip(self.masters, found, strict=True):
+        totals[1].mul_(self.config.scale)
+        for master, gradient in zip(self.masters, totals, strict=True):
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     @torch.no_grad()

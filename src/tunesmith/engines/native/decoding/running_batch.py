@@ -173,17 +173,17 @@ class RunningBatch:
 
     def _next_prompts(self) -> list[tuple[Row, Sequence[int]]]:
         """Rows with the parts of their prompts that the next pass prefills, up to _CHUNK tokens."""
-        found: list[tuple[Row, Sequence[int]]] = []
+        prompts: list[tuple[Row, Sequence[int]]] = []
         left = _CHUNK
         for row in self.rows:
             part = row.ids[row.prefilled : row.prefilled + left]
             if part and (row.prefix is None or row.prefix.complete):
-                found.append((row, part))
+                prompts.append((row, part))
                 left -= len(part)
-        if found and len(found[0][1]) == _CHUNK:  # other prompts get the next turn
-            self.rows.remove(found[0][0])
-            self.rows.append(found[0][0])
-        return found
+        if prompts and len(prompts[0][1]) == _CHUNK:  # other prompts get the next turn
+            self.rows.remove(prompts[0][0])
+            self.rows.append(prompts[0][0])
+        return prompts
 
     def _run_pass(self, plan: _PassPlan, caches: tuple[Sequence[Tensor], Sequence[Tensor]]) -> Tensor:
         """Run a pass; returns the hidden states [T, M]. caches: pages of keys and of values, by layer."""

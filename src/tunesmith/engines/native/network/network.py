@@ -166,8 +166,8 @@ def frozen_linear(network: Network) -> Linear:
 
 def angles(network: Network, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
     """cos and sin [T, D / 2], fp32, of positions [T], for each of the network's rotations."""
-    found = [(positions.float()[:, None] * rotary.inverse_frequencies, rotary.scale) for rotary in network.rotary]
-    return [(angle.cos() * scale, angle.sin() * scale) for angle, scale in found]
+    pairs = [(positions.float()[:, None] * rotary.inverse_frequencies, rotary.scale) for rotary in network.rotary]
+    return [(angle.cos() * scale, angle.sin() * scale) for angle, scale in pairs]
 
 
 def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
@@ -235,8 +235,8 @@ class Recompute:
 
 def recompute(x: Tensor) -> Recompute | None:
     """The Recompute of the function whose output x is; None if x must be kept for the backward pass."""
-    found: Recompute | None = getattr(x.grad_fn, "recompute", None)
-    return None if found is None or found.output != x.output_nr else found
+    again: Recompute | None = getattr(x.grad_fn, "recompute", None)
+    return None if again is None or again.output != x.output_nr else again
 
 
 class _AddNorm(torch.autograd.Function):
