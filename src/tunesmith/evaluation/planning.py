@@ -288,10 +288,8 @@ def plan_gates(
     for name, gate in gates.items():
         if not isinstance(gate, Lift | Retain):
             continue
-        bound = gate.at_least if isinstance(gate, Lift) else -gate.drop_at_most
-        hoped = 0.0
-        if isinstance(gate, Lift):
-            hoped = lift if lift is not None else min(1.0, bound + 0.05)
+        bound, hoped = (gate.at_least, lift) if isinstance(gate, Lift) else (-gate.drop_at_most, 0.0)
+        hoped = min(1.0, bound + 0.05) if hoped is None else hoped
         known, own = (measured or {}).get(gate.metric, assumed), grouping_of(groups)
         if known.differences is not None:
             own = Grouping(own.size, grouping_of(known.groups, known.differences).correlation)

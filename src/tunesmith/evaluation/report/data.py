@@ -196,8 +196,8 @@ def _examples(
 
     def side(sign: float) -> ExampleSide:
         candidates = [index for index in range(len(gaps)) if gaps[index] * sign > 0]
-        mixed = {i: digest_bytes(own.ids[i].encode()) for i in candidates}
-        chosen = _one_a_group(own, sorted(candidates, key=lambda i: (-abs(float(gaps[i])), mixed[i])))
+        ranked = sorted(candidates, key=lambda i: (-abs(float(gaps[i])), digest_bytes(own.ids[i].encode())))
+        chosen = _one_a_group(own, ranked)
         return ExampleSide(n=len(candidates), shown=tuple(map(example, chosen)))
 
     def example(i: int) -> ExampleRow:
