@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tunesmith.core.digests import canonical_lines, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import Frozen, View
 from tunesmith.data.duplicates import request_text
@@ -72,7 +72,7 @@ class Example(Frozen):
         return self.messages[-1] if self.messages[-1].tool_calls else None
 
 
-def example_id(messages: Sequence[Message], source: str) -> str:
+def example_id(messages: Conversation, source: str) -> str:
     """The id of a conversation from a source: 80 bits of their digest. The row's place in the file does not matter."""
     further = (turn.model_dump(mode="json", exclude={"role", "content"}) for turn in messages)  # empty for most turns
     content = [

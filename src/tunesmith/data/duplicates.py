@@ -18,7 +18,7 @@ import regex
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.folding import fold, visible
 
@@ -38,17 +38,17 @@ def normalise(text: str, form: Callable[[str], str] = fold) -> str:
     return text.strip(_SENTENCE_MARKS) or text
 
 
-def request_text(messages: Sequence[Message], form: Callable[[str], str] = fold) -> str:
+def request_text(messages: Conversation, form: Callable[[str], str] = fold) -> str:
     """The turns before the answer as one normalised text, without the system turn, which many rows share."""
     return "\n".join(normalise(turn.text, form) for turn in messages[:-1] if turn.role != "system")
 
 
-def learned_parts(messages: Sequence[Message]) -> list[Sequence[Message]]:
+def learned_parts(messages: Conversation) -> list[Conversation]:
     """The conversation up to each answer that training learns; for a row of a dataset version the whole one is last."""
     return [messages[: n + 1] for n, turn in enumerate(messages) if turn.role == "assistant" and turn.weight]
 
 
-def request_key(messages: Sequence[Message], form: Callable[[str], str] = visible) -> str:
+def request_key(messages: Conversation, form: Callable[[str], str] = visible) -> str:
     """A key that equal requests share: roles, normalised texts and offered tools, turn by turn."""
     return json.dumps([[turn.role, normalise(turn.text, form), turn.tools or ""] for turn in messages])
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, Refused
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
@@ -167,5 +167,5 @@ def read_probe(
     return column(name, GENERAL, cells)
 
 
-def _folded(messages: Sequence[Message]) -> tuple[str, str]:
+def _folded(messages: Conversation) -> tuple[str, str]:
     return request_text(messages), fold(answer_key(messages[-1].text))

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import CountTokens, Message, tools_of, with_tools
+from tunesmith.core.messages import Conversation, CountTokens, Message, tools_of, with_tools
 from tunesmith.core.reading.answer_schema import Schema, satisfies
 from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, parse_json
 from tunesmith.data.building.staging import (
@@ -59,7 +59,7 @@ def refuse_control_tokens(rows: Sequence[tuple[str, str]], otherwise: str) -> No
         )
 
 
-def control_token(messages: Sequence[Message], tokens: Sequence[str]) -> str | None:
+def control_token(messages: Conversation, tokens: Sequence[str]) -> str | None:
     """Why a row with one of these tokens is removed; None for other rows."""
     held = next(filter(None, (turn.control_token(tokens) for turn in messages)), None) if tokens else None
     return held and f"{HAS_CONTROL} {held}"
@@ -307,13 +307,13 @@ class Examiner:
         groups = split.groups if split.joined else ()
         return frozenset((*self.settings.attributes, split.time, split.stratify, *groups))
 
-    def _templates(self, messages: Sequence[Message], scan: Scan) -> tuple[str, ...]:
+    def _templates(self, messages: Conversation, scan: Scan) -> tuple[str, ...]:
         """The row's template, and the template without the scan's findings, which verification can recompute."""
         request, answer = request_text(messages), messages[-1].text
         names = [*self.settings.split.values, *scan.originals, *scan.originals.values()]
         return wording_group(request, answer, names), *((wording_group(request, answer),) if names else ())
 
-    def _labels(self, row: SourceRow, messages: Sequence[Message], template: str) -> dict[str, str]:
+    def _labels(self, row: SourceRow, messages: Conversation, template: str) -> dict[str, str]:
         """The row's labels for groups, time, stratum and attributes. Raises UsageError where one is missing."""
         split, fields = self.settings.split, row.fields
         stated = ((key, _attribute(fields, key, row)) for key in self.settings.attributes)
@@ -349,7 +349,7 @@ def unread_keys(fields: Fields, source: Source, row_format: row_formats.RowForma
     return fields.keys() - (row_format.needs | row_format.also | labels)
 
 
-def _in_frame(messages: Sequence[Message], own: Sequence[Message]) -> tuple[Message, ...]:
+def _in_frame(messages: Conversation, own: Conversation) -> tuple[Message, ...]:
     """The messages with the system turn and the tools of another conversation."""
     frame = [turn for turn in own if turn.role == "system"]
     return with_tools((*frame, *(turn for turn in messages if turn.role != "system")), tools_of(own[:1]))

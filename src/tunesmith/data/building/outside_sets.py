@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.examine import listed_values, renamed
@@ -88,7 +88,7 @@ def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
         yield conversation(_answered(row_formats.read_turns(row, row_format, Counter()), row.where))
 
 
-def _answered(turns: Sequence[Message], where: str) -> Sequence[Message]:
+def _answered(turns: Conversation, where: str) -> Conversation:
     """The turns with an answer to learn at their end, which may be empty: many test sets hold requests alone.
 
     Raises UsageError where no turn is the user's, since the row would be compared with nothing.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.building.examine import renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
@@ -47,7 +47,7 @@ class Survey:
     groups: dict[str, list[str] | None] = field(default_factory=lambda: {key: [] for key in _GROUP_KEYS})
 
 
-def survey(root: Path, source: Source, why_not: Callable[[Sequence[Message]], str | None]) -> Survey:
+def survey(root: Path, source: Source, why_not: Callable[[Conversation], str | None]) -> Survey:
     """Read all rows of a source. why_not: why a conversation holds control tokens; None for one without."""
     seen = Survey()
     row_format = None  # a source has one, whatever its files

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 
 # How rows write JSON: json.dumps' own ways, each with and without escapes, and indented.
@@ -23,7 +22,7 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
 )
 
 
-def in_request_order(messages: Sequence[Message]) -> tuple[Message, ...]:
+def in_request_order(messages: Conversation) -> tuple[Message, ...]:
     """The conversation with the keys of each JSON answer in the order in which the user turns before it mention them.
 
     Keys whose values stand in no user turn keep their places. An answer stays as it is where it is not an object, or

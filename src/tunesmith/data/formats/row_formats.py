@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from tunesmith.core.errors import NextStep, UsageError
-from tunesmith.core.messages import Message, Role, ToolCall, with_tools
+from tunesmith.core.messages import Conversation, Message, Role, ToolCall, with_tools
 from tunesmith.core.reading.strict_json import Fields, parse_json
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.row_readers import SourceRow
@@ -246,7 +246,7 @@ def _weight(entry: Fields, role: Role, place: str) -> Literal[0, 1]:
     return 0 if weight == 0 and role == "assistant" else 1
 
 
-def _answered(entry: Fields, calls: Sequence[ToolCall], turns: Sequence[Message], place: str) -> str:
+def _answered(entry: Fields, calls: Sequence[ToolCall], turns: Conversation, place: str) -> str:
     """The id of the call that a tool turn answers: as it states, else the first call without an answer."""
     told = entry.get("tool_call_id")
     if told is None:

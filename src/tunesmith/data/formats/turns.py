@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
-from tunesmith.core.messages import Message, tools_of, with_tools
+from tunesmith.core.messages import Conversation, Message, tools_of, with_tools
 
 # Why a row is removed, as the record says it.
 NO_ANSWER: Final = "no assistant turn at the end"
@@ -20,7 +19,7 @@ NOT_TO_LEARN: Final = "every answer marked with weight 0"
 AFTER_THE_LAST: Final = "messages[] after the last one to learn"
 
 
-def objection(turns: Sequence[Message]) -> str | None:
+def objection(turns: Conversation) -> str | None:
     """Why a row with these turns is removed; None for a usable conversation.
 
     A usable conversation has at most one system turn, which comes first; then user and assistant turns alternate and
@@ -45,7 +44,7 @@ def objection(turns: Sequence[Message]) -> str | None:
     return None if any(turn.role == "assistant" and turn.weight for turn in spoken) else NOT_TO_LEARN
 
 
-def _disorder(spoken: Sequence[Message]) -> str | None:
+def _disorder(spoken: Conversation) -> str | None:
     """What is wrong with the order of the turns that follow the system turn."""
     expected, waiting = "user", set[str]()
     for turn in spoken:
@@ -63,7 +62,7 @@ def _disorder(spoken: Sequence[Message]) -> str | None:
     return None
 
 
-def conversation(turns: Sequence[Message]) -> tuple[Message, ...]:
+def conversation(turns: Conversation) -> tuple[Message, ...]:
     """The messages of usable turns, up to the last turn with weight 1: training learns nothing from later ones.
 
     An empty system turn is left out.

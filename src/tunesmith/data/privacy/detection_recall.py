@@ -16,7 +16,7 @@ from operator import methodcaller
 from typing import NamedTuple
 
 from tunesmith.core.errors import Refused
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.privacy.scan import Scanner, texts_of
 from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
@@ -55,7 +55,7 @@ def privacy_evidence(
     scanner: Scanner,
     counts: Mapping[str, int],
     fields: Mapping[tuple[str, str], int],
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
 ) -> PrivacyScan:
     """The scan's setup, findings and measured error.
 
@@ -89,7 +89,7 @@ def reference(model: str | None, entities: Sequence[str]) -> AnnotatedText | Non
     return AnnotatedText(text=shipped["text"], command=shipped["command"], entities=known)
 
 
-def measure(scanner: Scanner, conversations: Sequence[Sequence[Message]]) -> dict[str, SyntheticValues]:
+def measure(scanner: Scanner, conversations: Sequence[Conversation]) -> dict[str, SyntheticValues]:
     """Detection recall by entity. Inserts synthetic values of each into the conversations and scans them."""
     count = scanner.settings.synthetic_values
     if not count or not conversations:
@@ -110,7 +110,7 @@ def _insert(
     chance: random.Random,
     entity: str,
     make: Callable[[random.Random], str],
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
 ) -> _Insertion:
     texts = [(key, text) for _, key, text in texts_of(chance.choice(conversations))]
     keyed = [one for one in texts if one[0]]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tunesmith.core.messages import Message, ToolCall
+from tunesmith.core.messages import Conversation, Message, ToolCall
 from tunesmith.core.reading.strict_json import parse_json, unique_keys
 from tunesmith.core.text.folding import plain
 from tunesmith.data.privacy.entities import Finder, FoundEntity
@@ -53,16 +53,16 @@ class Scanner:
         self.finder, self.settings = Finder(settings), settings
         self._keep = frozenset(plain(value).casefold() for value in keep)
 
-    def scan(self, messages: Sequence[Message]) -> Scan:
+    def scan(self, messages: Conversation) -> Scan:
         """The scan of one conversation."""
         return self.scan_many([messages])[0]
 
-    def scan_many(self, conversations: Sequence[Sequence[Message]]) -> list[Scan]:
+    def scan_many(self, conversations: Sequence[Conversation]) -> list[Scan]:
         """The scans of conversations. A model of names is faster over many texts at once."""
         findings = self._found(conversations)
         return [self._scan(messages, findings) for messages in conversations]
 
-    def _found(self, conversations: Sequence[Sequence[Message]]) -> _Findings:
+    def _found(self, conversations: Sequence[Conversation]) -> _Findings:
         places = sorted({(key, text) for messages in conversations for _, key, text in texts_of(messages)})
         findings = self.findings([text for _, text in places], [key for key, _ in places])
         return dict(zip(places, findings, strict=True))
@@ -74,7 +74,7 @@ class Scanner:
             for text, spans in zip(texts, self.finder.find(texts, keys), strict=True)
         ]
 
-    def _scan(self, messages: Sequence[Message], findings: _Findings) -> Scan:
+    def _scan(self, messages: Conversation, findings: _Findings) -> Scan:
         fields = Counter((role, one.entity) for role, key, text in texts_of(messages) for one in findings[key, text])
         if not fields:
             return Scan(tuple(messages))
@@ -95,12 +95,12 @@ class Scanner:
             originals.setdefault(names.of(entity, value), value)
         return Scan(changed, counts, fields, originals)
 
-    def values(self, messages: Sequence[Message]) -> list[str]:
+    def values(self, messages: Conversation) -> list[str]:
         """Everything found in the messages, as written there."""
         return list(dict.fromkeys(value for _, value in self._values(messages, self._found([messages]))))
 
     @staticmethod
-    def _values(messages: Sequence[Message], findings: _Findings) -> list[tuple[str, str]]:
+    def _values(messages: Conversation, findings: _Findings) -> list[tuple[str, str]]:
         """(entity, value) of every finding."""
         return [
             (one.entity, text[one.start : one.end])
@@ -109,7 +109,7 @@ class Scanner:
         ]
 
 
-def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str, str]]:
+def texts_of(messages: Conversation) -> Iterator[tuple[str, str, str]]:
     """(role, key, text) of all texts of a conversation; of JSON its strings and numbers, so that escapes hide nothing.
 
     The role is the turn's, CALL for a call's name, arguments and id, and TOOLS for the declared functions. The key is

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.data.privacy.detection_recall import reference
 from tunesmith.data.privacy.entities import Finder
 from tunesmith.data.privacy.names import RECOMMENDED
@@ -56,7 +56,7 @@ _TOGETHER = 2048
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def found_people(conversations: Sequence[Sequence[Message]]) -> NamedPeople:
+def found_people(conversations: Sequence[Conversation]) -> NamedPeople:
     """People that the privacy scan's model finds. Raises UsageError where the extra `privacy` is not installed."""
     finder = Finder(Privacy(entities=(_PERSON,), model=RECOMMENDED))
     texts = [(place, text) for place, messages in enumerate(conversations) for *_, text in texts_of(messages)]

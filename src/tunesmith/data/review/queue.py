@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import stamp
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.review.decisions import Choice
 from tunesmith.store.people.identities import require
@@ -181,7 +181,7 @@ def messages_of(coded: Fields) -> tuple[Message, ...]:
     return tuple(Message.model_validate(turn) for turn in coded.get("turns", ()))
 
 
-def _coded(messages: Sequence[Message]) -> JsonObject:
+def _coded(messages: Conversation) -> JsonObject:
     return {"turns": [turn.model_dump(mode="json") for turn in messages]} if messages else {}
 
 

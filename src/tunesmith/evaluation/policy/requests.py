@@ -10,7 +10,7 @@ from pydantic import ConfigDict, ValidationError
 
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.core.values import Frozen
@@ -74,7 +74,7 @@ def _items_of(name: str, check: PolicyCheck, root: Path) -> Iterator[PolicyItem]
                 yield PolicyItem(id=f"{own}/{form}", check=name, group=group, request=changed)
 
 
-def compared_text(messages: Sequence[Message]) -> str:
+def compared_text(messages: Conversation) -> str:
     """The text by which a request is compared with others and with training rows: folded words, no system turn."""
     return near_text(request_text((*messages, _ANSWER)))
 

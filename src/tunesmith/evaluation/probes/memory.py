@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.folding import fold, fold_with_offsets
 from tunesmith.core.text.wording import percent
@@ -81,7 +81,7 @@ def overfitting_items(context: ProbeContext) -> list[Item]:
     ]
 
 
-def _item(context: ProbeContext, arm: str, row: Example, request: Sequence[Message], **more: Any) -> Item:
+def _item(context: ProbeContext, arm: str, row: Example, request: Conversation, **more: Any) -> Item:
     """An item of a row: the request as training composed it."""
     turns = sum(message.role != "system" for message in request)
     own = {"id": f"{arm}:{row.id}", **more}
