@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import Fields, NotJson, parse_json
 from tunesmith.core.values import Frozen
 from tunesmith.records.evaluation import AnswersBody
 from tunesmith.store.records import Record
@@ -29,7 +29,7 @@ _OTHER_PARENT = {
 }
 Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Lines = Mapping[str, Mapping[str, Any]]  # id -> line of an answers record
+Lines = Mapping[str, Fields]  # id -> line of an answers record
 
 
 class Asked(Frozen):
@@ -104,7 +104,7 @@ def why_not(error: ValueError) -> str:
     return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"
 
 
-def encode_lines(rows: Iterable[Mapping[str, Any] | BaseModel]) -> bytes:
+def encode_lines(rows: Iterable[Fields | BaseModel]) -> bytes:
     """Canonical JSON, one row a line."""
     return canonical_lines(row.model_dump(mode="json") if isinstance(row, BaseModel) else dict(row) for row in rows)
 
@@ -156,7 +156,7 @@ def read_answer_lines(
     return lines
 
 
-class AnswerLines(Sequence[Mapping[str, Any]]):
+class AnswerLines(Sequence[Fields]):
     """The lines of an answers record in the order of its rows, each read when it is looked at first.
 
     ids: of the rows. Raises Inconclusive as read_answer_lines does, for a line that does not fit when it is looked at.
@@ -164,7 +164,7 @@ class AnswerLines(Sequence[Mapping[str, Any]]):
 
     def __init__(self, store: Store, record: Record, ids: Sequence[str], where: str) -> None:
         self._read_all = partial(read_answer_lines, store, record, frozenset(ids), where)
-        self._ids, self._lines = ids, list[Mapping[str, Any] | None]([None] * len(ids))
+        self._ids, self._lines = ids, list[Fields | None]([None] * len(ids))
         blob = record.blobs.get(AnswerLine.file)
         self._raw = store.read_blob(blob).splitlines() if blob else []
         if len(self._raw) != len(ids):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Literal
 
 from sqlalchemy import case, func, select
 
@@ -132,14 +132,14 @@ def course_of(store: Store, rollout: Rollout) -> RolloutCourse:
 
 def steps_of(steps: Sequence[Step], rollout: Rollout | None = None) -> tuple[StepView, ...]:
     """A rollout's steps with what ended each; without one, the steps as they are to come."""
-    ended = dict[int, Mapping[str, Any]]()
+    ended = dict[int, Fields]()
     for each in rollout.history if rollout else ():
         if each["action"] not in ("rollout.pause", "rollout.clock"):
             ended.setdefault(int(each["step"]), each)
     return tuple(_step(place, step, ended.get(place), rollout) for place, step in enumerate(steps))
 
 
-def _step(place: int, step: Step, event: Mapping[str, Any] | None, rollout: Rollout | None) -> StepView:
+def _step(place: int, step: Step, event: Fields | None, rollout: Rollout | None) -> StepView:
     """event: what ended it."""
     if rollout is not None and event is not None:
         how = {"state": "done", "ended_at": str(event["at"]), "ended_by": _ended_by(event, rollout)}
@@ -245,7 +245,7 @@ def _says(step: Step) -> str:
     )
 
 
-def _ended_by(event: Mapping[str, Any], rollout: Rollout) -> str:
+def _ended_by(event: Fields, rollout: Rollout) -> str:
     """What ended a step, from its entry in the rollout's history."""
     words = {
         "rollout.weight": "weight set",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
@@ -110,7 +110,7 @@ def ask_twice(
     return lines, AnswersBody(suite=suite, n=len(lines), seconds=seconds, judge=asked_by)
 
 
-def verdicts_of(line: Mapping[str, Any], words: Sequence[str]) -> tuple[str | None, str | None]:
+def verdicts_of(line: Fields, words: Sequence[str]) -> tuple[str | None, str | None]:
     """A judge's verdicts in its two replies about an answer; None for a reply without one, or one that was cut off.
 
     line: as ask_twice gives it. words: the verdicts that the judge was told to choose from.
@@ -173,7 +173,7 @@ def _question(scorer: JudgeScorer, example: Example, answer: str, answer_first: 
     return Generation(messages=messages, max_tokens=_LONGEST)
 
 
-def _line(identifier: str, first: Completion, second: Completion) -> Mapping[str, Any]:
+def _line(identifier: str, first: Completion, second: Completion) -> Fields:
     cut = [key for key, reply in (("first", first), ("second", second)) if reply.finish == "length"]
     return {
         "id": identifier,

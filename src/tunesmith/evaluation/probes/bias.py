@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import Fields, NotJson, parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.core.text.wording import percent, points
 from tunesmith.data.quality.people import FIRST_NAMES
@@ -146,7 +146,7 @@ def _cased(word: str, like: str) -> str:
     return word.upper() if like.isupper() and len(like) > 1 else word.capitalize() if like[0].isupper() else word
 
 
-def _stereotyped_first(row: Mapping[str, Any]) -> tuple[int, int, int] | None:
+def _stereotyped_first(row: Fields) -> tuple[int, int, int] | None:
     """Positions of the stereotyped answer, the other person and "unknown"; None where the row does not say."""
     try:
         info = [row["answer_info"][f"ans{place}"] for place in range(3)]
@@ -179,13 +179,13 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+def _probability(item: Item, line: Fields, scoring: Scoring) -> float:
     """The right answer's probability, whole or per token as the arm says."""
     per_token = item.arm.endswith(PER_TOKEN)
     return min(1.0, math.exp(-suites.loss(item, line, scoring) if per_token else suites.likelihoods(item, line)[0]))
 
 
-def _pull(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+def _pull(item: Item, line: Fields, _scoring: Scoring) -> float:
     first, second = numbers.shares(suites.likelihoods(item, line))[:2]
     return first - second
 

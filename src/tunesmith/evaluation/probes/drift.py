@@ -6,13 +6,13 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import resources
-from typing import Any
 
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.core.text.wording import percent
 from tunesmith.evaluation.metrics.declared import Scoring
@@ -149,7 +149,7 @@ def _packaged(kind: str) -> list[dict[str, str]]:
     return [row for row in map(json.loads, text.splitlines()) if row["kind"] == kind]
 
 
-def _share_by_word(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+def _share_by_word(item: Item, line: Fields, _scoring: Scoring) -> float:
     """The first choice's share, each choice weighted by its mean log-probability per word.
 
     Whole sentences' probabilities would give nearly all weight to one choice and hide a small drift. Without the mean

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, parse_json
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.system.scratch import scratch_folder
@@ -128,7 +128,7 @@ def _as_turns(history: Sequence[Mapping[str, str]], *, add_generation_prompt: bo
     return json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in history])
 
 
-def _likeliest(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+def _likeliest(item: Item, line: Fields, _scoring: Scoring) -> float:
     scores = suites.likelihoods(item, line)
     return float(scores[0] == max(scores))
 

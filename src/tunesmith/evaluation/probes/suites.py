@@ -18,6 +18,7 @@ from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.text.wording import percent, points
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.settings import Privacy
@@ -152,7 +153,7 @@ def with_last_request(messages: Conversation, change: Callable[[str], str]) -> t
 
 SHARES, GAPS = (0.0, 1.0), (-1.0, 1.0)  # the ends of values
 # An item, its answer's line and the primary metric's scoring function -> a number.
-Value = Callable[[Item, Mapping[str, Any], Scoring], float]
+Value = Callable[[Item, Fields, Scoring], float]
 
 
 class Case(NamedTuple):
@@ -269,17 +270,17 @@ def ask(
     return lines
 
 
-def likelihoods(item: Item, line: Mapping[str, Any]) -> list[float]:
+def likelihoods(item: Item, line: Fields) -> list[float]:
     """The log-probability of each choice."""
     return numbers.log_probabilities(line.get("scores"), len(item.choices), item.id)
 
 
-def share(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+def share(item: Item, line: Fields, _scoring: Scoring) -> float:
     """The first choice's share of all choices' probability."""
     return numbers.shares(likelihoods(item, line))[0]
 
 
-def loss(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
+def loss(item: Item, line: Fields, _scoring: Scoring) -> float:
     """The first choice's loss per token."""
     tokens = line.get("tokens")
     if not is_number(tokens) or tokens < 1:
@@ -287,14 +288,14 @@ def loss(item: Item, line: Mapping[str, Any], _scoring: Scoring) -> float:
     return -likelihoods(item, line)[0] / float(tokens)
 
 
-def text_of(item: Item, line: Mapping[str, Any]) -> str:
+def text_of(item: Item, line: Fields) -> str:
     """The answer's text."""
     if not isinstance(line.get("text"), str):
         raise Inconclusive("an answer has no text", where=item.id)
     return str(line["text"])
 
 
-def scored(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+def scored(item: Item, line: Fields, scoring: Scoring) -> float:
     """The answer's score by the primary metric."""
     value = scoring(Answered(text_of(item, line), item.expected or "", item.messages))
     return checked(value, "the leading metric", item.id)
