@@ -20,7 +20,7 @@ from tunesmith.candidates.composing import compose
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.progress import Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.data.dataset import load_dataset
@@ -66,7 +66,7 @@ def export_version(
     engine: Engine,
     engine_kind: str,
     actor: str,
-    progress: Progress = SILENT,
+    progress: Progress,
 ) -> Exported:
     """Write an approved version's weights into target, a folder that must not exist yet.
 

@@ -102,7 +102,7 @@ def list_versions(
     return [version_of(store, row) for row in rows]
 
 
-def count_versions(store: Store, *, containing: str = "") -> int:
+def count_versions(store: Store, *, containing: str) -> int:
     """How many versions are registered. containing: only of names with this text in them."""
     with store.reading() as session:
         return session.scalar(select(func.count()).select_from(_digests(None, containing).subquery())) or 0
@@ -142,7 +142,7 @@ def list_aliases(store: Store) -> list[Alias]:
         return [_alias(row) for row in session.scalars(query)]
 
 
-def revision_of(session: Session, name: str, scope: Scope = Scope()) -> int:
+def revision_of(session: Session, name: str, scope: Scope) -> int:
     """The champion's revision, which set_alias expects; 0 if it was never set."""
     row = _row(session, name, scope)
     return row.revision if row is not None else 0

@@ -18,9 +18,7 @@ CHOSEN = "chosen by its text"
 MOST_FOUND = 100  # rows that one search adds
 
 
-def rows_to_review(
-    store: Store, digest: str, *, pseudonyms: bool = False, search: str = "", by: str = ""
-) -> list[NewItem]:
+def rows_to_review(store: Store, digest: str, *, pseudonyms: bool, search: str, by: str) -> list[NewItem]:
     """Rows of a dataset version that were flagged, and those that somebody chose.
 
     pseudonyms: also rows that hold one. search: also training and validation rows with this text. Test rows are not

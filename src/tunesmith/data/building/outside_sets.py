@@ -54,7 +54,7 @@ def decode_outside(data: bytes) -> Outside:
         raise Refused(f"{OUTSIDE} does not hold requests: {error}", where=OUTSIDE) from error
 
 
-def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | None = None) -> Outside:
+def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | None) -> Outside:
     """The requests and wordings of the outside sets that the settings name.
 
     Which words of a request are values is decided by the row's answer, if it has one, the privacy scan and the

@@ -152,7 +152,7 @@ def forget_cases(session: Session, requests: Iterable[str]) -> None:
     _forget(session, (ReviewItemRow.kind == "case") & ReviewItemRow.subject.in_(list(requests)))
 
 
-def items_of_rows(session: Session, rows: Collection[str], versions: Collection[str] | None = None) -> list[int]:
+def items_of_rows(session: Session, rows: Collection[str], versions: Collection[str] | None) -> list[int]:
     """The numbers of the items on rows with these ids, which may be many more than the queue has items.
 
     versions: only items on rows of these dataset versions.

@@ -95,7 +95,7 @@ def split_by_time(time: str, starts: Mapping[str, str]) -> str:
     return next((name for name in ("test", "validation") if name in starts and time >= starts[name]), "train")
 
 
-def stratified(counts: Iterable[tuple[str, str, int]], split: Split, held: Container[str] = ()) -> dict[str, str]:
+def stratified(counts: Iterable[tuple[str, str, int]], split: Split, held: Container[str]) -> dict[str, str]:
     """Group -> split, such that each split has about the same share of every stratum. counts: (group, stratum, rows).
 
     The greedy method of Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label Data" (ECML 2011) and of

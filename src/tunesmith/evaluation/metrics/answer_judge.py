@@ -76,7 +76,7 @@ def ask_twice(
     work: Path,
     suite: str,
     name: str,
-    progress: Progress = SILENT,
+    progress: Progress,
 ) -> tuple[list[dict[str, Any]], AnswersBody]:
     """Ask a judge two questions about each answer: a line {id, first, second, ...} for each, and the record's body.
 

@@ -15,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
-from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.progress import Progress
 from tunesmith.engines.protocol import Generation
 from tunesmith.evaluation.lines import ITEMS, CandidateLine, Name, answers_to, read_answer_lines, read_items
 from tunesmith.evaluation.metrics.answer_judge import ask_twice, verdicts_of
@@ -201,7 +201,7 @@ def judge_policy(
     answers: str,
     items: Sequence[PolicyItem],
     work: Path,
-    progress: Progress = SILENT,
+    progress: Progress,
 ) -> str:
     """Ask a check's judge about a candidate's answers and store its replies; returns the record's digest.
 
