@@ -108,7 +108,7 @@ def test_an_admin_adds_a_person_changes_roles_ends_a_token_and_deactivates(serve
     harmless(page)
     page.get_by_role("button", name="Revoke laptop of zoe").click()
     expect(page.get_by_role("button", name="Revoke laptop of zoe")).to_have_count(0, timeout=60_000)
-    assert [token.status for token in users.list_tokens(store, user="zoe").tokens] == ["revoked"]
+    assert [token.status for token in users.list_tokens(store, None, user="zoe").tokens] == ["revoked"]
     page.locator("summary", has_text="Roles of zoe").click()
     card = page.locator("section", has=page.get_by_role("heading", name="zoe"))
     card.get_by_label("operator").check()

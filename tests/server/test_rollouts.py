@@ -259,11 +259,12 @@ def test_declared_scorers_score_served_answers(start_server: StartServer, tmp_pa
 
 
 def test_rollout_refuses_a_metric_that_service_does_not_measure(tmp_path: Path) -> None:
-    """The second step analyses what needs retrieved texts, or json_valid, as by default."""
-    steps = [{"setWeight": 10}, {"analysis": {"metric": "groundedness"}}, {"setWeight": 100}]
+    """The second analysis needs retrieved texts, or json_valid, as by default. What only feedback gives is measured."""
+    analyses = [{"analysis": {"metric": metric}} for metric in ("helpful", "groundedness")]
+    steps = [{"setWeight": 10}, *analyses, {"setWeight": 100}]
     task: Any = {**settings()["task"], "scorers": ["exact_match", "groundedness"]}
     project = Project.load(write_project(tmp_path / "a", task=task, gates={}, rollout={"steps": steps}))
-    with pytest.raises(UsageError, match="step 2 analyses groundedness, which service does not measure"):
+    with pytest.raises(UsageError, match="step 3 analyses groundedness, which service does not measure"):
         do(project, rollouts.start, version="tiny@v1")
     project = Project.load(write_project(tmp_path / "b", task={**task, "scorers": ["exact_match"]}, gates={}))
     with pytest.raises(UsageError, match=r"step 2 analyses json_valid.*task\.scorers does not list it") as caught:

@@ -27,7 +27,8 @@ def draw_list(page: DatasetPage) -> Drawn:
     rows = []
     for one in page.datasets:
         signed = f"unreadable: {one.unreadable}" if one.unreadable else ", ".join(one.signed)
-        rows.append((one.dataset[7:19], one.at[:16], one.read, one.kept, one.removed, signed))
+        counts = ("", "", "") if one.unreadable else (one.read, one.kept, one.removed)
+        rows.append((one.dataset[7:19], one.at[:16], *counts, signed))
     title = f"{len(rows)} of {page.total} dataset versions"
     yield table(rows, "dataset", "at", "read", "kept", "left out", "signed off by", title=title)
 

@@ -48,7 +48,7 @@ def login_link(here: Acting, user: str | None = None, *, url: str = "http://127.
 
 def list_users(here: Here) -> None:
     """List every user with their roles, deactivated ones included."""
-    here.emit(services.users.list_users(here.store), _draw_users)
+    here.emit(services.users.list_users(here.store, None), _draw_users)
 
 
 def add(
@@ -118,7 +118,7 @@ def tokens(here: Here, user: str | None = None) -> None:
 
     user: Whose; by default all.
     """
-    here.emit(services.users.list_tokens(here.store, user=user), _draw_tokens)
+    here.emit(services.users.list_tokens(here.store, None, user=user), _draw_tokens)
 
 
 def revoke_token(here: Acting, user: User, name: str) -> None:
@@ -131,7 +131,7 @@ def revoke_token(here: Acting, user: User, name: str) -> None:
 
 def list_keys(here: Here) -> None:
     """List every key, retired, revoked and proposed ones included, and whether its private half is on this machine."""
-    here.emit(services.users.list_keys(here.store), _draw_keys)
+    here.emit(services.users.list_keys(here.store, None), _draw_keys)
 
 
 def create(here: Acting, user: str | None = None, *, label: NewLabel = None) -> None:

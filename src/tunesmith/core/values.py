@@ -6,7 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.names import Scope
@@ -34,6 +36,16 @@ class View(Frozen):
         """The view of an object: its attributes that are named as fields are, and what else is given."""
         named = [name for name in cls.model_fields if name not in more and hasattr(source, name)]
         return cls(**{name: getattr(source, name) for name in named}, **more)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The JSON schema, without the fields that JSON leaves out always."""
+        document = handler(schema)
+        stated = handler.resolve_ref_schema(document)
+        for name in (name for name, field in cls.model_fields.items() if field.exclude):
+            stated["properties"].pop(name, None)
+            stated["required"] = [each for each in stated.get("required", ()) if each != name]
+        return document
 
     def document(self) -> dict[str, Any]:
         """The result as JSON values, under the keys that scripts rely on."""

@@ -18,7 +18,6 @@ from tunesmith.evaluation.metrics.declared import (
     metric_of,
 )
 from tunesmith.evaluation.metrics.scorers import Schema
-from tunesmith.rollout.analysis import RATES
 from tunesmith.rollout.settings import Step
 
 _FREE = PatternScorer | GrammarScorer  # need no reference
@@ -54,12 +53,12 @@ def served_scorers(scorers: Sequence[str | DeclaredScorer], schema: Schema, root
 
 def check_analyses(scorers: Sequence[str | DeclaredScorer], steps: Sequence[Step]) -> None:
     """Raise UsageError where an analysis of a rollout needs a metric that service does not measure."""
-    reasons = dict.fromkeys(RATES) | {metric_of(each): _unmeasured(each) for each in scorers}
+    # Other metrics that task.scorers does not list may come with feedback.
+    reasons = {"json_valid": "task.scorers does not list it"} | {metric_of(each): _unmeasured(each) for each in scorers}
     for number, step in enumerate(steps, start=1):
-        metric = step.analysis.metric if step.analysis else RATES[0]
-        if reason := reasons.get(metric, "task.scorers does not list it"):
+        if step.analysis is not None and (reason := reasons.get(step.analysis.metric)):
             raise UsageError(
-                f"step {number} analyses {metric}, which service does not measure: {reason}",
+                f"step {number} analyses {step.analysis.metric}, which service does not measure: {reason}",
                 where="rollout.steps",
                 fix="write rollout.steps with a metric that is measured: success_rate (whether requests are answered), "
                 "or one of task.scorers that feedback can score",

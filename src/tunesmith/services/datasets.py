@@ -103,10 +103,10 @@ class DatasetLine(View):
 
     dataset: str
     at: str
-    read: int = 0
-    kept: int = 0
-    removed: int = 0
-    splits: Mapping[str, int] = {}
+    read: Omitted[int] = None
+    kept: Omitted[int] = None
+    removed: Omitted[int] = None
+    splits: Omitted[Mapping[str, int]] = None
     signed: tuple[str, ...]
     unreadable: Omitted[str] = None
 

@@ -165,13 +165,13 @@ def _sees(viewer: User | None, user: str) -> bool:
     return viewer is None or is_admin(viewer) or user == viewer.name
 
 
-def list_users(store: Store, viewer: User | None = None) -> UserList:
+def list_users(store: Store, viewer: User | None) -> UserList:
     """The users with their roles."""
     identities.ensure_owner(store)
     return UserList(users=tuple(_view(one) for one in identities.list_users(store) if _sees(viewer, one.name)))
 
 
-def list_tokens(store: Store, viewer: User | None = None, *, user: str | None = None) -> TokenList:
+def list_tokens(store: Store, viewer: User | None, *, user: str | None = None) -> TokenList:
     """The tokens of a user, by default of all whom the viewer may see. Raises Forbidden for one whom they may not."""
     if viewer is not None and not is_admin(viewer):
         if user not in (None, viewer.name):
@@ -388,7 +388,7 @@ class RevokeKey(RetireKey):
     since: Named
 
 
-def list_keys(store: Store, viewer: User | None = None) -> KeyList:
+def list_keys(store: Store, viewer: User | None) -> KeyList:
     """The enrolled keys, retired and revoked ones included, and the proposed ones, the oldest first."""
     enrolled = (
         KeyView.of(key, user=user.name, roles=user.roles, active=user.active, private=key.fingerprint in private)

@@ -493,7 +493,7 @@ class PrepareDecision(DecideVersion):
 
 
 class SubmitDecision(Request):
-    """A statement as `prepare_decision` gave it, and the signature over it.
+    """A statement to sign as it was prepared, and the signature over it.
 
     key: the fingerprint of the key that signed. signature: ECDSA with SHA-256 over the payload that came with it, in
     base64: DER, as openssl writes it, or r and s of 32 bytes each, as WebCrypto gives it.
@@ -508,8 +508,7 @@ class SubmitDecision(Request):
 
 
 class PreparedDecision(View):
-    """What an approver is to sign. statement: the in-toto statement, for people and for
-    `submit_decision`.
+    """What an approver is to sign. statement: the in-toto statement, for people and to be sent back with the signature.
 
     payload: the bytes to sign, base64: DSSE's encoding of the statement. keys: fingerprints of the approver's active
     keys, newest first. risk: the version's class and what it takes, None for one approver. missing: what it still takes

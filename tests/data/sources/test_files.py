@@ -178,6 +178,9 @@ def test_a_file_replaced_after_it_was_found_is_not_followed(tmp_path: Path) -> N
 
     attempt()
     (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.jsonl").mkdir()
+    assert "directory" in attempt()
+    (tmp_path / "a.jsonl").rmdir()
     os.mkfifo(tmp_path / "a.jsonl")
     answers: list[str] = []
     opening = threading.Thread(target=lambda: answers.append(attempt()), daemon=True)

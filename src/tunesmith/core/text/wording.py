@@ -46,15 +46,17 @@ def detail_text(detail: Any) -> str:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes as GB."""
-    return f"{count / 1e9:.2f} GB"
+    """Bytes as GB, or as MB where they are few."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as seconds, minutes or hours."""
+    """Seconds as seconds, minutes, hours or days."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 2 * 24 * 60:
+        return f"{minutes / (24 * 60):.1f} days"
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 

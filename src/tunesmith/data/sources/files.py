@@ -159,10 +159,10 @@ def open_source(file: SourceFile, *, digested: bool = True) -> Iterator[OpenSour
     with fetched(file) as here:
         assert here.path is not None
         try:
-            handle = os.open(here.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            stream = open(here.path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below
         except OSError as error:
             raise UsageError(f"cannot be opened: {error.strerror}", where=file.name) from error
-        with open(handle, "rb") as stream:
+        with stream:
             _require_regular(os.fstat(stream.fileno()).st_mode, file.name)
             yield OpenSource(file, stream, digested=digested)
 
@@ -181,6 +181,10 @@ def fetched(file: SourceFile, folder: Path | None = None) -> Iterator[SourceFile
         with room_for(copy), copy.open("wb") as stream:
             remote.fetch(file.name, stream)
         yield SourceFile(file.name, copy, file.source)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _require_regular(mode: int, name: str) -> None:

@@ -117,7 +117,10 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
     key = verify_signature(folder, keys)
     path = folder / RELEASE
     raw = path.read_bytes()
-    record = decode(raw, digest_bytes(raw), str(path))
+    try:
+        record = decode(raw, digest_bytes(raw), str(path))
+    except Refused as error:
+        raise Refused("not a record", where=str(path), fix=FIX) from error
     if record.encoded != raw:
         raise Refused("not in canonical form", where=str(path), fix=FIX)
     version, statement = read_version(record, str(path))

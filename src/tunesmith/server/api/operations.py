@@ -29,7 +29,9 @@ Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]
 Metric = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Value = Annotated[str, Query(min_length=1, max_length=300)]
-Cause = Annotated[str, Query(pattern=f"^({'|'.join(monitoring.CAUSES)})$")]
+Cause = Annotated[
+    str, Query(pattern=f"^({'|'.join(monitoring.CAUSES)})$", json_schema_extra={"enum": [*monitoring.CAUSES]})
+]
 _JOB, _ROLLOUT = "/jobs/{number}", "/rollouts/{number}"
 _MOST_JOBS, _MOST_ENTRIES = 100, 1000  # of an answer
 

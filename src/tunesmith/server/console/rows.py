@@ -84,7 +84,7 @@ def dataset_version(
         "rows_version.html.jinja",
         version=datasets.summary(store, digest),
         signed=datasets.list_sign_offs(store, digest).sign_offs,
-        others=[one for one in datasets.list_datasets(store).datasets if one.dataset != digest],
+        others=[one for one in datasets.list_datasets(store).datasets if one.dataset != digest and not one.unreadable],
         rows=rows,
         splits=_SPLITS,
         **choice,
