@@ -24,12 +24,14 @@ def served(hold: Callable[..., Served]) -> Served:
 
 
 def test_a_reviewer_edits_one_answer_and_refuses_another(served: Served, login: Login) -> None:
-    first = held(served, messages=[{"role": "user", "content": HOSTILE}])
+    call = {"id": "c", "type": "function", "function": {"name": "transfer", "arguments": "{}"}}
+    first = held(served, messages=[{"role": "user", "content": HOSTILE}, {"role": "assistant", "tool_calls": [call]}])
     second = held(served)
     page = login(STEWARD)
     follow(page.get_by_role("link", name="2 held answers wait for a reviewer"))
     page.goto(f"{served.url}{PAGE}/{first['id']}")
     expect(page.locator("pre").first).to_contain_text('<script>document.title = "taken"</script>')
+    expect(page.locator("pre").nth(1)).to_contain_text("transfer")
     check_page(page)
     page.get_by_label("Why it is edited").fill("the payee is unclear")
     page.get_by_label("Edited answer").fill("no JSON")
@@ -42,8 +44,7 @@ def test_a_reviewer_edits_one_answer_and_refuses_another(served: Served, login: 
     page.get_by_label("Reason").fill("no such account")
     page.get_by_role("button", name="Refuse").click()
     page.wait_for_url(f"**{PAGE}")
-    expect(page.get_by_text("replaced", exact=True)).to_be_visible()
-    expect(page.get_by_text("refused", exact=True)).to_be_visible()
+    expect(page.locator("td .badge")).to_have_text(["replaced", "refused"])
     with served.http() as http:
         left = http.get(first["url"]).json()["completion"]["choices"][0]["message"]["content"]
         assert left == '{"intent": "ask_back"}'
@@ -55,8 +56,7 @@ def test_who_may_not_review_sees_nothing(served: Served) -> None:
     """server/test_api.py asks as another tenant."""
     notice = held(served)
     with plain(served, cookie_of(served, OPERATOR)) as http:
-        assert http.get(PAGE).status_code == 403
-        assert http.get(f"{PAGE}/{notice['id']}").status_code == 403
+        assert [http.get(path).status_code for path in (PAGE, f"{PAGE}/{notice['id']}")] == [403, 403]
         assert "held answer" not in http.get("/").text
     with plain(served, cookie_of(served, STEWARD)) as http:
         assert http.get(f"{PAGE}/{'0' * 32}").status_code == 404

@@ -130,12 +130,11 @@ def draw_evaluation(summary: EvaluationSummary) -> Drawn:
     for name in sorted(summary.candidates, key=lambda name: (-summary.candidates[name][summary.primary].mean, name)):
         price, measured = summary.prices[name], summary.candidates[name]
         costs = (price.prompt_tokens_per_1000, price.completion_tokens_per_1000, price.seconds_per_1000)
-        cells = [
-            Text(name, "bold" if summary.tuned[name] else ""),
-            *(_measured(measured[metric]) for metric in metrics),
-        ]
+        named = Text(name, "bold" if summary.tuned[name] else "")
         paid = [money(price.money_per_1000)] if summary.currency else []
-        rows.append([*cells, *(f"{each:,.0f}" for each in costs), *paid])
+        rows.append(
+            [named, *(_measured(measured[each]) for each in metrics), *(f"{each:,.0f}" for each in costs), *paid]
+        )
     title = f"{summary.n} held-out requests in {summary.groups} groups"
     yield table(rows, *headings, title=title, right=range(1, len(headings)))
     for name, cut in summary.cut.items():

@@ -215,8 +215,7 @@ def _draw_recall(recall: Recall) -> Drawn:
         rows = ", ".join(f"{count} in {split}" for split, count in one.rows.items() if count)
         yield f"  {one.kind:<11} {one.label}{f': {rows}' if rows else ''}"
     for alias in recall.aliases:
-        scope = " ".join(filter(None, (alias.tenant and f"tenant {alias.tenant}", alias.region)))
-        yield f"  alias       {alias.name}@{alias.alias} {scope}".rstrip()
+        yield f"  alias       {alias.name}@{alias.alias}{alias.scope.said}"
     for served in recall.served:
         tenant = f"tenant {served.tenant}" if served.tenant else "no tenant"
         yield f"  answered    {served.requests} requests of {tenant}, the last {served.last}"

@@ -13,7 +13,7 @@ from tunesmith.cli.jobs import draw_job
 from tunesmith.cli.terminal import Acting, Drawn, Here, Positive, Terminal, add_commands, table
 from tunesmith.core.errors import UsageError
 from tunesmith.core.system.machine import started_by_torchrun
-from tunesmith.core.text.wording import percent
+from tunesmith.core.text.wording import gigabytes, percent
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.learning_curve import Forecast
@@ -167,7 +167,6 @@ def forecast(
 
 def _draw_training(done: TrainingSummary) -> Drawn:
     expected = done.estimate
-    memory, expected_memory = done.peak_memory_bytes / 1e9, expected.peak_memory_bytes / 1e9
     checkpoint, expected_checkpoint = done.checkpoint_bytes / 1e6, expected.checkpoint_bytes / 1e6
     rows = [
         ("rows, epochs, steps", f"{done.rows}, {done.epochs:.2f}, {done.steps}"),
@@ -176,7 +175,7 @@ def _draw_training(done: TrainingSummary) -> Drawn:
         *_validated(done),
         ("took", f"{done.seconds:.0f} s (expected {expected.seconds:.0f} s)"),
         ("speed", f"{done.examples_per_second:.1f} examples/s, {done.tokens_per_second:.0f} tokens/s"),
-        ("peak memory", f"{memory:.2f} GB (expected {expected_memory:.2f} GB)"),
+        ("peak memory", f"{gigabytes(done.peak_memory_bytes)} (expected {gigabytes(expected.peak_memory_bytes)})"),
         ("checkpoint", f"{checkpoint:.0f} MB (expected {expected_checkpoint:.0f} MB)"),
         *(("notice", each) for each in done.notices),
         ("adapter", done.adapter),

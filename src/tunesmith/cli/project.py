@@ -26,6 +26,7 @@ from tunesmith.cli.terminal import (
 )
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.text.wording import duration
 
 if TYPE_CHECKING:
     from tunesmith.services.home import Checks
@@ -136,9 +137,8 @@ def _draw_status(home: services.home.Home) -> Drawn:
     for one in home.serving:
         refused = f"; it may not serve: {one.refused}" if one.refused else ""
         since = f" since {one.since[:16]}" if one.since else ""
-        where = "".join(f", {kind} {name}" for kind, name in (("tenant", one.tenant), ("region", one.region)) if name)
         asked = f"{one.requests} requests in the last hour, {one.failed} failed"
-        yield f"serves: {one.version or one.name}{where}{since}; {asked}{refused}"
+        yield f"serves: {one.version or one.name}{one.scope.said}{since}; {asked}{refused}"
     for rollout in home.moving:
         moved = f"{rollout.canary} gets {rollout.weight}% of {rollout.name}'s requests ({rollout.status})"
         yield f"rollout {rollout.rollout}: {moved}"
@@ -159,15 +159,12 @@ def _draw_status(home: services.home.Home) -> Drawn:
 def _draw_memory(plan: MemoryPlan) -> Drawn:
     kind = "LoRA" if plan.method == "lora" else "full"
     title = f"{plan.base}: {plan.numbers / 1e9:.2f} billion numbers, {plan.tokens:,} tokens at once"
-    rows = [
-        (
-            ", ".join([kind, *["quantize: 4bit"] * bool(way.quantize), *["recompute: true"] * way.recompute]),
-            *(f"{part / _GIB:.1f}" for part in (way.base, way.trained, way.activations, way.total)),
-            "yes" if way.fits else "no",
-            _duration(way.seconds),
-        )
-        for way in plan.ways
-    ]
+    rows = []
+    for way in plan.ways:
+        settings = [kind, *["quantize: 4bit"] * bool(way.quantize), *["recompute: true"] * way.recompute]
+        sizes = [f"{part / _GIB:.1f}" for part in (way.base, way.trained, way.activations, way.total)]
+        took = "" if way.seconds is None else duration(way.seconds)
+        rows.append((", ".join(settings), *sizes, "yes" if way.fits else "no", took))
     parts = ("base", "trained", "activations", "total", "fits", "1,000 rows")
     yield table(rows, "GiB on each device", *parts, title=title)
     each = "the device has" if plan.ranks == 1 else f"each of {plan.ranks} devices has"
@@ -183,12 +180,6 @@ def _draw_memory(plan: MemoryPlan) -> Drawn:
         f"The time is an estimate for rows of {plan.row_tokens:,} tokens, at {plan.basis}. It leaves out attention, "
         "what 4 bits take to be restored, and what devices send each other."
     )
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def _draw_project(made: NewProject) -> Drawn:

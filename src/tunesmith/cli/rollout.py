@@ -125,10 +125,7 @@ def _draw(rollout: RolloutView) -> Drawn:
     """A rollout in a few lines: its state, its steps with a mark at the current one, and the reason."""
     stable = rollout.stable.version if rollout.stable else "nothing"
     canary = rollout.canary.version if rollout.canary else "nothing"
-    scope = "".join(
-        f", {key} {value}" for key, value in (("tenant", rollout.tenant), ("region", rollout.region)) if value
-    )
-    state = rollout.status.replace("_", " ")
+    state, scope = rollout.status.replace("_", " "), rollout.scope.said
     yield f"rollout {rollout.rollout}: {stable} -> {canary}{scope}: {state}, canary weight {rollout.weight}%"
     for number, step in enumerate(rollout.steps):
         mark = ">" if rollout.live and number == rollout.step else "x" if number < rollout.step else " "

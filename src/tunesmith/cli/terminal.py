@@ -103,9 +103,7 @@ class Here:
     directory: Annotated[
         Path, typer.Option("-C", "--directory", metavar="DIR", help="The project's folder.", callback=_folder)
     ] = Path()
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document on stdout, and nothing else.")] = False
     given: dict[str, Any] = field(default_factory=dict, init=False)
 
     @property

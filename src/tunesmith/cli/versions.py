@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.services.audit import Node
     from tunesmith.services.versions import ExportedVersion, RegisteredVersion, VersionList
 
-Server = Annotated[
-    str | None, typer.Option(metavar="URL", help="Decide on a server, with the token in $TUNESMITH_TOKEN.")
-]
+Server = Annotated[str | None, typer.Option(metavar="URL", help="Decide on a server; $TUNESMITH_TOKEN is the token.")]
 Key = Annotated[Path | None, typer.Option(metavar="FILE", help="With --server: your private key.")]
 _NOTHING = "nothing is registered yet: tunesmith run, or tunesmith register"
 
@@ -282,12 +280,9 @@ def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:
 def _draw_versions(listed: VersionList) -> Drawn:
     rows = []
     for version in listed.versions:
-        pointing = ", ".join(
-            "/".join(part for part in (alias.alias, alias.tenant, alias.region) if part)
-            for alias in listed.aliases
-            if alias.version == version.digest
-        )
-        scope = "/".join(part for part in (version.tenant, version.region) if part)
+        aliases = (one for one in listed.aliases if one.version == version.digest)
+        pointing = ", ".join("/".join(filter(None, (one.alias, one.tenant, one.region))) for one in aliases)
+        scope = "/".join(filter(None, (version.tenant, version.region)))
         notes = [*(["gates overridden"] if version.override else []), *version.marks]
         marked = version.label + (f" ({', '.join(notes)})" if notes else "")
         rows.append((marked, short(version.digest), version.signer, scope, pointing))

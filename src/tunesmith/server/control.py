@@ -7,7 +7,7 @@ import time
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -62,9 +62,7 @@ async def readyz(request: Request) -> Response:
 @routes.get("/metrics", dependencies=[PUBLIC], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
-    return Response(
-        generate_latest(serving_of(request).metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8"
-    )
+    return Response(generate_latest(serving_of(request).metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def parts_that_answer(serving: Serving) -> dict[str, bool]:

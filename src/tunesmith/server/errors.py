@@ -140,9 +140,8 @@ def not_stored(error: Exception) -> ApiError:
         return ApiError(409, f"{capital(error.what)}.", "inconclusive")
     again = "Nothing was stored, so the same request can be sent again."
     if is_disk_full(error):
-        return ApiError(
-            507, f"The server's disk or database is full. Its operator must free space. {again}", "storage_full"
-        )
+        full = f"The server's disk or database is full. Its operator must free space. {again}"
+        return ApiError(507, full, "storage_full")
     return ApiError(503, f"The server's database or store cannot be used now. {again}", "storage_failed", retry=5)
 
 

@@ -30,13 +30,8 @@ class Metrics:
         self._sent: tuple[SentHistogram, SentHistogram] | None = None
         arm = ("arm",)
         self._requests = counter("tunesmith_requests", "Requests by arm and outcome.", (*arm, "outcome"))
-        self._seconds = Histogram(
-            "tunesmith_request_seconds",
-            "From acceptance to the last token.",
-            arm,
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+        took = "From acceptance to the last token."
+        self._seconds = Histogram("tunesmith_request_seconds", took, arm, buckets=_SECONDS, registry=self.registry)
         self._tokens = counter("tunesmith_tokens", "Tokens by arm and kind.", (*arm, "kind"))
         self.refused = counter("tunesmith_refused", "Requests answered with an error, by status.", ("status",))
         self.unrecorded = counter("tunesmith_unrecorded_requests", "Answers whose record was lost.")

@@ -283,9 +283,8 @@ class ChatRequest(Frozen):
         function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
         named = isinstance(function, dict) and isinstance(function.get("name"), str)
         if not named and value not in (None, "none", "auto", "required"):
-            raise ValueError(
-                'it must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name"}}'
-            )
+            call = '{"type": "function", "function": {"name"}}'
+            raise ValueError(f"it must be 'none', 'auto', 'required' or {call}")
         return value
 
     @field_validator("stop", mode="before")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import Query, Request
 from fastapi.responses import Response
@@ -15,7 +15,7 @@ from tunesmith.server import limits
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
 from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text
 from tunesmith.server.chat.answer import ID_PREFIX
-from tunesmith.server.errors import bad_request, unknown_request
+from tunesmith.server.errors import unknown_request
 from tunesmith.server.openapi import answers, body
 from tunesmith.server.serving import Calling, document, needs, read
 from tunesmith.services import audit, home, jobs, monitoring, review, rollouts, users
@@ -85,12 +85,10 @@ def course(call: Calling, number: Number) -> RolloutCourse:
 
 
 @routes.shows("/held", "chat", "decisions")
-def held_answers(call: Calling, everything: str = "false") -> review.HeldList:
+def held_answers(call: Calling, everything: Literal["true", "false"] = "false") -> review.HeldList:
     """The answers that wait: the caller's own, and those of their tenant and region if they may review and the token
     has the scope decisions. everything:
     `true` lists decided ones too, until they are deleted. Without texts."""
-    if everything not in ("true", "false"):
-        raise bad_request("everything is true or false.", param="everything")
     reviews = call.token.permits("decisions")
     return review.list_held(call.store, call.user, everything=everything == "true", reviews=reviews)
 

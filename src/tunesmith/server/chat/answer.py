@@ -220,9 +220,8 @@ class ResponseBuilder:
 
     def usage_chunk(self, completion: Completion) -> str:
         """The chunk without choices that stream_options.include_usage asks for."""
-        return event_text(
-            ChatCompletionChunk(**self._common, object=_CHUNK, choices=[], usage=_usage(completion)).json_text()
-        )
+        chunk = ChatCompletionChunk(**self._common, object=_CHUNK, choices=[], usage=_usage(completion))
+        return event_text(chunk.json_text())
 
     def _metadata(self) -> dict[str, Any]:
         return {} if self._job.request.metadata is None else {"metadata": self._job.request.metadata}

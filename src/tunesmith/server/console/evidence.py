@@ -146,10 +146,10 @@ class Tried:
     """A candidate's answer, or why there is none. cut: it reached the most tokens."""
 
     name: str
-    answer: str
-    cut: bool
-    sources: Sequence[str]
-    problem: str
+    answer: str = ""
+    cut: bool = False
+    sources: Sequence[str] = ()
+    problem: str = ""
 
 
 @dataclass(slots=True)
@@ -193,12 +193,10 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
     except TimeoutError:
         trial.stopped.set()
     if not trial.begun:
-        what = (
-            f"Other questions took all places for {limit:g} s. Ask again, or ask an operator whether the engine hangs."
-        )
+        what = f"Other questions took all places for {limit:g} s. Ask again, or ask an operator if the engine hangs."
         raise ApiError(503, what)
     late = f"no answer within {limit:g} s: the question was stopped"
-    tried = [trial.answers.get(one.name) or Tried(one.name, "", False, (), late) for one in chosen]
+    tried = [trial.answers.get(one.name) or Tried(one.name, problem=late) for one in chosen]
     return viewer.page("evidence_tried.html.jinja", question=question, tried=tried)
 
 
@@ -226,10 +224,10 @@ def _ask(viewer: Viewer, choice: Choice, question: str, stopped: Callable[[], bo
             answerer = serving.versions.without_weights(choice.digest)
         answer = answers.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS, stopped=stopped)
     except Stopped as error:
-        return Tried(choice.name, "", False, (), str(error))
+        return Tried(choice.name, problem=str(error))
     except TunesmithError as error:
-        return Tried(choice.name, "", False, (), error.what)
+        return Tried(choice.name, problem=error.what)
     except Exception:  # noqa: BLE001 - the engine failed on this question alone
         LOG.exception("the engine failed on a question of the playground")
-        return Tried(choice.name, "", False, (), "the engine failed on this question; the server's log says why")
-    return Tried(choice.name, answer.answer, answer.finish == "length", answer.sources, "")
+        return Tried(choice.name, problem="the engine failed on this question; the server's log says why")
+    return Tried(choice.name, answer.answer, answer.finish == "length", answer.sources)

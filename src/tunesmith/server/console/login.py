@@ -138,9 +138,8 @@ async def done(request: Request) -> Response:
         raise ApiError(403, "The provider has not verified your e-mail address.")
     user = login.users.get(who) if isinstance(who, str) else None
     if user is None:
-        raise ApiError(
-            403, "The provider knows you, but you are no user here. Ask an admin to add you to `login: users:`."
-        )
+        what = "The provider knows you, but you are no user here. Ask an admin to add you to `login: users:`."
+        raise ApiError(403, what)
     opened = await asyncio.to_thread(sessions.open_session, serving_of(request).store, user, how="oidc")
     assert opened is not None
     assert opened.secret is not None

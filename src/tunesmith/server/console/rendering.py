@@ -18,7 +18,7 @@ from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text import wording
 from tunesmith.core.text.display import json_text, printable
 from tunesmith.core.text.wording import count, duration, gigabytes
-from tunesmith.core.values import View
+from tunesmith.core.values import ScopedView, View
 from tunesmith.services.actions import audit_words
 from tunesmith.services.evaluations import style_sheets
 
@@ -106,10 +106,9 @@ def many(number: int, noun: str) -> str:
     return f"{count(number)} {noun if number == 1 else plural}"
 
 
-def scope(of: Any) -> str:
+def scope(of: ScopedView) -> str:
     """Whom a thing with a tenant and a region is for: all tenants and regions; tenant acme, region eu."""
-    named = [f"{kind} {name}" for kind in ("tenant", "region") if (name := getattr(of, kind))]
-    return ", ".join(named) or "all tenants and regions"
+    return of.scope.said.removeprefix(", ") or "all tenants and regions"
 
 
 def pages(total: int, most: int) -> int:
@@ -187,9 +186,7 @@ def chart(title: str, lines: Sequence[Line], *, x: str, y: str, scale: Scale = "
     x, y: what the axes show, with its unit. An x named "time" is in seconds since 1970.
     """
     at = tuple(sorted({place for line in lines for place in line.points}))
-    drawn = tuple(
-        DrawnLine.of(line, label=printable(line.label), values=tuple(map(line.points.get, at))) for line in lines
-    )
+    drawn = tuple(DrawnLine.of(one, label=printable(one.label), values=tuple(map(one.points.get, at))) for one in lines)
     said = " ".join(_said(line, x, scale) for line in lines)
     return Chart(title=printable(title), x=x, y=printable(y), scale=scale, says=said, at=at, lines=drawn)
 

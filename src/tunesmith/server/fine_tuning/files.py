@@ -145,9 +145,8 @@ def _checked(reader: FormReader) -> str:
         if field.startswith("expires_after"):
             raise bad_request("expires_after is not supported: delete the file instead.", "expires_after")
         if field != "purpose":
-            raise bad_request(
-                f"Unrecognized request argument supplied: {field[: limits.SHOWN]}", code="unknown_parameter"
-            )
+            said = f"Unrecognized request argument supplied: {field[: limits.SHOWN]}"
+            raise bad_request(said, code="unknown_parameter")
     purpose = reader.fields.get("purpose")
     if purpose is None:
         raise bad_request("'purpose' is a required property", "purpose", "missing_required_parameter")

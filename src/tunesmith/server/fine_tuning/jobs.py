@@ -82,9 +82,7 @@ def jobs(
     before = None if after is None else _found(call, after).id
     if metadata not in (None, "null"):
         raise bad_request("metadata must be null, or be given as metadata[KEY]=VALUE.", "metadata")
-    pairs = {
-        matched[1]: value for name, value in request.query_params.multi_items() if (matched := _FILTER.fullmatch(name))
-    }
+    pairs = {hit[1]: value for name, value in request.query_params.multi_items() if (hit := _FILTER.fullmatch(name))}
     wanted = pairs if metadata is None else None
     listed = service.list_fine_tuning(call.store, call.user, before=before, most=most + 1, metadata=wanted)
     data = tuple(job_object(each, call.serving.project) for each in listed[:most])

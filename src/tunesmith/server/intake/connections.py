@@ -70,9 +70,8 @@ class BoundedConnection(H11Protocol):
         """Abort if the client reads nothing of what waits for it for `unread_seconds`, now or later."""
         if self._unread is not None:
             self._unread.cancel()
-        self._unread = self.loop.call_later(
-            self._settings.unread_seconds, self._still_read, self.transport.get_write_buffer_size()
-        )
+        unread = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._settings.unread_seconds, self._still_read, unread)
 
     def _still_read(self, before: int) -> None:
         if self.transport.get_write_buffer_size() < before:

@@ -12,11 +12,8 @@ function shown(scale, value) {
   return scale === "share" ? `${(100 * value).toFixed(1)}%` : Number(value.toPrecision(4)).toString();
 }
 
-const pad = (number) => String(number).padStart(2, "0");
-
 function clock(seconds) {
-  const at = new Date(1000 * seconds);
-  return `${at.getUTCFullYear()}-${pad(at.getUTCMonth() + 1)}-${pad(at.getUTCDate())} ${pad(at.getUTCHours())}:${pad(at.getUTCMinutes())}`;
+  return new Date(1000 * seconds).toISOString().slice(0, 16).replace("T", " ");
 }
 
 function heights(scale) {

@@ -77,14 +77,12 @@ document.addEventListener("htmx:beforeRequest", (event) => {
 document.addEventListener("htmx:sendError", (event) => {
   noticeAt(event.detail.requestConfig.elt).textContent = "The server does not answer. Try again.";
 });
-document.addEventListener("htmx:beforeSwap", (event) => {
-  if (event.detail.xhr.status >= 400) noticeAt(event.detail.requestConfig.elt);
-});
 
 // A part that is fetched again by itself never replaces an open form, or a field in which somebody writes. What was
 // unfolded and has an id stays unfolded.
 let unfolded = [];
 document.addEventListener("htmx:beforeSwap", (event) => {
+  if (event.detail.xhr.status >= 400) noticeAt(event.detail.requestConfig.elt);
   const part = event.detail.target;
   if (event.detail.requestConfig.verb !== "get" || event.detail.requestConfig.elt !== part) return;
   const notice = document.getElementById("notice");
