@@ -101,7 +101,6 @@ def search_prompts(
             lines += [{"try": number, "score": value, **line} for value, line in zip(scores, asked.lines, strict=True)]
             task.note(f"best so far {max(each.mean for each in tries):.1%}")
             task.advance()
-    best = min(range(len(tries)), key=lambda n: (-tries[n].mean, tries[n].prompt_tokens, n))
     body = SearchBody(
         settings=settings.model_dump(mode="json"),
         split="validation",
@@ -109,7 +108,7 @@ def search_prompts(
         budget=len(tries) * len(rows),
         seconds=math.fsum(each.seconds for each in tries),
         tries=tuple(tries),
-        best=best,
+        best=min(range(len(tries)), key=lambda n: (-tries[n].mean, tries[n].prompt_tokens, n)),
     )
     blobs = {"answers.jsonl": store.put_bytes(canonical_lines(lines))}
     parents = {"base": candidate.base, "dataset": dataset.digest, **candidate.documents_parent}

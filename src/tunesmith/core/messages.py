@@ -106,8 +106,7 @@ def tools_of(messages: Conversation) -> list[Fields]:
 def with_tools(messages: Conversation, tools: Sequence[Fields]) -> tuple[Message, ...]:
     """The messages with these tools on the first of them, and on no other."""
     written = json.dumps(list(tools), ensure_ascii=False) if tools else None
-    wanted = [written, *[None] * (len(messages) - 1)]
     return tuple(
         message if message.tools == own else message.model_copy(update={"tools": own})
-        for message, own in zip(messages, wanted, strict=True)
+        for message, own in zip(messages, [written, *[None] * (len(messages) - 1)], strict=True)
     )

@@ -98,8 +98,7 @@ class AdapterConfig:
 
     def of_twice_the_rank(self) -> AdapterConfig:
         """The configuration of an adapter of twice the rank and the same scale."""
-        alpha = self.alpha * (math.sqrt(2) if self.root else 2)
-        return replace(self, rank=2 * self.rank, alpha=alpha)
+        return replace(self, rank=2 * self.rank, alpha=self.alpha * (math.sqrt(2) if self.root else 2))
 
 
 @dataclass(frozen=True, kw_only=True)

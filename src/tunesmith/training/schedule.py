@@ -224,8 +224,7 @@ class Annealed(Schedule):
         recent = max(1e-9, median(each["seconds"] for each in state.curve[-_RECENT:]))
         if spent + planned * recent <= (1 + _OVERRUN) * self._budget:
             return planned
-        left = math.floor(((1 + _SHORTENED) * self._budget - spent) / recent)
-        return min(planned, max(1, left))
+        return min(planned, max(1, math.floor(((1 + _SHORTENED) * self._budget - spent) / recent)))
 
     def _fall(self, start: int, stop: int, reason: str) -> str:
         """Write the decision down, then act by it."""

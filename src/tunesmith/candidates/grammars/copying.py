@@ -393,8 +393,7 @@ def _fields(root: Schema, schema: Any, path: str, followed: tuple[str, ...]) -> 
     further = schema.get("additionalProperties", "object" in kinds)
     for part in (*schema.get("patternProperties", {}).values(), further):
         yield from _fields(root, part, _inside(path, "*"), followed)
-    items = schema.get("items", "array" in kinds)
-    for part in (*schema.get("prefixItems", ()), items):
+    for part in (*schema.get("prefixItems", ()), schema.get("items", "array" in kinds)):
         yield from _fields(root, part, path + _ITEM, followed)
     if path and "anyOf" not in schema and kinds != ["null"]:
         yield path, _value(schema, kinds)

@@ -269,8 +269,7 @@ def _is_vocabulary(values: Sequence[str], each: int = _ENUM_TIMES, *, numbers: b
     figures = [text for text in times if _FIGURES.fullmatch(text) and not (numbers and _WHOLE.fullmatch(text))]
     if 2 * len(figures) > len(times):
         return False
-    once = sum(count == 1 for count in times.values())
-    return once <= max(len(times) // 20, len(values) // 1000)
+    return sum(count == 1 for count in times.values()) <= max(len(times) // 20, len(values) // 1000)
 
 
 def _kinds(values: Sequence[Any]) -> list[str]:
@@ -327,8 +326,7 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     # Training learns each answer of a conversation, and a server gives each: what holds answers must allow them all.
     earlier = [part for one in conversations for part in learned_parts(one)[:-1]]
     others = sum(bool(part[-1].tool_calls) or not _is_object(part[-1].text) for part in earlier) if json_objects else 0
-    learned = [*conversations, *([] if others else earlier)]
-    pairs = [(part[-1].text, part[:-1]) for part in learned]
+    pairs = [(part[-1].text, part[:-1]) for part in (*conversations, *([] if others else earlier))]
     schema: JsonObject | None = None
     copied: list[str] = []
     rare: list[str] = []

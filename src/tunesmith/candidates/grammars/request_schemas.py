@@ -105,11 +105,9 @@ def _check_part(part: Mapping[str, Any], place: str, strict: bool) -> None:
             raise ValueError(f"{place}.{key}: not a list of names")
     if wrong := set(types_of(part)) - _TYPES:
         raise ValueError(f"{place}.type: {sorted(wrong)[0]!r:.80} is not a type of JSON Schema")
-    if not isinstance(part.get("enum", []), list):
-        raise ValueError(f"{place}.enum: not a list")
-    for key in ("pattern", "format"):
-        if not isinstance(part.get(key, ""), str):
-            raise ValueError(f"{place}.{key}: not text")
+    for key, kind, what in (("enum", list, "a list"), ("pattern", str, "text"), ("format", str, "text")):
+        if not isinstance(part.get(key, kind()), kind):
+            raise ValueError(f"{place}.{key}: not {what}")
     _check_numbers(part, place)
     if strict:
         _check_strict(part, place)
@@ -171,8 +169,7 @@ def only_objects(root: Mapping[str, Any], schema: Any, passed: int = 0) -> bool:
             return only_objects(root, resolved(root, schema["$ref"], ""), passed + 1)
         except UsageError:  # the name of an $anchor, say
             return False
-    options = schema.get("anyOf") or [None]
-    return all(only_objects(root, option, passed + 1) for option in options)
+    return all(only_objects(root, option, passed + 1) for option in schema.get("anyOf") or [None])
 
 
 def same_schema(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -36,8 +36,7 @@ def printable_line(text: str) -> str:
     """
     inner = text.strip("\n")
     start = text.index(inner)
-    lines = printable(inner).replace("\n", "\n    ")
-    return text[:start] + lines + text[start + len(inner) :]
+    return text[:start] + printable(inner).replace("\n", "\n    ") + text[start + len(inner) :]
 
 
 class LogFormatter(logging.Formatter):

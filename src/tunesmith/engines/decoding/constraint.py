@@ -138,8 +138,7 @@ def mask_disallowed_(
     bits = np.ascontiguousarray(bits[:, : (scores.shape[1] + 31) // 32])
     for allowed, (_, guide) in zip(bits, guided, strict=True):
         guide.limit_ends_(allowed)
-    rows = torch.tensor([row for row, _ in guided])
-    forbid_(scores, rows, torch.from_numpy(bits))
+    forbid_(scores, torch.tensor([row for row, _ in guided]), torch.from_numpy(bits))
 
 
 @cache

@@ -106,8 +106,7 @@ class HFModel:
                 fix=f"name the layers to adapt: [{', '.join(sorted({_last(name) for name in self.linears}))}]",
             )
         spared = _NOT_ADAPTED if self.module.config.model_type in _STATE_SPACE else set()
-        known = {_last(name) for name in self.linears} - spared
-        names = match_layers(wanted, known, "train.targets")
+        names = match_layers(wanted, {_last(name) for name in self.linears} - spared, "train.targets")
         if also := next((name for name in self._others if _last(name) in names), None):
             raise Refused(
                 f"{also} is not a linear layer, but has the name of one: {_last(also)!r}",

@@ -115,9 +115,8 @@ class VllmProcess:
             start = out.tell()
             out.write(f"{shlex.join(self._command)}\n".encode())
             out.flush()
-            command = [sys.executable, "-I", str(guard.__file__), str(os.getpid()), *self._command]
             child = subprocess.Popen(
-                command,
+                [sys.executable, "-I", str(guard.__file__), str(os.getpid()), *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -55,14 +55,9 @@ def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str)
         _add_tokenizer(writer, base.folder, int(config["vocab_size"]))
         for key, tensor in _tensors(base, adapter, config, architecture):
             kind = torch.float32 if tensor.ndim == 1 else DTYPES[dtype]
-            if kind == torch.float32:
-                writer.add_tensor(key, tensor.numpy())
-            else:
-                writer.add_tensor(
-                    key,
-                    tensor.to(kind).contiguous().view(torch.uint8).numpy(),
-                    raw_dtype=gguf.GGMLQuantizationType.BF16,
-                )
+            raw = None if kind == torch.float32 else gguf.GGMLQuantizationType.BF16
+            rounded = tensor if raw is None else tensor.to(kind).view(torch.uint8)
+            writer.add_tensor(key, rounded.numpy(), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -182,8 +177,7 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
 
     It rotates neighbouring numbers, as the original Llama does; transformers rotates the two halves of a head.
     """
-    halves = weight.unflatten(0, (heads, 2, -1))
-    interleaved: Tensor = halves.transpose(1, 2).flatten(0, 2)
+    interleaved: Tensor = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     return interleaved
 
 

@@ -187,10 +187,9 @@ class BucketPlace:
         what = self._call("get_object_lock_configuration").get("ObjectLockConfiguration") or {}
         if what.get("ObjectLockEnabled") != "Enabled":
             raise self._no_lock()
-        key = f"{self._prefix}{anchor.seq:012d}-{anchor.digest[7:23]}.json"
         self._call(
             "put_object",
-            Key=key,
+            Key=f"{self._prefix}{anchor.seq:012d}-{anchor.digest[7:23]}.json",
             Body=anchor.encoded,
             ObjectLockMode="COMPLIANCE",
             ObjectLockRetainUntilDate=keep_until,
@@ -225,8 +224,7 @@ class BucketPlace:
         try:
             return call(s3fs.S3FileSystem())
         except Exception as error:
-            cause = error.__cause__ or error
-            if "ObjectLockConfigurationNotFound" in f"{cause} {error}":
+            if "ObjectLockConfigurationNotFound" in f"{error.__cause__} {error}":
                 raise self._no_lock() from error
             what = f"the bucket cannot be used: {type(error).__name__}: {str(error)[:200]}"
             raise TunesmithError(what, where=self.name, fix="check bucket, credentials and permissions") from error

@@ -105,8 +105,7 @@ class User(ScopedView):
 def acting(store: Store, name: str | None = None) -> str:
     """The name of the acting user: name, else $TUNESMITH_USER, else the owner. Raises UsageError if unknown."""
     owner = ensure_owner(store)
-    chosen = name or os.environ.get("TUNESMITH_USER") or owner.name
-    return get_user(store, chosen).name
+    return get_user(store, name or os.environ.get("TUNESMITH_USER") or owner.name).name
 
 
 def ensure_owner(store: Store) -> User:
@@ -376,12 +375,10 @@ def account() -> str:
 
 
 def _own_name() -> str:
-    given = os.environ.get("TUNESMITH_USER")
-    if given:
+    if given := os.environ.get("TUNESMITH_USER"):
         return check_new_name(check_name(given, "user name"), ())
-    login = account()
     # A login such as `DOMAIN\First Last` is rewritten by our rule for names. The name is no credential.
-    plain = re.sub(r"[^a-z0-9_-]+", "-", login.lower()).strip("-_")[:63]
+    plain = re.sub(r"[^a-z0-9_-]+", "-", account().lower()).strip("-_")[:63]
     try:
         return check_new_name(plain or "owner", ())
     except UsageError:

@@ -115,10 +115,9 @@ class TrainingPlan(Sequence[Step]):
         if number not in self._epochs:
             self._epochs.pop(number - 2, None)
             rows, settings = self._of_epoch(number), self._settings
-            steps = plan(rows, settings.batch, settings.seed, number)
             self._epochs[number] = [
                 lay_out_steps([[rows[row] for row in step]], settings.tokens, self._ranks, share=self._share)
-                for step in steps
+                for step in plan(rows, settings.batch, settings.seed, number)
             ]
         return self._epochs[number]
 

@@ -154,7 +154,6 @@ def rehearse(
     until = None if settings.budget is None or decided is not None else clock() + _SHARE * settings.budget
     made: list[Rehearsed] = []
     while len(made) < count and (not made or until is None or clock() < until):
-        places = range(len(made), min(count, len(made) + _TOGETHER))
         asked = [
             Generation(
                 (Message(role="user", content=requests[place % len(requests)]),),
@@ -162,7 +161,7 @@ def rehearse(
                 temperature=1.0,
                 seed=settings.seed + place,
             )
-            for place in places
+            for place in range(len(made), min(count, len(made) + _TOGETHER))
         ]
         given = zip(asked, answers(asked), strict=True)
         made += [Rehearsed(one.messages[0].content, answer.text, answer.finish == "stop") for one, answer in given]

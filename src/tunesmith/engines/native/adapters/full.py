@@ -161,7 +161,6 @@ def _places(network: Network, first: int, *, every: bool) -> Iterator[_Place]:
 def _norms(layer: Layer) -> dict[str, str]:
     """Field of a layer -> the name of its tensor, for the norms that it has."""
     names = norm_names(after=layer.after_attention is not None)
-    names |= {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
     return {field: name for field, name in names.items() if getattr(layer, field) is not None}
 
 

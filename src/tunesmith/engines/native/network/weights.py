@@ -172,18 +172,20 @@ def _copy(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
 
 
 def norm_names(*, after: bool) -> dict[str, str]:
-    """Field of a Layer -> the name of its tensor.
+    """Field of a Layer -> the name of its tensor. Only some models have norms of each head's query and key.
 
     after: whether the family has norms of the sub-layers' outputs. Such a family uses `post_attention_layernorm` for
     the attention's output; others use that name for the norm of the MLP's input.
     """
+    heads = {f"{each}_norm": f"self_attn.{each}_norm.weight" for each in ("q", "k")}
     attention = {"attention_norm": "input_layernorm.weight"}
     if not after:
-        return attention | {"mlp_norm": "post_attention_layernorm.weight"}
+        return attention | {"mlp_norm": "post_attention_layernorm.weight"} | heads
     return attention | {
         "after_attention": "post_attention_layernorm.weight",
         "mlp_norm": "pre_feedforward_layernorm.weight",
         "after_mlp": "post_feedforward_layernorm.weight",
+        **heads,
     }
 
 
@@ -196,16 +198,9 @@ def _layer(tensors: dict[str, Tensor], number: int, folder: Path, config: Any, r
         bias = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts]) if biased else None
         linear[group] = PackedLinear(torch.cat(weights), bias)
     names = norm_names(after=config.model_type in ("gemma2", "gemma3_text"))
-    norms = {field: _copy(tensors, prefix + name, folder) for field, name in names.items()}
-    q_norm, k_norm = (
-        _copy(tensors, name, folder) if (name := f"{prefix}self_attn.{which}_norm.weight") in tensors else None
-        for which in ("q", "k")
-    )
-    return Layer(
-        linear=linear,
-        **norms,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        rotary=rotary,
-        window=_window(config, number),
-    )
+    norms = {
+        field: _copy(tensors, prefix + name, folder)
+        for field, name in names.items()
+        if field not in ("q_norm", "k_norm") or prefix + name in tensors
+    }
+    return Layer(linear=linear, **norms, rotary=rotary, window=_window(config, number))
