@@ -44,7 +44,7 @@ def fields(*typed: tuple[Any, str]) -> list[tuple[str, Any]]:
 
 
 class TokenLayout(ctypes.Structure):
-    """Layout of layout.h."""
+    """Layout of kernels.h."""
 
     _fields_ = fields((INT64, "tokens prefix rows longest kv group size"), (POINTER, "row_of place_of starts"))
 

@@ -1,18 +1,13 @@
 // Attention of rows with a shared prefix as block products: copies between tokens and blocks, and softmax.
 
-#include "layout.h"
+#include "kernels.h"
 
-// The index of a token's query head in the blocks: [kv, rows, group * longest, D], or [kv, group * prefix, D] for the
-// prefix. key_place: the same for keys and values, [kv, rows, longest, D] or [kv, prefix, D].
-static inline int64_t query_place(const Layout& l, int64_t token, int64_t head) {
-    int64_t k = head / l.group, g = head % l.group, row = l.row_of[token], place = l.place_of[token];
-    if (row < 0) return ((k * l.group + g) * l.prefix + place) * l.size;
-    return (((k * l.rows + row) * l.group + g) * l.longest + place) * l.size;
-}
-static inline int64_t key_place(const Layout& l, int64_t token, int64_t k) {
+// The index of a token's head in the blocks [kv, rows, group * longest, D], or [kv, group * prefix, D] for the prefix.
+// group: heads for each key/value head, 1 in blocks of keys and values.
+static inline int64_t index_of(const Layout& l, int64_t token, int64_t head, int64_t group) {
     int64_t row = l.row_of[token], place = l.place_of[token];
-    if (row < 0) return (k * l.prefix + place) * l.size;
-    return ((k * l.rows + row) * l.longest + place) * l.size;
+    if (row < 0) return (head * l.prefix + place) * l.size;
+    return (((head / group * l.rows + row) * group + head % group) * l.longest + place) * l.size;
 }
 
 // Sets slots after a row's end to 0, in blocks of queries (heads = group), keys or values (heads = 1).
@@ -44,9 +39,9 @@ extern "C" void split(const Layout* layout, bf16* qkv, const float* cosine, cons
             bf16* here = flat + head * l.size;
             to_blocks ? rotate(here, block, c, s, half, 1.0f) : rotate(block, here, c, s, half, -1.0f);
         };
-        for (int64_t h = 0; h < heads; ++h) turned(h, (early ? qp : q) + query_place(l, token, h));
+        for (int64_t h = 0; h < heads; ++h) turned(h, (early ? qp : q) + index_of(l, token, h, l.group));
         for (int64_t h = 0; h < l.kv; ++h) {
-            int64_t place = key_place(l, token, h);
+            int64_t place = index_of(l, token, h, 1);
             turned(heads + h, (early ? kp : k) + place);
             bf16 *value = flat + (heads + l.kv + h) * l.size, *block = (early ? vp : v) + place;
             std::memcpy((void*)(to_blocks ? block : value), to_blocks ? value : block, l.size * 2);
@@ -64,7 +59,7 @@ extern "C" void gather(const Layout* layout, bf16* tokens, bf16* qp, bf16* q, bo
         bool early = l.row_of[token] < 0;
         for (int64_t h = 0; h < heads; ++h) {
             bf16* flat = tokens + (token * heads + h) * l.size;
-            bf16* block = (early ? qp : q) + query_place(l, token, h);
+            bf16* block = (early ? qp : q) + index_of(l, token, h, l.group);
             std::memcpy((void*)(to_tokens ? flat : block), to_tokens ? block : flat, l.size * 2);
         }
     }

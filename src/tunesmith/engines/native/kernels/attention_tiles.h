@@ -13,7 +13,7 @@
 
 #pragma once
 #include "blocks.h"
-#include "layout.h"
+#include "kernels.h"
 
 #ifdef TILES
 static const int64_t SHARES = 8;  // parts of the rows, each with separate sums of the prefix's gradients

@@ -1,8 +1,17 @@
-// Kernels that pass.cpp calls, which other files define.
+// What several files share: the layout of batches and pages, and the kernels that pass.cpp calls.
 
 #pragma once
 
 #include "numbers.h"
+
+// The layout of a batch of T tokens: first the `prefix` tokens that all rows share, then the tokens of each row. There
+// are kv key/value heads, kv * group query heads, and `size` numbers in a head. longest: tokens of the longest row.
+struct Layout {
+    int64_t tokens, prefix, rows, longest, kv, group, size;
+    const int64_t* row_of;    // [T]: a token's row; -1 for the prefix
+    const int64_t* place_of;  // [T]: a token's index in its row or in the prefix
+    const int64_t* starts;    // [rows + 1]: each row's first token, then T
+};
 
 // Operands of a product on tiles: c [rows, N] = a [rows, K] B + a2 [rows, depth2] b2. b2 null: no second product.
 struct Operands {
