@@ -171,11 +171,8 @@ def compose(
     opening = [Message(role="system", content=system)] if system else []
     composed = (*opening, *shown, *turns)
     # Only the request's own tools are offered, on the first turn; those of shown examples are not.
-    return (
-        with_tools(composed, tools_of(messages))
-        if any(message.tools for message in (*composed, *messages))
-        else composed
-    )
+    offered = any(message.tools for message in (*composed, *messages))
+    return with_tools(composed, tools_of(messages)) if offered else composed
 
 
 def prompt_used(candidate: Candidate, messages: Sequence[Message]) -> PromptUsed:

@@ -76,7 +76,5 @@ def describe() -> str:
     cores = len(os.sched_getaffinity(0))
     capability = torch.backends.cpu.get_cpu_capability()
     native = "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: training will be slow"
-    compiled = (
-        "kernels compiled for it" if kernels.library() is not None else "portable kernels: install a C++ compiler"
-    )
+    compiled = "kernels compiled for it" if kernels.library() else "portable kernels: install a C++ compiler"
     return f"{cores} cores, {capability}, bf16 {native}, {compiled}"

@@ -104,11 +104,8 @@ class S3Blobs:
         digest = named_digest(key)
         if digest is None:
             return self._current(key)
-        copy = self._cache.file(key, digest)
-        if copy is not None:
-            return copy
         try:
-            copy = self._cache.add(key, digest, self.pieces(key))
+            copy = self._cache.file(key, digest) or self._cache.add(key, digest, self.pieces(key))
         except FileNotFoundError:
             return self._cache.root / key
         if copy is None:

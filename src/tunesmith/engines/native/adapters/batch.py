@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, Place, scale_rows
 from tunesmith.engines.native.network.network import Linear, Network
-from tunesmith.engines.native.network.passes import FactorsAt
+from tunesmith.engines.native.network.passes import FactorsAt, MaskedFactors
 from tunesmith.engines.native.network.products import LowRankFactors
 
 
@@ -42,7 +42,7 @@ class AdapterBatch:
             return None
         others = _others(owners)
 
-        def at(place: Place) -> tuple[LowRankFactors, Tensor | None] | None:
+        def at(place: Place) -> MaskedFactors | None:
             packed = self._places.get(place)
             return None if packed is None else (packed[0], others(packed[1]))
 

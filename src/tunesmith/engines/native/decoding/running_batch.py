@@ -27,7 +27,7 @@ from tunesmith.engines.native.adapters.batch import AdapterBatch
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
 from tunesmith.engines.native.network.ops import PrefixPages, page_shapes
-from tunesmith.engines.native.network.passes import FactorsAt, Pass, fits
+from tunesmith.engines.native.network.passes import Caches, FactorsAt, Pass, fits
 from tunesmith.engines.native.runtime import LargePages
 
 MOST_ROWS = 64
@@ -185,8 +185,8 @@ class RunningBatch:
             self.rows.append(prompts[0][0])
         return prompts
 
-    def _run_pass(self, plan: _PassPlan, caches: tuple[Sequence[Tensor], Sequence[Tensor]]) -> Tensor:
-        """Run a pass; returns the hidden states [T, M]. caches: pages of keys and of values, by layer."""
+    def _run_pass(self, plan: _PassPlan, caches: Caches) -> Tensor:
+        """Run a pass; returns the hidden states [T, M]."""
         network, ids, positions = self._network, plan.ids(), plan.places.lengths + plan.starts
         if not self._fits_native_pass or plan.factors is None:
             return forward(network, ids, plan.linear, self._attention(plan, positions, caches))
@@ -194,9 +194,7 @@ class RunningBatch:
             plan.native = Pass(network, plan.factors, plan.places, plan.groups, caches)
         return plan.native.run(ids, positions)
 
-    def _attention(
-        self, plan: _PassPlan, positions: Tensor, caches: tuple[Sequence[Tensor], Sequence[Tensor]]
-    ) -> Attend:
+    def _attention(self, plan: _PassPlan, positions: Tensor, caches: Caches) -> Attend:
         network, places, shape = self._network, plan.places, self._network.shape
         turns = angles(network, positions)
 

@@ -24,7 +24,10 @@ from tunesmith.engines.native.network.products import LowRankFactors, PackedLine
 
 # Place -> its factors, and a mask [T, R] of the low-rank activations to set to zero because they belong to another
 # row's adapter (no mask: there are none). Returns None for a place that is not adapted.
-FactorsAt = Callable[[Place], "tuple[LowRankFactors, Tensor | None] | None"]
+MaskedFactors = tuple[LowRankFactors, Tensor | None]
+FactorsAt = Callable[[Place], MaskedFactors | None]
+# Pages of keys and of values, by layer.
+Caches = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 # What pass.cpp computes of the fields that have a default, which means that a network is as Llama's there.
 _COMPUTED = ("norm_offset", "embedding_scale", "logit_cap", "rotary")  # the second and third in Python, around the pass
@@ -86,10 +89,9 @@ class Pass:
         factors: FactorsAt,
         places: Places,
         groups: Sequence[tuple[Sequence[PrefixPages] | None, slice, bool]],
-        caches: tuple[Sequence[Tensor], Sequence[Tensor]],
+        caches: Caches,
     ) -> None:
-        """groups: a prefix's keys and values by layer, its rows' tokens, and whether they are of one prompt.
-        caches: keys and values by layer."""
+        """groups: a prefix's keys and values by layer, its rows' tokens, and whether they are of one prompt."""
         self._network, shape, tokens = network, network.shape, len(places.lengths)
         self._kept_alive: list[Any] = [caches, places]  # the native call reads them by address
         heads, middle = shape.heads * shape.head, network.layers[0].linear["down"].into
@@ -125,9 +127,7 @@ class Pass:
         kernels.library().decoding_pass(ctypes.byref(self._call))
         return self._x + self._added
 
-    def _fill(
-        self, native: _Product, product: PackedLinear, adapted: tuple[LowRankFactors, Tensor | None] | None
-    ) -> int:
+    def _fill(self, native: _Product, product: PackedLinear, adapted: MaskedFactors | None) -> int:
         """Describe a product to the native call; returns the rank of its factors, 0 where there are none."""
         assert product.tiles is not None
         native.packed, native.out, native.into = product.tiles.data_ptr(), product.out, product.into
