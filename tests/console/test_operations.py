@@ -223,10 +223,8 @@ def test_the_first_page_says_what_serves_what_is_rolled_out_and_what_needs_actio
 
 def test_each_item_names_who_may_do_it(served: Served, versions: dict[int, Version]) -> None:
     store = served.scene.store
-    served.until(
-        served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100}),
-        lambda now: now.status == "paused",
-    )
+    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
+    served.until(rollout, lambda now: now.status == "paused")
     approver, operator, steward = (home.home(store, name) for name in (APPROVER, OPERATOR, STEWARD))
     assert ["@v4" in one for one in says(approver, mine=True)] == [True]
     assert ["paused" in one for one in says(operator, mine=True)] == [True]

@@ -97,6 +97,7 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert page.locator("main script, main img").count() == 0
     page.goto(f"{served.url}/console/rollouts")
     assert page.locator("main script, main img").count() == 0
+    expect(page.locator("details.fold")).to_contain_text("This server has no project")
 
 
 def test_traffic_has_some_hundred_spans_however_long_it_lasts(scene: Scene, versions: dict[int, Version]) -> None:

@@ -29,9 +29,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 
 Versions = dict[int, Version]
-HOSTILE = (
-    '<script>alert(1)</script>"><img src=x onerror=alert(1)> {{7*7}} javascript:alert(1) \N{RIGHT-TO-LEFT OVERRIDE}x'
-)
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)> {{7*7}} javascript:alert(1) \u202ex'
 
 
 def decide(page: Page, decision: str, reason: str) -> None:

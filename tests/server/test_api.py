@@ -313,11 +313,7 @@ def test_cookies_open_no_route_and_forms_need_their_mark(world: World, happened:
             answer = http.request(method, url, json={})
             assert answer.status_code == 401, (method, path)
             happened("refused, 401")
-        forms = [
-            path
-            for path, methods, made in decisions(world.served.app.routes)
-            if methods == "POST" and made == ["session"]
-        ]
+        forms = [path for path, *taken in decisions(world.served.app.routes) if taken == ["POST", ["session"]]]
         assert len(forms) > 20
         mark = csrf(http.get("/console/keys").text)
         for path in forms:
