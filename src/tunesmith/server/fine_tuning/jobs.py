@@ -31,8 +31,7 @@ from tunesmith.server.serving import Call, Calling, Serving, document, in_turn, 
 from tunesmith.services import jobs as service
 from tunesmith.services.actions import Action
 from tunesmith.services.jobs import ChangeJob, JobView, LogLine
-from tunesmith.store.people.identities import User
-from tunesmith.store.tables import FINE_TUNING_JOB, JobRow
+from tunesmith.store.tables import JobRow
 
 routes = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[needs("jobs")])
 _PAGE = {"jobs": 20, "events": 20, "checkpoints": 10}  # items of a page by default, as OpenAI's
@@ -139,7 +138,7 @@ def events(
             raise bad_request("stream=true takes no after and no limit: these are for pages.", "stream")
         known = request.headers.get("last-event-id")
         last = 0 if known is None else _number_of(row, lines, known, "Last-Event-ID")
-        return _stream(request, call, row, last)
+        return _stream(request, call, job, last)
     if after is not None:
         before = _number_of(row, lines, after, "after")
         lines = tuple(line for line in lines if line.number < before)
@@ -189,7 +188,7 @@ def _number_of(job: JobRow, lines: Sequence[LogLine], event: str, field: str) ->
     raise bad_request(f"There is no event {event[: limits.SHOWN]!r} of this job.", field)
 
 
-def _stream(request: Request, call: Call, job: JobRow, after: int) -> StreamingResponse:
+def _stream(request: Request, call: Call, job: str, after: int) -> StreamingResponse:
     """A job's events with higher numbers than `after`, and those that follow until it ends, as server-sent events.
 
     OpenAI's API has no such stream. `data: [DONE]` follows the last event of a job that has ended, so OpenAI's clients
@@ -202,7 +201,7 @@ def _stream(request: Request, call: Call, job: JobRow, after: int) -> StreamingR
     async def counted() -> AsyncIterator[str]:
         streams[name] += 1
         try:
-            async for text in _told(request, call.serving, job.id, after):
+            async for text in _told(request, call.serving, job, after):
                 yield text
         except (ApiError, TunesmithError) as error:
             said = error if isinstance(error, ApiError) else unavailable()
@@ -214,12 +213,12 @@ def _stream(request: Request, call: Call, job: JobRow, after: int) -> StreamingR
     return StreamingResponse(counted(), media_type="text/event-stream", headers=headers)
 
 
-async def _told(request: Request, serving: Serving, number: int, after: int) -> AsyncIterator[str]:
+async def _told(request: Request, serving: Serving, identifier: str, after: int) -> AsyncIterator[str]:
     """What is sent. Raises ApiError once the caller may not read the job any more, and when the server stops."""
     sent = time.monotonic()
     while True:
-        user = (await who_has(request)).user  # their token may have ended
-        job, lines = await asyncio.to_thread(_look, serving, number, user, after)
+        who = await who_has(request)  # their token may have ended
+        job, lines = await asyncio.to_thread(_look, Call(who.user, who.token, serving), identifier, after)
         for line in lines:
             event = json.dumps(event_object(job, line).document())
             yield f"id: {event_id(job, line)}\ndata: {event}\n\n"
@@ -235,9 +234,7 @@ async def _told(request: Request, serving: Serving, number: int, after: int) -> 
         await asyncio.sleep(SECONDS)
 
 
-def _look(serving: Serving, number: int, user: User, after: int) -> tuple[JobRow, Sequence[LogLine]]:
+def _look(call: Call, identifier: str, after: int) -> tuple[JobRow, Sequence[LogLine]]:
     """The job and its new lines, read after it so that an ended job's are whole. Raises ApiError 404 if another's."""
-    job = service.find_fine_tuning(serving.store, f"{FINE_TUNING_JOB}{number}", user)
-    if job is None:
-        raise ApiError(404, "The job is not yours any more.", "fine_tune_not_found")
-    return job, service.log(serving.store, number, user, after=after).lines
+    job = _found(call, identifier)
+    return job, service.log(call.store, job.id, call.user, after=after).lines
