@@ -28,9 +28,9 @@ def home(viewer: Looking) -> Response:
     """What serves, rollouts in progress and what needs action, for this person's tenant and region."""
     overview = service.home(viewer.store, viewer.user.name, viewer.serving.project)
     newest = jobs.list_jobs(viewer.store, viewer.user, most=_JOBS)
-    said = {True: "answers", False: "does not answer"}
-    parts = parts_that_answer(viewer.serving)
-    health = [*(PartHealth(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *overview.health]
+    parts = parts_that_answer(viewer.serving).items()
+    health = [PartHealth(part=part, ok=ok, says="answers" if ok else "does not answer") for part, ok in parts]
+    health += overview.health
     return viewer.page("home.html.jinja", home=overview, jobs=newest.jobs, job_total=newest.total, health=health)
 
 

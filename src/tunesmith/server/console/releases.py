@@ -106,10 +106,8 @@ class Shared(Generic[Value]):
 def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
     """The rollouts of this person's tenant and region, newest first. version: label of one to start with."""
     listed = rollouts.list_page(viewer.store, viewer.user, page)
-    project = viewer.serving.project
-    if project is None or not viewer.user.may("rollout.start"):
-        return viewer.page("rollouts.html.jinja", listed=listed, startable=None, chosen=version)
-    startable = rollouts.startable(project, viewer.user)
+    project = viewer.serving.project if viewer.user.may("rollout.start") else None
+    startable = None if project is None else rollouts.startable(project, viewer.user)
     return viewer.page("rollouts.html.jinja", listed=listed, startable=startable, chosen=version)
 
 
