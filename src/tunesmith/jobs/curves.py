@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 from sqlalchemy import select
@@ -15,8 +13,6 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import JobCurveRow
 
 MOST_POINTS = 400  # of a training that are kept; validated steps are kept besides
-_MOST_TRAININGS = 50  # of a job
-_LONGEST_NAME = 256
 Point = dict[str, float]
 
 
@@ -50,29 +46,6 @@ class Curve:
 
 def _validated(point: Point) -> bool:
     return "validation_loss" in point
-
-
-class Curves:
-    """The curves of a job's trainings, by the training's name. One thread may add while another one reads."""
-
-    def __init__(self) -> None:
-        self._curves: dict[str, Curve] = {}
-        self._changed: set[str] = set()
-        self._using = threading.Lock()
-
-    def add(self, name: str, values: Mapping[str, float]) -> None:
-        """Add what a training reported. Trainings beyond the most that a job may have are left out."""
-        name = name[:_LONGEST_NAME]
-        with self._using:
-            if name in self._curves or len(self._curves) < _MOST_TRAININGS:
-                self._curves.setdefault(name, Curve()).add(values)
-                self._changed.add(name)
-
-    def changed(self) -> dict[str, Curve]:
-        """Copies of the curves that changed since the last call."""
-        with self._using:
-            names, self._changed = self._changed, set()
-            return {name: deepcopy(self._curves[name]) for name in sorted(names)}
 
 
 def note(session: Session, job: int, curves: Mapping[str, Curve]) -> None:

@@ -185,7 +185,7 @@ def perform_fine_tuning(project: Project, job: JobRow, progress: JobProgress) ->
         except InvalidExamples as error:
             return Outcome({}, JobError(code=error.code, what=error.what, param=error.where))
         except Inconclusive as error:
-            return Outcome({}, _error(_CODES["inconclusive"], error))
+            return Outcome({}, JobError.of(error, code=_CODES["inconclusive"]))
         except (UsageError, FileNotFoundError):
             try:  # a file that was deleted meanwhile explains it
                 _files(project, job, arguments, opened)
@@ -239,11 +239,7 @@ def _files(
 
 
 def _file_gone(error: FileGone) -> Outcome:
-    return Outcome({}, _error("file_deleted", error).model_copy(update={"param": error.where}))
-
-
-def _error(code: str, error: Inconclusive | FileGone) -> JobError:
-    return JobError(code=code, what=error.what, where=error.where, fix=error.fix)
+    return Outcome({}, JobError.of(error, code="file_deleted", param=error.where))
 
 
 def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSummary, progress: JobProgress) -> Outcome:

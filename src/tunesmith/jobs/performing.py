@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 from tunesmith.core import telemetry
@@ -16,7 +17,7 @@ from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.telemetry import names
 from tunesmith.jobs import leases, queue
-from tunesmith.jobs.curves import Curves
+from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.queue import JobError, JobStep
 from tunesmith.store.locks import LockHeld
@@ -25,6 +26,8 @@ from tunesmith.store.store import Store
 # Seconds between two signs of life, at most.
 _BEAT = 2.0
 _LOGGED_NOTES = 20  # of a step, at most
+_MOST_TRAININGS = 50  # of a job
+_LONGEST_NAME = 256  # of a training
 _CODES: Mapping[type[TunesmithError], str] = {
     UsageError: "wrong_usage",
     Refused: "refused",
@@ -49,11 +52,13 @@ class JobProgress:
 
     logged = ""
 
-    def __init__(self, store: Store, lease: Lease, shown: Progress) -> None:
-        self.stopping = threading.Event()
+    def __init__(self, store: Store, lease: Lease, shown: Progress, stopping: threading.Event | None = None) -> None:
+        self.stopping = stopping or threading.Event()
         self._store, self._lease, self._shown = store, lease, shown
         self._tasks: list[_JobTask] = []
-        self.curves = Curves()
+        self._curves: dict[str, Curve] = {}
+        self._changed: set[str] = set()
+        self._noting = threading.Lock()  # one thread measures, another one notes the curves
 
     def say(self, text: str) -> None:
         """Add a line to the job's log."""
@@ -61,8 +66,18 @@ class JobProgress:
         leases.log(self._store, self._lease, text)
 
     def measured(self, name: str, values: Mapping[str, float]) -> None:
-        """Add a point to the job's curves."""
-        self.curves.add(name, values)
+        """Add a point to the curve of a training. Trainings beyond the most that a job may have are left out."""
+        name = name[:_LONGEST_NAME]
+        with self._noting:
+            if name in self._curves or len(self._curves) < _MOST_TRAININGS:
+                self._curves.setdefault(name, Curve()).add(values)
+                self._changed.add(name)
+
+    def changed_curves(self) -> dict[str, Curve]:
+        """Copies of the curves that changed since the last call, by the training's name."""
+        with self._noting:
+            names, self._changed = self._changed, set()
+            return {name: deepcopy(self._curves[name]) for name in sorted(names)}
 
     @contextlib.contextmanager
     def task(self, title: str, total: float) -> Iterator[Task]:
@@ -131,9 +146,7 @@ def perform(
     shown: also shows the progress. stopping: once set, the job is given back at the end of the step that is running.
     Raises what work raises, after recording it; Stopped where the job was stopped; LeaseLost where it was taken back.
     """
-    progress = JobProgress(store, lease, shown)
-    if stopping is not None:
-        progress.stopping = stopping
+    progress = JobProgress(store, lease, shown, stopping)
     try:
         job = queue.get(store, lease.job)
         stated: Mapping[str, str | int] = {names.JOB: job.id, names.JOB_KIND: job.kind, names.PROJECT: job.project}
@@ -155,7 +168,7 @@ def _beating(store: Store, lease: Lease, progress: JobProgress) -> Iterator[None
     def beat() -> None:
         while not ended.wait(min(_BEAT, lease.seconds / 4)):
             try:
-                if leases.renew(store, lease, progress.document(), progress.curves.changed()):
+                if leases.renew(store, lease, progress.document(), progress.changed_curves()):
                     progress.stopping.set()
             except LeaseLost:
                 progress.stopping.set()
@@ -171,7 +184,7 @@ def _beating(store: Store, lease: Lease, progress: JobProgress) -> Iterator[None
         ended.set()
         thread.join()
         with contextlib.suppress(TunesmithError):  # the newest points; the job's end says what matters more
-            leases.renew(store, lease, curves=progress.curves.changed())
+            leases.renew(store, lease, curves=progress.changed_curves())
 
 
 def _record(store: Store, lease: Lease, error: BaseException) -> None:
@@ -196,5 +209,4 @@ def record_error(store: Store, lease: Lease, error: TunesmithError, code: str) -
     """Record why a job failed. code: of an error that may pass, such as a full disk or a lost connection: the job is
     tried again then. What was refused once is refused again. Raises LeaseLost where the job was taken back."""
     lasting = _CODES.get(type(error))
-    stated = JobError(code=lasting or code, what=error.what, where=error.where, fix=error.fix)
-    leases.fail(store, lease, stated, retry=lasting is None)
+    leases.fail(store, lease, JobError.of(error, code=lasting or code), retry=lasting is None)

@@ -57,12 +57,10 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
         withdrawn = load_withdrawn(store)
         if not withdrawn.names(cause.kind, cause.value):
             left.append("the next build would include its rows again")
-    return RecallStatus(
-        cause=cause.label,
+    return RecallStatus.of(
+        recall,
         gone=not left,
         left=tuple(left),
         retrain=tuple(sorted(names - newest.keys())),
         replaced=newest,
-        other_licences=recall.other_licences,
-        near=recall.near,
     )

@@ -156,22 +156,19 @@ def show_requests(
     selected, sight = matrix.select(use, reader), matrix.sight(reader)
     changes = matrix.changes(use.focus, use.rival, use.metric)
     names = _names(use, matrix)
-    return RequestMatrix(
+    return RequestMatrix.of(
+        matrix,
         evaluation=digest,
-        dataset=matrix.dataset,
         candidates=names,
-        metrics=matrix.metrics,
         filter={key: getattr(use, key) for key in FILTERS},
         total=len(sight.rows),
         chosen=len(selected.places),
         changes=dict(selected.counts),
         labels=tuple(sight.labels),
-        measures_form=matrix.measures_form,
         rows=tuple(
-            MatrixRow(
+            MatrixRow.of(
+                matrix.rows[place],
                 place=first + number,
-                id=matrix.rows[place].id,
-                group=matrix.rows[place].group,
                 request=matrix.rows[place].request[-1].text[:_SHOWN_REQUEST],
                 change=CHANGES[changes[place]],
                 cells=tuple(_cell(matrix, sight, name, use.metric, place) for name in names),
@@ -202,11 +199,9 @@ def show_request(
     start = example.answer if compared == REFERENCE else _text(matrix, sight, compared, place)
     selected, names = matrix.select(use, reader), _names(use, matrix)
     at, before, after = _neighbours(matrix, selected, place)
-    return OpenedRequest(
+    return OpenedRequest.of(
+        example,
         evaluation=digest,
-        id=example.id,
-        source=example.source,
-        group=example.group,
         labels=tuple(matrix.labels_of(place)),
         turns=tuple((turn.role, turn.text) for turn in example.request),
         reference=example.answer,
@@ -389,12 +384,11 @@ def _choice(store: Store, user: User, region: str, base: str, name: str, digest:
     version, why = None, _why_not(candidate, base)
     if why is None:
         version, why = _loadable(store, Scope(user.tenant, region), digest)
-        if version is None and why is None and not user.scope.unlimited:
+    if version is None and why is None:
+        if not user.scope.unlimited:
             why = "no version of it is registered for you: it may answer with rows of other tenants"
-        elif version is None and not candidate.tuned and why is None:
-            why = _recalled(store, digest)
-        elif version is None:
-            why = why or "its weights are not registered as a version"
+        else:
+            why = "its weights are not registered as a version" if candidate.tuned else _recalled(store, digest)
     return Choice(name=name, digest=digest, version=version, refused=why)
 
 

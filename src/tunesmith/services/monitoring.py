@@ -23,7 +23,7 @@ from tunesmith.jobs import queue
 from tunesmith.jobs.arguments import run_arguments
 from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
-from tunesmith.monitoring.cases import Case, list_cases
+from tunesmith.monitoring.cases import list_cases
 from tunesmith.monitoring.causes import CAUSES as RETRAIN_CAUSES
 from tunesmith.monitoring.causes import Due, RetrainCause, RetrainingSettings, Seen
 from tunesmith.monitoring.drift import Report
@@ -334,15 +334,10 @@ def _examples(store: Store, report: Report) -> list[MovedExample]:
         usual = float(median(measured[finding.name]))
         values = {request: float(each[finding.name]) for request, each in features.items() if finding.name in each}
         farthest = sorted(values, key=lambda request: -abs(values[request] - usual))[:_EXAMPLES]
-        examples += [_example(kept[request], finding.name, values[request], usual) for request in farthest]
+        for request in farthest:
+            facts = {"value": values[request], "usual": usual, "asked": last_request(kept[request].messages)}
+            examples.append(MovedExample.of(kept[request], feature=finding.name, **facts))
     return examples
-
-
-def _example(case: Case, feature: str, value: float, usual: float) -> MovedExample:
-    asked = last_request(case.messages)
-    return MovedExample(
-        request=case.request, at=case.at, feature=feature, value=value, usual=usual, asked=asked, answer=case.answer
-    )
 
 
 class WebhookView(View):

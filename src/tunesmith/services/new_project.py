@@ -135,11 +135,10 @@ def make_project(
         for relative, content in written.items():
             write_atomic(root / relative, content)
         Project.load(root)
-    return NewProject(
+    return NewProject.of(
+        findings,
         project=str(root / FILE),
-        rows=findings.rows,
         unusable=sum(findings.unusable.values()),
-        broken=findings.broken,
         reordered=findings.answers.reordered,
         respelled=findings.answers.respelled,
         json_answers=findings.answers.schema is not None,
