@@ -27,7 +27,7 @@ from tunesmith.core.system import ray_cluster
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.on_ray import _Performer
-from tunesmith.jobs.project_places import check_node, make_places
+from tunesmith.jobs.places import check_node, make_places
 from tunesmith.project import Project
 from tunesmith.services import jobs, training
 

@@ -15,10 +15,9 @@ from tests.jobs.processes import keep, meet
 from tests.tiny_project import settings, write_project
 from tunesmith.core.errors import UsageError
 from tunesmith.engines import device
-from tunesmith.jobs import leases, project_places, queue, slots
+from tunesmith.jobs import leases, queue, slots
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.places import LocalPlace
-from tunesmith.jobs.project_places import make_places
+from tunesmith.jobs.places import LocalPlace, make_places
 from tunesmith.jobs.slots import HeldSlot, Slot, divide
 from tunesmith.jobs.worker import Worker
 from tunesmith.project import Project
@@ -148,7 +147,7 @@ def places(project: Project, at_once: int | None = None) -> list[str]:
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
-    monkeypatch.setattr(project_places, "usable_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("tunesmith.jobs.places.usable_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(slots, "_place", lambda core: (0, 0, core))
     monkeypatch.setattr(device, "gpu_names", lambda: ())
 

@@ -6,10 +6,13 @@ about the job, and, inside `Store.fenced(check)`, nothing else in the database.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import psutil
 from sqlalchemy import BindParameter, and_, bindparam, func, or_, select
 from sqlalchemy.orm import Session
 
@@ -60,6 +63,17 @@ class Lease:
     fence: int
     seconds: float
     own: bool = False
+
+
+def worker_name() -> str:
+    """This process, as jobs name the worker that performs them."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def has_ended(worker: str) -> bool:
+    """Whether a worker, by its name, is a process of this machine that has ended."""
+    host, _, process = worker.rpartition(":")
+    return host == socket.gethostname() and process.isdecimal() and not psutil.pid_exists(int(process))
 
 
 def claim(

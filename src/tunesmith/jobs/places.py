@@ -1,15 +1,26 @@
-"""Where a worker has jobs performed: processes on this machine, each in a slot. A Ray cluster: on_ray.py."""
+"""Where a worker has a project's jobs performed: on this machine's cores and GPUs, or on a Ray cluster (on_ray.py)."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Protocol
 
-from tunesmith.core.errors import TunesmithError
-from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.slots import HeldSlot, Slot
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.progress import Silent
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.kinds import perform_in_child
+from tunesmith.jobs.leases import Lease, LeaseLost, worker_name
+from tunesmith.jobs.slots import HeldSlot, Slot, divide, usable_cores
+from tunesmith.project import JobSettings, Project
+from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.store import Store
 
 # Seconds that a process may take to start and to renew its lease itself. The worker renews it so long.
 STARTING = 300.0
@@ -93,3 +104,112 @@ class LocalProcess:
         code = self._process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return TunesmithError(f"its process ended with {how}")
+
+
+def make_places(project: Project, at_once: int | None, say: Callable[[str], None]) -> Sequence[Place]:
+    """Places for so many jobs at once; None: as many as suit the machine or the cluster.
+
+    say: is told what a cluster lacks. Raises UsageError or Refused for settings that cannot be.
+    """
+    jobs = project.settings.jobs
+    if jobs.runner == "ray":
+        return _places_on_ray(project, jobs, at_once, say)
+    from tunesmith.engines.device import gpu_names
+
+    cores, gpus, server = usable_cores(), gpu_names(), project.settings.server
+    starts_servers = server is not None and server.start is not None
+    if starts_servers and at_once is not None and at_once > 1:
+        raise UsageError(
+            "each job starts the servers of engine.start on the same GPUs",
+            where="jobs at once",
+            fix="perform one job at once, or name servers that run already by engine.url",
+        )
+    # A job that starts servers, or workers of Ray on this machine, computes on all GPUs; another one on one of them.
+    spreads = starts_servers or project.settings.engine.ray is not None
+    if at_once is None:
+        at_once = 1 if spreads else max(1, min(len(gpus), len(cores)))
+    return [LocalPlace(slot, partial(_start, project.root)) for slot in divide(at_once, cores, gpus)]
+
+
+def _start(root: Path, lease: Lease, held: HeldSlot) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_perform_in_slot, args=(root, lease, os.getpid(), held), name=f"job {lease.job}"
+    )
+    process.start()
+    return process
+
+
+def _perform_in_slot(root: Path, lease: Lease, parent: int, held: HeldSlot) -> None:
+    held.show_gpus()
+    perform_in_child(root, lease, parent)
+
+
+def _places_on_ray(
+    project: Project, jobs: JobSettings, at_once: int | None, say: Callable[[str], None]
+) -> Sequence[Place]:
+    """Places on the cluster, to which this process stays connected. Raises Refused where nodes cannot use the store."""
+    from tunesmith.core.system.ray_cluster import check_room, connected, room
+    from tunesmith.jobs.on_ray import RayPlace
+
+    class Said(Silent):
+        def say(self, text: str) -> None:
+            say(text)
+
+    store = project.store
+    with connected("jobs.runner", jobs.address) as ray:
+        others = sorted({node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]} - {socket.gethostname()})
+        if others:
+            _require_shared_database(store, f"the Ray cluster has nodes on {', '.join(others)}")
+        check_room(ray, 1, jobs.resources, "jobs.resources", jobs.address, Said())
+        number = max(1, room(ray, jobs.resources)) if at_once is None else at_once
+    marked = store.local("work") if isinstance(store.blobs, LocalBlobs) else None
+    if marked is not None:
+        marked.mkdir(parents=True, exist_ok=True)
+    check = partial(check_node, project.root, worker_name(), socket.gethostname(), _files(store))
+    start = partial(perform_in_child, project.root)
+    return [RayPlace(ray, jobs.resources, check, start, marked) for _ in range(number)]
+
+
+def _files(store: Store) -> str:
+    """Where the store keeps its files."""
+    return store.blobs.where("records/")
+
+
+def check_node(root: Path, worker: str, host: str, files: str, lease: Lease, mark: str) -> None:
+    """Check that a worker's job can be performed on this node. host: the worker's. files: where its store keeps files.
+    mark: a path in that store, "" where it is not a folder.
+
+    Raises UsageError where the project, its settings or the store's files are not here, or are others than the
+    worker's; Refused where the database can be used on the worker's host only.
+    """
+    here = socket.gethostname()
+    store = Project.load(root).store
+    if here != host:
+        _require_shared_database(store, f"the job came to {here}, a node of the Ray cluster, from {host}")
+    if _files(store) != files or (mark and not Path(mark).exists()):
+        raise UsageError(
+            f"the node {here} does not see the files of the worker's store",
+            where=_files(store),
+            fix="keep the project in a folder that all nodes share, or set TUNESMITH_BLOBS_URL for worker and nodes",
+        )
+    try:
+        if queue.get(store, lease.job).worker != worker:
+            raise LeaseLost("another worker performs the job")
+        leases.log(store, lease, f"performed on the node {here} of the Ray cluster")
+    except (UsageError, LeaseLost) as error:
+        raise UsageError(
+            f"the node {here} uses another database than the worker",
+            where=store.engine.url.render_as_string(hide_password=True),
+            fix="start Ray on each node with the worker's TUNESMITH_DATABASE_URL",
+        ) from error
+
+
+def _require_shared_database(store: Store, why: str) -> None:
+    """Raise Refused where the database is SQLite."""
+    if store.url.startswith("sqlite"):
+        raise Refused(
+            f"{why}, and SQLite can be used on one machine only",
+            where="jobs.runner",
+            fix="use PostgreSQL: set TUNESMITH_DATABASE_URL for the worker and for Ray on each node; and keep the "
+            "project in a folder that all nodes share",
+        )

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
-from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost
+from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost, worker_name
 from tunesmith.jobs.performing import record_error
 from tunesmith.jobs.places import JobProcess, Place
 from tunesmith.store.store import Store
@@ -31,17 +27,6 @@ _POLL = 0.5
 _GRACE_SECONDS = 60.0
 # Seconds between two looks at what may add jobs.
 _ALSO_SECONDS = 300.0
-
-
-def worker_name() -> str:
-    """This process, as jobs name the worker that performs them."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def has_ended(worker: str) -> bool:
-    """Whether a worker, by its name, is a process of this machine that has ended."""
-    host, _, process = worker.rpartition(":")
-    return host == socket.gethostname() and process.isdecimal() and not psutil.pid_exists(int(process))
 
 
 @dataclass

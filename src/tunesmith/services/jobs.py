@@ -30,10 +30,10 @@ from tunesmith.jobs import kinds, queue
 from tunesmith.jobs.arguments import run_arguments
 from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.fine_tuning import PREFIX, Arguments, Uploaded, derived, model_name
-from tunesmith.jobs.leases import LEASE_SECONDS
-from tunesmith.jobs.project_places import make_places
+from tunesmith.jobs.leases import LEASE_SECONDS, has_ended
+from tunesmith.jobs.places import make_places
 from tunesmith.jobs.queue import JobFilter
-from tunesmith.jobs.worker import Worker, has_ended
+from tunesmith.jobs.worker import Worker
 from tunesmith.monitoring.cases import delete_expired
 from tunesmith.pipeline.training import only_tuned
 from tunesmith.project import Project

@@ -19,7 +19,6 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.arguments import CHANGEABLE, Changes, run_arguments, with_changes
 from tunesmith.jobs.kinds import run_project
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
-from tunesmith.jobs.worker import worker_name
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.run import RunSummary, TrainingSummary, training_summary
@@ -49,7 +48,7 @@ def run_here(
     telemetry.check()
     by, store = project.actor(actor), project.store
     arguments = run_arguments(project, changes)
-    lease = leases.begin(store, worker_name(), "run", arguments, project=project.settings.name, actor=by)
+    lease = leases.begin(store, leases.worker_name(), "run", arguments, project=project.settings.name, actor=by)
     project, done = with_changes(project, changes), list[RunSummary]()
 
     def work(progress: JobProgress) -> Outcome:
