@@ -14,7 +14,7 @@ from tests.http_server import answering
 from tests.tiny_project import settings
 from tunesmith.project import Project, parse_settings
 from tunesmith.store.store import Store
-from tunesmith.webhooks.delivering import Deliverer
+from tunesmith.webhooks.sending import Deliverer
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

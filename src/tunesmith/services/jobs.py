@@ -44,8 +44,7 @@ from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobEventRow, JobRow, JobState
-from tunesmith.webhooks.delivering import delivering
-from tunesmith.webhooks.sending import secrets_of
+from tunesmith.webhooks.sending import delivering, secrets_of
 
 KINDS = tuple(kinds.KINDS)
 STATES: tuple[JobState, ...] = get_args(JobState)

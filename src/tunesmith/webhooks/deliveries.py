@@ -8,8 +8,7 @@ that is killed in between sends it again, with the same id.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
@@ -17,6 +16,7 @@ from sqlalchemy.orm import Session
 from tunesmith.store import audit
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, DeliveryRow, WebhookRow
+from tunesmith.webhooks.events import event_of
 
 # Seconds until the next attempt, after the first failure, the second, ...: 8 attempts within about 29 hours.
 DELAYS = (5.0, 60.0, 600.0, 3600.0, 10_800.0, 28_800.0, 61_200.0)
@@ -26,21 +26,7 @@ _TOGETHER = 20  # deliveries of one webhook sent in a row
 _LISTED = 100
 
 
-@dataclass(frozen=True)
-class Event:
-    """What an audit entry says to other systems. id: the same whenever the entry is read."""
-
-    id: str
-    type: str
-    body: str
-
-
-EventOf = Callable[[Session, AuditRow], Event | None]
-
-
-def note_events(
-    store: Store, project: str, wanted: Mapping[str, Collection[str]], event_of: EventOf, at: float
-) -> bool:
+def note_events(store: Store, project: str, wanted: Mapping[str, Collection[str]], at: float) -> bool:
     """Add deliveries for the audit entries that are new; True where there may be more.
 
     wanted: the event types that each webhook asks for. A webhook that is new gets what happens from now on, and what

@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.store.tables import CHAMPION, FINE_TUNING, FINE_TUNING_JOB, AuditRow, JobRow, RolloutRow, VersionRow
-from tunesmith.webhooks.deliveries import Event
 from tunesmith.webhooks.settings import EventType
 
 _ENDED: Mapping[tuple[bool, str], EventType] = {
@@ -26,6 +25,14 @@ _ENDED: Mapping[tuple[bool, str], EventType] = {
     (False, "failed"): "job.failed",
     (False, "cancelled"): "job.cancelled",
 }
+
+
+class Event(NamedTuple):
+    """What an audit entry says to other systems. id: the same whenever the entry is read."""
+
+    id: str
+    type: str
+    body: str
 
 
 class _Said(NamedTuple):
