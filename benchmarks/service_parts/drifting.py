@@ -22,8 +22,7 @@ from service_parts.processes import HERE, found_by
 from tunesmith.candidates.retrieval import example_index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
-from tunesmith.monitoring.drift import Baseline, ServedRequest, compare
-from tunesmith.monitoring.features import request_features
+from tunesmith.monitoring.drift import Baseline, ServedRequest, compare, request_features
 from tunesmith.monitoring.settings import MonitoringSettings
 
 EVIDENTLY = Peer("evidently", "evidently==0.7.23", also=("pandas<3",))

@@ -15,9 +15,8 @@ from tests.server.conftest import Served
 from tests.tiny_project import write_project
 from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
-from tunesmith.jobs.curves import Curve, Curves
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.queue import JobError
+from tunesmith.jobs.queue import Curve, Curves, JobError
 from tunesmith.project import Project
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.records import Record

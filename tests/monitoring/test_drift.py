@@ -13,8 +13,17 @@ import numpy as np
 import pytest
 
 from tests.fabricate import NAME, Scene, lamp
-from tunesmith.monitoring.drift import Baseline, Report, ServedRequest, cap_tenants, compare, compare_feature, watch
-from tunesmith.monitoring.features import measured_features, request_features
+from tunesmith.monitoring.drift import (
+    Baseline,
+    Report,
+    ServedRequest,
+    cap_tenants,
+    compare,
+    compare_feature,
+    measured_features,
+    request_features,
+    watch,
+)
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.registry.versions import Version
 from tunesmith.store.tables import RequestRow

@@ -14,8 +14,7 @@ from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused
 from tunesmith.data.documents import Documents
-from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.monitoring.recall_status import recall_status
+from tunesmith.monitoring.recall import Cause, recall, recall_status
 from tunesmith.pipeline import context as context_module
 from tunesmith.pipeline.candidates import answerer, better_settings, candidate, training, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext

@@ -20,8 +20,7 @@ from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.jobs import queue
-from tunesmith.jobs.curves import Curve, note
-from tunesmith.jobs.queue import JobError, add_event, new_row
+from tunesmith.jobs.queue import Curve, JobError, add_event, new_row, note_curves
 from tunesmith.store import audit
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
@@ -168,7 +167,7 @@ def renew(
         row.until = queue.database_time(session) + lease.seconds
         if progress is not None:
             row.progress = dict(progress)
-        note(session, lease.job, curves)
+        note_curves(session, lease.job, curves)
         return row.wanted
 
 

@@ -17,9 +17,8 @@ from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.telemetry import names
 from tunesmith.jobs import leases, queue
-from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.leases import Lease, LeaseLost
-from tunesmith.jobs.queue import JobError, JobStep
+from tunesmith.jobs.queue import Curve, JobError, JobStep
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.store import Store
 

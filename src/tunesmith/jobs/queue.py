@@ -6,7 +6,8 @@ Every change is one transaction with an audit entry. Rows are returned as they w
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, insert, select
@@ -17,10 +18,11 @@ from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import View
+from tunesmith.records.training import TrainingBody
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobEventRow, JobRow, JobState
+from tunesmith.store.tables import JobCurveRow, JobEventRow, JobRow, JobState
 
 ATTEMPTS = 3
 _LONGEST_KEY = 128
@@ -289,3 +291,68 @@ def _row(session: Session, number: int) -> JobRow:
 def no_job(number: int) -> NotThere:
     """The error where there is no such job."""
     return NotThere(f"there is no job {number}", fix=NextStep("list the jobs", "jobs list"), code="job_not_found")
+
+
+MOST_POINTS = 400  # of a training that are kept; validated steps are kept besides
+Point = dict[str, float]
+
+
+@dataclass
+class Curve:
+    """A training's numbers. expected: its estimates. memory_bytes: the most memory used. points: step and loss, and of
+    validated steps validation_loss and validation_score. Once there are too many points, every second step is kept."""
+
+    expected: dict[str, float] = field(default_factory=dict)
+    memory_bytes: float = 0.0
+    points: list[Point] = field(default_factory=list)
+    every: int = 1
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add what a training reported (core.progress)."""
+        if "step" not in values:
+            self.expected |= values
+            return
+        point = dict(values)
+        self.memory_bytes = max(self.memory_bytes, point.pop("memory_bytes", 0.0))
+        if self.points and self.points[-1]["step"] % self.every and not _validated(self.points[-1]):
+            self.points.pop()  # it was the newest, which is always shown
+        self.points.append(point)
+        if sum(not _validated(each) for each in self.points) > MOST_POINTS:
+            self.every *= 2
+            last = self.points[-1]
+            self.points = [
+                each for each in self.points if each is last or _validated(each) or each["step"] % self.every == 0
+            ]
+
+
+def _validated(point: Point) -> bool:
+    return "validation_loss" in point
+
+
+def note_curves(session: Session, job: int, curves: Mapping[str, Curve]) -> None:
+    """Keep a job's curves, inside a write transaction."""
+    for name, curve in curves.items():
+        stated = {"expected": curve.expected, "memory_bytes": curve.memory_bytes, "points": curve.points}
+        session.merge(JobCurveRow(job=job, training=name, curve=stated))
+
+
+def read_curves(store: Store, job: int) -> dict[str, Curve]:
+    """A job's curves by the names of its trainings."""
+    query = select(JobCurveRow).where(JobCurveRow.job == job).order_by(JobCurveRow.training)
+    with store.reading() as session:
+        return {row.training: Curve(**row.curve) for row in session.scalars(query)}
+
+
+def curve_of(training: TrainingBody) -> Curve:
+    """The curve in a training's record."""
+    estimate, validated = training.estimate, {each.step: each for each in training.validation}
+    curve = Curve({"expected_seconds": estimate.seconds, "expected_memory_bytes": estimate.peak_memory_bytes})
+    curve.memory_bytes = training.peak_memory_bytes
+    for step in training.curve:
+        values = {"step": float(step.step), "loss": step.loss}
+        if (checked := validated.get(step.step)) is not None:
+            values["validation_loss"] = checked.loss
+            if checked.score is not None:
+                values["validation_score"] = checked.score
+        curve.add(values)
+    return curve

@@ -70,7 +70,7 @@ def cause(says: str) -> Callable[[Look], Look]:
 
 @cause("requests to the champion drifted")
 def drift(seen: Seen) -> Due | None:
-    from tunesmith.monitoring.features import drift_report
+    from tunesmith.monitoring.drift import drift_report
 
     label, report = seen.champion.label, drift_report(seen.store, seen.monitoring, seen.champion)
     return Due(label, f"requests to {label} drifted: {report.reason}") if report.verdict == "drift" else None

@@ -19,8 +19,7 @@ from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.style.shares import REVISION as STYLE_REVISION
 from tunesmith.pipeline.answers import answers, judged
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.policy import policy, style
-from tunesmith.pipeline.probes import check_probes, general, risks
+from tunesmith.pipeline.probes import check_probes, general, policy, risks, style
 from tunesmith.project import Project
 from tunesmith.records.body import Part
 from tunesmith.records.evaluation import EvaluationBody, VerdictBody

@@ -25,14 +25,12 @@ from tunesmith.core.system.machine import end_with_parent
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
 from tunesmith.holding.queue import tidy
-from tunesmith.jobs import curves as noted
 from tunesmith.jobs import kinds, queue
 from tunesmith.jobs.arguments import run_arguments
-from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.fine_tuning import PREFIX, Arguments, Uploaded, derived, model_name
 from tunesmith.jobs.leases import LEASE_SECONDS, has_ended
 from tunesmith.jobs.places import make_places
-from tunesmith.jobs.queue import JobFilter
+from tunesmith.jobs.queue import Curve, JobFilter
 from tunesmith.jobs.worker import Worker
 from tunesmith.monitoring.cases import delete_expired
 from tunesmith.pipeline.training import only_tuned
@@ -329,11 +327,11 @@ def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
     """The trainings of a job, also while it runs. Raises NotThere where there is no such job."""
     job = _find(store, number, reader)
     trained = job.result.get("train", {})
-    shown = {name: _curve(name, trained.get(name, {}), each) for name, each in noted.read(store, number).items()}
+    shown = {name: _curve(name, trained.get(name, {}), each) for name, each in queue.read_curves(store, number).items()}
     for name, summary in trained.items():
         if name not in shown:
             with contextlib.suppress(Refused, UsageError):  # the store no longer has it
-                curve = noted.curve_of(TrainingBody.read(store, summary["training"]))
+                curve = queue.curve_of(TrainingBody.read(store, summary["training"]))
                 shown[name] = _curve(name, summary, curve, earlier=True)
     order = {name: place for place, name in enumerate(trained)}
     names = sorted(shown, key=lambda name: order.get(name, len(order)))

@@ -21,16 +21,14 @@ from tunesmith.core.values import ScopedView, View
 from tunesmith.data.governance.licences import spelled
 from tunesmith.jobs import queue
 from tunesmith.jobs.arguments import run_arguments
-from tunesmith.monitoring import pending_retrains, recall_status
+from tunesmith.monitoring import pending_retrains
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.cases import list_cases
 from tunesmith.monitoring.causes import CAUSES as RETRAIN_CAUSES
 from tunesmith.monitoring.causes import Due, RetrainCause, RetrainingSettings, Seen
-from tunesmith.monitoring.drift import Report
-from tunesmith.monitoring.features import drift_report, last_request, measured_baseline
+from tunesmith.monitoring.drift import Report, drift_report, last_request, measured_baseline
 from tunesmith.monitoring.pending_retrains import PendingRetrain
-from tunesmith.monitoring.recall import Cause, CauseKind, Recall
-from tunesmith.monitoring.recall_status import RecallStatus
+from tunesmith.monitoring.recall import Cause, CauseKind, Recall, RecallStatus
 from tunesmith.project import Project
 from tunesmith.records.candidate import BaseBody
 from tunesmith.registry.versions import Version, get_alias, list_versions, load_version, resolve
@@ -294,7 +292,7 @@ def recall(acting: Acting, asked: StartRecall) -> Recalled:
 
 def recall_status_of(store: Store, kind: str, value: str) -> RecallStatus:
     """Whether nothing uses what was recalled any more. Raises UsageError if it was never recalled."""
-    return recall_status.recall_status(store, cause_of(store, kind, value))
+    return recalls.recall_status(store, cause_of(store, kind, value))
 
 
 def _next_steps(recall: Recall) -> Iterator[NextStep]:

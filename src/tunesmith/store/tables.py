@@ -347,7 +347,7 @@ class JobEventRow(Table):
 
 
 class JobCurveRow(Table):
-    """The curve of one of a job's trainings (jobs/curves.py). training: its name."""
+    """The curve of one of a job's trainings (jobs/queue.py). training: its name."""
 
     __tablename__ = "job_curves"
     job: Mapped[int] = mapped_column(primary_key=True)

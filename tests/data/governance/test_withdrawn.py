@@ -17,8 +17,7 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
 from tunesmith.data.review import queue
 from tunesmith.data.settings import DataSettings
-from tunesmith.monitoring.recall import Cause, Recall, recall
-from tunesmith.monitoring.recall_status import recall_status
+from tunesmith.monitoring.recall import Cause, Recall, recall, recall_status
 from tunesmith.services import monitoring
 from tunesmith.store.people.identities import ensure_owner
 from tunesmith.store.store import Store

@@ -30,8 +30,7 @@ from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import agreements, cohen_kappa
 from tunesmith.data.review.decisions import ReviewedRow, encode_reviewed, read_reviewed
 from tunesmith.monitoring.cases import delete_expired, find_case, put_case
-from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.monitoring.recall_status import recall_status
+from tunesmith.monitoring.recall import Cause, recall, recall_status
 from tunesmith.project import Project
 from tunesmith.services import review
 from tunesmith.store import audit, database

@@ -26,7 +26,7 @@ from tunesmith.core.text.names import Scope
 from tunesmith.engines.protocol import Completion, Generation, Scored
 from tunesmith.holding.rules import Holder
 from tunesmith.models.call_format import CallFormat
-from tunesmith.monitoring.features import request_features
+from tunesmith.monitoring.drift import request_features
 from tunesmith.server.answering.job import ChatJob, Event, HeldCompletion, ToolAnswer
 from tunesmith.server.answering.recording import LOG, Recorder
 from tunesmith.server.answering.request import ChatRequest

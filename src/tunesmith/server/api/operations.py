@@ -21,7 +21,7 @@ from tunesmith.server.serving import Calling, document, needs, read
 from tunesmith.services import audit, home, jobs, monitoring, review, rollouts, users
 
 if TYPE_CHECKING:
-    from tunesmith.monitoring.recall_status import RecallStatus
+    from tunesmith.monitoring.recall import RecallStatus
     from tunesmith.rollout.course import RolloutCourse
 
 routes = ApiRouter()
