@@ -15,7 +15,7 @@ from typing import Any
 from tests.waiting import until
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.slots import HeldSlot
+from tunesmith.jobs.places import HeldSlot
 from tunesmith.store.store import Store
 
 

@@ -33,8 +33,7 @@ from tests.webhooks.test_deliveries import (  # noqa: F401
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
-from tunesmith.jobs.places import LocalPlace
-from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
+from tunesmith.jobs.places import HeldSlot, LocalPlace, divide, usable_cores
 from tunesmith.jobs.worker import Worker
 from tunesmith.store import audit
 from tunesmith.store.people import identities

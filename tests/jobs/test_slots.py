@@ -15,10 +15,9 @@ from tests.jobs.processes import keep, meet
 from tests.tiny_project import settings, write_project
 from tunesmith.core.errors import UsageError
 from tunesmith.engines import device
-from tunesmith.jobs import leases, queue, slots
+from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.places import LocalPlace, make_places
-from tunesmith.jobs.slots import HeldSlot, Slot, divide
+from tunesmith.jobs.places import HeldSlot, LocalPlace, Slot, divide, make_places, usable_cores
 from tunesmith.jobs.worker import Worker
 from tunesmith.project import Project
 from tunesmith.store.store import Store
@@ -39,7 +38,7 @@ def taken(slot: Slot) -> HeldSlot:
 
 def test_cores_and_gpus_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two hardware threads of a physical core, 0 and 4 for example, come into one slot.
-    monkeypatch.setattr(slots, "_place", lambda core: (0, core % 4, core))
+    monkeypatch.setattr("tunesmith.jobs.places._place", lambda core: (0, core % 4, core))
     assert divide(2, range(8), ["a", "b", "c"]) == [Slot((0, 4, 1, 5), ("a",)), Slot((2, 6, 3, 7), ("b", "c"))]
     assert divide(1, [3, 2], ()) == [Slot((2, 3))]
     assert str(divide(1, [3, 2], ["GPU-1"])[0]) == "cores 2 3, GPU GPU-1"
@@ -100,7 +99,7 @@ def start(root: Path, lease: Lease, held: HeldSlot) -> BaseProcess:
 def test_two_jobs_at_once_compute_on_different_cores_and_gpus(
     store: Store, olive: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cores = slots.usable_cores()
+    cores = usable_cores()
     if len(cores) < 2:
         pytest.skip("one core")
     monkeypatch.delenv("TUNESMITH_THREADS", raising=False)
@@ -111,13 +110,13 @@ def test_two_jobs_at_once_compute_on_different_cores_and_gpus(
     assert sorted(core for each in found for core in each["cores"]) == cores
     assert sorted(each["gpus"] for each in found) == ["0", "1"]
     assert [each["threads"] for each in found] == [len(each["cores"]) for each in found]
-    assert slots.usable_cores() == cores, "the worker may use all of them again"
+    assert usable_cores() == cores, "the worker may use all of them again"
     taken(divide(1, cores, ["0", "1"])[0]).release()
 
 
 def test_a_worker_waits_for_jobs_of_others(store: Store, olive: None, monkeypatch: pytest.MonkeyPatch) -> None:
     number, said = queue.add(store, "run", {}, project="p", actor="olive").id, list[str]()
-    (slot,), ended = divide(1, slots.usable_cores(), ()), list[str]()
+    (slot,), ended = divide(1, usable_cores(), ()), list[str]()
 
     def at_once(lease: Lease, _held: HeldSlot) -> BaseProcess:
         leases.finish(store, lease, {})
@@ -148,7 +147,7 @@ def places(project: Project, at_once: int | None = None) -> list[str]:
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
     monkeypatch.setattr("tunesmith.jobs.places.usable_cores", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(slots, "_place", lambda core: (0, 0, core))
+    monkeypatch.setattr("tunesmith.jobs.places._place", lambda core: (0, 0, core))
     monkeypatch.setattr(device, "gpu_names", lambda: ())
 
     def one(*gpus: str, **changes: Any) -> Project:

@@ -24,8 +24,7 @@ from tunesmith.api import Project
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.kinds import perform_job
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.places import LocalPlace
-from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
+from tunesmith.jobs.places import HeldSlot, LocalPlace, divide, usable_cores
 from tunesmith.jobs.worker import Worker
 from tunesmith.services import jobs, training
 from tunesmith.services.training import run_here

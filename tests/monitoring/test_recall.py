@@ -12,8 +12,7 @@ from tunesmith.cli.terminal import command_line
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.text.names import Scope
 from tunesmith.data.dataset import load_dataset
-from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
-from tunesmith.monitoring.recall import Cause, recall, recall_status
+from tunesmith.monitoring.recall import Cause, PendingRetrain, list_pending_retrains, recall, recall_status
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import rollback, start

@@ -15,8 +15,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.text.wording import visible
 
 if TYPE_CHECKING:
-    from tunesmith.monitoring.pending_retrains import PendingRetrain
-    from tunesmith.monitoring.recall import Recall, RecallStatus
+    from tunesmith.monitoring.recall import PendingRetrain, Recall, RecallStatus
     from tunesmith.services.review import AddedCases, CaseList
 
 _All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]

@@ -106,7 +106,7 @@ def base(seen: Seen) -> Due | None:
 
 @cause("the champion was recalled")
 def recall(seen: Seen) -> Due | None:
-    from tunesmith.monitoring.pending_retrains import list_pending_retrains
+    from tunesmith.monitoring.recall import list_pending_retrains
 
     for one in list_pending_retrains(seen.store, seen.champion.name):
         if one.replacement is None and not (one.tenant or one.region):

@@ -353,6 +353,9 @@ def _thinned(values: Array) -> Array:
     return np.asarray(np.sort(values)[np.linspace(0, len(values) - 1, _LARGEST).astype(int)])
 
 
+# The features that are compared, alike for served requests and for the test split
+
+
 Nearest = Callable[[Sequence[Message]], float]
 
 

@@ -25,7 +25,7 @@ from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
-from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
+from tunesmith.monitoring.recall import PendingRetrain, list_pending_retrains
 from tunesmith.project import Project
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import approvals_of, permissions

@@ -20,15 +20,13 @@ from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
 from tunesmith.data.governance.licences import spelled
 from tunesmith.jobs import queue
-from tunesmith.jobs.arguments import run_arguments
-from tunesmith.monitoring import pending_retrains
+from tunesmith.jobs.queue import run_arguments
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.cases import list_cases
 from tunesmith.monitoring.causes import CAUSES as RETRAIN_CAUSES
 from tunesmith.monitoring.causes import Due, RetrainCause, RetrainingSettings, Seen
 from tunesmith.monitoring.drift import Report, drift_report, last_request, measured_baseline
-from tunesmith.monitoring.pending_retrains import PendingRetrain
-from tunesmith.monitoring.recall import Cause, CauseKind, Recall, RecallStatus
+from tunesmith.monitoring.recall import Cause, CauseKind, PendingRetrain, Recall, RecallStatus
 from tunesmith.project import Project
 from tunesmith.records.candidate import BaseBody
 from tunesmith.registry.versions import Version, get_alias, list_versions, load_version, resolve
@@ -174,7 +172,7 @@ def monitor(
         settings = settings.model_copy(update={"window_hours": hours})
     version = resolve(project.store, which or f"{project.settings.name}@champion", scope=Scope(tenant or ""))
     report = drift_report(project.store, settings, version, tenant)
-    pending = tuple(pending_retrains.list_pending_retrains(project.store, version.name))
+    pending = tuple(recalls.list_pending_retrains(project.store, version.name))
     refused = tuple(refused_champions(project.store, version.name))
     return Monitored(**dict(report), pending_retrains=pending, refused_champions=refused), version.label
 
@@ -219,7 +217,7 @@ def queue_health(store: Store, scope: Scope) -> PartHealth:
 
 def list_pending_retrains(store: Store) -> PendingRetrains:
     """The retrains that recalls left pending."""
-    return PendingRetrains(pending_retrains=tuple(pending_retrains.list_pending_retrains(store)))
+    return PendingRetrains(pending_retrains=tuple(recalls.list_pending_retrains(store)))
 
 
 def impact(store: Store, base: str) -> Impact:
