@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, bindparam, func, insert, select
+from sqlalchemy import ColumnElement, bindparam, func, insert, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
@@ -195,22 +195,20 @@ def is_waiting(store: Store, project: str) -> bool:
         return session.scalar(waiting.limit(1)) is not None
 
 
-def events(store: Store, number: int, after: int = 0) -> list[JobEventRow]:
-    """The lines of a job's log, oldest first. after: only those with a higher number."""
+def events(
+    store: Store, number: int, after: int = 0, *, before: int | None = None, newest: int | None = None
+) -> list[JobEventRow]:
+    """The lines of a job's log, oldest first. after, before: only those with a higher, or a lower number.
+
+    newest: only so many of the newest, newest first.
+    """
     query = select(JobEventRow).where(JobEventRow.job == number, JobEventRow.number > after)
-    return _events(store, number, query.order_by(JobEventRow.number))
-
-
-def newest_events(store: Store, number: int, *, before: int | None = None, most: int = 100) -> list[JobEventRow]:
-    """The newest lines of a job's log, newest first. before: only those with a lower number."""
-    query = select(JobEventRow).where(JobEventRow.job == number).order_by(JobEventRow.number.desc()).limit(most)
-    return _events(store, number, query if before is None else query.where(JobEventRow.number < before))
-
-
-def _events(store: Store, number: int, query: Select[JobEventRow]) -> list[JobEventRow]:
+    if before is not None:
+        query = query.where(JobEventRow.number < before)
+    order = JobEventRow.number if newest is None else JobEventRow.number.desc()
     with store.reading() as session:
         _row(session, number)
-        return list(session.scalars(query))
+        return list(session.scalars(query.order_by(order).limit(newest)))
 
 
 def add_event(session: Session, job: int, at: float, message: str) -> None:

@@ -322,21 +322,17 @@ def show_evaluation(store: Store, user: User, digest: str, verdict: str | None =
     chosen = verdict or leading_verdict(store, digest, verdicts)
     if chosen is not None and chosen not in verdicts:
         raise NotThere(_NO_EVALUATION)
+    judged = None if chosen is None else store.record(chosen, kind="verdict")
     return EvaluationPage(
         summary=evaluation_summary(store, digest),
         at=at,
         dataset=store.record(digest).parents["dataset"],
         verdicts=tuple(_verdict(store, each) for each in verdicts),
         verdict=None if chosen is None else verdict_summary(store, chosen),
-        endpoint=chosen is not None and _of_endpoint(store, chosen),
+        endpoint=judged is not None and load_candidate(store, judged.parents["candidate"]).kind == "endpoint",
         versions=tuple(versions),
         recalled=reason,
     )
-
-
-def _of_endpoint(store: Store, verdict: str) -> bool:
-    candidate = store.record(verdict, kind="verdict").parents["candidate"]
-    return load_candidate(store, candidate).kind == "endpoint"
 
 
 def find_verdict(store: Store, user: User, start: str) -> str:

@@ -119,10 +119,10 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
     requests = _requests(store, kept.champions)
     with store.reading() as session:
         moving = live_lines(session, user.scope)
+    # Those of the viewer, and those that serve what is the viewer's.
+    theirs = (one for one in kept.champions if one.scope.covers(user.scope) or user.scope.covers(one.scope))
     return Home(
-        serving=tuple(
-            _serving(one, user.scope, kept, requests) for one in kept.champions if _serves(one.scope, user.scope)
-        ),
+        serving=tuple(_serving(one, user.scope, kept, requests) for one in theirs),
         moving=tuple(moving),
         waiting=_viewers_first(_all_waiting(store, user, kept, moving, project)),
         health=(PartHealth(part="database", ok=True, says="answers"), queue_health(store, user.scope)),
@@ -215,11 +215,6 @@ def _requests(store: Store, champions: list[Champion]) -> _Requests:
     counted = {(version, Scope(tenant, region)): (n, failed) for version, tenant, region, n, failed in rows}
     _REQUESTS[store] = time.monotonic(), counted
     return counted
-
-
-def _serves(champion: Scope, viewer: Scope) -> bool:
-    """Whether a champion is the viewer's, or serves what is theirs."""
-    return champion.covers(viewer) or viewer.covers(champion)
 
 
 def _serving(one: Champion, viewer: Scope, kept: _Kept, requests: _Requests) -> ServingNow:

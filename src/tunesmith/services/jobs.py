@@ -224,7 +224,7 @@ def newest_lines(
 ) -> JobLog:
     """The newest lines of a job's log, newest first. before: only lines with a lower number. Raises as `log` does."""
     state = _find(store, number, reader).state
-    return _log(number, state, queue.newest_events(store, number, before=before, most=most), reader)
+    return _log(number, state, queue.events(store, number, before=before, newest=most), reader)
 
 
 def _find(store: Store, number: int, reader: User | None) -> JobRow:

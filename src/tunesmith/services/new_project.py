@@ -29,6 +29,7 @@ from tunesmith.core.values import View
 from tunesmith.data.building.examine import control_token, refuse_control_tokens
 from tunesmith.data.building.survey import (
     FEWEST_GROUPS,
+    Survey,
     first_fields,
     groups_rows,
     instruction_as_system,
@@ -138,7 +139,7 @@ def make_project(
     return NewProject.of(
         findings,
         project=str(root / FILE),
-        unusable=sum(findings.unusable.values()),
+        unusable=findings.read.unusable.total(),
         reordered=findings.answers.reordered,
         respelled=findings.answers.respelled,
         json_answers=findings.answers.schema is not None,
@@ -297,8 +298,8 @@ def _on_what_is_read(findings: RowFindings) -> Iterator[str]:
     """What of the rows is not used, and what is read otherwise."""
     if findings.one_instruction:
         yield "all rows have one instruction: it is their system turn, and the input the request (data.sources, rename)"
-    if findings.unusable:
-        why = ", ".join(f"{reason} ({count})" for reason, count in findings.unusable.items())
+    if findings.read.unusable:
+        why = ", ".join(f"{reason} ({count})" for reason, count in findings.read.unusable.most_common())
         yield f"rows without a usable conversation: {why}"
     if findings.unchecked:
         yield (
@@ -312,8 +313,9 @@ def _on_what_is_read(findings: RowFindings) -> Iterator[str]:
         )
     if findings.copies:
         yield f"{findings.copies} more rows are copies of these: `data build` keeps one of each"
-    if findings.unread:
-        times = _listed(f"`{key}` ({count} times)" for key, count in findings.unread.items())
+    unread = [(key, count) for key, count in findings.read.unread.most_common() if key != findings.group_by]
+    if unread:
+        times = _listed(f"`{key}` ({count} times)" for key, count in unread)
         yield f"keys that are not read, so nothing is learned from them: {times}"
 
 
@@ -374,10 +376,10 @@ def _on_answers(findings: RowFindings) -> Iterator[str]:
             f"{findings.tools} rows hold tools, which the base's chat template must render. That of the packaged base "
             "does not: set base to a model whose template does, such as Qwen 2.5, Qwen 3 or Llama 3.1"
         )
-    if findings.without_nulls:
+    if findings.read.without_nulls:
         yield (
-            f"{findings.without_nulls} answers are objects of Parquet or Arrow, which have null for each missing key: "
-            "keys that are null are left out. Where null is an answer, write answers as JSON text"
+            f"{findings.read.without_nulls} answers are objects of Parquet or Arrow, which have null for each missing "
+            "key: keys that are null are left out. Where null is an answer, write answers as JSON text"
         )
     if len(answers.rare) > _RARE * findings.rows:
         keys = _listed(f"`{key}`" for key in answers.rare)
@@ -431,25 +433,23 @@ def _on_answers(findings: RowFindings) -> Iterator[str]:
 class RowFindings:
     """What was found in the rows of a new project.
 
-    rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
-    that are meant as JSON and are not. long: about how many rows have more than MAX_LENGTH tokens. tools: rows with
-    tools, calls or their results. without_nulls: answers that were read without keys that are null. groups: how many
-    groups the rows are in. split_rows: about how many rows each split gets. held_groups: how many groups of equal size
-    the held-out rows weigh as much as.
+    read: all of them, as they were read. rows: usable ones without copies. broken: answers that are meant as JSON and
+    are not. long: about how many rows have more than MAX_LENGTH tokens. tools: rows with tools, calls or their results.
+    groups: how many groups the rows are in. split_rows: about how many rows each split gets. held_groups: how many
+    groups of equal size the held-out rows weigh as much as.
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
     rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
-    turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
-    read -> how often. unchecked: why it is not known whether rows hold control tokens of the base.
+    turn. system: the one system turn of all rows, "" where none has one; None: they differ. unchecked: why it is not
+    known whether rows hold control tokens of the base.
     """
 
+    read: Survey
     rows: int
     copies: int
-    unusable: Mapping[str, int]
     broken: int
     answers: AnswerFindings
     long: int
     tools: int
-    without_nulls: int
     group_by: str | None
     groups: int
     split_rows: Mapping[str, int]
@@ -458,7 +458,6 @@ class RowFindings:
     rename: Mapping[str, str]
     one_instruction: bool
     system: str | None
-    unread: Mapping[str, int]
     unchecked: str | None
 
 
@@ -503,14 +502,13 @@ def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: 
     splits = [split_of(group, split) for group in groups]
     systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
     return RowFindings(
+        read=read,
         rows=rows,
         copies=copies,
-        unusable=dict(read.unusable.most_common()),
         broken=broken,
         answers=examine_answers(usable, json_objects=bool(values)),
         long=sum(_tokens(one) > MAX_LENGTH for one in different.values()),
         tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
-        without_nulls=read.without_nulls,
         group_by=group_by,
         groups=len(set(groups)),
         split_rows=Counter(splits),
@@ -519,7 +517,6 @@ def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: 
         rename=source.rename,
         one_instruction=one_instruction,
         system=systems.pop() if len(systems) == 1 else None,
-        unread={key: count for key, count in read.unread.most_common() if key != group_by},
         unchecked=control.unknown,
     )
 
