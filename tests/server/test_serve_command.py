@@ -17,7 +17,7 @@ from tests.fabricate import NAME, OPERATOR, OWNER, build_scene
 from tests.own_cache import own_cache
 from tests.tiny import write_model
 from tunesmith.cli import serve as cli_serve
-from tunesmith.pipeline import PipelineContext
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import DEFAULT_STEPS

@@ -59,7 +59,7 @@ def serve(
     import logging
 
     from tunesmith.core.telemetry import sending
-    from tunesmith.pipeline import PipelineContext
+    from tunesmith.pipeline.context import PipelineContext
     from tunesmith.rollout.served_scorers import served_scorers
     from tunesmith.server.app import create_app
     from tunesmith.server.console.login import client_secret

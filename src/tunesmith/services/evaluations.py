@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
@@ -494,6 +494,9 @@ class Board(View):
         return told if self.evaluation is None else f"{told}, scored as in evaluation {short(self.evaluation)}"
 
 
+_Entry: TypeAlias = tuple[Version, EvaluationBody, BoardRow]
+
+
 class Leaderboard(View):
     """One board for each name, dataset version, leading metric and scorer. The board with the newest version comes
     first."""
@@ -503,21 +506,19 @@ class Leaderboard(View):
 
 def leaderboard(store: Store, name: str | None = None) -> Leaderboard:
     """Rank the versions of a name, or of every name."""
-    entries: defaultdict[tuple[str, str, str], list[list[tuple[Version, BoardRow]]]] = defaultdict(list)
+    entries: defaultdict[tuple[str, str, str], list[list[_Entry]]] = defaultdict(list)
     serving = {alias.version: alias.alias for alias in list_aliases(store)}
     for version in list_versions(store, name):
         record = store.record(version.evaluation, kind="evaluation")
         body = EvaluationBody.of(record)
         metric = body.primary
-        row = _row(store, version, body, serving.get(version.digest))
+        entry = version, body, _row(store, version, body, serving.get(version.digest))
         boards_of = entries[version.name, record.parents["dataset"], metric]
-        alike = (
-            rows for rows in boards_of if scored_alike(EvaluationBody.read(store, rows[0][0].evaluation), body, metric)
-        )
+        alike = (rows for rows in boards_of if scored_alike(rows[0][1], body, metric))
         if (rows := next(alike, None)) is not None:
-            rows.append((version, row))
+            rows.append(entry)
         else:
-            boards_of.append([(version, row)])
+            boards_of.append([entry])
     boards = [
         _board(store, key, rows, alone=len(boards_of) == 1) for key, boards_of in entries.items() for rows in boards_of
     ]
@@ -525,16 +526,13 @@ def leaderboard(store: Store, name: str | None = None) -> Leaderboard:
     return Leaderboard(boards=tuple(newest))
 
 
-def _board(store: Store, key: tuple[str, str, str], rows: list[tuple[Version, BoardRow]], *, alone: bool) -> Board:
+def _board(store: Store, key: tuple[str, str, str], rows: list[_Entry], *, alone: bool) -> Board:
     """alone: whether no other board has the same name, dataset and metric (key)."""
     owner, dataset, metric = key
-    rows = sorted(rows, key=lambda row: (-row[1].mean, row[0].number))
-    best, ranked = rows[0][0], [rows[0][1]]
-    for version, row in rows[1:]:
-        ranked.append(row.model_copy(update={"behind": _behind(store, version, best, metric)}))
-    n = EvaluationBody.read(store, best.evaluation).n
+    (best, body, first), *others = sorted(rows, key=lambda row: (-row[2].mean, row[0].number))
+    behind = (row.model_copy(update={"behind": _behind(store, each, best, metric)}) for each, _, row in others)
     shown = None if alone else best.evaluation
-    return Board(name=owner, dataset=dataset, metric=metric, n=n, evaluation=shown, versions=tuple(ranked))
+    return Board(name=owner, dataset=dataset, metric=metric, n=body.n, evaluation=shown, versions=(first, *behind))
 
 
 def _row(store: Store, version: Version, body: EvaluationBody, alias: str | None) -> BoardRow:

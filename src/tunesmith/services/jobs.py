@@ -203,7 +203,7 @@ def list_jobs(
     before: only those before this number. first: leave out as many of the newest. Raises UsageError for a state that
     jobs do not have.
     """
-    now, wanted = queue.time_now(store), JobFilter(_states(states), kinds, by, _scope(reader))
+    now, wanted = queue.time_now(store), JobFilter(_states(states), kinds, by, reader.scope if reader else Scope())
     rows = queue.list_jobs(store, wanted, before=before, first=first, most=most)
     return JobList(jobs=tuple(_view(job, now, reader) for job in rows), total=queue.count_jobs(store, wanted))
 
@@ -229,13 +229,9 @@ def newest_lines(
 
 def _find(store: Store, number: int, reader: User | None) -> JobRow:
     job = queue.get(store, number)
-    if not _scope(reader).covers(job.scope):
+    if reader is not None and not reader.scope.covers(job.scope):
         raise queue.no_job(number)
     return job
-
-
-def _scope(reader: User | None) -> Scope:
-    return Scope() if reader is None else reader.scope
 
 
 def _states(names: Collection[str]) -> list[JobState]:
