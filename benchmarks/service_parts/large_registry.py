@@ -21,6 +21,7 @@ from engine_parts.report import Line
 from service_parts.kept import Found
 from tunesmith.core.digests import digest_of, stamp
 from tunesmith.services import versions as services
+from tunesmith.services.audit import tree
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -152,8 +153,8 @@ def _operations(store: Store) -> dict[str, dict[str, float]]:
     calls: dict[str, Callable[[], Any]] = {
         "list the newest 100": lambda: services.list_versions(store),
         "search by name": lambda: services.list_versions(store, name=draw.choice(rows)[0]),
-        "search by a digest's start": lambda: services.show(store, draw.choice(rows)[2][7:23]),
-        "lineage": lambda: services.show(store, label()),
+        "search by a digest's start": lambda: tree(store, draw.choice(rows)[2][7:23]),
+        "lineage": lambda: tree(store, label()),
     }
     return {what: _times(call) for what, call in calls.items()}
 

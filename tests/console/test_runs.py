@@ -13,10 +13,12 @@ from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import OPERATOR, OWNER, Scene, put_training
 from tests.server.conftest import Served
 from tests.tiny_project import write_project
+from tunesmith.core.progress import SILENT
 from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.queue import Curve, Curves, JobError
+from tunesmith.jobs.performing import JobProgress
+from tunesmith.jobs.queue import Curve, JobError
 from tunesmith.project import Project
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.records import Record
@@ -37,15 +39,14 @@ def claimed(store: Store) -> Lease:
 
 def curve(steps: int, slope: float = 28.0) -> dict[str, Curve]:
     """A training of so many steps, validated and scored at every tenth."""
-    curves = Curves()
-    curves.add("tuned", {"expected_seconds": 95.0, "expected_memory_bytes": 1.6e9})
+    made = Curve({"expected_seconds": 95.0, "expected_memory_bytes": 1.6e9})
     for step in range(1, steps + 1):
         loss = 0.08 + 2.0 * 2.718 ** (-step / slope)
         values = {"step": step, "loss": loss * (1 + 0.05 * (step % 3)), "memory_bytes": 1.7e9}
         if step % 10 == 0:
             values |= {"validation_loss": loss * 1.1, "validation_score": 1 - 0.9 * 2.718 ** (-step / slope)}
-        curves.add("tuned", values)
-    return curves.changed()
+        made.add(values)
+    return {"tuned": made}
 
 
 def progress(done: float = 30.0) -> dict[str, Any]:
@@ -235,16 +236,16 @@ def test_another_tenant_sees_and_starts_nothing(served: Served) -> None:
 
 
 def test_curves_are_bounded_and_keep_what_was_validated() -> None:
-    curves = Curves()
+    progress = JobProgress(None, None, SILENT)  # type: ignore[arg-type]
     for step in range(1, 50_001):
         values = {"step": step, "loss": 1 / step} | ({"validation_loss": 0.5} if step % 999 == 0 else {})
-        curves.add("tuned", values)
-    points = curves.changed()["tuned"].points
+        progress.measured("tuned", values)
+    points = progress.changed_curves()["tuned"].points
     assert len(points) <= 400 + 50
     assert points[-1]["step"] == 50_000
     assert [point["step"] for point in points] == sorted({point["step"] for point in points})
     assert sum("validation_loss" in point for point in points) == 50
-    assert curves.changed() == {}
+    assert progress.changed_curves() == {}
     for number in range(200):
-        curves.add(f"{number}", {"step": 1, "loss": 1.0})
-    assert len(curves.changed()) == 49
+        progress.measured(f"{number}", {"step": 1, "loss": 1.0})
+    assert len(progress.changed_curves()) == 49

@@ -11,11 +11,9 @@ from tests.fabricate import OWNER, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.tiny_project import write_project
-from tunesmith.core.progress import SILENT
 from tunesmith.core.text.names import Scope
 from tunesmith.jobs import leases, queue
-from tunesmith.jobs.performing import JobProgress
-from tunesmith.jobs.queue import JobError
+from tunesmith.jobs.queue import Curve, JobError
 from tunesmith.project import Project
 from tunesmith.services import jobs
 from tunesmith.store.people.identities import add_user
@@ -106,10 +104,8 @@ def test_a_run_and_a_forecast_are_queued_over_http_and_their_curves_read(scene: 
         assert http.post("/api/jobs", json={"changes": {"tuned": {"epochs": 0}}}).status_code == 400
         lease = leases.claim(scene.store, "w", ["run"], project="tiny")
         assert lease is not None
-        progress = JobProgress(scene.store, lease, SILENT)
-        progress.measured("tuned", {"expected_seconds": 9.0})
-        progress.measured("tuned", {"step": 1, "loss": 2.5, "validation_loss": 2.0, "memory_bytes": 5.0})
-        leases.renew(scene.store, lease, curves=progress.changed_curves())
+        curve = Curve({"expected_seconds": 9.0}, 5.0, [{"step": 1, "loss": 2.5, "validation_loss": 2.0}])
+        leases.renew(scene.store, lease, curves={"tuned": curve})
         (found,) = http.get(f"/api/jobs/{lease.job}/curves").json()["trainings"]
         assert (found["expected_seconds"], found["memory_bytes"]) == (9.0, 5.0)
         assert found["points"] == [{"step": 1, "loss": 2.5, "validation_loss": 2.0, "score": None}]
