@@ -13,17 +13,8 @@ import numpy as np
 import pytest
 
 from tests.fabricate import NAME, Scene, lamp
-from tunesmith.monitoring.drift import (
-    Baseline,
-    Report,
-    ServedRequest,
-    cap_tenants,
-    compare,
-    compare_feature,
-    measured_features,
-    request_features,
-    watch,
-)
+from tunesmith.monitoring import drift
+from tunesmith.monitoring.drift import Baseline, ServedRequest, compare_feature, request_features, watch
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.registry.versions import Version
 from tunesmith.store.tables import RequestRow
@@ -54,7 +45,7 @@ def serve(
             )  # fmt: skip
 
 
-def look(scene: Scene, version: Version, **more: Any) -> Report:
+def look(scene: Scene, version: Version, **more: Any) -> drift.Report:
     more = {"measure": lambda: TEST_SPLIT, **more}
     return watch(scene.store, SETTINGS, name=NAME, version=version.digest, clock=lambda: NOW, **more)
 
@@ -98,7 +89,7 @@ def test_a_new_topic_of_few_requests_is_drift_although_the_distributions_hardly_
         served = np.where(topic, draw.beta(4, 4, 500), draw.beta(8, 2, 500))
         baseline = Baseline(features={"nearest": draw.beta(8, 2, 1000).tolist()})
         rows = [ServedRequest("", {"nearest": float(value)}) for value in served]
-        return {finding.name: finding.outcome for finding in compare(rows, baseline, SETTINGS)}
+        return {finding.name: finding.outcome for finding in drift.compare(rows, baseline, SETTINGS)}
 
     assert verdicts(0.2) == {"nearest": "stable", "unlike": "drift"}
     assert verdicts(0.0)["unlike"] != "drift"
@@ -141,7 +132,7 @@ def test_one_flooding_tenant_does_not_change_the_verdict(scene: Scene, versions:
     ],
 )
 def test_after_capping_no_tenant_has_more_than_the_share(served: str, share: float, left: dict[str, int]) -> None:
-    kept, capped = cap_tenants([ServedRequest(tenant, {}) for tenant in served], share)
+    kept, capped = drift.cap_tenants([ServedRequest(tenant, {}) for tenant in served], share)
     assert Counter(row.tenant for row in kept) == left
     assert Counter(left) + Counter(capped) == Counter(served)
 
@@ -164,7 +155,7 @@ def test_unusable_values_are_no_evidence(bad: Any) -> None:
 
 def test_served_and_measured_requests_have_the_same_features() -> None:
     rows = [lamp(number) for number in range(3)]
-    measured = measured_features(rows, lambda messages: len(messages) / 10)
+    measured = drift.measured_features(rows, lambda messages: len(messages) / 10)
     one = request_features(rows[2].request, lambda messages: len(messages) / 10)
     assert {name: values[2] for name, values in measured.items()} == one
     assert one == {"characters": 26.0, "nearest": 0.1}
