@@ -125,12 +125,12 @@ class ChampionWatch:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store, self._found = store, UntilChanged[list[Champion]](store)
+        self._store, self._champions = store, UntilChanged[list[Champion]](store)
         self._noted: list[Champion] | None = None
 
     def refused(self) -> list[Champion]:
         """The champions that may not serve now, for all tenants and regions."""
-        listed = self._found.get(
+        listed = self._champions.get(
             "champions",
             lambda session: list_champions(session, self._store),
             lambda champions: not any(one.refused is None and one.expired for one in champions),

@@ -114,7 +114,6 @@ def resume(store: Store, rollout: int, *, actor: str, reason: str = "", seen: Se
     """
 
     def decide(session: Session, current: Rollout) -> Transition:
-        _refuse_ended(current)
         if current.current is None or current.current.pause is None:
             raise Refused(f"rollout {rollout} is not at a pause: it is {current.status}", where=_place(current))
         return Transition("rollout.resume", {"status": "running", "step": current.step + 1}, _because(reason))
@@ -141,7 +140,6 @@ def promote(
     _check_reason(override)
 
     def decide(session: Session, current: Rollout) -> Transition:
-        _refuse_ended(current)
         skipped = [step.kind for step in current.steps[current.step :]]
         if "analysis" in skipped and override is None:
             raise Refused(
@@ -158,17 +156,12 @@ def promote(
         detail = {"skipped": skipped, "override": override, **_because(reason)}
         return to_promoted(current, detail, None if approved else actor)
 
-    return _command(store, rollout, actor, "rollout.promote", decide, seen, promotes=True)
+    return _command(store, rollout, actor, "rollout.promote", decide, seen)
 
 
 def abort(store: Store, rollout: int, *, actor: str, reason: str, seen: Seen = Seen()) -> Rollout:
     """Send all traffic back to stable, which serves if it may. Raises Refused if the rollout has ended already."""
-
-    def decide(_session: Session, current: Rollout) -> Transition:
-        _refuse_ended(current)
-        return to_aborted(reason)
-
-    return _command(store, rollout, actor, "rollout.abort", decide, seen)
+    return _command(store, rollout, actor, "rollout.abort", lambda *_: to_aborted(reason), seen)
 
 
 def rollback(
@@ -269,19 +262,19 @@ def _command(
     action: str,
     decide: Callable[[Session, Rollout], Transition],
     seen: Seen,
-    *,
-    promotes: bool = False,
 ) -> Rollout:
-    """A transition that a person asks for, decided inside the transaction, so that it never has to be repeated."""
+    """A transition of a live rollout that a person asks for, decided in the transaction: it never has to be redone."""
     current = get_rollout(store, rollout)
     require(store, actor, "rollout.change", scope=current.scope)  # before anything is copied
 
     def permitted(session: Session, now: Rollout) -> Transition:
         require(session, actor, "rollout.change", scope=now.scope)
         seen.check(session, now)
+        if not now.live:
+            raise Refused(f"rollout {now.id} of {now.name} is {now.status.replace('_', ' ')} already")
         return decide(session, now)
 
-    return make_transition(store, current, actor, action, permitted, promotes=promotes)
+    return make_transition(store, current, actor, action, permitted)
 
 
 def _no_rival(session: Session, store: Store, champion: Alias | None, scope: Scope) -> str | None:
@@ -290,11 +283,6 @@ def _no_rival(session: Session, store: Store, champion: Alias | None, scope: Sco
         return "nothing served before"
     permission = standing_of(session, store, champion.version, scope)
     return None if permission.granted else f"the champion {permission.message}"
-
-
-def _refuse_ended(rollout: Rollout) -> None:
-    if not rollout.live:
-        raise Refused(f"rollout {rollout.id} of {rollout.name} is {rollout.status.replace('_', ' ')} already")
 
 
 def _place(rollout: Rollout) -> str:

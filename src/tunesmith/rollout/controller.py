@@ -103,17 +103,8 @@ def look(store: Store, rollout: Rollout, measure: Measure = measured_arms) -> Ju
 
 def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition) -> Rollout:
     """Make a transition that was chosen for current, unless the rollout has changed since then."""
-    promotes = chosen.changes.get("status") == "promoted"
     try:
-        return make_transition(
-            store,
-            current,
-            CONTROLLER,
-            chosen.action,
-            lambda _session, _found: chosen,
-            expected=current.revision,
-            promotes=promotes,
-        )
+        return make_transition(store, current, CONTROLLER, chosen.action, lambda *_: chosen, expected=current.revision)
     except Overtaken:
         return get_rollout(store, current.id)
 

@@ -95,17 +95,16 @@ def make_transition(
     decide: Callable[[Session, Rollout], Transition],
     *,
     expected: int | None = None,
-    promotes: bool = False,
 ) -> Rollout:
     """Make one transition, with its audit entry, and return the rollout after it.
 
-    decide: (session, the rollout as the transaction finds it) -> the transition; if it raises, nothing changes.
-    expected: the revision that the transition was chosen for, if it was chosen before. promotes: whether decide may
-    give a promotion: then the canary's files are verified before the transaction. Raises Overtaken if the rollout is at
-    another revision, Refused if the transition is a promotion and the canary may not be promoted now.
+    action: for rollout.promote the canary's files are verified before the transaction. decide: (session, the rollout as
+    the transaction finds it) -> the transition; if it raises, nothing changes. expected: the revision that the
+    transition was chosen for, if it was chosen before. Raises Overtaken if the rollout is at another revision, Refused
+    if the transition is a promotion and the canary may not be promoted now.
     """
     verified: Verified = {}
-    if promotes and current.live and current.override is None:
+    if action == "rollout.promote" and current.live and current.override is None:
         verified = verify_files(store, current.canary, current.scope)
     detail: JsonObject = {}
     with store.change(actor, action, current.name, detail) as session:

@@ -30,7 +30,7 @@ class RayRunner(NamedTuple):
                     _RayShardWorker, fn_constructor_args=(ray.put(rules),), concurrency=self.workers
                 )
                 for row in done.iter_rows():
-                    pieces = pickle.loads(row["found"])  # noqa: S301  made by our own workers
+                    pieces = pickle.loads(row["pieces"])  # noqa: S301  made by our own workers
                     if isinstance(pieces, TunesmithError):
                         raise pieces
                     yield shards[row["place"]], pieces
@@ -53,4 +53,4 @@ class _RayShardWorker:
             pieces: Any = list(examined_shard(self._examiner, pickle.loads(row["shard"])))  # noqa: S301  of our own
         except TunesmithError as error:
             pieces = error
-        return {"place": row["place"], "found": pickle.dumps(pieces)}
+        return {"place": row["place"], "pieces": pickle.dumps(pieces)}

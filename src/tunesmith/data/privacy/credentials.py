@@ -128,16 +128,16 @@ _PLACEHOLDER = re.compile(
 def find_secrets(text: str, key: str = "") -> Iterator[tuple[int, int]]:
     """(start, end) of every secret in a text. Spans may overlap. key: the text's JSON key, which may announce one."""
     if _MAY_HOLD.search(text):
-        yield from _found(text)
+        yield from _secrets(text)
     if len(text) < _SHORTEST or text.isalpha() or not _ANNOUNCING.search(key):
         return
     before = len(key) + 2
-    yield from ((start - before, end - before) for start, end in _found(f"{key}: {text}") if start >= before)
+    yield from ((start - before, end - before) for start, end in _secrets(f"{key}: {text}") if start >= before)
     if _NAMING.search(key) and not re.search(r"\s", text) and _is_value(text, quoted=True):
         yield 0, len(text)
 
 
-def _found(text: str) -> Iterator[tuple[int, int]]:
+def _secrets(text: str) -> Iterator[tuple[int, int]]:
     for pattern in _patterns():
         for match in pattern.finditer(text):
             yield _span(match)

@@ -59,10 +59,10 @@ class Scanner:
 
     def scan_many(self, conversations: Sequence[Conversation]) -> list[Scan]:
         """The scans of conversations. A model of names is faster over many texts at once."""
-        findings = self._found(conversations)
+        findings = self._findings_of(conversations)
         return [self._scan(messages, findings) for messages in conversations]
 
-    def _found(self, conversations: Sequence[Conversation]) -> _Findings:
+    def _findings_of(self, conversations: Sequence[Conversation]) -> _Findings:
         places = sorted({(key, text) for messages in conversations for _, key, text in texts_of(messages)})
         findings = self.findings([text for _, text in places], [key for key, _ in places])
         return dict(zip(places, findings, strict=True))
@@ -97,7 +97,7 @@ class Scanner:
 
     def values(self, messages: Conversation) -> list[str]:
         """Everything found in the messages, as written there."""
-        return list(dict.fromkeys(value for _, value in self._values(messages, self._found([messages]))))
+        return list(dict.fromkeys(value for _, value in self._values(messages, self._findings_of([messages]))))
 
     @staticmethod
     def _values(messages: Conversation, findings: _Findings) -> list[tuple[str, str]]:
