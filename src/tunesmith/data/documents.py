@@ -188,10 +188,10 @@ def build_documents(
             paragraphs = [text for _, text in section]
             whole = _BETWEEN.join(paragraphs)  # scanned before it is cut: a cut may part a value
             scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=whole)])
-            values.update(scan.found)
-            if scan.found and privacy.action == "refuse":
+            values.update(scan.counts)
+            if scan.counts and privacy.action == "refuse":
                 fix = "clean it, or set data.privacy.action to pseudonymise or remove"
-                raise Refused(f"a document holds {', '.join(sorted(scan.found))}", where=file.name, fix=fix)
+                raise Refused(f"a document holds {', '.join(sorted(scan.counts))}", where=file.name, fix=fix)
             standing = _standing(title, paragraphs, scan, privacy.action)
             removed += len(paragraphs) - len(standing) if privacy.action == "remove" else 0
             left += standing
@@ -241,7 +241,7 @@ def _with_standing_licence(settings: DocumentSettings, withdrawn: Withdrawn) -> 
 
 def _standing(title: str, paragraphs: Sequence[str], scan: Scan, action: str) -> list[tuple[str, str]]:
     """What stays of a section's paragraphs after a scan that found something, or nothing."""
-    if not scan.found or action == "report":
+    if not scan.counts or action == "report":
         return [(title, text) for text in paragraphs]
     if scan.messages is None:
         return []

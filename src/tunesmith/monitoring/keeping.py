@@ -59,8 +59,8 @@ class CaseKeeper:
         if count_cases(self._store) >= self._settings.at_most:
             raise NotKept(f"{self._settings.at_most:,} requests wait for a review, and no more are kept")
         scan = self._scan(whole)
-        if scan.found and self._privacy.action in ("remove", "refuse"):
-            raise NotKept(f"it holds {', '.join(sorted(scan.found))}, and this project keeps no such text")
+        if scan.counts and self._privacy.action in ("remove", "refuse"):
+            raise NotKept(f"it holds {', '.join(sorted(scan.counts))}, and this project keeps no such text")
         if scan.messages is None:
             raise NotKept("personal data in it cannot be replaced")
         texts = [turn.content for turn in scan.messages[len(messages) :]]

@@ -285,7 +285,7 @@ def _cell(matrix: Matrix, sight: Sight, name: str, metric: str, place: int) -> M
 
 def _opened(matrix: Matrix, sight: Sight, name: str, place: int, start: str | None) -> OpenedAnswer:
     line, text = matrix.lines[name][place], _text(matrix, sight, name, place)
-    retrieved = [matrix.found[name][identifier] for identifier in line.get("retrieved", ()) if text is not None]
+    retrieved = [matrix.retrieved[name][identifier] for identifier in line.get("retrieved", ()) if text is not None]
     return OpenedAnswer(
         candidate=name,
         text=text,

@@ -161,7 +161,7 @@ def test_secrets_of_every_kind_in_sentences(kind: str) -> None:
 )
 def test_secrets_of_headers_and_addresses(text: str, secret: str) -> None:
     found = scan(text)
-    assert found.found == {"SECRET": 1}
+    assert found.counts == {"SECRET": 1}
     assert secret not in found.messages[0].content
 
 

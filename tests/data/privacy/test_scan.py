@@ -65,7 +65,7 @@ PLANTED = [
 @pytest.mark.parametrize(("entity", "value", "pseudonym"), PLANTED)
 def test_planted_values_are_found_and_gone(entity: str, value: str, pseudonym: str) -> None:
     found = scan(f"write {value} down", "done")
-    assert found.found == {entity: 1}
+    assert found.counts == {entity: 1}
     assert found.messages[0].content == f"write {pseudonym} down"
 
 
@@ -95,10 +95,10 @@ def test_one_name_for_one_value_in_the_whole_conversation() -> None:
         "person1@example.com",
     ]
     found = scan(*said)
-    assert found.found == {"EMAIL_ADDRESS": 2}
+    assert found.counts == {"EMAIL_ADDRESS": 2}
     assert found.fields == {("user", "EMAIL_ADDRESS"): 3, ("assistant", "EMAIL_ADDRESS"): 2}
     assert found.originals == {"person1@example.com": "Jane@Acme.org", "person2@example.com": "bob@acme.org"}
-    assert scan("a.b@acme.org ab@acme.org", "x").found == {"EMAIL_ADDRESS": 2}, "a dot counts"
+    assert scan("a.b@acme.org ab@acme.org", "x").counts == {"EMAIL_ADDRESS": 2}, "a dot counts"
     # A number keeps its layout, so that a schema still fits.
     assert changed("my card is 4111 1111 1111 1111", '{"card": "4111111111111111"}') == [
         "my card is 0000 0000 0000 0001",
@@ -123,7 +123,7 @@ def test_one_name_for_one_value_in_the_whole_conversation() -> None:
 )
 def test_a_key_of_json_announces_its_value(answer: str, entity: str, value: str) -> None:
     found = scan("hello", answer)
-    assert found.found == {entity: 1}
+    assert found.counts == {entity: 1}
     assert value not in found.messages[1].content
     json.loads(found.messages[1].content)
 
@@ -142,14 +142,14 @@ NOTHING = (
 
 @pytest.mark.parametrize("text", NOTHING)
 def test_keys_that_announce_nothing_and_figures_hold_nothing(text: str) -> None:
-    assert not scan("hello", text).found
+    assert not scan("hello", text).counts
 
 
 @pytest.mark.parametrize(
     "text", ['{"phone": 2025550123.0}', "415.555.0123", "(415) 555-0123", "030.1234567", "call me at 555.0123 today"]
 )
 def test_telephone_numbers_that_look_like_figures_are_found(text: str) -> None:
-    assert scan("hello", text).found == {"PHONE_NUMBER": 1}
+    assert scan("hello", text).counts == {"PHONE_NUMBER": 1}
 
 
 def test_values_in_a_call_are_replaced_wherever_they_come() -> None:
@@ -175,7 +175,7 @@ def test_nothing_goes_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     fresh = Scanner(Privacy(entities=("EMAIL_ADDRESS", "URL")))
-    assert scan("jane@acme.co.uk", "x", scanner=fresh).found == {"EMAIL_ADDRESS": 1}
+    assert scan("jane@acme.co.uk", "x", scanner=fresh).counts == {"EMAIL_ADDRESS": 1}
 
 
 def test_names_are_found_and_one_person_stays_one(reader: Scanner) -> None:
@@ -193,20 +193,20 @@ def test_names_are_found_and_one_person_stays_one(reader: Scanner) -> None:
     assert "Annual Leeway" in asked
     assert "Ann " not in asked, "names are replaced as words"
     keep = Scanner(Privacy(model=RECOMMENDED), keep={"Nairobi"})  # what a schema lists
-    assert not scan("What is the weather in Nairobi today?", '{"city": "Nairobi"}', scanner=keep).found
+    assert not scan("What is the weather in Nairobi today?", '{"city": "Nairobi"}', scanner=keep).counts
     rows = [[Message(role="user", content=f"Ask Maria Novak at {n} Church Street about {n} eggs.")] for n in range(8)]
     alone = [reader.scan(one) for one in rows]
-    assert alone[0].found["PERSON"] == 1
+    assert alone[0].counts["PERSON"] == 1
     assert reader.scan_many(rows) == alone
 
 
 def test_addresses_in_several_forms(reader: Scanner) -> None:
     for address in ("Schillerstraße 12", "56 rue La Boétie", "1317 Kimberly Way, Apt. 9, Portland 219", "P.O. Box 24"):
         found = scan(f"Please send it to {address}.", scanner=reader)
-        assert "STREET_ADDRESS" in found.found, address
+        assert "STREET_ADDRESS" in found.counts, address
         assert address not in found.messages[0].content
     for text in ("play track 5 of Top 100 at 3 pm", "book a table for 2 at the olive garden", "is it 213 by 3"):
-        assert "STREET_ADDRESS" not in scan(text, scanner=reader).found, text
+        assert "STREET_ADDRESS" not in scan(text, scanner=reader).counts, text
     (found,) = reader.findings(["Ann Lee, jane@acme.org, 12 Mill Road, Leeds +1 212-456-7890"])
     assert len(found) >= 4
     assert all(one.end <= other.start for one, other in itertools.pairwise(found)), "none overlaps another"
@@ -218,9 +218,9 @@ STAFF = {"STAFF_ID": {"regex": r"\bE\d{6}\b", "context": ["employee", "staff"], 
 
 def test_a_recogniser_of_ones_own_counts_in_its_context() -> None:
     own = Scanner(Privacy.model_validate({"entities": [], "recognisers": STAFF}))
-    assert scan("part E123456 is missing", scanner=own).found == {}
+    assert scan("part E123456 is missing", scanner=own).counts == {}
     said = ("employee E123456 is missing", '{"id": "E123456"}')
-    assert scan(*said, scanner=own).found == {"STAFF_ID": 1}
+    assert scan(*said, scanner=own).counts == {"STAFF_ID": 1}
     assert changed(*said, scanner=own) == ["employee E000001 is missing", '{"id": "E000001"}']
     with pytest.raises(UsageError, match="not a regular expression"):
         Scanner(Privacy.model_validate({"recognisers": {"BAD_ONE": {"regex": "("}}}))
@@ -255,7 +255,7 @@ def test_a_long_text_is_looked_through_to_its_end(reader: Scanner) -> None:
     filler = "the lamp in the hall is on again and nobody knows why. " * 400
     text = f"{filler}ask Maria Novak, maria@acme.org, about it. {filler}key AKIAIOSFODNN7EXAMPLE here"
     found = scan(text, scanner=reader)
-    assert {"EMAIL_ADDRESS": 1, "SECRET": 1}.items() <= found.found.items()
+    assert {"EMAIL_ADDRESS": 1, "SECRET": 1}.items() <= found.counts.items()
     for gone in ("Maria Novak", "maria@acme", "AKIA"):
         assert gone not in found.messages[0].content
 
@@ -312,7 +312,7 @@ SPELLED = (
 def test_nothing_of_a_value_is_left(spelled: str, happened: Happened) -> None:
     found = scan(f"so: {spelled} , and thanks")
     assert found.messages is not None
-    (entity,) = found.found
+    (entity,) = found.counts
     left = found.messages[0].content.removeprefix("so: ").removesuffix(" , and thanks").removeprefix("IBAN")
     assert left in ("person1@example.com", "secret_1") or {*left} <= {*"GBgb0123456789Xx -.–+()/\n\u00a0"}, left
     assert found.originals[left.removeprefix("IBAN")] in f"IBAN{spelled}"
@@ -323,7 +323,7 @@ def test_one_pseudonym_for_all_spellings() -> None:
     found = scan("write to jane@acme.org", '{"to": "jane\u200b@acme.org", "copy": "ｊane＠acme.org"}')
     assert found.messages is not None
     assert found.messages[1].content == '{"to": "person1@example.com", "copy": "person1@example.com"}'
-    assert found.found == {"EMAIL_ADDRESS": 1}
+    assert found.counts == {"EMAIL_ADDRESS": 1}
     assert SCANNER.values([Message(role="user", content="ｊane＠acme.org")]) == ["ｊane＠acme.org"]
     keep = Scanner(Privacy(), keep={"Jane@acme.org"})
     assert keep.findings(["jane@acme.org", "jane\u200b@acme.org"]) == [[], []]
@@ -341,7 +341,7 @@ def test_system_turns_calls_and_keys_of_json(happened: Happened) -> None:
     ]
     found = SCANNER.scan(turns)
     assert found.messages is not None
-    assert found.found == {"EMAIL_ADDRESS": 1, "CREDIT_CARD": 1}
+    assert found.counts == {"EMAIL_ADDRESS": 1, "CREDIT_CARD": 1}
     text = " ".join(text for turn in found.messages for text in turn.texts())
     assert text.count("person1@example.com") == 7
     assert "acme" not in text
@@ -356,7 +356,7 @@ def test_a_token_that_the_store_issues(tmp_path: Path, happened: Happened) -> No
     for _ in range(5):
         token = issue_token(store, user, actor=user)
         changed = scan(f"curl -H 'Authorization: Bearer {token}' here, it is {token}, i think")
-        assert changed.found == {"SECRET": 1}
+        assert changed.counts == {"SECRET": 1}
         assert changed.messages is not None
         assert token not in changed.messages[0].content
         happened("replaced")
@@ -388,5 +388,5 @@ def test_ordinary_texts_and_numbers_without_valid_check_digits_hold_nothing() ->
     ["2001:db8::1", "fe80::1%eth0", "::ffff:192.0.2.1", "2a02:8109:9a00::1", "2001:db8:1:2:3:4:5:6", "[2001:db8::7]"],
 )
 def test_addresses_of_computers_are_found(address: str) -> None:
-    assert scan(f"ping {address} now").found == {"IP_ADDRESS": 1}
-    assert scan(f"hosts[{address.strip('[]')}]").found == ({} if address[0] == "f" else {"IP_ADDRESS": 1})
+    assert scan(f"ping {address} now").counts == {"IP_ADDRESS": 1}
+    assert scan(f"hosts[{address.strip('[]')}]").counts == ({} if address[0] == "f" else {"IP_ADDRESS": 1})

@@ -183,13 +183,13 @@ class Examiner:
         """A row that passed all checks. Raises _Removed for another one. applied: the reviewed rows whose decisions
         made this one."""
         row, source, fitting = one.row, one.source, one.fitting
-        self.account.privacy.update(scan.found)
+        self.account.privacy.update(scan.counts)
         self.account.fields.update(scan.fields)
         action = self.settings.privacy.action
         messages = fitting if action == "report" else scan.messages
-        if scan.found and action == "refuse":
+        if scan.counts and action == "refuse":
             raise Refused(
-                f"the row holds {', '.join(sorted(scan.found))}",
+                f"the row holds {', '.join(sorted(scan.counts))}",
                 where=row.where,
                 fix="clean the source, or set data.privacy.action to pseudonymise or remove",
             )
@@ -198,7 +198,7 @@ class Examiner:
         if self.settings.key_order == "request":
             messages = in_request_order(messages)
         name = example_id(messages, row.source)
-        if scan.found and action == "remove":
+        if scan.counts and action == "remove":
             raise _Removed(PRIVATE, name)
         if messages != fitting and self._fit(messages, row, name) != messages:
             raise _Removed(OVERLONG, name)

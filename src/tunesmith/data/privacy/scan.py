@@ -32,13 +32,13 @@ _WORDS = frozenset((*NAME_ENTITIES, "STREET_ADDRESS")) - _IN_PLACE
 class Scan(NamedTuple):
     """What a scan found in a conversation.
 
-    messages: with pseudonyms; None where a call or the tools would no longer be JSON. found: entity -> number of
+    messages: with pseudonyms; None where a call or the tools would no longer be JSON. counts: entity -> number of
     distinct values. fields: (role of the text, entity) -> number of findings, see texts_of. originals: pseudonym ->
     original value.
     """
 
     messages: tuple[Message, ...] | None
-    found: Mapping[str, int] = {}
+    counts: Mapping[str, int] = {}
     fields: Mapping[tuple[str, str], int] = {}
     originals: Mapping[str, str] = {}
 

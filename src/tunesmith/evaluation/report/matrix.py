@@ -44,7 +44,7 @@ class Reader(NamedTuple):
     caller: Caller = ANYONE
 
 
-class Found(NamedTuple):
+class Retrieved(NamedTuple):
     """A passage or a training row that a candidate retrieved. title: the headings above a passage.
 
     labels: of a passage's document. owner: the tenant and region that a row states.
@@ -128,7 +128,7 @@ class Matrix:
             answers = store.record(record.parents[f"answers:{name}"], kind="answers")
             self.lines[name] = AnswerLines(store, answers, list(self.place), f"answers of {name!r}")
         self.labelled = read_labels(store, record, columns)
-        self.found = {name: self._retrieved(name, candidate) for name, candidate in self.candidates.items()}
+        self.retrieved = {name: self._retrieved(name, candidate) for name, candidate in self.candidates.items()}
         self.sight = lru_cache(_SELECTIONS)(self._sight)
         self.select = lru_cache(_SELECTIONS)(self._select)
 
@@ -171,7 +171,7 @@ class Matrix:
     def _sight(self, reader: Reader) -> Sight:
         rows = [place for place, row in enumerate(self.rows) if _concerns(_owner(row), reader.scope)]
         withheld = {}
-        for name, retrieved in self.found.items():
+        for name, retrieved in self.retrieved.items():
             hidden = {identifier for identifier, one in retrieved.items() if not one.visible_to(reader)}
             lines = enumerate(self.lines[name]) if hidden else ()
             withheld[name] = frozenset(
@@ -224,17 +224,17 @@ class Matrix:
             if place not in sight.withheld[name]
         )
 
-    def _retrieved(self, name: str, candidate: Candidate) -> dict[str, Found]:
+    def _retrieved(self, name: str, candidate: Candidate) -> dict[str, Retrieved]:
         """Id -> what a candidate retrieved for some row."""
         lines = self.lines[name] if self.lines[name].mention("retrieved") else ()
-        asked = {identifier for line in lines for identifier in line.get("retrieved", ())}
-        if not asked:
+        ids = {identifier for line in lines for identifier in line.get("retrieved", ())}
+        if not ids:
             return {}
         if candidate.documents is not None:
             passages = Documents(self._store, candidate.documents).passages
-            return {one.id: Found(one.source, one.title, one.text, one.labels) for one in passages if one.id in asked}
+            return {one.id: Retrieved(one.source, one.title, one.text, one.labels) for one in passages if one.id in ids}
         rows = load_dataset(self._store, str(candidate.dataset)).examples("train")
-        return {row.id: Found(row.source, "", _asked(row), owner=_owner(row)) for row in rows if row.id in asked}
+        return {row.id: Retrieved(row.source, "", _asked(row), owner=_owner(row)) for row in rows if row.id in ids}
 
 
 def _owner(row: Example) -> tuple[str, str]:
