@@ -37,11 +37,8 @@ static inline __m512 power(__m512 x) {
     x = _mm512_max_ps(least, x);
     __m512i n = _mm512_cvtps_epi32(x);
     __m512 r = _mm512_sub_ps(x, _mm512_cvtepi32_ps(n)), p = _mm512_set1_ps(1.33335581e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.61812911e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55041087e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147181e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    for (float factor : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(factor));
     __m512i scaled = _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(n, 23));
     return _mm512_maskz_mov_ps(counts, _mm512_castsi512_ps(scaled));
 }
