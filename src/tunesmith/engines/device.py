@@ -109,9 +109,8 @@ def describe_gpus() -> tuple[str, str | None]:
     every = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     cards = "; ".join(f"{each.name}, {each.total_memory / (1 << 30):.0f} GiB" for each in every)
     built = f"torch {torch.__version__} for CUDA {torch.version.cuda or torch.version.hip}"
-    nccl = "no NCCL"
-    if torch.distributed.is_nccl_available():
-        nccl = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    there = torch.distributed.is_nccl_available()
+    nccl = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if there else "no NCCL"
     return f"{cards}; {'; '.join([*drivers, built, nccl])}", None
 
 

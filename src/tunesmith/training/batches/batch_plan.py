@@ -146,13 +146,9 @@ def validation_parts(rows: Sequence[Rendered], settings: TrainSettings, *, share
 
 def step_tokens(step: Step) -> int:
     """Tokens that a step computes, on all ranks."""
-    if isinstance(step, RankStep):
-        return step.all_tokens
-    return sum(batch.tokens for batch in step)
+    return step.all_tokens if isinstance(step, RankStep) else sum(batch.tokens for batch in step)
 
 
 def step_labels(step: Step) -> float:
     """Labels of all batches of a step, on all ranks."""
-    if isinstance(step, RankStep):
-        return float(step.all_labels)
-    return float(sum(batch.labels.numel() for batch in step))
+    return float(step.all_labels if isinstance(step, RankStep) else sum(batch.labels.numel() for batch in step))
