@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field
 
 from tunesmith.candidates.grammars.drafted_prompts import long_prompt, short_prompt
-from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, examine_answers, is_json, json_objects
+from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, is_json, json_objects
 from tunesmith.core.errors import NextStep, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
@@ -506,7 +506,7 @@ def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: 
         rows=rows,
         copies=copies,
         broken=broken,
-        answers=examine_answers(usable, json_objects=bool(values)),
+        answers=AnswerFindings(usable, json_objects=bool(values)),
         long=sum(_tokens(one) > MAX_LENGTH for one in different.values()),
         tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
         group_by=group_by,

@@ -7,9 +7,8 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
 
@@ -289,7 +288,6 @@ _UNSAID, _SAME = 0.02, 0.8  # shares of a field's values, and of those that no r
 _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
 
 
-@dataclass(frozen=True)
 class AnswerFindings:
     """What was found in the answers of a new project.
 
@@ -303,60 +301,33 @@ class AnswerFindings:
     labels. sentences: whether most answers hold a sentence of their own.
     """
 
-    schema: JsonObject | None
-    constrained: bool
-    rare: Sequence[str]
-    copied: list[str]
-    said: Mapping[str, str | None]
-    reordered: int
-    respelled: int
-    tokens: int
-    calls: int
-    others: int
-    objects: int
-    not_object: str | None
-    lists: int
-    labels: tuple[str, ...]
-    sentences: bool
-
-
-def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_objects: bool) -> AnswerFindings:
-    """What the conversations' answers are. json_objects: whether all the last ones are JSON objects."""
-    calls = sum(bool(one[-1].tool_calls) for one in conversations)
-    # Training learns each answer of a conversation, and a server gives each: what holds answers must allow them all.
-    earlier = [part for one in conversations for part in learned_parts(one)[:-1]]
-    others = sum(bool(part[-1].tool_calls) or not _is_object(part[-1].text) for part in earlier) if json_objects else 0
-    pairs = [(part[-1].text, part[:-1]) for part in (*conversations, *([] if others else earlier))]
-    schema: JsonObject | None = None
-    copied: list[str] = []
-    rare: list[str] = []
-    if json_objects:
-        values = [parse_json(answer) for answer, _ in pairs]
-        schema, copied = schema_and_copied(values, pairs)
-        rare = rare_keys(values, schema)
-    constrained = schema is not None and not others and _constrainable(schema)
-    said, sentences = _free_texts(schema, pairs)
-    # Where less is copied, values also stand in the request by chance, and their order there says little.
-    ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
-    texts = [] if json_objects or calls else [one[-1].text for one in conversations]
-    objects = [_is_object(_unfenced(text)) for text in texts]
-    return AnswerFindings(
-        schema=schema,
-        constrained=constrained,
-        rare=rare,
-        copied=copied,
-        said=said,
-        reordered=sum(in_request_order(one)[-1] != one[-1] for one in conversations) if ordered else 0,
-        respelled=sum(as_decoded(answer) != answer for answer, _ in pairs) if constrained else 0,
-        tokens=max(_most_tokens(part[-1].text) for part in (*conversations, *earlier)),
-        calls=calls,
-        others=others,
-        objects=sum(objects),
-        not_object=next((text for text, one in zip(texts, objects, strict=True) if not one), None),
-        lists=sum(text.lstrip().startswith("[") and is_json(text) for text in texts),
-        labels=() if calls else answer_labels([(one[-1].text, one[:-1]) for one in conversations]),
-        sentences=sentences and not calls,
-    )
+    def __init__(self, conversations: Sequence[tuple[Message, ...]], *, json_objects: bool) -> None:
+        """json_objects: whether all the last answers of the conversations are JSON objects."""
+        self.calls = sum(bool(one[-1].tool_calls) for one in conversations)
+        # Training learns each answer of a conversation, and a server gives each: what holds answers must allow all.
+        earlier = [part for one in conversations for part in learned_parts(one)[:-1]]
+        unlike = [part for part in earlier if part[-1].tool_calls or not _is_object(part[-1].text)]
+        self.others = len(unlike) if json_objects else 0
+        pairs = [(part[-1].text, part[:-1]) for part in (*conversations, *([] if self.others else earlier))]
+        self.schema: JsonObject | None = None
+        self.copied, self.rare = list[str](), list[str]()
+        if json_objects:
+            values = [parse_json(answer) for answer, _ in pairs]
+            self.schema, self.copied = schema_and_copied(values, pairs)
+            self.rare = rare_keys(values, self.schema)
+        self.constrained = self.schema is not None and not self.others and _constrainable(self.schema)
+        self.said, sentences = _free_texts(self.schema, pairs)
+        self.sentences = sentences and not self.calls
+        # Where less is copied, values also stand in the request by chance, and their order there says little.
+        ordered = self.schema is not None and len(copied_fields(self.schema, self.copied, "constrain.copy")) > 1
+        self.reordered = sum(in_request_order(one)[-1] != one[-1] for one in conversations) if ordered else 0
+        self.respelled = sum(as_decoded(answer) != answer for answer, _ in pairs) if self.constrained else 0
+        self.tokens = max(_most_tokens(part[-1].text) for part in (*conversations, *earlier))
+        texts = [] if json_objects or self.calls else [one[-1].text for one in conversations]
+        without = [text for text in texts if not _is_object(_unfenced(text))]
+        self.objects, self.not_object = len(texts) - len(without), next(iter(without), None)
+        self.lists = sum(text.lstrip().startswith("[") and is_json(text) for text in texts)
+        self.labels = () if self.calls else answer_labels([(one[-1].text, one[:-1]) for one in conversations])
 
 
 def json_objects(answers: Sequence[str]) -> tuple[list[JsonObject], int]:
