@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ _UNCHANGED = (None, 1)
 _ENDLESS = 1 << 40  # tokens
 
 
-class Shapes(NamedTuple):
+class Shapes:
     """What memory and time depend on. A product is of one token with a linear layer, or with an expert's weight for
     each expert that the token is sent to; the head's is apart.
 
@@ -37,43 +37,23 @@ class Shapes(NamedTuple):
     values in each layer, and how many tokens it keeps at most.
     """
 
-    linear: int
-    rest: int
-    layer: int
-    layers: int
-    width: int
-    adapted: int
-    kept: int
-    kept_layer: int
-    computed: int
-    head: int
-    plain_head: bool
-    widest: tuple[int, int]
-    vocabulary: int
-    cache: tuple[tuple[int, int], ...]
-
-
-def shapes_of(module: Any) -> Shapes:
-    """The shapes of transformers' module without adapters. In 4 bits, rest and layer are not those of the base."""
-    head, config = module.get_output_embeddings(), module.config.get_text_config()
-    linears = [sizes(each) for each in module.modules() if is_linear(each) and each is not head]
-    products, each_layer = _products(module, config, head), layers(module, whole=True)
-    return Shapes(
-        linear=sum(map(math.prod, linears)),
-        rest=sum(each.numel() for each in module.parameters()) - sum(map(math.prod, linears)),
-        layer=max(sum(each.numel() for each in layer.parameters()) for layer in each_layer),
-        layers=len(each_layer),
-        width=int(config.hidden_size),
-        adapted=sum(map(sum, linears)),
-        kept=sum(map(sum, products)),
-        kept_layer=max(sum(map(sum, _products(layer, config, head))) for layer in each_layer),
-        computed=sum(map(math.prod, products)),
-        head=0 if head is None else math.prod(sizes(head)),
-        plain_head=head is not None and all(getattr(config, each, None) in _UNCHANGED for each in _CHANGED_LOGITS),
-        widest=max(products, key=max),
-        vocabulary=config.vocab_size,
-        cache=_cache(config),
-    )
+    def __init__(self, module: Any) -> None:
+        """module: transformers' own, without adapters. In 4 bits, rest and layer are not those of the base."""
+        head, config = module.get_output_embeddings(), module.config.get_text_config()
+        linears = [sizes(each) for each in module.modules() if is_linear(each) and each is not head]
+        products, each_layer = _products(module, config, head), layers(module, whole=True)
+        self.linear = sum(map(math.prod, linears))
+        self.rest = sum(each.numel() for each in module.parameters()) - self.linear
+        self.layer = max(sum(each.numel() for each in layer.parameters()) for layer in each_layer)
+        self.layers, self.width, self.vocabulary = len(each_layer), int(config.hidden_size), int(config.vocab_size)
+        self.adapted = sum(map(sum, linears))
+        self.kept, self.computed = sum(map(sum, products)), sum(map(math.prod, products))
+        self.kept_layer = max(sum(map(sum, _products(layer, config, head))) for layer in each_layer)
+        self.head = 0 if head is None else math.prod(sizes(head))
+        changed = [each for each in _CHANGED_LOGITS if getattr(config, each, None) not in _UNCHANGED]
+        self.plain_head = head is not None and not changed
+        self.widest = max(products, key=max)
+        self.cache = _cache(config)
 
 
 def _cache(config: Any) -> tuple[tuple[int, int], ...]:

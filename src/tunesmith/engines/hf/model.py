@@ -21,7 +21,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch, pack
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries, packing
-from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, is_experts, is_linear, shapes_of
+from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, Shapes, is_experts, is_linear
 from tunesmith.engines.hf.loading import FP32, ModelSettings, load, prepare_four_bits, stored_names, use_liger
 from tunesmith.engines.hf.sharding import replaced, shard
 from tunesmith.engines.ranks import ALONE, Ranks, whole
@@ -83,7 +83,7 @@ class HFModel:
             if is_linear(module) and module is not self.head
         }
         self._experts = [name for name, module in self.module.named_modules() if is_experts(module)]
-        self.shapes = shapes_of(self.module)
+        self.shapes = Shapes(self.module)
         if settings.quantized:
             prepare_four_bits(self.linears, self.device)
         self._others = [name for name, _ in self.module.named_modules() if name not in self.linears]

@@ -14,7 +14,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.values import View
 from tunesmith.engines.device import computing_device, device_name, gpu_present, stated_peak
 from tunesmith.engines.hf import libraries
-from tunesmith.engines.hf.costs import DTYPES, Shapes, activation_bytes, cache_bytes, shapes_of, training_flops
+from tunesmith.engines.hf.costs import DTYPES, Shapes, activation_bytes, cache_bytes, training_flops
 from tunesmith.engines.hf.engine import MOST_ROWS
 from tunesmith.engines.hf.loading import cannot_run, first_line
 from tunesmith.engines.process import MEASURED_ROWS, DeviceMemory, product_flops
@@ -172,7 +172,7 @@ def read_shapes(folder: Path) -> Shapes:
             module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # every architecture has its own way to refuse a configuration
         raise cannot_run(folder, first_line(error)) from error
-    return shapes_of(module)
+    return Shapes(module)
 
 
 def training_memory(
