@@ -130,23 +130,6 @@ def _last(row: Rendered) -> int:
     return len(row.trained) - 1 - row.trained[::-1].index(True)
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A batch's tokens as one row [1, T]: the prefix, the longest row, the other rows.
-
-    ids, positions: [1, T]. predicts: [N] places of the T tokens that predict labels. prefix: its number of tokens.
-    padded: [B, L] places of each row's tokens; a short row repeats its last one. real: which of the B * L are no
-    repetition, in the order of the T tokens after the prefix.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    predicts: Tensor
-    prefix: int
-    padded: Tensor
-    real: Tensor
-
-
 def read_lengths(batch: Batch) -> Tensor:
     """[B] how many tokens of each row are read: it ends with the one that predicts its last label. What follows is
     filler."""
@@ -159,18 +142,24 @@ def _starts(batch: Batch) -> Tensor:
     return batch.prefix + lengths.cumsum(0) - lengths
 
 
-def pack(batch: Batch, device: torch.device | None = None) -> Packed:
-    """The tokens of a batch without filler. device: for the tensors; the batch's where it is None.
+class Packed:
+    """The tokens of a batch without filler, as one row [1, T]: the prefix, the longest row, the other rows.
 
-    The longest row comes first: it goes on from the prefix without a restart, so its mask holds for every row.
+    ids, positions: [1, T]. predicts: [N] places of the T tokens that predict labels. prefix: its number of tokens.
+    padded: [B, L] places of each row's tokens; a short row repeats its last one. real: which of the B * L are no
+    repetition, in the order of the T tokens after the prefix. The longest row comes first: it goes on from the prefix
+    without a restart, so its mask holds for every row.
     """
-    prefix, starts, needed = batch.prefix, _starts(batch), read_lengths(batch)
-    order = needed.argsort(descending=True, stable=True)
-    within, last = torch.arange(int(needed.max())), needed[order, None] - 1
-    padded, real = starts[order, None] + within.minimum(last), (within <= last).flatten().nonzero()[:, 0]
-    chosen = torch.cat([torch.arange(prefix), padded.flatten()[real]])
-    place = torch.zeros(batch.tokens, dtype=torch.long)
-    place[chosen] = torch.arange(len(chosen))
-    tensors = (batch.ids[chosen][None], batch.positions[chosen][None], place[batch.predicts], place[padded], real)
-    ids, positions, predicts, padded, real = (tensor.to(device or tensor.device) for tensor in tensors)
-    return Packed(ids, positions, predicts, prefix, padded, real)
+
+    def __init__(self, batch: Batch, device: torch.device | None = None) -> None:
+        """device: for the tensors; the batch's where it is None."""
+        self.prefix, starts, needed = batch.prefix, _starts(batch), read_lengths(batch)
+        order = needed.argsort(descending=True, stable=True)
+        within, last = torch.arange(int(needed.max())), needed[order, None] - 1
+        padded, real = starts[order, None] + within.minimum(last), (within <= last).flatten().nonzero()[:, 0]
+        chosen = torch.cat([torch.arange(self.prefix), padded.flatten()[real]])
+        place = torch.zeros(batch.tokens, dtype=torch.long)
+        place[chosen] = torch.arange(len(chosen))
+        tensors = (batch.ids[chosen][None], batch.positions[chosen][None], place[batch.predicts], place[padded], real)
+        moved = (tensor.to(device or tensor.device) for tensor in tensors)
+        self.ids, self.positions, self.predicts, self.padded, self.real = moved

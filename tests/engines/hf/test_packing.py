@@ -14,7 +14,7 @@ from tests.hf_models import base_of_family, change_adapter
 from tests.tiny import row
 from tests.trained import batch_loss, gradients
 from tunesmith.core.errors import Refused
-from tunesmith.engines.batch import Batch, empty_batch, lay_out, pack
+from tunesmith.engines.batch import Batch, Packed, empty_batch, lay_out
 from tunesmith.engines.hf.engine import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.packing import FLASH
@@ -114,7 +114,7 @@ def test_flash_attention_gets_the_rows_boundaries(tmp_path: Path, monkeypatch: p
 def test_a_batch_has_no_filler_and_its_prefix_once(tmp_path: Path) -> None:
     trainable, rows = _trainable(tmp_path, "llama")
     batch = lay_out(rows)
-    packed = pack(batch)
+    packed = Packed(batch)
     places = [max(place for place, marked in enumerate(one.trained) if marked) for one in rows]
     assert 0 < packed.prefix < min(places)
     tokens = packed.prefix + sum(place - packed.prefix for place in places)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import Refused
-from tunesmith.engines.batch import Batch, pack
+from tunesmith.engines.batch import Batch, Packed
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries, packing
 from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, Shapes, is_experts, is_linear
@@ -270,7 +270,7 @@ class HFModel:
 
     def _padded_outputs(self, batch: Batch) -> Tensor:
         """What the module gives [N, ...] at the places of a batch that predict a label, with rows padded."""
-        rows = pack(batch, self.device)
+        rows = Packed(batch, self.device)
         first = rows.ids[:, : rows.prefix].expand(len(rows.padded), -1)
         given = self.module(input_ids=torch.cat([first, rows.ids[0, rows.padded]], 1), use_cache=False).logits
         place, longest = rows.real[rows.predicts - rows.prefix], rows.padded.shape[1]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.engines.batch import Batch, Packed, lay_out, pack, read_lengths
+from tunesmith.engines.batch import Batch, Packed, lay_out, read_lengths
 from tunesmith.engines.hf import libraries
 from tunesmith.models.rendering import Rendered
 
@@ -33,7 +33,7 @@ _read: ContextVar[int | None] = ContextVar("read", default=None)
 def outputs(module: Any, batch: Batch) -> Tensor:
     """What a module gives [N, vocabulary] at the places of a batch that predict a label. `enable` has returned True for
     the module."""
-    packed = pack(batch, module.device)
+    packed = Packed(batch, module.device)
     given = _bounds(batch, module.device) if module.config._attn_implementation == FLASH else {"packed": packed}
     before = _read.set(packed.prefix + packed.padded.shape[1])
     try:
@@ -74,7 +74,7 @@ def enable(module: Any, rows: Sequence[Rendered], exact: float) -> bool:
         return given[0, places.to(module.device)]
 
     probe, each = lay_out(rows, share=before != FLASH), [lay_out([row]) for row in rows]
-    packed = pack(probe)
+    packed = Packed(probe)
     alone = torch.cat([logits(one.ids[None], one.predicts) for one in each])
     most = exact * float((logits(packed.ids, packed.predicts) - alone).abs().max())  # as if each row read those before
     if before == "sdpa":
