@@ -61,16 +61,17 @@ class Answered:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True)
 class Places:
     """Log-probabilities at each of an answer's N places.
 
     answer [N]: of the answer's tokens. tokens, scores [N, K]: the K likeliest tokens and theirs, in descending order.
     """
 
-    answer: Tensor
-    tokens: Tensor
-    scores: Tensor
+    def __init__(self, row: Rendered, scores: Tensor) -> None:
+        """scores: [N, vocabulary]."""
+        labels = torch.tensor(row.ids[-scores.shape[0] :])
+        self.answer = scores.gather(1, labels[:, None])[:, 0]
+        self.scores, self.tokens = scores.topk(min(_LIKELIEST, scores.shape[1]))
 
 
 # A conversation, whose answer's tokens are its labels -> log-probabilities [answer, vocabulary], fp32
@@ -126,7 +127,7 @@ def compare(
             return scores
 
         network = load_network(base.folder, torch.float32)
-        reference = list(map(_places, rows, score(_native(*tuned(trained, network, base)))))
+        reference = list(map(Places, rows, score(_native(*tuned(trained, network, base)))))
         untuned = _figures(reference, score(_native(network, frozen_linear(network))))
         del network
         gc.collect()
@@ -206,12 +207,6 @@ def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
         return network, adapted_linear(network, read_adapter(folder, network, base))
     own = load_network(base.folder, network.dtype, read_model_file(folder, base, network.repeated))
     return own, frozen_linear(own)
-
-
-def _places(row: Rendered, scores: Tensor) -> Places:
-    labels = torch.tensor(row.ids[-scores.shape[0] :])
-    likeliest = scores.topk(min(_LIKELIEST, scores.shape[1]))
-    return Places(scores.gather(1, labels[:, None])[:, 0], likeliest.indices, likeliest.values)
 
 
 def _native(network: Network, linear: Linear) -> Scorer:
