@@ -19,7 +19,6 @@ from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost, worker_name
 from tunesmith.jobs.performing import record_error
 from tunesmith.jobs.places import JobProcess, Place
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobRow
 
 # Seconds between two looks at the queue and at the processes.
 _POLL = 0.5
@@ -36,9 +35,6 @@ class _Child:
     process: JobProcess
     renewed: float  # when the worker renewed the lease last
     told: float | None = None  # when it was told to stop, or a person asked for that
-
-    def overdue(self) -> bool:
-        return self.told is not None and time.monotonic() - self.told > _GRACE_SECONDS
 
 
 class Worker:
@@ -154,7 +150,7 @@ class Worker:
                 child.told = time.monotonic()
                 if self.stopping.is_set():
                     process.terminate()
-            if not child.overdue():
+            if child.told is None or time.monotonic() - child.told <= _GRACE_SECONDS:
                 self._renew(child)
                 return
             process.kill()
@@ -166,7 +162,8 @@ class Worker:
                 record_error(self._store, lease, ending, "process_ended")
         self._children.remove(child)
         child.place.leave()
-        self._say(_said(queue.get(self._store, lease.job)))
+        job = queue.get(self._store, lease.job)
+        self._say(f"job {job.id}: {job.state}{': ' + str(job.error['what']) if job.error else ''}")
 
     def _renew(self, child: _Child) -> None:
         """Renew the lease of a process that may still be starting, which takes long on a busy machine."""
@@ -175,7 +172,3 @@ class Worker:
             with contextlib.suppress(LeaseLost):  # the next look notices that
                 leases.renew(self._store, child.lease)
             child.renewed = now
-
-
-def _said(job: JobRow) -> str:
-    return f"job {job.id}: {job.state}{': ' + str(job.error['what']) if job.error else ''}"
