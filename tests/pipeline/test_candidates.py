@@ -13,7 +13,6 @@ import yaml
 from tests.acting import do
 from tests.chat_server import ChatServer, chat_server, completion
 from tests.tiny_project import settings, write_project
-from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.access import ANYONE
@@ -21,6 +20,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
+from tunesmith.pipeline.candidates import answerer
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import parse_settings
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.verification import verify_version
@@ -94,7 +95,7 @@ def test_all_are_measured_on_the_same_rows(project: Project) -> None:
     passages = {passage.id for passage in Documents(project.store, docs.documents).passages}
     assert all(line["retrieved"][0] in passages for line in _answers(project, "docs")[1])
     assert all("retrieved" not in line for line in _answers(project, "plain")[1])
-    composer = pipeline.answerer(pipeline.PipelineContext(project), docs).composer
+    composer = answerer(PipelineContext(project), docs).composer
     asked = [Message(role="user", content="what is in the garage?")]
     assert "(rooms.md, Garage)\nThe garage has a radio." in composer.conversation(asked, ANYONE)[0].content
     assert composer.retrieved(asked, ANYONE).sources == ("rooms.md",)
@@ -153,7 +154,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     with verified_copy(project.store, version) as loaded:
         assert loaded.candidate.name == name
     # As the server answers it: what was measured is what serves.
-    answerer = ReadyVersions(project.store, pipeline.PipelineContext(project).engine).answerer(version)
+    answerer = ReadyVersions(project.store, PipelineContext(project).engine).answerer(version)
     dataset = load_dataset(project.store, project.store.record(version.evaluation).parents["dataset"])
     asked = [answerer.generation(example.request, ANYONE) for example in dataset.examples("test")[:8]]
     served = [each.text for each in answerer.responder.generate(asked, answerer.candidate.training)]

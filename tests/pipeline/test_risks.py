@@ -14,12 +14,13 @@ from tests.acting import do
 from tests.chat_server import chat_server, completion
 from tests.commands import call
 from tests.tiny_project import rows, settings, write_project
-from tunesmith import pipeline
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.lines import read_items
 from tunesmith.evaluation.probes.measuring import Item
+from tunesmith.pipeline.answers import plan
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.run import run
 from tunesmith.project import Project, parse_settings
 from tunesmith.records.dataset import Duties
@@ -153,8 +154,8 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
     assert gate["needed"] > 0
     assert (document["test_set_uses"], document["test_set_use"]) == (1, 2), "the next try is the second"
-    context = pipeline.PipelineContext(Project.load(judged[0]))
-    measured = pipeline.plan(context, between=("plain", "tuned"))
+    context = PipelineContext(Project.load(judged[0]))
+    measured = plan(context, between=("plain", "tuned"))
     assert measured.measured
     rows = context.dataset.splits["validation"]
     assert measured.gates[0].differing == pytest.approx(max(1 / (rows + 1), 0.1), abs=1e-6)
