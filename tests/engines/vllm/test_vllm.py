@@ -429,3 +429,11 @@ def test_a_stream_is_sent_again_only_before_its_first_text(base: Base, two: tupl
     with pytest.raises(TunesmithError, match="status 500: EngineCore"):
         engine.generate(REQUESTS[:1])
     assert sum(len(_completions(fake)) for fake in fakes) - before <= 2, "once to each"
+
+
+def test_a_process_that_ends_while_it_checks_a_server_says_nothing() -> None:
+    class Ending:
+        def check_failed(self) -> bool:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    model_server._check_again(Ending)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -423,7 +423,9 @@ def _check_again(weak: weakref.ref[Pool]) -> None:
     while True:
         time.sleep(wait)
         pool = weak()
-        if pool is None or pool.check_failed():
-            return
-        del pool
-        wait = min(2 * wait, _LONGEST_WAIT)
+        with suppress(RuntimeError):  # no thread can be started any more: this process ends
+            if pool is not None and not pool.check_failed():
+                del pool
+                wait = min(2 * wait, _LONGEST_WAIT)
+                continue
+        return
