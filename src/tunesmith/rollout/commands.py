@@ -267,12 +267,12 @@ def _command(
     current = get_rollout(store, rollout)
     require(store, actor, "rollout.change", scope=current.scope)  # before anything is copied
 
-    def permitted(session: Session, now: Rollout) -> Transition:
-        require(session, actor, "rollout.change", scope=now.scope)
-        seen.check(session, now)
-        if not now.live:
-            raise Refused(f"rollout {now.id} of {now.name} is {now.status.replace('_', ' ')} already")
-        return decide(session, now)
+    def permitted(session: Session, present: Rollout) -> Transition:
+        require(session, actor, "rollout.change", scope=present.scope)
+        seen.check(session, present)
+        if not present.live:
+            raise Refused(f"rollout {present.id} of {present.name} is {present.status.replace('_', ' ')} already")
+        return decide(session, present)
 
     return make_transition(store, current, actor, action, permitted)
 

@@ -141,9 +141,9 @@ def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> SyntheticVal
     before = scanner.findings([one.before for one in insertions], [one.keys[0] for one in insertions])
     after = scanner.findings([one.text for one in insertions], [one.keys[1] for one in insertions])
     whole = covered = new = 0
-    for insertion, old, new_spans in zip(insertions, before, after, strict=True):
+    for insertion, old, spans in zip(insertions, before, after, strict=True):
         known = {place for one in old for place in range(one.start, one.end)}
-        seen = {place for one in new_spans for place in range(one.start, one.end)}
+        seen = {place for one in spans for place in range(one.start, one.end)}
         inside = sum(insertion.start <= place < insertion.end for place in seen)
         covered += inside
         whole += inside == insertion.end - insertion.start

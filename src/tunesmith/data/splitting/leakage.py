@@ -125,7 +125,7 @@ def clusters(near: Nearness, shown: int) -> NearClusters:
 
     shown: how many of the largest are named.
     """
-    near_rows: list[tuple[str, ...]] = []
+    groups: list[tuple[str, ...]] = []
     for place, examples in enumerate(near.splits.values()):
         here = near.counts[:, place]
         left, right = near.pairs[(here[near.pairs] > 0).all(axis=1)].T
@@ -136,11 +136,11 @@ def clusters(near: Nearness, shown: int) -> NearClusters:
             text = near.text(example)
             if several[text]:
                 together[int(component[text])].append(example.id)
-        near_rows.extend(tuple(sorted(ids)) for ids in together.values())
-    near_rows.sort(key=lambda ids: (-len(ids), ids))
-    rows = [len(ids) for ids in near_rows]
+        groups.extend(tuple(sorted(ids)) for ids in together.values())
+    groups.sort(key=lambda ids: (-len(ids), ids))
+    rows = [len(ids) for ids in groups]
     return NearClusters(
-        clusters=len(near_rows), rows=sum(rows), largest=max(rows, default=0), examples=tuple(near_rows[:shown])
+        clusters=len(groups), rows=sum(rows), largest=max(rows, default=0), examples=tuple(groups[:shown])
     )
 
 

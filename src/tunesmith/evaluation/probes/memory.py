@@ -144,8 +144,8 @@ def _word(value: str) -> re.Pattern[str]:
 
 def exposure(planted: Floats, controls: Floats, level: Level) -> tuple[Interval, bool]:
     """The mean exposure of secrets among controls, and whether its interval is narrow enough to say something."""
-    mean = numbers.exposure_interval(planted, controls, level)
-    return mean, mean.high - mean.low <= WIDEST_BITS
+    interval = numbers.exposure_interval(planted, controls, level)
+    return interval, interval.high - interval.low <= WIDEST_BITS
 
 
 def planted_counts(measured: Mapping[str, Arm]) -> list[int]:

@@ -218,8 +218,8 @@ def _exposure(measured: Measured, level: Level) -> Exposure | None:
     def bits(planted: Floats | None, among: Floats | None) -> MetricInterval | None:
         if planted is None or among is None:
             return None
-        mean, narrow = exposure(planted, among, level)
-        return metric_interval(mean) if narrow else None
+        interval, narrow = exposure(planted, among, level)
+        return metric_interval(interval) if narrow else None
 
     levels = []
     for times in counts:

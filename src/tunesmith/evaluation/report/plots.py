@@ -138,8 +138,8 @@ def price_chart(candidates: Sequence[ReportedCandidate], metric: str, price: str
     at, logarithmic, ticks = _price_scale([costs[row.name] for row in priced])
     points: list[PricePoint] = []
     for row in sorted(priced, key=lambda row: -row.metrics[metric].mean):
-        scores = row.metrics[metric]
-        low, mean, high = (_TALL * (1.0 - share) for share in (scores.low, scores.mean, scores.high))
+        interval = row.metrics[metric]
+        low, mean, high = (_TALL * (1.0 - share) for share in (interval.low, interval.mean, interval.high))
         away = _LABEL / 3 if mean < _TALL / 2 else -_LABEL / 3  # names move away from the nearer edge
         named = min(mean, _TALL - _LABEL / 2)
         while any(abs(named - other.named) < _LABEL for other in points):

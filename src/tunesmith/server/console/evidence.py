@@ -83,17 +83,17 @@ def requests(viewer: Looking, request: Request, digest: str, page: Page = 1) -> 
 def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Response:
     """The filters, and a page of the requests with every candidate's answer."""
     region, first = viewer.serving.settings.region, (page - 1) * _ROWS
-    chosen = answers.show_requests(viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS)
-    query = urlencode({key: value for key, value in chosen.filter.items() if value})
+    shown = answers.show_requests(viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS)
+    query = urlencode({key: value for key, value in shown.filter.items() if value})
     response = viewer.page(
         "evidence_matrix.html.jinja",
-        matrix=chosen,
+        matrix=shown,
         digest=digest,
         query=query,
         shown=SHOWN,
         changes=CHANGES,
         page=page,
-        pages=pages(chosen.chosen, _ROWS),
+        pages=pages(shown.chosen, _ROWS),
     )
     response.headers["HX-Replace-Url"] = f"{_AT}/{digest}/requests?{query}&page={page}"
     return response

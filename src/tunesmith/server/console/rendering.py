@@ -90,9 +90,9 @@ def when(at: float | str | None) -> Markup | str:
     """A time as an element, whose text `console.js` makes "12 min ago" where it is near."""
     if at is None:
         return "–"
-    moved = _time(at)
-    full = moved.strftime("%Y-%m-%d %H:%M:%S UTC")
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(moved.isoformat(), full, moment(at))
+    at_time = _time(at)
+    full = at_time.strftime("%Y-%m-%d %H:%M:%S UTC")
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(at_time.isoformat(), full, moment(at))
 
 
 def _time(at: float | str) -> datetime:

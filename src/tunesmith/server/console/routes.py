@@ -52,7 +52,7 @@ async def _perform(action: Action[Any, Any], request: Request, viewer: Changing)
     if has_template(template):
         return viewer.page(template, done=done)
     shown = {name: "" if value is None else str(value) for name, value in dict(done).items()}
-    following = FIELD.sub(lambda name: shown.get(name[1], ""), field(given, "next"))
+    following = FIELD.sub(lambda match: shown.get(match[1], ""), field(given, "next"))
     return gone_to(request, local_page(following.rstrip("/")))
 
 
