@@ -189,7 +189,8 @@ class _Soak:
     def count(self) -> dict[str, Any]:
         """Wait for the jobs, then compare what there is with what was acknowledged."""
         until = time.monotonic() + DRAIN
-        while queue.list_jobs(self.store, states=["queued", "running"], most=1) and time.monotonic() < until:
+        waiting = queue.JobFilter(["queued", "running"])
+        while queue.list_jobs(self.store, waiting, most=1) and time.monotonic() < until:
             time.sleep(1)
         with database.reading(self.store.engine) as session:
             rows = session.query(JobRow).all()

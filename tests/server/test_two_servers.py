@@ -65,9 +65,9 @@ def ask(http: httpx.Client, url: str = "") -> httpx.Response:
     return http.post(f"{url}/v1/chat/completions", json={"model": NAME, "messages": HELLO})
 
 
-def serve(root: Path, url: str, base: str, said: Connection, killed_at: int, holds: bool) -> None:
+def serve(root: Path, url: str, base: str, said: Connection, killed_at: int, often: float, holds: bool) -> None:
     """A server's process. killed_at: it is killed inside the transaction of this transition of its own; 0: in none.
-    holds: all its answers wait for a reviewer."""
+    often: seconds between its looks at rollouts. holds: all its answers wait for a reviewer."""
     apply, made, engine = transitions.apply, 0, FakeEngine(base)
 
     def counted(*given: Any) -> Rollout:
@@ -80,7 +80,7 @@ def serve(root: Path, url: str, base: str, said: Connection, killed_at: int, hol
     transitions.apply = counted
     if holds:
         engine.answer = lambda _request, _adapter: MONEY
-    more: dict[str, Any] = {"holder": holder(wait=120)} if holds else {"check_seconds": 0.02}
+    more: dict[str, Any] = {"holder": holder(wait=120)} if holds else {"check_seconds": often}
     with running(Scene(Store(root, url), base, ""), engine, **more) as served:
         said.send(served.url)
         said.recv()
@@ -88,12 +88,12 @@ def serve(root: Path, url: str, base: str, said: Connection, killed_at: int, hol
 
 @contextlib.contextmanager
 def two_servers(scene: Scene, killed_at: int = 0, *, holds: bool = False) -> Iterator[Servers]:
-    """Two servers, of which the first may be killed."""
+    """Two servers, of which the first may be killed: the other looks seldom then, and leaves it its transitions."""
     processes, urls, pipes = [], [], []
     try:
-        for number in (killed_at, 0):
+        for number, often in ((killed_at, 0.02), (0, 0.25 if killed_at else 0.02)):
             here, there = forkserver().Pipe()
-            given = (scene.store.root, scene.store.url, scene.base, there, number, holds)
+            given = (scene.store.root, scene.store.url, scene.base, there, number, often, holds)
             processes.append(forkserver().Process(target=serve, args=given, daemon=True))
             processes[-1].start()
             assert here.poll(120)

@@ -1,4 +1,4 @@
-"""What people do with jobs: add, cancel, pause and resume them, and read their state, log and curves.
+"""What people do with jobs: add, cancel, pause and resume them, read their state, log and curves, and change settings.
 
 Every change is one transaction with an audit entry. Rows are returned as they were read: changing them changes nothing.
 """

@@ -7,7 +7,7 @@ import time
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -19,6 +19,7 @@ from tunesmith.store.store import Store
 
 # The number of rollout checks that the controller may miss before the server is not ready.
 _MISSED_CHECKS = 10
+_PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 routes = APIRouter()
 
@@ -62,7 +63,7 @@ async def readyz(request: Request) -> Response:
 @routes.get("/metrics", dependencies=[PUBLIC], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
-    return Response(generate_latest(serving_of(request).metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return Response(generate_latest(serving_of(request).metrics.registry), media_type=_PROMETHEUS_TEXT)
 
 
 def parts_that_answer(serving: Serving) -> dict[str, bool]:

@@ -305,8 +305,8 @@ class TrainingCurve(View):
     name: str
     metric: str
     earlier: bool
-    expected_seconds: float | None = None
-    expected_memory_bytes: float | None = None
+    expected_seconds: float | None
+    expected_memory_bytes: float | None
     memory_bytes: float | None
     points: tuple[CurvePoint, ...]
 
@@ -339,7 +339,8 @@ def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -
         name=name,
         metric=(summary.get("score") or {}).get("metric", ""),
         earlier=earlier,
-        **curve.expected,
+        expected_seconds=curve.expected.get("expected_seconds"),
+        expected_memory_bytes=curve.expected.get("expected_memory_bytes"),
         memory_bytes=curve.memory_bytes or None,
         points=tuple(CurvePoint.model_validate(each) for each in curve.points),
     )

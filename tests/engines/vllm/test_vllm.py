@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -431,9 +432,12 @@ def test_a_stream_is_sent_again_only_before_its_first_text(base: Base, two: tupl
     assert sum(len(_completions(fake)) for fake in fakes) - before <= 2, "once to each"
 
 
-def test_a_process_that_ends_while_it_checks_a_server_says_nothing() -> None:
+def test_a_process_that_ends_while_it_checks_a_server_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ending:
         def check_failed(self) -> bool:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
+    with pytest.raises(RuntimeError):  # of a process that lives it is an error
+        model_server._check_again(Ending)  # type: ignore[arg-type]
+    monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: False)
     model_server._check_again(Ending)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def gigabytes(count: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds as seconds, minutes, hours or days."""
     if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 2 * 24 * 60:
         return f"{minutes / (24 * 60):.1f} days"

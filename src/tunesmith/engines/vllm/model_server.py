@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -418,14 +418,17 @@ class Pool:
 
 
 def _check_again(weak: weakref.ref[Pool]) -> None:
-    """Check the servers of a pool that failed, until all can be used or the pool is gone."""
-    wait = _FIRST_WAIT
-    while True:
+    """Check the servers of a pool that failed, until all can be used, the pool is gone or the process ends."""
+    wait, usable = _FIRST_WAIT, False
+    while not usable:
         time.sleep(wait)
-        pool = weak()
-        with suppress(RuntimeError):  # no thread can be started any more: this process ends
-            if pool is not None and not pool.check_failed():
-                del pool
-                wait = min(2 * wait, _LONGEST_WAIT)
-                continue
-        return
+        if (pool := weak()) is None:
+            return
+        try:
+            usable = pool.check_failed()
+        except RuntimeError:
+            if not threading.main_thread().is_alive():
+                return  # no thread can be started any more
+            raise
+        del pool
+        wait = min(2 * wait, _LONGEST_WAIT)
