@@ -122,7 +122,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """More than there are cores, as memory allows: many tests wait for servers, leases and killed processes."""
-    return (os.cpu_count() or 1) + (3 if available_memory() > 18e9 else 1)
+    return (os.cpu_count() or 1) + (2 if available_memory() > 18e9 else 1)
 
 
 def pytest_collection_finish() -> None:
