@@ -13,7 +13,7 @@ VLLM   := .venv-vllm
 export PYTHONDONTWRITEBYTECODE :=
 
 # Tests wait for servers and killed processes, so there are more processes than cores.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 5 --dist worksteal
 
 .PHONY: demo console hosted test test-long test-vllm programs check lint types unit attack collect docs bench soak clean
 .DEFAULT_GOAL := test

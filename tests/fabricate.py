@@ -19,7 +19,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from tunesmith.candidates.candidate import Candidate, put_candidate
-from tunesmith.core.digests import canonical, digest_bytes, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.messages import Message
 from tunesmith.core.text.names import Scope
 from tunesmith.data.dataset import Example, encode_examples, example_id, load_dataset

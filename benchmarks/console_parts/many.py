@@ -28,7 +28,7 @@ from tests.fabricate import (
 
 from service_parts.large_registry import fabricate_versions
 from tunesmith.candidates.candidate import Candidate, put_candidate
-from tunesmith.core.digests import now
+from tunesmith.core.clock import now
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.jobs import queue

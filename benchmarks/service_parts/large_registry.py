@@ -19,9 +19,10 @@ from tests.postgresql_server import moved_to_postgresql, postgresql_server
 
 from engine_parts.report import Line
 from service_parts.kept import Found
-from tunesmith.core.digests import digest_of, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import digest_of
 from tunesmith.services import versions as services
-from tunesmith.services.audit import tree
+from tunesmith.services.lineage import tree
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

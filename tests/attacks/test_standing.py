@@ -20,7 +20,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.server.test_serve_command import command, folder
 from tests.waiting import SECONDS, until
-from tunesmith.core.digests import now
+from tunesmith.core.clock import now
 from tunesmith.core.text.names import Scope
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.registration import register

@@ -22,7 +22,7 @@ from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_requests
 from tests.server.conftest import Served
 from tests.tiny_project import settings
-from tunesmith.core.digests import now
+from tunesmith.core.clock import now
 from tunesmith.core.messages import Message
 from tunesmith.core.text.names import Scope
 from tunesmith.monitoring.cases import Case, put_case

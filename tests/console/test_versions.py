@@ -19,7 +19,7 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
-from tunesmith.services import audit
+from tunesmith.services import lineage
 from tunesmith.services import versions as service
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
@@ -132,7 +132,7 @@ def test_lineage_leads_to_a_licence_and_is_verified(
     expect(page.get_by_role("heading", level=1)).to_contain_text("Dataset")
     expect(page.locator("section", has=page.get_by_role("heading", name="Rows"))).to_contain_text("Apache-2.0")
     expect(page.locator("main")).not_to_contain_text("switch")  # no row's text
-    monkeypatch.setattr(audit, "ROWS", 1)
+    monkeypatch.setattr(lineage, "ROWS", 1)
     page.reload()
     follow(page.get_by_role("link", name="Next"))
     expect(page.locator(".pager")).to_contain_text("Page 2 of")

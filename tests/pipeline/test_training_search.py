@@ -24,7 +24,7 @@ from tunesmith.pipeline.training import forbidden_answers, in_turns, validation_
 from tunesmith.pipeline.training_search import compared
 from tunesmith.project import Project, parse_settings
 from tunesmith.records.training import SettingsTrial, TrainingSearchBody
-from tunesmith.services.audit import summary_line
+from tunesmith.services.lineage import summary_line
 from tunesmith.services.training import settings_search, train
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import delete, update
 
 from tests.fabricate import Chain, approve, put_chain, put_recall
-from tunesmith.core.digests import canonical, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.text.names import Scope
 from tunesmith.project import parse_settings

@@ -16,8 +16,9 @@ from tests.acting import do
 from tests.attack_table import Happened
 from tests.fabricate import approve, put_chain
 from tests.registry.test_approvals import put_approval
-from tunesmith.core import digests
-from tunesmith.core.digests import canonical, now
+from tunesmith.core import clock
+from tunesmith.core.clock import now
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.approvals import prepare_approval, require_approved, submit_approval
@@ -143,7 +144,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], datetime]:
 
     def set_clock(hours: float) -> datetime:
         moment = noon + timedelta(hours=hours)
-        monkeypatch.setattr(digests, "now", lambda: moment)
+        monkeypatch.setattr(clock, "now", lambda: moment)
         monkeypatch.setattr(user_keys, "now", lambda: moment)
         return moment
 

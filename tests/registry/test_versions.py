@@ -24,7 +24,7 @@ from tunesmith.registry.signing import signatures as signing
 from tunesmith.registry.signing.signatures import Expired, Untrusted
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, list_versions, load_version, resolve
-from tunesmith.services.audit import tree
+from tunesmith.services.lineage import tree
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow, VersionRow

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from tests.fabricate import NAME, OWNER
 from tests.server.conftest import Served
 from tunesmith.cli.main import app
-from tunesmith.core.digests import canonical, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.text.names import Scope
 from tunesmith.registry.signing.attestations import ENVELOPE, fingerprint_of, public_pem, signed_bytes

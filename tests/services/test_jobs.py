@@ -12,7 +12,7 @@ from tests.tiny_project import write_project
 from tunesmith.core.errors import Forbidden, NotThere, UsageError
 from tunesmith.core.text.names import Scope
 from tunesmith.jobs import queue
-from tunesmith.jobs.queue import project_of
+from tunesmith.jobs.arguments import project_of
 from tunesmith.project import Project
 from tunesmith.services import jobs
 from tunesmith.store.people.identities import add_user, ensure_owner

@@ -10,7 +10,7 @@ from sqlalchemy import delete, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import stamp
+from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.store import database
 from tunesmith.store.store import Store

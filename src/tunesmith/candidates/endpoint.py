@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.grammars.request_schemas import check_schema
 from tunesmith.candidates.settings import EndpointSettings
-from tunesmith.core.digests import now
+from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.core.progress import SILENT, Progress

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tunesmith.registry.risk import Approvals
     from tunesmith.registry.verification import Verification
-    from tunesmith.services.audit import Node
+    from tunesmith.services.lineage import Node
     from tunesmith.services.versions import ExportedVersion, RegisteredVersion, VersionList
 
 Server = Annotated[str | None, typer.Option(metavar="URL", help="Decide on a server; $TUNESMITH_TOKEN is the token.")]
@@ -159,7 +159,7 @@ def show(
     if what is not None:
         if name:
             raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
-        node = services.audit.tree(here.store, what, scope=here.scope)
+        node = services.lineage.tree(here.store, what, scope=here.scope)
         here.emit(node, _draw_lineage)
         return
     listed = services.versions.list_versions(here.store, name=name, limit=limit)

@@ -1,11 +1,10 @@
-"""Canonical JSON (RFC 8785), SHA-256 names and times as text. A digest is written `sha256:` and 64 hex digits."""
+"""Canonical JSON (RFC 8785), and SHA-256 names. A digest is written `sha256:` and 64 hex digits."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,28 +68,3 @@ def is_digest(text: str) -> bool:
 def short(digest: str, length: int = 12) -> str:
     """The first hex digits, of which people read 12."""
     return digest.removeprefix("sha256:")[:length]
-
-
-def now() -> datetime:
-    """The current time in UTC."""
-    return datetime.now(UTC)
-
-
-def stamp(after: timedelta = timedelta()) -> str:
-    """The current UTC time, or a time after it, as `iso` writes it."""
-    return iso(now() + after)
-
-
-def iso(at: datetime) -> str:
-    """A UTC time as ISO 8601 with microseconds and a trailing Z: such texts compare as their times do."""
-    return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def second(at: float) -> str:
-    """The second, in UTC, of a time in seconds since 1970, as 2031-05-06T07:08:09Z."""
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def day(at: float) -> str:
-    """The day, in UTC, of a time in seconds since 1970, as 2031-05-06."""
-    return datetime.fromtimestamp(at, UTC).date().isoformat()

@@ -12,10 +12,11 @@ from tunesmith.core import telemetry
 from tunesmith.core.system.machine import end_with_parent
 from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.jobs import queue
+from tunesmith.jobs.arguments import project_of
 from tunesmith.jobs.fine_tuning import perform_fine_tuning
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
-from tunesmith.jobs.queue import JobError, project_of
+from tunesmith.jobs.queue import JobError
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.run import RunSummary, run
 from tunesmith.project import Project, open_store

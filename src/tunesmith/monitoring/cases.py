@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.digests import now
+from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import JsonObject, parse_json

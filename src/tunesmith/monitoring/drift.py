@@ -31,7 +31,7 @@ from sqlalchemy import select
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.retrieval import example_index
-from tunesmith.core.digests import iso, now
+from tunesmith.core.clock import iso, now
 from tunesmith.core.errors import NextStep
 from tunesmith.core.messages import Message
 from tunesmith.core.values import View

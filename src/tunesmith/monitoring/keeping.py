@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from tunesmith.core.digests import iso
+from tunesmith.core.clock import iso
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import ENTITIES, Privacy

@@ -22,7 +22,8 @@ from typing import Literal
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import short, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core import digests
+from tunesmith.core import clock
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
@@ -82,9 +82,9 @@ def prepare_approval(
         decision=decision,
         reason=reason,
         override=version.override,
-        at=digests.stamp(),
+        at=clock.stamp(),
         audit=head,
-        until=digests.stamp(LASTS),
+        until=clock.stamp(LASTS),
         nonce=secrets.token_hex(_NONCE_BYTES),
     )
     return statement_of(version, approval)
@@ -223,7 +223,7 @@ def _check_time(approval: ApprovalBody) -> None:
     """
     fix = "prepare and sign it again"
     try:
-        left = datetime.fromisoformat(approval.until) - digests.now()
+        left = datetime.fromisoformat(approval.until) - clock.now()
     except (ValueError, TypeError):
         raise Refused("the signed statement does not say until when it may be submitted", fix=fix) from None
     if left <= timedelta():

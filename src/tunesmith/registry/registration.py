@@ -27,7 +27,8 @@ from typing import NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import digest_file, now, short, stamp
+from tunesmith.core.clock import now, stamp
+from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import copy_durably

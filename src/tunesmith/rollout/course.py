@@ -8,7 +8,7 @@ from typing import Literal
 
 from sqlalchemy import case, func, select
 
-from tunesmith.core.digests import now
+from tunesmith.core.clock import now
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.values import View

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, Text, case, cast, false, func, or_, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import iso
+from tunesmith.core.clock import iso
 from tunesmith.core.text.names import Scope
 from tunesmith.rollout.analysis import Arm
 from tunesmith.store.database import within

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import now as now
+from tunesmith.core.clock import now as now
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.registry.opening import Verified

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import stamp
+from tunesmith.core.clock import stamp
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads

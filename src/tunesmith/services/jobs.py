@@ -26,10 +26,11 @@ from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
 from tunesmith.holding.queue import tidy
 from tunesmith.jobs import kinds, queue
+from tunesmith.jobs.arguments import run_arguments
 from tunesmith.jobs.fine_tuning import PREFIX, Arguments, Uploaded, derived, model_name
 from tunesmith.jobs.leases import LEASE_SECONDS, has_ended
 from tunesmith.jobs.places import make_places
-from tunesmith.jobs.queue import Curve, JobFilter, run_arguments
+from tunesmith.jobs.queue import Curve, JobFilter
 from tunesmith.jobs.worker import Worker
 from tunesmith.monitoring.cases import delete_expired
 from tunesmith.pipeline.training import only_tuned

@@ -14,13 +14,14 @@ from typing import Any, get_args
 from pydantic import Field, ValidationError
 from sqlalchemy import case, func, select
 
-from tunesmith.core.digests import digest_of, now
+from tunesmith.core.clock import now
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
 from tunesmith.data.governance.licences import spelled
 from tunesmith.jobs import queue
-from tunesmith.jobs.queue import run_arguments
+from tunesmith.jobs.arguments import run_arguments
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.cases import list_cases
 from tunesmith.monitoring.causes import CAUSES as RETRAIN_CAUSES

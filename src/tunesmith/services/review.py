@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import digest_bytes, second
+from tunesmith.core.clock import second
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import JsonObject
@@ -257,7 +258,7 @@ def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: st
 
 
 def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
-    """An item with its text. Raises UsageError for an unknown one, Refused if its case is deleted."""
+    """An item with its text. Raises NotThere for an unknown one, Refused if its case is deleted."""
     who = _reviewer(store, actor)
     with store.reading() as session:
         row, decisions = queue.get_item(session, number)

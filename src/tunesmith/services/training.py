@@ -16,9 +16,9 @@ from tunesmith.core.progress import SILENT, Progress, Stopped
 from tunesmith.core.values import Duration, View
 from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.arguments import CHANGEABLE, Changes, run_arguments, with_changes
 from tunesmith.jobs.kinds import run_project
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
-from tunesmith.jobs.queue import CHANGEABLE, Changes, run_arguments, with_changes
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.run import RunSummary, TrainingSummary, training_summary

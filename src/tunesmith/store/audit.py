@@ -14,7 +14,8 @@ from typing import Any
 from sqlalchemy import Engine, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import digest_of, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.values import Frozen

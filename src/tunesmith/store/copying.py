@@ -21,7 +21,8 @@ from typing import Any, Self
 from sqlalchemy import Connection, Table, insert, select, text
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import digest_file, digest_pieces, pieces_of, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import digest_file, digest_pieces, pieces_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress, Task
 from tunesmith.core.system.files import room_for, sync_folder

@@ -19,7 +19,8 @@ from pathlib import Path
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.system.files import copy_durably, room_for

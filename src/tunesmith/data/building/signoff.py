@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import short, stamp
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.values import Problem, View

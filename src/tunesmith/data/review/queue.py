@@ -13,8 +13,8 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import stamp
-from tunesmith.core.errors import NextStep, Refused, UsageError
+from tunesmith.core.clock import stamp
+from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.messages import Conversation, Message
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.review.decisions import Choice
@@ -64,10 +64,10 @@ def add_items(store: Store, items: Iterable[NewItem], *, wanted: int, actor: str
 
 
 def get_item(session: Session, number: int) -> tuple[ReviewItemRow, list[ReviewDecisionRow]]:
-    """An item and its decisions, oldest first. Raises UsageError where there is none."""
+    """An item and its decisions, oldest first. Raises NotThere where there is none."""
     row = session.get(ReviewItemRow, number)
     if row is None:
-        raise UsageError(f"there is no review item {number}", fix=NextStep("list the items", "review list"))
+        raise NotThere(f"there is no review item {number}", fix=NextStep("list the items", "review list"))
     query = select(ReviewDecisionRow).where(ReviewDecisionRow.item == number).order_by(ReviewDecisionRow.number)
     return row, list(session.scalars(query))
 

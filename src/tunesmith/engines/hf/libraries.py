@@ -19,11 +19,12 @@ from types import ModuleType
 def transformers() -> ModuleType:
     """The transformers package, without progress bars and warnings, and without compiled code from the hub."""
     os.environ.setdefault("USE_HUB_KERNELS", "0")  # else it downloads code if the package `kernels` is installed
+    import transformers
     from transformers.utils import logging as messages
 
     messages.disable_progress_bar()
     messages.set_verbosity_error()
-    return sys.modules["transformers"]
+    return transformers
 
 
 @cache

@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tunesmith.core.digests import digest_bytes, digest_file, now, short
+from tunesmith.core.clock import now
+from tunesmith.core.digests import digest_bytes, digest_file, short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.values import ScopedView

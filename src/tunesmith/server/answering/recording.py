@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunesmith.core.digests import stamp
+from tunesmith.core.clock import stamp
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
 from tunesmith.core.values import Omitted, View

@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from tunesmith.core.values import View
 from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
 from tunesmith.server.serving import Calling
-from tunesmith.services import answers, audit, datasets, evaluations, review
+from tunesmith.services import answers, datasets, evaluations, lineage, review
 from tunesmith.services import versions as service
 
 if TYPE_CHECKING:
@@ -163,16 +163,16 @@ def version(call: Calling, name: Name, number: Number) -> service.VersionDetails
 
 
 @routes.shows(_VERSION + "/lineage", "read")
-def lineage(call: Calling, name: Name, number: Number) -> audit.Lineage:
+def version_lineage(call: Calling, name: Name, number: Number) -> lineage.Lineage:
     """What a version was made from, and what was made from it: records, each with its parents."""
-    return audit.lineage(call.store, service.find_version(call.store, call.user, name, number))
+    return lineage.lineage(call.store, service.find_version(call.store, call.user, name, number))
 
 
 @routes.shows(_VERSION + "/records/{digest}", "read")
-def record(call: Calling, name: Name, number: Number, digest: Digest) -> audit.RecordDetails:
+def record(call: Calling, name: Name, number: Number, digest: Digest) -> lineage.RecordDetails:
     """One record of a version's lineage."""
     version = service.find_version(call.store, call.user, name, number)
-    return audit.record_details(call.store, call.user, version, digest)
+    return lineage.record_details(call.store, call.user, version, digest)
 
 
 @routes.shows(_VERSION + "/records/{digest}/rows", "read")
@@ -184,10 +184,10 @@ def origins(
     split: Literal["train", "validation", "test"] = "train",
     search: Text = "",
     page: Page = 1,
-) -> audit.OriginPage:
+) -> lineage.OriginPage:
     """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
     version = service.find_version(call.store, call.user, name, number)
-    return audit.dataset_rows(call.store, call.user, version, digest, split=split, text=search, page=page)
+    return lineage.dataset_rows(call.store, call.user, version, digest, split=split, text=search, page=page)
 
 
 @routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))

@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
 
-from tunesmith.core.digests import now, short
+from tunesmith.core.clock import now
+from tunesmith.core.digests import short
 from tunesmith.core.messages import ToolCall
 from tunesmith.engines.protocol import Completion, TokenScore
 from tunesmith.server.answering.job import ChatJob

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunesmith.core.digests import second
+from tunesmith.core.clock import second
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.text.names import Scope
 from tunesmith.engines.protocol import Completion, Scored

@@ -20,7 +20,7 @@ from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.rendering import BAD, CANARY, GOOD, PRIVATE, STABLE, Chart, Line, chart, private, rendered
 from tunesmith.server.console.routing import Looking, Pages
-from tunesmith.services import audit, rollouts, versions
+from tunesmith.services import lineage, rollouts, versions
 
 if TYPE_CHECKING:
     from tunesmith.rollout.course import Evidence, Traffic
@@ -49,7 +49,7 @@ def one_version(viewer: Looking, request: Request, name: Name, number: Number) -
     return viewer.page(
         "version.html.jinja",
         details=versions.details(viewer.store, viewer.user, version),
-        lineage=audit.lineage(viewer.store, version),
+        lineage=lineage.lineage(viewer.store, version),
         server=f"{request.url.scheme}://{request.url.netloc}",
         options=version.scope.options(),
         losses=lost(viewer, version.digest),
@@ -64,9 +64,9 @@ def record(
     """A record of a version's lineage; of a dataset also its rows with their licences."""
     store, user = viewer.store, viewer.user
     version, rows = versions.find_version(store, user, name, number), None
-    details = audit.record_details(store, user, version, digest)
+    details = lineage.record_details(store, user, version, digest)
     if details.kind == "dataset":
-        rows = audit.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
+        rows = lineage.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
     at = viewer.path.rpartition("/records/")[0]
     return viewer.page("record.html.jinja", details=details, rows=rows, version=version, at=at, split=split, q=q)
 

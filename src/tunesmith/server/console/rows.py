@@ -7,9 +7,7 @@ from urllib.parse import urlencode
 
 from fastapi import Query, Response
 
-from tunesmith.core.errors import UsageError
 from tunesmith.server.console.routing import Looking, Pages, Viewer
-from tunesmith.server.errors import missing
 from tunesmith.services import datasets, review
 
 routes = Pages()
@@ -57,10 +55,7 @@ def review_item(viewer: Looking, number: int) -> Response:
     """One item with its text, and what may be decided."""
     viewer.require_everything()
     who = viewer.user.name
-    try:
-        item = review.show(viewer.store, number, actor=who)
-    except UsageError as error:
-        raise missing("item to review") from error
+    item = review.show(viewer.store, number, actor=who)
     following = review.next_item(viewer.store, number, actor=who)
     return viewer.page(
         "review_item.html.jinja",

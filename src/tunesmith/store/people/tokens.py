@@ -16,7 +16,8 @@ from typing import Literal
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import day, digest_bytes
+from tunesmith.core.clock import day
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.text.names import check_name
 from tunesmith.core.values import View

@@ -12,7 +12,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import now
+from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.text.names import check_name
 from tunesmith.store import audit
