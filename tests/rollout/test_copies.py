@@ -158,8 +158,7 @@ def changed(file: Path, change: Callable[[str, bytes], bytes | None], added: str
         members = [(one.name, archive.extractfile(one).read()) for one in archive.getmembers()]  # type: ignore[union-attr]
     with tarfile.open(file, "w") as archive:
         for name, data in [*members, *([(added, b"x")] if added else [])]:
-            kept = change(name, data)
-            if kept is not None:
+            if (kept := change(name, data)) is not None:
                 facts = tarfile.TarInfo(name)
                 facts.size = len(kept)
                 archive.addfile(facts, io.BytesIO(kept))
@@ -182,6 +181,7 @@ def with_key(name: str, data: bytes) -> bytes:
         (lambda file: changed(file, lambda name, data: None if "blobs/" in name else data), "missing or were added"),
         (lambda file: changed(file, lambda name, data: data + b"x" if "blobs/" in name else data), "is damaged"),
         (lambda file: changed(file, lambda name, data: None if "manifest" in name else data), "no whole backup"),
+        (lambda file: changed(file, lambda _name, data: data.replace(b'"format"', b'"form"')), "no whole backup"),
         (lambda file: changed(file, with_key, added="objects/versions/../../evil"), "no store has"),
     ],
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
@@ -14,7 +12,8 @@ from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
+from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.engines.protocol import Engine, Generation, Responder
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
@@ -70,7 +69,7 @@ class Answerer:
         assert self._engine is not None
         return self._engine
 
-    def prepare(self, messages: Sequence[Message], caller: Caller) -> None:
+    def prepare(self, messages: Conversation, caller: Caller) -> None:
         """Build what only the first answer waits for: the baseline, or the index of examples or passages.
 
         A server builds it once, so evaluations call this before they time answers.
@@ -84,19 +83,15 @@ class Answerer:
 
     def generation(
         self,
-        messages: Sequence[Message],
+        messages: Conversation,
         caller: Caller,
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: tuple[str, ...] = (),
-        top_logprobs: int | None = None,
-        schema: Mapping[str, Any] | None = None,
+        schema: Schema | None = None,
     ) -> Generation:
-        """What the responder generates from. max_tokens may lower the candidate's own bound, not raise it.
+        """What the responder generates from, decoding greedily.
 
+        max_tokens: may lower the candidate's own bound, not raise it.
         caller: whom it is answered for. Evaluations give `composer.asked_as`, a server the caller of the request.
         schema: JSON Schema of the request, which the answer must fit as well as the candidate's own. Raises UsageError
         where it cannot be held.
@@ -111,11 +106,6 @@ class Answerer:
         request = Generation(
             messages=self.composer.conversation(messages, caller),
             max_tokens=bound if max_tokens is None else min(bound, max_tokens),
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            top_logprobs=top_logprobs,
         )
         return self._constraint.hold(request, messages, schema)
 

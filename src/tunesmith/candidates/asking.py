@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import bare_label
 from tunesmith.data.dataset import Example
@@ -37,7 +37,7 @@ class Request(Protocol):
         ...
 
     @property
-    def request(self) -> Sequence[Message]:
+    def request(self) -> Conversation:
         """The turns before the answer."""
         ...
 
@@ -49,7 +49,7 @@ class Asked:
     seconds: without building a baseline or an index, which serving builds once.
     """
 
-    lines: list[dict[str, Any]]
+    lines: list[JsonObject]
     seconds: float
     expected: float
 
@@ -73,7 +73,7 @@ class Asked:
 
 
 # Conversations -> for each, label -> log-probability.
-Likelihoods = Callable[[Sequence[Sequence[Message]]], list[dict[str, float]]]
+Likelihoods = Callable[[Sequence[Conversation]], list[dict[str, float]]]
 
 
 def ask_rows(
@@ -88,7 +88,7 @@ def ask_rows(
 
     likelihoods: gives each answer a confidence, which is 0 for an answer that is not a label. Its time does not count.
     """
-    lines: list[dict[str, Any]] = []
+    lines: list[JsonObject] = []
     seconds, expected = 0.0, 0.0
     with progress.task(title, len(examples)) as task:
         for number, start in enumerate(range(0, len(examples), TOGETHER)):
@@ -119,7 +119,7 @@ def ask_rows(
 def keep_answers(
     store: Store,
     parents: Mapping[str, str],
-    lines: Sequence[Mapping[str, Any]],
+    lines: Sequence[Fields],
     body: AnswersBody,
     files: Mapping[str, bytes] | None = None,
 ) -> str:
@@ -145,11 +145,11 @@ def _named(error: UsageError, answerer: Answerer, chunk: Sequence[Request]) -> U
     return error
 
 
-def _line(answerer: Answerer, example: Request, asked: Generation, completion: Completion) -> dict[str, Any]:
+def _line(answerer: Answerer, example: Request, asked: Generation, completion: Completion) -> JsonObject:
     text = completion.text
     if answerer.renderer is not None and isinstance(example, Example):
         text = answerer.renderer.comparable(asked.messages, example.call, text)
-    line: dict[str, Any] = {
+    line: JsonObject = {
         "id": example.id,
         "text": text,
         "finish": completion.finish,

@@ -15,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.retrieval import Embed, Index, PassageIndex, example_index, last_request
 from tunesmith.core.access import ANYONE, Caller
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message, tools_of, with_tools
+from tunesmith.core.messages import Conversation, Message, Turns, tools_of, with_tools
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.documents import Documents, Passage
 from tunesmith.store.store import Store
@@ -34,7 +34,7 @@ class Retrieved:
 
     ids: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
-    shown: tuple[tuple[Message, ...], ...] = ()
+    shown: tuple[Turns, ...] = ()
     passages: tuple[Passage, ...] = ()
 
 
@@ -53,14 +53,14 @@ class Composer:
         """The caller that evaluations and `tunesmith chat` stand for, as the documents' settings name it."""
         return ANYONE if self._documents is None else self._documents.asked_as
 
-    def conversation(self, messages: Sequence[Message], caller: Caller) -> tuple[Message, ...]:
+    def conversation(self, messages: Conversation, caller: Caller) -> Turns:
         """The request with the candidate's prompt, shots and retrieved texts before it.
 
         The candidate's prompt replaces the request's own system turn; `prompt_used` tells where it does.
         """
         return compose(self._candidate, messages, self.retrieved(messages, caller))
 
-    def training_conversation(self, example: Example) -> tuple[Message, ...]:
+    def training_conversation(self, example: Example) -> Turns:
         """A row as training sees it. Rows of its own group are not retrieved, as none would be for a new request.
 
         Passages with labels are not retrieved either: whatever the weights learn of them, they tell every caller. The
@@ -71,7 +71,7 @@ class Composer:
         before = len(composed) - len(turns_only(example.messages))
         return (*map(_not_learned, composed[:before]), *composed[before:])
 
-    def retrieved(self, messages: Sequence[Message], caller: Caller) -> Retrieved:
+    def retrieved(self, messages: Conversation, caller: Caller) -> Retrieved:
         """What is retrieved for a request; nothing where the candidate retrieves nothing."""
         return Retrieved() if self._candidate.retrieve is None else self._retrieve_text(last_request(messages), caller)
 
@@ -82,10 +82,10 @@ class Composer:
             return Retrieved()
         if retrieve.from_ == "documents":
             return self._retrieve_text(last_request(example.request), ANYONE)
-        skip = self._places_of_group.get(example.group, frozenset())
+        skip = self._places_of_group.get(example.group, set())
         return self._shown(self._index.nearest(last_request(example.request), retrieve.k, skip))
 
-    def nearest(self, messages: Sequence[Message]) -> float:
+    def nearest(self, messages: Conversation) -> float:
         """Similarity (0 to 1) of a request to the most similar training example; drift monitoring reads it.
 
         Raises UsageError for a candidate that names no dataset.
@@ -120,11 +120,11 @@ class Composer:
         return None if digest is None else Documents(self._store, digest)
 
     @cached_property
-    def _places_of_group(self) -> dict[str, frozenset[int]]:
+    def _places_of_group(self) -> dict[str, set[int]]:
         places: dict[str, set[int]] = {}
         for place, example in enumerate(self.examples):
             places.setdefault(example.group, set()).add(place)
-        return {group: frozenset(each) for group, each in places.items()}
+        return places
 
     @cached_property
     def _by_words(self) -> Index:
@@ -154,9 +154,7 @@ class Composer:
         return lambda texts: embedder.embed(texts, self._store.local("work", "vectors"))
 
 
-def compose(
-    candidate: Candidate, messages: Sequence[Message], retrieved: Retrieved = Retrieved()
-) -> tuple[Message, ...]:
+def compose(candidate: Candidate, messages: Conversation, retrieved: Retrieved = Retrieved()) -> Turns:
     """Messages of a request or a training row, with prompt, passages, shots and retrieved examples before them.
 
     The system turn holds the candidate's prompt, or the request's own system turn where the candidate has no prompt;
@@ -175,7 +173,7 @@ def compose(
     return with_tools(composed, tools_of(messages)) if offered else composed
 
 
-def prompt_used(candidate: Candidate, messages: Sequence[Message]) -> PromptUsed:
+def prompt_used(candidate: Candidate, messages: Conversation) -> PromptUsed:
     """Which system prompt a candidate gives a request."""
     if candidate.prompt_source == "none":
         return "none"
@@ -185,7 +183,7 @@ def prompt_used(candidate: Candidate, messages: Sequence[Message]) -> PromptUsed
     return "request" if own else "none"
 
 
-def count_prompts(candidate: Candidate, requests: Iterable[Sequence[Message]]) -> dict[str, int]:
+def count_prompts(candidate: Candidate, requests: Iterable[Conversation]) -> dict[str, int]:
     """How many requests get which system prompt, without zeros."""
     return dict(sorted(Counter(str(prompt_used(candidate, request)) for request in requests).items()))
 
@@ -201,11 +199,11 @@ def describe_prompts(counts: Mapping[str, int]) -> str:
     return "no system prompt" if none else "the candidate's prompt"
 
 
-def _own_system_turn(messages: Sequence[Message]) -> str:
+def _own_system_turn(messages: Conversation) -> str:
     return "\n\n".join(message.content.strip() for message in messages if message.role == "system").strip()
 
 
-def turns_only(messages: Sequence[Message]) -> tuple[Message, ...]:
+def turns_only(messages: Conversation) -> Turns:
     """An example as a shot: without its system turn, since the candidate's prompt comes first."""
     return tuple(message for message in messages if message.role != "system")
 

@@ -16,7 +16,7 @@ from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.http_clients import HttpClients, api_key
 from tunesmith.engines.protocol import UNBOUNDED, Completion, Generation, Responder
 
@@ -56,7 +56,7 @@ class Endpoint(Responder):
             return given
 
     def _ask(self, request: Generation) -> Completion:
-        body: dict[str, Any] = {
+        body: JsonObject = {
             "model": self._settings.model,
             "messages": [turn.openai() for turn in request.messages],
             "max_tokens": request.max_tokens,
@@ -76,7 +76,7 @@ class Endpoint(Responder):
             body["response_format"] = {"type": "json_schema", "json_schema": held}
         return self._read(self._posted(body))
 
-    def _posted(self, body: dict[str, Any]) -> Any:
+    def _posted(self, body: JsonObject) -> Any:
         """The endpoint's response. Retries where it is busy or the connection breaks."""
         import httpx
 
@@ -98,7 +98,7 @@ class Endpoint(Responder):
                 time.sleep(min(wait, _LONGEST_WAIT))
         raise self._failed(reason, "check the endpoint, then run the same command again: finished answers are kept")
 
-    def _once(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
+    def _once(self, body: JsonObject) -> tuple[int, httpx.Headers, bytes]:
         """One attempt: status, headers and body. Raises TunesmithError for a body over the size limit."""
         url = f"{self._settings.url}/chat/completions"
         with self._clients.one() as client, client.stream("POST", url, json=body) as response:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.asking import ask_rows
@@ -18,12 +17,13 @@ from tunesmith.candidates.settings import Search
 from tunesmith.core.digests import canonical_lines, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.records.training import PromptTry, SearchBody
 from tunesmith.store.store import Store
 
 # A candidate, validation rows, and its answers' lines in the same order -> one score per row.
-Score = Callable[[Candidate, Sequence[Example], Sequence[Mapping[str, Any]]], list[float]]
+Score = Callable[[Candidate, Sequence[Example], Sequence[Fields]], list[float]]
 MakeAnswerer = Callable[[Candidate], Answerer]
 
 
@@ -80,7 +80,7 @@ def search_prompts(
         )
     train = dataset.examples("train")
     tries: list[PromptTry] = []
-    lines: list[dict[str, Any]] = []
+    lines: list[JsonObject] = []
     planned = plan_tries(settings, prompts)
     with progress.task(f"{candidate.name}: {len(planned)} tries of {len(rows)} validation rows", len(planned)) as task:
         for number, one in enumerate(planned):

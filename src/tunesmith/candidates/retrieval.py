@@ -15,7 +15,7 @@ import random
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tunesmith.core.access import Caller, Labels
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.data.dataset import Example
 from tunesmith.data.documents import Passage
 
@@ -49,7 +49,7 @@ class Index:
         self._index = _index_by_words(self._words)
         self._vectors = vectors if vectors is not None or embed is None or by == "bm25" else embed(texts)
 
-    def nearest(self, text: str, k: int, skip: frozenset[int] = frozenset()) -> list[int]:
+    def nearest(self, text: str, k: int, skip: Set[int] = frozenset()) -> list[int]:
         """Positions of the k texts with the highest scores, the best last, next to the request in the prompt.
 
         skip: positions to leave out.
@@ -133,7 +133,7 @@ def example_index(examples: Sequence[Example], by: str = "bm25", embed: Embed | 
     return Index([last_request(example.messages) for example in examples], by, embed)
 
 
-def last_request(messages: Sequence[Message]) -> str:
+def last_request(messages: Conversation) -> str:
     """The last user message. Raises UsageError where there is none."""
     for message in reversed(messages):
         if message.role == "user":

@@ -94,8 +94,9 @@ class Message(Frozen):
 
 
 Conversation = Sequence[Message]
+Turns = tuple[Message, ...]  # a conversation as it is kept
 # (messages, most) -> the number of tokens they render to; where there are more than `most`, some number above it.
-CountTokens = Callable[[Sequence[Message], int], int]
+CountTokens = Callable[[Conversation, int], int]
 
 
 def tools_of(messages: Conversation) -> list[Fields]:
@@ -103,7 +104,7 @@ def tools_of(messages: Conversation) -> list[Fields]:
     return [tool for message in messages if message.tools is not None for tool in parse_json(message.tools)]
 
 
-def with_tools(messages: Conversation, tools: Sequence[Fields]) -> tuple[Message, ...]:
+def with_tools(messages: Conversation, tools: Sequence[Fields]) -> Turns:
     """The messages with these tools on the first of them, and on no other."""
     written = json.dumps(list(tools), ensure_ascii=False) if tools else None
     return tuple(

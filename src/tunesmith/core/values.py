@@ -15,6 +15,8 @@ from tunesmith.core.text.names import Scope
 
 Value = TypeVar("Value")
 
+# A complete digest.
+Digest = Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
 
 # A key that the JSON leaves out when there is nothing to say.
 Omitted = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]

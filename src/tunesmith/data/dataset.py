@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tunesmith.core.digests import canonical_lines, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Conversation, Message
+from tunesmith.core.messages import Conversation, Message, Turns
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import Frozen, View
 from tunesmith.data.duplicates import request_text
@@ -36,7 +36,7 @@ class Example(Frozen):
     """
 
     id: str
-    messages: tuple[Message, ...]
+    messages: Turns
     source: str
     licence: str
     group: str
@@ -46,7 +46,7 @@ class Example(Frozen):
     labels: dict[str, str] = {}  # noqa: RUF012
 
     @property
-    def request(self) -> tuple[Message, ...]:
+    def request(self) -> Turns:
         """The turns before the answer."""
         return self.messages[:-1]
 

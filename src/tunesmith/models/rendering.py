@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.messages import Message, ToolCall, tools_of, with_tools
+from tunesmith.core.messages import Conversation, Message, ToolCall, Turns, tools_of, with_tools
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.models.call_format import CallFormat, find_call_format
 
@@ -56,7 +56,7 @@ class RowCounter:
     fingerprint: str  # of the base's tokenizer and template: a changed template is loaded again
     loss_on: LossOn = "assistant"  # the turns that must be found in a row
 
-    def __call__(self, messages: Sequence[Message], most: int | None = None) -> int:
+    def __call__(self, messages: Conversation, most: int | None = None) -> int:
         """Tokens of a row, its answer included. most: as `Renderer.count_row` has it."""
         return _renderer(self.folder, self.fingerprint).count_row(messages, most, self.loss_on)
 
@@ -105,7 +105,7 @@ class Renderer:
         for messages in _every_kind_of_turn():
             for opening in (False, True):
                 with suppress(TunesmithError):  # many templates know no system turn, and no tools
-                    written.append(self._laid_out(tool_turns(messages), tools_of(messages), opening=opening))
+                    written.append(self._written(messages, opening))
         return tuple(sorted(token for token in self._special_tokens if any(token in text for text in written)))
 
     @cached_property
@@ -123,13 +123,9 @@ class Renderer:
     @cached_property
     def call_format(self) -> CallFormat:
         """How answers call functions. Raises Refused where the template does not render tools, or not calls as JSON."""
+        return find_call_format(self._written, lambda text: self.text(self._encode(text).ids))
 
-        def render(messages: Sequence[Message], opening: bool) -> str:
-            return self._laid_out(tool_turns(messages), tools_of(messages), opening=opening)
-
-        return find_call_format(render, lambda text: self.text(self._encode(text).ids))
-
-    def comparable(self, request: Sequence[Message], call: Message | None, answer: str) -> str:
+    def comparable(self, request: Conversation, call: Message | None, answer: str) -> str:
         """A model's answer as scorers compare it with the expected call: its calls are written as in `Message.text`.
 
         call: the expected turn, where it calls functions; where that is None, nothing is read as a call. A template
@@ -153,7 +149,7 @@ class Renderer:
         """The most characters of text that one token stands for."""
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
-    def least_tokens(self, messages: Sequence[Message]) -> int:
+    def least_tokens(self, messages: Conversation) -> int:
         """A number of tokens that the messages have at least, without tokenising them, which takes seconds a megabyte.
 
         Every turn has a token, and no token stands for more characters than the vocabulary's longest.
@@ -161,13 +157,13 @@ class Renderer:
         letters = sum(len(text) for message in messages for text in message.texts())
         return max(len(messages), -(-letters // self._longest_token))
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Conversation) -> list[int]:
         """Ids of a request, with the assistant's opening. Raises UsageError for messages that cannot be answered."""
         if not messages or messages[-1].role == "assistant":
             raise UsageError("there is nothing to answer: the last message must be the user's", where="messages")
         return list(self._encode(self._text(messages, opening=True)).ids)
 
-    def conversation(self, messages: Sequence[Message], loss_on: LossOn = "assistant") -> Rendered:
+    def conversation(self, messages: Conversation, loss_on: LossOn = "assistant") -> Rendered:
         """Ids of a conversation and which of them are labels.
 
         loss_on: "assistant" marks the assistant's turns, "last" the last of these, "all" every token except the first,
@@ -178,7 +174,7 @@ class Renderer:
         text = self._text(messages, opening=False)
         return self._labelled(messages, text, self._encode(text), loss_on)
 
-    def _labelled(self, messages: Sequence[Message], text: str, encoded: Any, loss_on: LossOn) -> Rendered:
+    def _labelled(self, messages: Conversation, text: str, encoded: Any, loss_on: LossOn) -> Rendered:
         """A conversation that was laid out as text and encoded, as `conversation` returns it."""
         ids: list[int] = encoded.ids
         trained = [loss_on == "all" and place > 0 for place in range(len(ids))]
@@ -196,7 +192,7 @@ class Renderer:
             raise Refused("the conversation begins with two beginning-of-text tokens", where="chat_template")
         return Rendered(tuple(ids), tuple(trained))
 
-    def count_prompt(self, messages: Sequence[Message], most: int | None = None) -> int:
+    def count_prompt(self, messages: Conversation, most: int | None = None) -> int:
         """Tokens of a request, with the assistant's opening.
 
         most: where there are more, a number above it may be returned that there are at least. Text that cannot have so
@@ -205,7 +201,7 @@ class Renderer:
         least = self.least_tokens(messages)
         return least if most is not None and least > most else len(self.prompt(messages))
 
-    def count_row(self, messages: Sequence[Message], most: int | None = None, loss_on: LossOn = "assistant") -> int:
+    def count_row(self, messages: Conversation, most: int | None = None, loss_on: LossOn = "assistant") -> int:
         """Tokens of a training row, with its answer. most: as in `count_prompt`.
 
         Raises what `conversation` raises with this loss_on for a row of at most so many tokens.
@@ -219,7 +215,7 @@ class Renderer:
             self._labelled(messages, text, encoded, loss_on)
         return len(encoded.ids)
 
-    def answered(self, messages: Sequence[Message], answer: str) -> Rendered:
+    def answered(self, messages: Conversation, answer: str) -> Rendered:
         """A request and an answer to it as a training row has them, up to the end token. The answer's tokens and its
         end are labels.
 
@@ -229,7 +225,7 @@ class Renderer:
         text = self._text(turns, opening=False)
         return self._up_to_end(self._encode(text), self._span(turns, len(messages), text))
 
-    def answered_each(self, messages: Sequence[Message], answers: Sequence[str]) -> list[Rendered]:
+    def answered_each(self, messages: Conversation, answers: Sequence[str]) -> list[Rendered]:
         """As `answered`, for each of several answers to one request, whose beginning is encoded once.
 
         What follows a control token is encoded without what comes before it, so only that has to be encoded again.
@@ -269,7 +265,7 @@ class Renderer:
         stream, tokenizer = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
         return lambda token: stream.step(tokenizer, token) or ""
 
-    def _span(self, messages: Sequence[Message], place: int, text: str) -> tuple[int, int]:
+    def _span(self, messages: Conversation, place: int, text: str) -> tuple[int, int]:
         """(start, end) of an assistant turn in the conversation's text, without its opening."""
         before = self._text(messages[:place], opening=True)
         through = self._text(messages[: place + 1], opening=False)
@@ -305,7 +301,7 @@ class Renderer:
             fix="use a template whose turns end in the tokenizer's end token",
         )
 
-    def _text(self, messages: Sequence[Message], *, opening: bool) -> str:
+    def _text(self, messages: Conversation, *, opening: bool) -> str:
         for place, message in enumerate(messages):
             if (token := message.control_token(self.control_tokens)) is not None:
                 raise UsageError(
@@ -315,9 +311,13 @@ class Renderer:
                 )
         if any(message.tools or message.tool_calls or message.role == "tool" for message in messages):
             self._require_tools(messages)
+        return self._written(messages, opening)
+
+    def _written(self, messages: Conversation, opening: bool) -> str:
+        """The conversation as the template writes it, whatever that leaves out."""
         return self._laid_out(tool_turns(messages), tools_of(messages), opening=opening)
 
-    def _require_tools(self, messages: Sequence[Message]) -> None:
+    def _require_tools(self, messages: Conversation) -> None:
         """Raise Refused where the template leaves out a tool, a call or a tool's result, as most templates do
         silently."""
         turns, tools, marks = marked_tools(tool_turns(messages), tools_of(messages))
@@ -390,7 +390,7 @@ class Renderer:
         return made
 
 
-def _every_kind_of_turn() -> Iterator[tuple[Message, ...]]:
+def _every_kind_of_turn() -> Iterator[Turns]:
     """Conversations that hold every kind of turn, for templates with and without system turns and tools."""
     system, asked = Message(role="system", content="a"), Message(role="user", content="b")
     answer, call = Message(role="assistant", content="c"), ToolCall(id="call00000", name="d", arguments="{}")
@@ -422,7 +422,7 @@ def _dated(template: str) -> str:
     return dated
 
 
-def _turns(messages: Sequence[Message], loss_on: LossOn) -> dict[int, bool]:
+def _turns(messages: Conversation, loss_on: LossOn) -> dict[int, bool]:
     """The assistant turns to mark: index -> whether its tokens are labels."""
     said = {place: message.weight == 1 for place, message in enumerate(messages) if message.role == "assistant"}
     if loss_on == "all":
@@ -431,21 +431,14 @@ def _turns(messages: Sequence[Message], loss_on: LossOn) -> dict[int, bool]:
     return dict.fromkeys(learned[-1:] if loss_on == "last" else learned, True)
 
 
-def tool_turns(messages: Sequence[Message]) -> list[JsonObject]:
+def tool_turns(messages: Conversation) -> list[JsonObject]:
     """The turns as chat templates of transformers expect them: arguments as an object, tool turns with a name."""
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     turns = []
     for message in messages:
-        turn: JsonObject = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            turn["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": parse_json(call.arguments)},
-                }
-                for call in message.tool_calls
-            ]
+        turn = {**message.openai(), "content": message.content}
+        for call in turn.get("tool_calls", ()):
+            call["function"]["arguments"] = parse_json(call["function"]["arguments"])
         if message.role == "tool":
             turn |= {"tool_call_id": message.tool_call_id, "name": names.get(message.tool_call_id or "", "")}
         turns.append(turn)

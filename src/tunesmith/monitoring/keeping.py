@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from tunesmith.core.clock import iso
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import ENTITIES, Privacy
 from tunesmith.monitoring.cases import count_cases
@@ -35,12 +36,12 @@ class CaseKeeper:
     """Prepares texts for keeping. Thread-safe.
 
     privacy: the project's. Identifiers and secrets are looked for even where its `entities` leave them out, and what is
-    found is replaced by pseudonyms, or the request is not kept where rows like it would not be. known: values that are
-    no personal data in this task.
+    found is replaced by pseudonyms, or the request is not kept where rows like it would not be. schema: of the task's
+    answers; the values that it lists are no personal data.
     """
 
-    def __init__(self, store: Store, settings: CaseSettings, privacy: Privacy, known: Collection[str] = ()) -> None:
-        self._store, self._settings, self._known = store, settings, known
+    def __init__(self, store: Store, settings: CaseSettings, privacy: Privacy, schema: Schema | None = None) -> None:
+        self._store, self._settings, self._schema = store, settings, schema
         wanted = None if privacy.entities is None else tuple(dict.fromkeys((*privacy.entities, *ENTITIES)))
         self._privacy = privacy.model_copy(update={"entities": wanted})
         self._scanner: Scanner | None = None
@@ -73,5 +74,5 @@ class CaseKeeper:
     def _scan(self, messages: Sequence[Message]) -> Scan:
         with self._loading:
             if self._scanner is None:  # on first use: its patterns take a second to load
-                self._scanner = Scanner(self._privacy, self._known)
+                self._scanner = Scanner(self._privacy, self._schema)
         return self._scanner.scan(messages)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Turns
 from tunesmith.core.values import Settings
 from tunesmith.records.body import Body, Part
 
@@ -73,7 +73,7 @@ class CandidateFields(Settings):
     name: str
     max_tokens: int
     prompt: str = ""
-    shots: tuple[tuple[Message, ...], ...] = ()
+    shots: tuple[Turns, ...] = ()
     retrieve: Retrieve | None = None
     answer_schema: str | None = None
     answer_grammar: str | None = None

@@ -8,10 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from tunesmith.core.digests import is_digest
-from tunesmith.core.errors import UsageError
-from tunesmith.core.text.names import check_name
-from tunesmith.core.values import Frozen
+from tunesmith.core.access import Name, OptionalName
+from tunesmith.core.values import Digest, Frozen
 from tunesmith.records.body import Body, Part
 from tunesmith.records.candidate import StoredFile
 from tunesmith.records.dataset import Duties
@@ -26,29 +24,13 @@ Form = Literal["peft", "merged", "gguf"]
 Dtype = Literal["bf16", "fp32"]
 
 
-def _digest(text: str) -> str:
-    if not is_digest(text):
-        raise ValueError(f"{text[:80]!r} is not a digest")
-    return text
-
-
 def _time(text: str) -> str:
     if datetime.fromisoformat(text).tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
     return text
 
 
-def _named(text: str) -> str:
-    try:
-        return check_name(text, "name")
-    except UsageError as error:
-        raise ValueError(error.what) from error
-
-
-Digest = Annotated[str, AfterValidator(_digest)]
 Time = Annotated[str, AfterValidator(_time)]
-Name = Annotated[str, AfterValidator(_named)]
-ScopeName = Annotated[str, AfterValidator(lambda text: text and _named(text))]
 
 
 class Requirement(Frozen):
@@ -84,8 +66,8 @@ class VersionBody(Body):
 
     name: Name
     number: int = Field(ge=1)
-    tenant: ScopeName
-    region: ScopeName
+    tenant: OptionalName
+    region: OptionalName
     base: Digest
     fingerprint: str
     signer: Name

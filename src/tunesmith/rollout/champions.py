@@ -125,16 +125,15 @@ class ChampionWatch:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store, self._champions = store, UntilChanged[list[Champion]](store)
+        self._store = store
+        self._champions = UntilChanged[list[Champion]](
+            store, lambda champions: not any(one.refused is None and one.expired for one in champions)
+        )
         self._noted: list[Champion] | None = None
 
     def refused(self) -> list[Champion]:
         """The champions that may not serve now, for all tenants and regions."""
-        listed = self._champions.get(
-            "champions",
-            lambda session: list_champions(session, self._store),
-            lambda champions: not any(one.refused is None and one.expired for one in champions),
-        )
+        listed = self._champions.get("champions", lambda session: list_champions(session, self._store))
         if listed is not self._noted:
             for champion in note_champions(self._store, listed):
                 _LOG.warning("%s", champion.warning or f"{champion.version} serves {champion.name} again")

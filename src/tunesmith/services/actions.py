@@ -30,7 +30,6 @@ Reason = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000
 Because = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Short = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)]
 Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
-Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
 
 # What other entries of the audit log say, which several actions or the server itself write.
 _ENTRIES = {

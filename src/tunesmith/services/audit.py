@@ -28,11 +28,11 @@ from tunesmith.store.anchoring.anchors import Anchor, AnchorsFound, open_place
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import (
-    Archive,
     Contents,
     export_rows,
     import_rows,
     keys_of,
+    open_archive,
     put_objects,
     require_no_rows,
     write_archive,
@@ -289,10 +289,10 @@ def backup(store: Store, file: Path, *, actor: str | None = None, progress: Prog
     """
     user = acting(store, actor)
     require(store, user, _ACTION)
-    copied = write_archive(store, file.absolute(), progress)
-    with store.change(user, "store.backup", file.name, {"rows": copied.rows, "objects": copied.objects}):
+    objects, total, rows = write_archive(store, file.absolute(), progress)
+    with store.change(user, "store.backup", file.name, {"rows": rows, "objects": objects}):
         pass
-    return StoreCopy.of(copied, place=str(file))
+    return StoreCopy(place=str(file), objects=objects, bytes=total, rows=rows)
 
 
 def restore(store: Store, file: Path, *, actor: str | None = None, progress: Progress = SILENT) -> StoreCopy:
@@ -301,8 +301,8 @@ def restore(store: Store, file: Path, *, actor: str | None = None, progress: Pro
     Every byte of the file is compared with its digest before anything is written. actor: a user of the backup, by
     default its owner. Raises Refused for a damaged file, and for a store that holds something.
     """
-    with store.scratch() as folder, Archive(file.absolute(), folder) as archive:
-        return _fill(store, archive.contents, actor, "store.restore", file.name, progress)
+    with store.scratch() as folder, open_archive(file.absolute(), folder) as contents:
+        return _fill(store, contents, actor, "store.restore", file.name, progress)
 
 
 def migrate(root: Path, *, actor: str | None = None, progress: Progress = SILENT) -> StoreCopy:

@@ -115,7 +115,7 @@ _REQUESTS: WeakKeyDictionary[Store, tuple[float, _Requests]] = WeakKeyDictionary
 def home(store: Store, viewer: str, project: Project | None = None) -> Home:
     """The first page for a user, without what takes long to find out (`due`). project: whose webhooks count."""
     user = get_user(store, viewer)
-    kept = _KEPT.setdefault(store, UntilChanged(store)).get("home", lambda session: _read(session, store), _holds)
+    kept = _KEPT.setdefault(store, UntilChanged(store, _holds)).get("home", lambda session: _read(session, store))
     requests = _requests(store, kept.champions)
     with store.reading() as session:
         moving = live_lines(session, user.scope)

@@ -19,11 +19,12 @@ import yaml
 from pydantic import Field
 
 from tunesmith.candidates.grammars.drafted_prompts import long_prompt, short_prompt
-from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, is_json, json_objects
+from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, json_objects
 from tunesmith.core.errors import NextStep, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
+from tunesmith.core.reading.strict_json import json_in
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.values import View
 from tunesmith.data.building.examine import control_token, refuse_control_tokens
@@ -484,7 +485,7 @@ def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: 
     # A call is an answer by its row's tools, not by a schema of the task.
     called = any(one[-1].tool_calls for one in read.conversations)
     values, broken = ([], 0) if called else json_objects([one[-1].text for one in read.conversations])
-    usable = [one for one in read.conversations if not broken or is_json(one[-1].text)]
+    usable = [one for one in read.conversations if not broken or json_in(one[-1].text) is not None]
     different = {(request_key(one[:-1]), answer_key(one[-1].text)): one for one in usable}
     rows, copies = len(different), len(usable) - len(different)
     if rows < _FEWEST:

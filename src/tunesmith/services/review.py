@@ -19,7 +19,6 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import Omitted, Page, ScopedView, View
-from tunesmith.data.building.examine import listed_values
 from tunesmith.data.building.flagged import rows_to_review
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.licences import permitted
@@ -333,7 +332,7 @@ def case_keeper(project: Project) -> CaseKeeper | None:
     settings = project.settings
     if settings.cases is None:
         return None
-    return CaseKeeper(project.store, settings.cases, settings.data.privacy, listed_values(project.schema))
+    return CaseKeeper(project.store, settings.cases, settings.data.privacy, project.schema)
 
 
 def list_cases(store: Store, *, everything: bool = False) -> CaseList:

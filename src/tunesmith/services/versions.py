@@ -23,7 +23,7 @@ from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, U
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.http_clients import is_private
 from tunesmith.core.text.names import Scope, VersionRef, is_number
-from tunesmith.core.values import Page, ScopedView, View
+from tunesmith.core.values import Digest, Page, ScopedView, View
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.pipeline.verdicts import changed_since, latest
@@ -38,7 +38,7 @@ from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import Alias, list_aliases, resolve
 from tunesmith.services import evaluations
-from tunesmith.services.actions import Acting, Action, Because, Digest, Named, Reason, Request, ScopedRequest, action
+from tunesmith.services.actions import Acting, Action, Because, Named, Reason, Request, ScopedRequest, action
 from tunesmith.services.datasets import datasheet
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User

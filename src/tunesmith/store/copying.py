@@ -12,11 +12,11 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from sqlalchemy import Connection, Table, insert, select, text
 from sqlalchemy.orm import Session
@@ -37,15 +37,6 @@ _ROWS, _MANIFEST, _OBJECTS = "database.jsonl", "manifest.json", "objects/"
 _DELETED = ("cases/", "files/")  # what may go while a store is copied: kept requests, uploaded files
 _FORMAT = 1
 _TOGETHER = 500
-
-
-@dataclass(frozen=True)
-class Copied:
-    """What a copy holds. bytes: of the objects."""
-
-    objects: int
-    bytes: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -135,8 +126,10 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
     return count, total
 
 
-def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copied:
-    """Write a store into a new file, which only this user can read. Raises UsageError where the file exists.
+def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> tuple[int, int, int]:
+    """Write a store into a new file, which only this user can read; returns how many objects, their bytes, and rows.
+
+    Raises UsageError where the file exists.
 
     A kept request or an uploaded file that is deleted meanwhile is left out.
     """
@@ -160,62 +153,53 @@ def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copi
         os.fsync(stream.fileno())
         os.replace(scratch, path)
     sync_folder(path.parent)
-    return Copied(objects=len(members) - 1, bytes=total, rows=rows)
+    return len(members) - 1, total, rows
 
 
-class Archive:
-    """A file of write_archive, every byte of which was compared with its digests when it was opened."""
+@contextmanager
+def open_archive(path: Path, scratch: Path) -> Iterator[Contents]:
+    """The contents of a file of write_archive, every byte of which was compared with its digest.
 
-    def __init__(self, path: Path, scratch: Path) -> None:
-        self._where = str(path)
-        with ExitStack() as stack:
-            try:
-                self._tar = stack.enter_context(tarfile.open(path, "r:"))
-                members = self._tar.getmembers()
-            except (OSError, tarfile.TarError) as error:
-                raise self._refusal(f"it cannot be read: {error}") from error
-            self._members = {member.name: member for member in members}
-            if len(self._members) != len(members) or not all(member.isreg() for member in members):
-                raise self._refusal("it names a file twice, or holds links")
-            stated = self._manifest()
-            if stated.keys() != self._members.keys() - {_MANIFEST} or _ROWS not in stated:
-                raise self._refusal("files are missing or were added")
-            for name, digest in stated.items():
-                if digest_pieces(self._read(name)) != digest:
-                    raise self._refusal(f"{name} is damaged")
-            keys = [name.removeprefix(_OBJECTS) for name in stated if name != _ROWS]
-            if not all(_is_key(key) for key in keys):
-                raise self._refusal("it holds a file that no store has")
-            with (scratch / _ROWS).open("wb") as stream:
-                stream.writelines(self._read(_ROWS))
-            self.contents = Contents(keys, lambda key: self._read(_OBJECTS + key), scratch / _ROWS)
-            self._stack = stack.pop_all()
+    scratch: a folder for its rows. Raises Refused for a damaged file, and for one of another version.
+    """
 
-    def __enter__(self) -> Self:
-        return self
+    def refusal(what: str) -> Refused:
+        return Refused(f"this backup cannot be used: {what}", where=str(path), fix="take another backup")
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _manifest(self) -> dict[str, str]:
-        """Digests of the members by name."""
-        try:
-            facts: Any = json.loads(b"".join(self._read(_MANIFEST)))
-            revision, stated = facts["revision"], {str(name): str(digest) for name, digest in facts["members"].items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise self._refusal("it is no whole backup") from error
-        if facts["format"] != _FORMAT or revision != HEAD_REVISION:
-            what = f"it was written by another version of Tunesmith (database revision {revision})"
-            raise Refused(what, where=self._where, fix="restore it with that version, then update")
-        return stated
-
-    def _read(self, name: str) -> Iterator[bytes]:
-        stream = self._tar.extractfile(self._members[name])
+    def read(name: str) -> Iterator[bytes]:
+        stream = archive.extractfile(members[name])
         assert stream is not None  # a regular file
         yield from pieces_of(stream)
 
-    def _refusal(self, what: str) -> Refused:
-        return Refused(f"this backup cannot be used: {what}", where=self._where, fix="take another backup")
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(tarfile.open(path, "r:"))
+            listed = archive.getmembers()
+        except (OSError, tarfile.TarError) as error:
+            raise refusal(f"it cannot be read: {error}") from error
+        members = {member.name: member for member in listed}
+        if len(members) != len(listed) or not all(member.isreg() for member in listed):
+            raise refusal("it names a file twice, or holds links")
+        try:
+            facts: Any = json.loads(b"".join(read(_MANIFEST)))
+            made_by = facts["format"], facts["revision"]
+            stated = {str(name): str(digest) for name, digest in facts["members"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise refusal("it is no whole backup") from error
+        if made_by != (_FORMAT, HEAD_REVISION):
+            what = f"it was written by another version of Tunesmith (database revision {made_by[1]})"
+            raise Refused(what, where=str(path), fix="restore it with that version, then update")
+        if stated.keys() != members.keys() - {_MANIFEST} or _ROWS not in stated:
+            raise refusal("files are missing or were added")
+        for name, digest in stated.items():
+            if digest_pieces(read(name)) != digest:
+                raise refusal(f"{name} is damaged")
+        keys = [name.removeprefix(_OBJECTS) for name in stated if name != _ROWS]
+        if not all(map(_is_key, keys)):
+            raise refusal("it holds a file that no store has")
+        with (scratch / _ROWS).open("wb") as rows:
+            rows.writelines(read(_ROWS))
+        yield Contents(keys, lambda key: read(_OBJECTS + key), scratch / _ROWS)
 
 
 _LEFT_OUT = {row.__tablename__ for row in (HeldRow, LockRow, LoginLinkRow, SessionRow)}

@@ -24,6 +24,12 @@ Digest = Annotated[str, mapped_column(String(71))]
 Str128 = Annotated[str, mapped_column(String(128))]
 Str256 = Annotated[str, mapped_column(String(256))]
 Long = Annotated[str, mapped_column(Text)]
+# The same as primary keys, and a number that begins at 0.
+Key64 = Annotated[str, mapped_column(String(64), primary_key=True)]
+DigestKey = Annotated[str, mapped_column(String(71), primary_key=True)]
+Key128 = Annotated[str, mapped_column(String(128), primary_key=True)]
+IntKey = Annotated[int, mapped_column(primary_key=True)]
+FromZero = Annotated[int, mapped_column(default=0)]
 
 
 class Table(DeclarativeBase):
@@ -48,7 +54,7 @@ class RecordRow(Table):
     """An index of the records."""
 
     __tablename__ = "records"
-    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    digest: Mapped[DigestKey]
     kind: Mapped[Str32] = mapped_column(index=True)
     created_at: Mapped[Str32]
 
@@ -57,8 +63,8 @@ class EdgeRow(Table):
     """A record (child) that names another (parent) under a role."""
 
     __tablename__ = "edges"
-    child: Mapped[Digest] = mapped_column(primary_key=True)
-    role: Mapped[Str128] = mapped_column(primary_key=True)
+    child: Mapped[DigestKey]
+    role: Mapped[Key128]
     parent: Mapped[Digest] = mapped_column(index=True)
 
 
@@ -66,7 +72,7 @@ class MemoRow(Table):
     """The record that a stage made for a key, the digest of its inputs and settings: `run` skips such a stage."""
 
     __tablename__ = "memos"
-    key: Mapped[Digest] = mapped_column(primary_key=True)
+    key: Mapped[DigestKey]
     digest: Mapped[Digest]
 
 
@@ -100,7 +106,7 @@ class LockRow(Table):
     """
 
     __tablename__ = "locks"
-    name: Mapped[Str128] = mapped_column(primary_key=True)
+    name: Mapped[Key128]
     owner: Mapped[Str32]
     purpose: Mapped[Str256]
     host: Mapped[Str256]
@@ -116,7 +122,7 @@ class UserRow(ForScope, Table):
     """
 
     __tablename__ = "users"
-    name: Mapped[Str128] = mapped_column(primary_key=True)
+    name: Mapped[Key128]
     roles: Mapped[list[str]]
     groups: Mapped[list[str]] = mapped_column(default=list)
     active: Mapped[bool] = mapped_column(default=True)
@@ -138,21 +144,21 @@ class KeyRow(Table):
     """
 
     __tablename__ = "keys"
-    fingerprint: Mapped[Digest] = mapped_column(primary_key=True)
+    fingerprint: Mapped[DigestKey]
     user: Mapped[Str128] = mapped_column(index=True)
     label: Mapped[Str64]
     public_key: Mapped[Long]
     status: Mapped[Str16] = mapped_column(default="active")
     enrolled: Mapped[int]
     proven_by: Mapped[Digest] = mapped_column(default="")
-    until: Mapped[int | None] = mapped_column(default=None)
+    until: Mapped[int | None]
 
 
 class LoginLinkRow(Table):
     """A one-time link to the console. digest: of the secret in it. until: when it ends, in seconds since 1970."""
 
     __tablename__ = "login_links"
-    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    digest: Mapped[DigestKey]
     user: Mapped[Str128]
     made_by: Mapped[Str128]
     until: Mapped[float]
@@ -167,7 +173,7 @@ class SessionRow(Table):
     __tablename__ = "sessions"
     id: Mapped[Str32] = mapped_column(primary_key=True)
     digest: Mapped[Digest] = mapped_column(unique=True)
-    before: Mapped[Digest | None] = mapped_column(unique=True, default=None)
+    before: Mapped[Digest | None] = mapped_column(unique=True)
     user: Mapped[Str128] = mapped_column(index=True)
     opened: Mapped[float]
     changed: Mapped[float]
@@ -184,14 +190,14 @@ class TokenRow(Table):
 
     __tablename__ = "tokens"
     __table_args__ = (UniqueConstraint("user", "name"),)
-    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    digest: Mapped[DigestKey]
     user: Mapped[Str128]
     name: Mapped[Str64]
     scopes: Mapped[list[str]]
     created: Mapped[float]
-    expires: Mapped[float | None] = mapped_column(default=None)
-    revoked: Mapped[float | None] = mapped_column(default=None)
-    used: Mapped[float | None] = mapped_column(default=None)
+    expires: Mapped[float | None]
+    revoked: Mapped[float | None]
+    used: Mapped[float | None]
 
 
 class VersionRow(ForScope, Table):
@@ -202,8 +208,8 @@ class VersionRow(ForScope, Table):
     """
 
     __tablename__ = "versions"
-    name: Mapped[Str128] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[Key128]
+    number: Mapped[IntKey]
     digest: Mapped[Digest] = mapped_column(unique=True)
     key: Mapped[Digest]
 
@@ -219,7 +225,7 @@ class AliasRow(Table):
     """
 
     __tablename__ = "aliases"
-    name: Mapped[Str128] = mapped_column(primary_key=True)
+    name: Mapped[Key128]
     alias: Mapped[Str32] = mapped_column(primary_key=True)
     tenant: Mapped[Str64] = mapped_column(primary_key=True, default="")
     region: Mapped[Str64] = mapped_column(primary_key=True, default="")
@@ -236,15 +242,15 @@ class RolloutRow(ForScope, Table):
     """A rollout and its state. revision: for compare-and-set."""
 
     __tablename__ = "rollouts"
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[IntKey]
     name: Mapped[Str128] = mapped_column(index=True)
     stable: Mapped[Digest]
     canary: Mapped[Digest]
     status: Mapped[Str16] = mapped_column(index=True)
-    step: Mapped[int] = mapped_column(default=0)
-    weight: Mapped[int] = mapped_column(default=0)
+    step: Mapped[FromZero]
+    weight: Mapped[FromZero]
     state: Mapped[JsonObject]
-    revision: Mapped[int] = mapped_column(default=0)
+    revision: Mapped[FromZero]
     started_at: Mapped[Str32]
 
 
@@ -256,19 +262,19 @@ class RequestRow(ForScope, Table):
     """
 
     __tablename__ = "requests"
-    id: Mapped[Str64] = mapped_column(primary_key=True)
+    id: Mapped[Key64]
     at: Mapped[Str32] = mapped_column(index=True)
     name: Mapped[Str128]
     caller: Mapped[Str128] = mapped_column(default="")
     end_user: Mapped[Str16] = mapped_column(default="")
     version: Mapped[Digest]
-    rollout: Mapped[int | None] = mapped_column(default=None)
+    rollout: Mapped[int | None]
     arm: Mapped[Str8]
     ok: Mapped[bool]
     cut: Mapped[bool] = mapped_column(default=False)
     seconds: Mapped[float]
-    prompt_tokens: Mapped[int] = mapped_column(default=0)
-    completion_tokens: Mapped[int] = mapped_column(default=0)
+    prompt_tokens: Mapped[FromZero]
+    completion_tokens: Mapped[FromZero]
     # scores: metric name -> number (json_valid at serving time, others once feedback arrives);
     # features: what drift monitoring compares (nearest, characters).
     scores: Mapped[JsonObject]
@@ -279,7 +285,7 @@ class RecallRow(Table):
     """A record or blob that was recalled, and the cause of the recall."""
 
     __tablename__ = "recalls"
-    digest: Mapped[Digest] = mapped_column(primary_key=True)
+    digest: Mapped[DigestKey]
     cause: Mapped[Str256] = mapped_column(primary_key=True)
     reason: Mapped[Long]
     at: Mapped[Str32]
@@ -303,27 +309,27 @@ class JobRow(ForScope, Table):
 
     __tablename__ = "jobs"
     __table_args__ = (UniqueConstraint("created_by", "key"),)
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[IntKey]
     project: Mapped[Str64]
     kind: Mapped[Str32]
     arguments: Mapped[JsonObject]
     state: Mapped[JobState] = mapped_column(String(16))
     wanted: Mapped[Str16] = mapped_column(default="")
-    priority: Mapped[int] = mapped_column(default=0)
+    priority: Mapped[FromZero]
     created_by: Mapped[Str128]
-    key: Mapped[Str128 | None] = mapped_column(default=None)
-    attempts: Mapped[int] = mapped_column(default=0)
+    key: Mapped[Str128 | None]
+    attempts: Mapped[FromZero]
     most_attempts: Mapped[int]
     due: Mapped[float]
-    fence: Mapped[int] = mapped_column(default=0)
+    fence: Mapped[FromZero]
     worker: Mapped[Str256] = mapped_column(default="")
-    until: Mapped[float | None] = mapped_column(default=None)
+    until: Mapped[float | None]
     progress: Mapped[JsonObject]
     result: Mapped[JsonObject]
     error: Mapped[JsonObject]
     created: Mapped[float]
-    started: Mapped[float | None] = mapped_column(default=None)
-    ended: Mapped[float | None] = mapped_column(default=None)
+    started: Mapped[float | None]
+    ended: Mapped[float | None]
 
     @property
     def cause(self) -> str:
@@ -340,8 +346,8 @@ class JobEventRow(Table):
     """A line of a job's log. number: from 1 for each job."""
 
     __tablename__ = "job_events"
-    job: Mapped[int] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
+    job: Mapped[IntKey]
+    number: Mapped[IntKey]
     at: Mapped[float]
     message: Mapped[Long]
 
@@ -350,7 +356,7 @@ class JobCurveRow(Table):
     """The curve of one of a job's trainings (jobs/queue.py). training: its name."""
 
     __tablename__ = "job_curves"
-    job: Mapped[int] = mapped_column(primary_key=True)
+    job: Mapped[IntKey]
     training: Mapped[Str256] = mapped_column(primary_key=True)
     curve: Mapped[JsonObject]
 
@@ -362,7 +368,7 @@ class FileRow(ForScope, Table):
     """
 
     __tablename__ = "files"
-    number: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[IntKey]
     file: Mapped[Str64] = mapped_column(unique=True)
     created_by: Mapped[Str128]
     name: Mapped[Str256]
@@ -376,8 +382,8 @@ class WebhookRow(Table):
     """How far a project's webhook has read the audit log. seq: the newest entry that it has seen."""
 
     __tablename__ = "webhooks"
-    project: Mapped[Str64] = mapped_column(primary_key=True)
-    name: Mapped[Str64] = mapped_column(primary_key=True)
+    project: Mapped[Key64]
+    name: Mapped[Key64]
     seq: Mapped[int]
 
 
@@ -387,13 +393,13 @@ class DeliveryRow(Table):
     """
 
     __tablename__ = "deliveries"
-    project: Mapped[Str64] = mapped_column(primary_key=True)
-    webhook: Mapped[Str64] = mapped_column(primary_key=True)
-    event: Mapped[Str64] = mapped_column(primary_key=True)
+    project: Mapped[Key64]
+    webhook: Mapped[Key64]
+    event: Mapped[Key64]
     seq: Mapped[int]
     type: Mapped[Str64]
     body: Mapped[Long]
-    attempts: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[FromZero]
     given_up: Mapped[bool] = mapped_column(default=False)
     due: Mapped[float]
     error: Mapped[Str256] = mapped_column(default="")
@@ -408,7 +414,7 @@ class HeldRow(ForScope, Table):
     """
 
     __tablename__ = "held_answers"
-    id: Mapped[Str64] = mapped_column(primary_key=True)
+    id: Mapped[Key64]
     name: Mapped[Str128]
     version: Mapped[Digest]
     caller: Mapped[Str128]
@@ -423,7 +429,7 @@ class HeldRow(ForScope, Table):
     state: Mapped[Str16]
     decided_by: Mapped[Str128] = mapped_column(default="")
     reason: Mapped[Long] = mapped_column(default="")
-    decided: Mapped[float | None] = mapped_column(default=None)
+    decided: Mapped[float | None]
 
 
 Index("held_by_state", HeldRow.state, HeldRow.deadline)
@@ -439,7 +445,7 @@ class ReviewItemRow(Table):
 
     __tablename__ = "review_items"
     __table_args__ = (UniqueConstraint("kind", "subject"),)
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[IntKey]
     kind: Mapped[Str16]
     subject: Mapped[Str128]
     dataset: Mapped[Digest] = mapped_column(default="")
@@ -448,7 +454,7 @@ class ReviewItemRow(Table):
     messages: Mapped[JsonObject]
     wanted: Mapped[int]
     state: Mapped[Str16] = mapped_column(index=True)
-    revision: Mapped[int] = mapped_column(default=0)
+    revision: Mapped[FromZero]
 
 
 class ReviewDecisionRow(Table):
@@ -458,8 +464,8 @@ class ReviewDecisionRow(Table):
     """
 
     __tablename__ = "review_decisions"
-    item: Mapped[int] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
+    item: Mapped[IntKey]
+    number: Mapped[IntKey]
     reviewer: Mapped[Str128]
     decision: Mapped[Str16]
     reason: Mapped[Long]

@@ -11,6 +11,7 @@ from tunesmith.store import audit
 from tunesmith.store.store import Store
 
 Value = TypeVar("Value")
+_MOST = 4096  # values that are kept
 
 
 class UntilChanged(Generic[Value]):
@@ -18,41 +19,38 @@ class UntilChanged(Generic[Value]):
 
     Every change of state writes an audit entry in its transaction (`Store.change`). So the newest entry's number and
     digest are the revision of users, keys, approvals, recalls, aliases and rollouts, whichever process changes them.
-    most: how many values are kept.
+    holds: whether a value still does, for what changes without an entry, such as the time.
     """
 
-    def __init__(self, store: Store, most: int = 4096) -> None:
-        self._store, self._most = store, most
+    def __init__(self, store: Store, holds: Callable[[Value], bool] = lambda _value: True) -> None:
+        self._store, self._holds = store, holds
         self._kept: dict[Hashable, tuple[Sequence[Any] | None, Value]] = {}
 
-    def get(
-        self, key: Hashable, compute: Callable[[Session], Value], holds: Callable[[Value], bool] = lambda _value: True
-    ) -> Value:
+    def get(self, key: Hashable, compute: Callable[[Session], Value]) -> Value:
         """The value of a key, computed if there is none for the newest entry or it does not hold any more.
 
-        compute: reads what it needs through the session that it is given. holds: for what changes without an entry,
-        such as the time. What compute raises is raised, and not kept.
+        compute: reads what it needs through the session that it is given. What it raises is raised, and not kept.
         """
         # Before the value is computed: a change in between gives the next call another revision.
         revision = audit.revision(self._store.engine)
-        if (known := self._known(key, revision, holds)) is not None:
+        if (known := self._known(key, revision)) is not None:
             return known
         with self._store.reading() as session:
             value = compute(session)
-        if len(self._kept) >= self._most:
+        if len(self._kept) >= _MOST:
             self._kept = {}
         self._kept[key] = revision, value
         return value
 
-    def known(self, key: Hashable, holds: Callable[[Value], bool] = lambda _value: True) -> Value | None:
+    def known(self, key: Hashable) -> Value | None:
         """As `kept`, in some microseconds: None too where the database is behind a network and may keep the caller
         waiting."""
-        return self.kept(key, holds) if self._store.engine.dialect.name == "sqlite" else None
+        return self.kept(key) if self._store.engine.dialect.name == "sqlite" else None
 
-    def kept(self, key: Hashable, holds: Callable[[Value], bool] = lambda _value: True) -> Value | None:
+    def kept(self, key: Hashable) -> Value | None:
         """The value of a key if it is kept and holds. None where it has to be computed."""
-        return self._known(key, audit.revision(self._store.engine), holds) if key in self._kept else None
+        return self._known(key, audit.revision(self._store.engine)) if key in self._kept else None
 
-    def _known(self, key: Hashable, revision: Sequence[Any] | None, holds: Callable[[Value], bool]) -> Value | None:
+    def _known(self, key: Hashable, revision: Sequence[Any] | None) -> Value | None:
         kept = self._kept.get(key)
-        return kept[1] if kept is not None and kept[0] == revision and holds(kept[1]) else None
+        return kept[1] if kept is not None and kept[0] == revision and self._holds(kept[1]) else None

@@ -79,7 +79,7 @@ def test_keys_that_tell_nothing_or_two_things() -> None:
     assert "looks like prompt-completion" in error({"prompt": "a", "completion": "b"}, "messages").what
     both = {"messages": turns("a", "b"), "prompt": "x", "completion": "y"}
     assert "several formats" in error(both).what
-    with pytest.raises(ValueError, match="there is no format 'alpaka'"):
+    with pytest.raises(ValueError, match="Input should be 'auto', 'messages'"):
         Rows(path="a.jsonl", format="alpaka")
     assert Rows.model_json_schema()["properties"]["format"]["enum"] == [row_formats.AUTO, *row_formats.FORMATS]
     assert conversation(both, "messages")[0].content == "a"

@@ -192,7 +192,7 @@ def test_names_are_found_and_one_person_stays_one(reader: Scanner) -> None:
     (asked,) = changed("Ask Ann Lee about the Annual Leeway report.", scanner=reader)
     assert "Annual Leeway" in asked
     assert "Ann " not in asked, "names are replaced as words"
-    keep = Scanner(Privacy(model=RECOMMENDED), keep={"Nairobi"})  # what a schema lists
+    keep = Scanner(Privacy(model=RECOMMENDED), {"enum": ["Nairobi"]})
     assert not scan("What is the weather in Nairobi today?", '{"city": "Nairobi"}', scanner=keep).counts
     rows = [[Message(role="user", content=f"Ask Maria Novak at {n} Church Street about {n} eggs.")] for n in range(8)]
     alone = [reader.scan(one) for one in rows]
@@ -325,7 +325,7 @@ def test_one_pseudonym_for_all_spellings() -> None:
     assert found.messages[1].content == '{"to": "person1@example.com", "copy": "person1@example.com"}'
     assert found.counts == {"EMAIL_ADDRESS": 1}
     assert SCANNER.values([Message(role="user", content="ｊane＠acme.org")]) == ["ｊane＠acme.org"]
-    keep = Scanner(Privacy(), keep={"Jane@acme.org"})
+    keep = Scanner(Privacy(), {"properties": {"to": {"const": "Jane@acme.org"}}})
     assert keep.findings(["jane@acme.org", "jane\u200b@acme.org"]) == [[], []]
 
 

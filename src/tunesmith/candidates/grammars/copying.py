@@ -11,10 +11,9 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import Any, Final, Literal
 
 from tunesmith.candidates.candidate import Candidate
@@ -24,7 +23,6 @@ from tunesmith.candidates.grammars.schema_rules import (
     FIX,
     LETTER,
     OBJECT,
-    Bounds,
     SchemaRules,
     is_listed,
     limits,
@@ -35,12 +33,13 @@ from tunesmith.candidates.grammars.schema_rules import (
 )
 from tunesmith.candidates.grammars.words import END, SPACE, has_run, is_copied, pieces
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import Schema
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json, values_in
 from tunesmith.engines.protocol import Generation, restricted
 
+AnsweredRows = Sequence[tuple[str, Conversation]]  # answers, each with its request
 _GRAMMARS_KEPT: Final = 64
 _FEWEST, _BEYOND = 20, 0.02  # values that a proposal to copy needs, and the share that may not be copied
 _REFERENCES: Final = 2  # how often one $ref is followed on the way to a field
@@ -83,7 +82,7 @@ class Constraint:
         """Whether the keys of an object may come in another order than the schema's."""
         return self._schema is not None and (self._grammars is not None or self._grammar is not None)
 
-    def hold(self, request: Generation, own: Sequence[Message], requested: Schema | None = None) -> Generation:
+    def hold(self, request: Generation, own: Conversation, requested: Schema | None = None) -> Generation:
         """The request with its schema or grammar. own: its own turns, without prompt, shots and passages.
 
         requested: a schema of the request, which the answer must fit as well. Raises UsageError where the turns hold no
@@ -99,14 +98,14 @@ class Constraint:
             return replace(request, schema=self._schema, grammar=self._grammar)
         return replace(request, grammar=self._grammars.grammar(_user_texts(own)), constrained_by="messages")
 
-    def forbids(self, answer: str, own: Sequence[Message]) -> Literal["copy", "form"] | None:
+    def forbids(self, answer: str, own: Conversation) -> Literal["copy", "form"] | None:
         """What keeps decoding from this answer to a request whose own turns these are: a copied field holds other than
         their words, or its form; None where it can give the answer."""
         if self._grammars is not None and invented(answer, self._copied, own) and not self._gives(answer, own):
             return "copy"
         return None if self.form is None or matches(self.form, answer) else "form"
 
-    def _gives(self, answer: str, own: Sequence[Message]) -> bool:
+    def _gives(self, answer: str, own: Conversation) -> bool:
         """Whether decoding can give this answer to a request. Slow; it knows that a value may be copied or listed."""
         assert self._grammars is not None
         try:
@@ -178,7 +177,7 @@ class CopyGrammars:
         if (rules := whole.write()) is None:
             raise UsageError("no answer is possible: the schema requires a copied field that may hold no word", fix=FIX)
         self._of_any_words, self._bounds = rules, frozenset(whole.bounds)
-        self._rules = lru_cache(_GRAMMARS_KEPT)(self._rules_for)
+        self._rules = lru_cache(_GRAMMARS_KEPT)(lambda lengths: SchemaRules(self._root, self._fields, lengths).write())
         self._grammar = lru_cache(_GRAMMARS_KEPT)(self._write)
 
     def grammar(self, texts: Sequence[str]) -> str:
@@ -192,9 +191,6 @@ class CopyGrammars:
     def of_any_words(self) -> str:
         """The Lark grammar of answers whose copied fields hold any text."""
         return f"{self._of_any_words}{_COPIED}RUN: /{LETTER}*/\n"
-
-    def _rules_for(self, lengths: frozenset[Bounds]) -> str | None:
-        return SchemaRules(self._root, self._fields, lengths).write()
 
     def _write(self, texts: tuple[str, ...]) -> str:
         words = pieces(texts)
@@ -266,27 +262,25 @@ def text_fields(schema: Schema) -> list[str]:
     return list(dict.fromkeys(_shown(path) for path, value in _known(schema).items() if not value.uncopied))
 
 
+def paths_in(schema: Schema) -> set[str]:
+    """The paths of all values in a schema."""
+    return set(map(_shown, _known(schema)))
+
+
 def texts_of(value: Any) -> Iterator[tuple[str, str]]:
     """The path and the text of every text in a JSON value."""
-    for path, text in _texts(value, ""):
-        yield _shown(path), text
+    return ((path_of(keys), text) for keys, text in values_in(value) if isinstance(text, str))
 
 
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _texts(each, _inside(path, key))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each, path + _ITEM)
+def path_of(keys: Iterable[str | int]) -> str:
+    """The path of a value that these keys and places lead to, as people write it."""
+    return _shown(_joined(keys))
 
 
-def invented(answer: str, fields: Sequence[str], own: Sequence[Message]) -> list[str]:
+def invented(answer: str, fields: Sequence[str], own: Conversation) -> list[str]:
     """The copied fields of an answer whose value is not words of the request's user turns; none if it is not JSON."""
     try:
-        texts = list(_texts(parse_json(answer), ""))
+        texts = [(_joined(keys), text) for keys, text in values_in(parse_json(answer)) if isinstance(text, str)]
     except NotJson:
         return []
     given = pieces(_user_texts(own))
@@ -294,17 +288,16 @@ def invented(answer: str, fields: Sequence[str], own: Sequence[Message]) -> list
     return [_shown(path) for path, text in copied if not is_copied(text, given)]
 
 
-def paths_to_copy(schema: Schema, rows: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
+def paths_to_copy(schema: Schema, rows: AnsweredRows) -> list[str]:
     """The paths of the text fields whose values are words of the request in nearly all rows that have them.
 
-    rows: answers, each with its request. At least 98% of the values, and 20 of them, must be copied.
+    At least 98% of the values, and 20 of them, must be copied.
     """
     times: Counter[str] = Counter()
     beyond: Counter[str] = Counter()
     fields = [path for path in text_fields(schema) if "*" not in path]
     for answer, own in rows:
-        with suppress(NotJson):
-            times.update(path for path, _ in texts_of(parse_json(answer)))
+        times.update(path for path, _ in texts_of(parse_json(answer)))
         beyond.update(invented(answer, fields, own))
     return [path for path in fields if times[path] >= _FEWEST and beyond[path] <= _BEYOND * times[path]]
 
@@ -325,13 +318,18 @@ def patterns_of(schema: Schema, chosen: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(together[path] if together[path] in whole else path for path in chosen))
 
 
-def _user_texts(own: Sequence[Message]) -> list[str]:
+def _user_texts(own: Conversation) -> list[str]:
     return [message.content for message in own if message.role == "user"]
 
 
 def _inside(path: str, key: str) -> str:
     """The path of a key's value in the object at a path."""
     return f"{path}{_KEY}{key}" if path else key
+
+
+def _joined(keys: Iterable[str | int]) -> str:
+    """The path of a value in an answer, as those of a schema are written here."""
+    return reduce(lambda path, key: path + _ITEM if isinstance(key, int) else _inside(path, key), keys, "")
 
 
 def _shown(path: str) -> str:

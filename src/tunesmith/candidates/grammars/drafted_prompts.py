@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from tunesmith.candidates.grammars.copying import text_fields
 from tunesmith.candidates.grammars.inferred_schema import AnswerFindings
+from tunesmith.candidates.grammars.schema_rules import types_of
 from tunesmith.core.reading.answer_schema import Schema
 
 _WITH_KEYS = ("array", "object")  # named last: the lines of their keys follow
@@ -51,7 +52,7 @@ def _keys(schema: Schema, path: str, said: Mapping[str, str | None], indent: str
 
 def _kind(schema: Schema, path: str, said: Mapping[str, str | None]) -> str:
     """What values a schema allows, in words."""
-    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    kinds = types_of(schema)
     names = sorted((kind for kind in kinds if kind != "null"), key=_WITH_KEYS.__contains__)
     words = {}
     if path in said:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from string import ascii_lowercase
 from typing import Any
 
 import regex
 from llguidance import LLMatcher
 
-from tunesmith.candidates.grammars.copying import copied_fields, paths_to_copy, patterns_of, text_fields, texts_of
+from tunesmith.candidates.grammars.copying import (
+    AnsweredRows,
+    copied_fields,
+    path_of,
+    paths_in,
+    paths_to_copy,
+    patterns_of,
+    text_fields,
+    texts_of,
+)
 from tunesmith.candidates.grammars.words import is_copied, pieces
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation, Turns
 from tunesmith.core.reading.answer_schema import Schema
-from tunesmith.core.reading.strict_json import Fields, JsonObject, NotJson, as_decoded, parse_json
+from tunesmith.core.reading.strict_json import Fields, JsonObject, as_decoded, json_in, parse_json, values_in
 from tunesmith.data.duplicates import learned_parts
 from tunesmith.data.formats.key_order import in_request_order
 
@@ -50,11 +57,18 @@ _LARGEST_RANGE = 1 << 53  # beyond, not every reader of JSON tells whole numbers
 _MOST_KEYS, _MOST_SAID_KEYS = 200, 20
 # Below so many levels the schema says the kind of a value only: a check of the schema itself goes only so deep.
 _DEEPEST = 24
+_KINDS = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 
 
-def schema_and_copied(
-    values: Sequence[Fields], rows: Sequence[tuple[str, Sequence[Message]]]
-) -> tuple[JsonObject, list[str]]:
+def schema_and_copied(values: Sequence[Fields], rows: AnsweredRows) -> tuple[JsonObject, list[str]]:
     """The answers' schema and the patterns of the fields to copy.
 
     A value that requests say is not closed, even where few were seen: the next request may say another. But where most
@@ -81,24 +95,14 @@ def rare_keys(values: Sequence[Fields], schema: Schema) -> list[str]:
 
     As many answers in as many others are likely to have a key that was not seen (Good and Turing's estimate).
     """
-    times = Counter(path for value in values for path in set(_keys_of(value, schema, "")))
-    return [path for path, count in times.items() if count == 1]
+    times: Counter[str] = Counter()
+    for value in values:
+        times.update({path_of(keys) for keys, _ in values_in(value) if keys and isinstance(keys[-1], str)})
+    named = paths_in(schema)
+    return [path for path, count in times.items() if count == 1 and path in named]
 
 
-def _keys_of(value: Any, schema: Schema, path: str) -> Iterator[str]:
-    """The path of every key that the schema names."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            if key in schema.get("properties", {}):
-                inside = f"{path}.{key}" if path else key
-                yield inside
-                yield from _keys_of(each, schema["properties"][key], inside)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _keys_of(each, schema.get("items", {}), f"{path}[]")
-
-
-def answer_labels(rows: Sequence[tuple[str, Sequence[Message]]]) -> tuple[str, ...]:
+def answer_labels(rows: AnsweredRows) -> tuple[str, ...]:
     """The answers, if they are a few labels that requests do not say, or that most requests list. Whole numbers may be
     labels, as the stars of a review are."""
     answers = [answer for answer, _ in rows]
@@ -109,7 +113,7 @@ def answer_labels(rows: Sequence[tuple[str, Sequence[Message]]]) -> tuple[str, .
     return () if "label" in said - _listed(said, named) else tuple(sorted(set(answers)))
 
 
-def _said(rows: Sequence[tuple[str, Sequence[Message]]], *, most: bool = False) -> set[str]:
+def _said(rows: AnsweredRows, *, most: bool = False) -> set[str]:
     """The paths of texts and keys that requests say in nearly all rows, in capitals or not, and of numbers that they
     say in most rows: `a chair` is 1, and `a dozen` is 12.
 
@@ -122,17 +126,16 @@ def _said(rows: Sequence[tuple[str, Sequence[Message]]], *, most: bool = False) 
     texts: dict[str, dict[str, list[int]]] = {}  # path -> text -> how often it is the value, and unsaid
     for answer, own in rows:
         given = _given(own)
-        with suppress(NotJson):
-            for path, word in _words_of(parse_json(answer)):
-                missing = not is_copied(str(word).casefold(), given)
-                seen[path] += 1
-                unsaid[path] += missing
-                if not isinstance(word, str):
-                    numbers.add(path)
-                elif len(known := texts.setdefault(path, {})) <= _ENUM_VALUES:
-                    counts = known.setdefault(word, [0, 0])
-                    counts[0] += 1
-                    counts[1] += missing
+        for path, word in _words_of(parse_json(answer)):
+            missing = not is_copied(str(word).casefold(), given)
+            seen[path] += 1
+            unsaid[path] += missing
+            if not isinstance(word, str):
+                numbers.add(path)
+            elif len(known := texts.setdefault(path, {})) <= _ENUM_VALUES:
+                counts = known.setdefault(word, [0, 0])
+                counts[0] += 1
+                counts[1] += missing
     return {
         path
         for path, times in seen.items()
@@ -150,23 +153,19 @@ def _most_said(texts: Collection[Sequence[int]]) -> bool:
     return len(texts) >= _FEWEST_TEXTS and said >= _MOST_TEXTS * len(texts)
 
 
-def _words_of(value: Any, path: str = "") -> Iterator[tuple[str, str | int | float]]:
+def _words_of(value: Any) -> Iterator[tuple[str, str | int | float]]:
     """The path of every text, number and key in a JSON value, and itself.
 
     A key has the path of its object.
     """
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield path, key
-            yield from _words_of(each, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _words_of(each, f"{path}[]")
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield path, value
+    for keys, each in values_in(value):
+        if keys and isinstance(keys[-1], str):
+            yield path_of(keys[:-1]), keys[-1]
+        if isinstance(each, str | int | float) and not isinstance(each, bool):
+            yield path_of(keys), each
 
 
-def _given(own: Sequence[Message]) -> list[str]:
+def _given(own: Conversation) -> list[str]:
     """The pieces of the user's turns, without capitals, and the digits in them: the 3 of `3x`."""
     texts = [turn.content.casefold() for turn in own if turn.role == "user"]
     return pieces([*texts, *(digits for text in texts for digits in _DIGITS.findall(text))])
@@ -180,14 +179,13 @@ def _closed_in_all(schema: Schema, path: str = "") -> Iterator[str]:
         yield from _closed_in_all(schema["properties"][key], f"{path}.{key}" if path else key)
 
 
-def _listed(paths: Collection[str], rows: Sequence[tuple[str, Sequence[Message]]]) -> set[str]:
+def _listed(paths: Collection[str], rows: AnsweredRows) -> set[str]:
     """The paths whose values, two or more, all stand in most requests."""
     known: dict[str, set[str]] = {path: set() for path in paths}
     for answer, _ in rows:
-        with suppress(NotJson):
-            for path, text in texts_of(parse_json(answer)):
-                if path in known and len(known[path]) <= _ENUM_VALUES:
-                    known[path].add(text)
+        for path, text in texts_of(parse_json(answer)):
+            if path in known and len(known[path]) <= _ENUM_VALUES:
+                known[path].add(text)
     given = [_given(own) for _, own in rows[:: -(-len(rows) // _ASKED)]]
     return {
         path
@@ -273,15 +271,8 @@ def _is_vocabulary(values: Sequence[str], each: int = _ENUM_TIMES, *, numbers: b
 
 def _kinds(values: Sequence[Any]) -> list[str]:
     """The JSON types of values; whole numbers among others are numbers."""
-    kinds = sorted({_kind(value) for value in values})
+    kinds = sorted({_KINDS[type(value)] for value in values})
     return ["number"] if kinds == ["integer", "number"] else kinds
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    kinds: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
-    return kinds.get(type(value), "object")
 
 
 _UNSAID, _SAME = 0.02, 0.8  # shares of a field's values, and of those that no request says
@@ -301,12 +292,12 @@ class AnswerFindings:
     labels. sentences: whether most answers hold a sentence of their own.
     """
 
-    def __init__(self, conversations: Sequence[tuple[Message, ...]], *, json_objects: bool) -> None:
+    def __init__(self, conversations: Sequence[Turns], *, json_objects: bool) -> None:
         """json_objects: whether all the last answers of the conversations are JSON objects."""
         self.calls = sum(bool(one[-1].tool_calls) for one in conversations)
         # Training learns each answer of a conversation, and a server gives each: what holds answers must allow all.
         earlier = [part for one in conversations for part in learned_parts(one)[:-1]]
-        unlike = [part for part in earlier if part[-1].tool_calls or not _is_object(part[-1].text)]
+        unlike = [part for part in earlier if part[-1].tool_calls or not isinstance(json_in(part[-1].text), dict)]
         self.others = len(unlike) if json_objects else 0
         pairs = [(part[-1].text, part[:-1]) for part in (*conversations, *([] if self.others else earlier))]
         self.schema: JsonObject | None = None
@@ -324,9 +315,9 @@ class AnswerFindings:
         self.respelled = sum(as_decoded(answer) != answer for answer, _ in pairs) if self.constrained else 0
         self.tokens = max(_most_tokens(part[-1].text) for part in (*conversations, *earlier))
         texts = [] if json_objects or self.calls else [one[-1].text for one in conversations]
-        without = [text for text in texts if not _is_object(_unfenced(text))]
+        without = [text for text in texts if not isinstance(json_in(_unfenced(text)), dict)]
         self.objects, self.not_object = len(texts) - len(without), next(iter(without), None)
-        self.lists = sum(text.lstrip().startswith("[") and is_json(text) for text in texts)
+        self.lists = sum(isinstance(json_in(text), list) for text in texts)
         self.labels = () if self.calls else answer_labels([(one[-1].text, one[:-1]) for one in conversations])
 
 
@@ -337,25 +328,9 @@ def json_objects(answers: Sequence[str]) -> tuple[list[JsonObject], int]:
     """
     if not all(answer.lstrip().startswith("{") for answer in answers):
         return [], 0
-    values = []
-    for answer in answers:
-        with contextlib.suppress(NotJson):
-            values.append(parse_json(answer))
+    values = [value for answer in answers if (value := json_in(answer)) is not None]
     broken = len(answers) - len(values)
     return (values, broken) if len(values) > broken else ([], 0)
-
-
-def is_json(answer: str) -> bool:
-    """Whether a text is one JSON value."""
-    try:
-        parse_json(answer)
-    except NotJson:
-        return False
-    return True
-
-
-def _is_object(answer: str) -> bool:
-    return answer.lstrip().startswith("{") and is_json(answer)
 
 
 def _unfenced(answer: str) -> str:
@@ -363,23 +338,20 @@ def _unfenced(answer: str) -> str:
     return re.sub(r"\A\s*```\w*\n(.*)\n\s*```\s*\Z", r"\1", answer, flags=re.DOTALL)
 
 
-def _free_texts(
-    schema: Schema | None, pairs: Sequence[tuple[str, Sequence[Message]]]
-) -> tuple[dict[str, str | None], bool]:
+def _free_texts(schema: Schema | None, pairs: AnsweredRows) -> tuple[dict[str, str | None], bool]:
     """(paths of texts that most requests say -> what stands for others, whether most answers hold a new sentence)."""
     free = {""} if schema is None else set(text_fields(schema))
     seen, said, sentences = Counter[str](), Counter[str](), set[str]()
     unsaid: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for answer, request in pairs:
         given = pieces(turn.content for turn in request if turn.role == "user")
-        with contextlib.suppress(NotJson):
-            values: Iterable[tuple[str, str]] = [("", answer)] if schema is None else texts_of(parse_json(answer))
-            texts = [(path, text, is_copied(text, given)) for path, text in values if path in free]
-            seen.update(path for path, _, _ in texts)
-            for path, text, copied in texts:
-                said[path] += copied
-                unsaid[path][text] += not copied
-            sentences.update([text for _, text, copied in texts if not copied and _is_sentence(text)][:1])
+        values: Iterable[tuple[str, str]] = [("", answer)] if schema is None else texts_of(parse_json(answer))
+        texts = [(path, text, is_copied(text, given)) for path, text in values if path in free]
+        seen.update(path for path, _, _ in texts)
+        for path, text, copied in texts:
+            said[path] += copied
+            unsaid[path][text] += not copied
+        sentences.update([text for _, text, copied in texts if not copied and _is_sentence(text)][:1])
     found_said: dict[str, str | None] = {}
     for path, count in seen.items():
         text, times = unsaid[path].most_common(1)[0]

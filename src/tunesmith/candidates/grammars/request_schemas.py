@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from tunesmith.candidates.grammars.schema_rules import resolved, types_of
 from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.engines.protocol import restricted
 from tunesmith.models.call_format import CallFormat
 
 # What `response_format: {"type": "json_object"}` asks for. Stated in full: some backends read a schema that does not
 # mention further properties as one without them.
-ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object", "additionalProperties": True}
+ANY_OBJECT: Final[Schema] = {"type": "object", "additionalProperties": True}
 
 # OpenAI's limits of a schema, https://platform.openai.com/docs/guides/structured-outputs
 MOST_PROPERTIES, MOST_LEVELS, MOST_ENUM, MOST_LETTERS = 5_000, 10, 1_000, 120_000
@@ -69,7 +71,7 @@ def check_schema(schema: Any, *, strict: bool) -> None:
         raise ValueError("strict: the schema's own type must be 'object', without anyOf")
 
 
-def _parts(schema: Any, place: str, level: int) -> Iterator[tuple[str, dict[str, Any], int]]:
+def _parts(schema: Any, place: str, level: int) -> Iterator[tuple[str, JsonObject, int]]:
     """(place, part, level) of a schema and every schema in it. Raises ValueError for what is not a schema."""
     waiting: list[tuple[str, Any, int]] = [(place, schema, level)]
     while waiting:
@@ -92,7 +94,7 @@ def _parts(schema: Any, place: str, level: int) -> Iterator[tuple[str, dict[str,
         yield place, part, level
 
 
-def _check_part(part: Mapping[str, Any], place: str, strict: bool) -> None:
+def _check_part(part: Schema, place: str, strict: bool) -> None:
     if unknown := sorted(part.keys() - _KEYWORDS - _NOTES - _DEFINITIONS):
         raise ValueError(f"{place}: {unknown[0][:40]!r} is not supported")
     for alone in ("$ref", "anyOf"):
@@ -113,7 +115,7 @@ def _check_part(part: Mapping[str, Any], place: str, strict: bool) -> None:
         _check_strict(part, place)
 
 
-def _check_reference(root: Mapping[str, Any], reference: Any, place: str, checked: frozenset[int]) -> None:
+def _check_reference(root: Schema, reference: Any, place: str, checked: frozenset[int]) -> None:
     """Raise ValueError for a reference out of the schema, to nothing, or back to itself with nothing in between.
 
     checked: ids of the parts that are checked. What is elsewhere, such as a value of enum, was not.
@@ -133,7 +135,7 @@ def _check_reference(root: Mapping[str, Any], reference: Any, place: str, checke
     raise ValueError(f"{place}.$ref: it leads to another one more than {MOST_LEVELS} times, perhaps back to itself")
 
 
-def _check_numbers(part: Mapping[str, Any], place: str) -> None:
+def _check_numbers(part: Schema, place: str) -> None:
     for key in (*_COUNTS, *_NUMBERS):
         value = part.get(key, 0)
         kinds = int if key in _COUNTS else int | float
@@ -148,7 +150,7 @@ def _check_numbers(part: Mapping[str, Any], place: str) -> None:
             raise ValueError(f"{place}.multipleOf: supported are short numbers above 0 and up to {_MOST_MULTIPLE}")
 
 
-def _check_strict(part: Mapping[str, Any], place: str) -> None:
+def _check_strict(part: Schema, place: str) -> None:
     """Raise ValueError for what OpenAI does not take with `strict: true`."""
     if "object" not in types_of(part):
         return
@@ -158,7 +160,7 @@ def _check_strict(part: Mapping[str, Any], place: str) -> None:
         raise ValueError(f"{place}: strict: 'required' must name every property, and {missing[0]!r:.80} is missing")
 
 
-def only_objects(root: Mapping[str, Any], schema: Any, passed: int = 0) -> bool:
+def only_objects(root: Schema, schema: Any, passed: int = 0) -> bool:
     """Whether every answer that a candidate's schema allows is a JSON object. False where that is not plain."""
     if not isinstance(schema, dict) or passed > MOST_LEVELS:
         return False
@@ -172,12 +174,12 @@ def only_objects(root: Mapping[str, Any], schema: Any, passed: int = 0) -> bool:
     return all(only_objects(root, option, passed + 1) for option in schema.get("anyOf") or [None])
 
 
-def same_schema(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_schema(one: Schema, other: Schema) -> bool:
     """Whether two schemas say the same, word for word. The order of keys says nothing."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
-def both(own: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
+def both(own: Schema, requested: Schema) -> JsonObject:
     """A schema whose answers fit the candidate's own schema and the requested one, with keys in the requested order.
 
     Raises UsageError where the two cannot be held together.
@@ -191,12 +193,12 @@ def both(own: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def moved(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
+def moved(schema: Schema, path: str) -> JsonObject:
     """A schema as it must be written at this path of another one: its references lead there.
 
     Raises UsageError for references that are not plain paths.
     """
-    written: dict[str, Any] = {}
+    written: JsonObject = {}
     for key, value in schema.items():
         if key in ("$schema", "$id"):
             continue
@@ -233,7 +235,7 @@ _MOST_CALLS: Final = 16  # in one answer
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def call_grammar(form: CallFormat, functions: Sequence[Mapping[str, Any]], *, forced: bool, several: bool) -> str:
+def call_grammar(form: CallFormat, functions: Sequence[Fields], *, forced: bool, several: bool) -> str:
     """A Lark grammar of answers that call one of the functions, or several in a row.
 
     functions: {"name", "parameters", "strict"} of each. forced: the answer is a call; else it may also be text, before
@@ -260,10 +262,10 @@ def call_grammar(form: CallFormat, functions: Sequence[Mapping[str, Any]], *, fo
     )
 
 
-def _calls(form: CallFormat, functions: Sequence[Mapping[str, Any]], forced: bool) -> dict[str, Any]:
+def _calls(form: CallFormat, functions: Sequence[Fields], forced: bool) -> JsonObject:
     """JSON Schema of a call of one of the functions."""
-    options: list[dict[str, Any]] = []
-    definitions: dict[str, Any] = {}
+    options: list[JsonObject] = []
+    definitions: JsonObject = {}
     for number, function in enumerate(functions):
         definitions[f"p{number}"] = _parameters(function, f"#/$defs/p{number}", forced)
         properties = {form.name: {"const": function["name"]}, form.arguments: {"$ref": f"#/$defs/p{number}"}}
@@ -273,7 +275,7 @@ def _calls(form: CallFormat, functions: Sequence[Mapping[str, Any]], forced: boo
     return {"anyOf": options, "$defs": definitions}
 
 
-def _parameters(function: Mapping[str, Any], path: str, forced: bool) -> Mapping[str, Any]:
+def _parameters(function: Fields, path: str, forced: bool) -> Schema:
     if not forced and not function.get("strict"):
         return {"type": "object"}
     schema = function.get("parameters") or _NO_PARAMETERS

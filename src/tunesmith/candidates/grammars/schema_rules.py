@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import Schema
-from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.reading.strict_json import JsonObject, values_in
 from tunesmith.engines.protocol import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
 
 FIX: Final = "simplify the schema there, or leave the field out of copy"
@@ -80,7 +80,10 @@ def orders_keys(schema: Any) -> bool:
 
 def order_kept_by(schema: Schema) -> str | None:
     """Why the rules let no key come out of the schema's order; None where some may, and where no object has two."""
-    reasons = list(_orders(schema, "")) if _has_two_keys(schema) else []
+    several = any(
+        keys[-1:] == ("properties",) and isinstance(each, dict) and len(each) > 1 for keys, each in values_in(schema)
+    )
+    reasons = list(_orders(schema, "")) if several else []
     return None if None in reasons else next(iter(reasons), None)
 
 
@@ -101,16 +104,6 @@ def _orders(schema: Any, path: str) -> Iterator[str | None]:
     for key, part in {**properties, "*": schema.get("additionalProperties")}.items():
         yield from _orders(part, inside + key)
     yield from _orders(schema.get("items"), f"{path}[]")
-
-
-def _has_two_keys(schema: Any) -> bool:
-    """Whether an object in a schema has several properties, wherever it stands."""
-    if isinstance(schema, list):
-        return any(map(_has_two_keys, schema))
-    if not isinstance(schema, dict):
-        return False
-    properties = schema.get("properties")
-    return (isinstance(properties, dict) and len(properties) > 1) or any(map(_has_two_keys, schema.values()))
 
 
 class SchemaRules:

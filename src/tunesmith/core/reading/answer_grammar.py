@@ -39,11 +39,8 @@ def pattern_grammar(pattern: str, where: str) -> str:
     body = pattern.removeprefix("^")
     if body.endswith("$") and (len(body) - len(body[:-1].rstrip("\\"))) % 2:
         body = body[:-1]
-    escaped, characters = "", iter(body)
-    for character in characters:
-        if character == "\\":
-            character += next(characters, "")
-        escaped += {"/": "\\/", "\n": "\\n", "\r": "\\r"}.get(character, character)
+    plain = {"/": "\\/", "\n": "\\n", "\r": "\\r"}
+    escaped = re.sub(r"\\.|[/\n\r]", lambda each: plain.get(each[0], each[0]), body, flags=re.DOTALL)
     grammar = f"start: /({escaped})/\n"
     check_answer_grammar(grammar, where)
     return grammar

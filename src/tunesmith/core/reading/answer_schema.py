@@ -39,7 +39,8 @@ _REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
 _NUMBERS: Final = (int, float)
 
 Schema: TypeAlias = Mapping[str, Any]  # a JSON Schema
-Keyword = Callable[[Any, Any, Any, Any], Iterator[jsonschema.ValidationError] | None]
+Errors = Iterator[jsonschema.ValidationError]
+Keyword = Callable[[Any, Any, Any, Any], Errors | None]
 
 
 class _TooCostly(Exception):
@@ -211,7 +212,7 @@ def _spend(steps: int) -> None:
 def _counted(keyword: Keyword) -> Keyword:
     """The keyword's function, which also counts its steps."""
 
-    def counted(validator: Any, setting: Any, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError] | None:
+    def counted(validator: Any, setting: Any, value: Any, schema: Any) -> Errors | None:
         lengths = sum(len(each) for each in (setting, value) if isinstance(each, dict | list))
         _spend(1 + lengths // 16)
         return keyword(validator, setting, value, schema)
@@ -241,7 +242,7 @@ def _found(pattern: str, text: str) -> bool:
     return search(pattern, text)
 
 
-def _pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
+def _pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Errors:
     if validator.is_type(value, "string") and not _found(pattern, value):
         yield jsonschema.ValidationError(f"the text does not match {pattern!r}")
 
@@ -269,19 +270,19 @@ def _additional_properties(validator: Any, part: Any, value: Any, schema: Any) -
             yield from validator.descend(value[key], part, path=key)
 
 
-def _unique_items(validator: Any, unique: Any, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
+def _unique_items(validator: Any, unique: Any, value: Any, _schema: Any) -> Errors:
     if unique and validator.is_type(value, "array") and len({_hashable(each) for each in value}) < len(value):
         yield jsonschema.ValidationError("two items are equal")
 
 
-def _enum(_validator: Any, listed: Any, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
+def _enum(_validator: Any, listed: Any, value: Any, _schema: Any) -> Errors:
     # A text equals texts only, and `in` is fast for the tens of thousands of labels that a list may have.
     wanted = _hashable(value)
     if not (value in listed if isinstance(value, str) else any(wanted == _hashable(each) for each in listed)):
         yield jsonschema.ValidationError("the value is not one of those listed")
 
 
-def _multiple_of(validator: Any, factor: Any, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
+def _multiple_of(validator: Any, factor: Any, value: Any, _schema: Any) -> Errors:
     # As decimals: a quotient of floats says that 0.07 is no multiple of 0.01. Of whole numbers and doubles, both short.
     if validator.is_type(value, "number") and Fraction(repr(value)) % Fraction(repr(factor)):
         yield jsonschema.ValidationError(f"{value} is not a multiple of {factor}")

@@ -11,7 +11,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 # JSON objects whose keys are not ours: of files, clients, servers and templates. Fields are read only.
@@ -63,6 +64,23 @@ def parse_json(text: str | bytes) -> Any:
     except ValueError as error:
         raise NotJson(str(error)) from None
     return value
+
+
+def json_in(text: str) -> Any:
+    """The JSON object or list that a text is; None for prose, and for what parse_json refuses."""
+    with suppress(NotJson):
+        return parse_json(text) if text.lstrip().startswith(("{", "[")) else None
+
+
+def values_in(value: Any, *keys: str | int) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every value in a JSON value, itself first and each before those in it, with the keys and places that lead to it.
+
+    keys: those that lead to the value itself.
+    """
+    yield keys, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from values_in(each, *keys, key)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def _plain_spellings(text: str) -> list[str]:
     spellings = list(text)
     for token in _TOKEN.finditer(text):
         if not token[0].isascii():
-            table = _PLAIN if _LATIN_OR_DIGIT.search(token[0]) else _COMPATIBLE_ONLY
-            spellings[token.start() : token.end()] = map(table.__getitem__, token[0])
+            alike = _LATIN_OR_DIGIT.search(token[0]) is not None
+            spellings[token.start() : token.end()] = (_plainly(letter, alike) for letter in token[0])
     return spellings
 
 
@@ -181,31 +181,22 @@ def _plain(letter: str) -> str:
     return styled[1].lower() if styled else _lookalikes().get(letter, letter)
 
 
-class _Plain(dict[str, str]):
-    """Character -> how it is written plainly. alike: whether a letter of another script becomes the Latin one that it
-    looks like."""
-
-    def __init__(self, *, alike: bool) -> None:
-        super().__init__()
-        self._alike = alike
-
-    def __missing__(self, letter: str) -> str:
-        self[letter] = spelling = self._spelling(letter)
-        return spelling
-
-    def _spelling(self, letter: str) -> str:
-        if letter.isascii() or letter.isspace():
-            return letter if letter.isascii() else " "
-        folded = fold(letter)
-        if not folded or unicodedata.decimal(letter, None) is not None:
-            return folded
-        if unicodedata.decomposition(letter).startswith(_RAISED):
-            return letter
-        compatible = unicodedata.normalize("NFKC", letter)
-        accented = unicodedata.name(letter, "").startswith("LATIN") and not _PHONETIC.match(letter)
-        if compatible != letter or accented or not self._alike:
-            return compatible
-        return folded.upper() if letter.isupper() else folded
+@cache
+def _plainly(letter: str, alike: bool) -> str:
+    """How a character is written plainly. alike: whether a letter of another script becomes the Latin one that it looks
+    like."""
+    if letter.isascii() or letter.isspace():
+        return letter if letter.isascii() else " "
+    folded = fold(letter)
+    if not folded or unicodedata.decimal(letter, None) is not None:
+        return folded
+    if unicodedata.decomposition(letter).startswith(_RAISED):
+        return letter
+    compatible = unicodedata.normalize("NFKC", letter)
+    accented = unicodedata.name(letter, "").startswith("LATIN") and not _PHONETIC.match(letter)
+    if compatible != letter or accented or not alike:
+        return compatible
+    return folded.upper() if letter.isupper() else folded
 
 
 @cache
@@ -236,4 +227,3 @@ def _lookalikes() -> dict[str, str]:
 
 
 _COMPATIBLE, _VISIBLE, _FOLDED = _Compatible(), _Visible(), _Folded()
-_PLAIN, _COMPATIBLE_ONLY = _Plain(alike=True), _Plain(alike=False)

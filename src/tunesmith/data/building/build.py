@@ -12,10 +12,10 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.text.names import Scope
-from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
+from tunesmith.data.building.examine import RowRules, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
 from tunesmith.data.building.shards import LocalRunner, PlannedFile, ShardRunner, examined_rows, plan
-from tunesmith.data.building.staging import HAS_CONTROL, Account, StagingDatabase
+from tunesmith.data.building.staging import HAS_CONTROL, Account, StagingDatabase, staging_database
 from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import duties
@@ -91,7 +91,7 @@ def build_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         planned, formats = plan(settings, root, folder, undo)
         rules = rules._replace(settings=settings, outside=outside.wordings, formats=formats, reviewed=reviewed)
-        staging = undo.enter_context(StagingDatabase(folder))
+        staging = undo.enter_context(staging_database(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         for piece in examined_rows(planned, rules, runner, progress):
             staging.add(piece.kept, piece.removed)
@@ -108,8 +108,11 @@ def build_dataset(
         near = Nearness(splits, settings.duplicates.threshold, outside.requests)
         counted, licensed = counts(splits), staging.licences()
         licences: Counter[str] = Counter()
-        for _, licence, rows in licensed:
+        credit = {one.file.name: one.file.source.attribution for one in planned}
+        credits_ = []
+        for source, licence, rows in licensed:
             licences[licence] += rows
+            credits_.append(Credit(source=source, licence=licence, credit=credit[source]))
         body = DatasetBody(
             settings=settings.model_dump(mode="json", exclude={"sign_off"}),
             sources=tuple(
@@ -130,10 +133,10 @@ def build_dataset(
             if (time := settings.split.time) is None
             else TimeSplit(key=time, starts=starts, rows_beyond_shares=beyond, spans=staging.span(time)),
             strata=_strata(staging, settings.split),
-            duties=duties(_credits(licensed, planned), settings.licences),
+            duties=duties(credits_, settings.licences),
             privacy=account.privacy,
             privacy_scan=privacy_evidence(
-                Scanner(settings.privacy, listed_values(answer_schema)),
+                Scanner(settings.privacy, answer_schema),
                 account.privacy,
                 account.fields,
                 [example.messages for example in staging.sample(_MEASURED_ROWS)],
@@ -237,12 +240,6 @@ def counts(splits: Splits) -> dict[str, dict[str, int]]:
         "splits": {name: len(splits[name]) for name in SPLITS},
         "groups": {name: len({row.group for row in splits[name]}) for name in SPLITS},
     }
-
-
-def _credits(licensed: Iterable[tuple[str, str, int]], planned: Sequence[PlannedFile]) -> list[Credit]:
-    """The credits that the licences of rows require. licensed: (source, licence, rows)."""
-    credit = {one.file.name: one.file.source.attribution for one in planned}
-    return [Credit(source=source, licence=licence, credit=credit[source]) for source, licence, _ in licensed]
 
 
 def _split(

@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Conversation, CountTokens, Message, tools_of, with_tools
+from tunesmith.core.messages import Conversation, CountTokens, Turns, tools_of, with_tools
 from tunesmith.core.reading.answer_schema import Schema, satisfies
-from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, parse_json
+from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, json_in, parse_json
 from tunesmith.data.building.staging import (
     EDITED,
     HAS_CONTROL,
@@ -108,8 +108,8 @@ class _Fitting(NamedTuple):
     row: SourceRow
     source: Source
     licence: str
-    original: tuple[Message, ...]
-    fitting: tuple[Message, ...]
+    original: Turns
+    fitting: Turns
 
 
 class ExaminedRows(NamedTuple):
@@ -132,7 +132,7 @@ class Examiner:
     @cached_property
     def scanner(self) -> Scanner:
         """The privacy scanner, loaded for the first row: its patterns take a second."""
-        return Scanner(self.settings.privacy, listed_values(self.rules.answer_schema))
+        return Scanner(self.settings.privacy, self.rules.answer_schema)
 
     def answer_objection(self, text: str) -> str | None:
         """Why an answer cannot be learned or scored: not JSON under the schema, or no scorer's reference."""
@@ -251,7 +251,7 @@ class Examiner:
         fitting = self._fit(self._spelled(edited), one.row, review.row)
         return self._after_scan(one._replace(fitting=fitting), self.scanner.scan(fitting), applied)
 
-    def _spelled(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    def _spelled(self, messages: Turns) -> Turns:
         if not self.rules.respell:
             return messages
         return tuple(
@@ -259,7 +259,7 @@ class Examiner:
             for turn in messages
         )
 
-    def _fit(self, messages: tuple[Message, ...], row: SourceRow, name: str | None = None) -> tuple[Message, ...]:
+    def _fit(self, messages: Turns, row: SourceRow, name: str | None = None) -> Turns:
         """The messages, without the oldest exchanges where truncation is allowed. Raises _Removed, with the row's name,
         where they do not fit.
 
@@ -276,7 +276,7 @@ class Examiner:
             # Without more exchanges there are fewer tokens, so a search by halves finds how many must go.
             starts, tools = [n for n, turn in enumerate(spoken) if turn.role == "user"], tools_of(messages[:1])
 
-            def rest(start: int) -> tuple[Message, ...]:
+            def rest(start: int) -> Turns:
                 return with_tools((*frame, *spoken[start:]), tools)
 
             gone = bisect_left(starts, True, lo=1, key=lambda start: count(rest(start), most) <= most)
@@ -349,7 +349,7 @@ def unread_keys(fields: Fields, source: Source, row_format: row_formats.RowForma
     return fields.keys() - (row_format.needs | row_format.also | labels)
 
 
-def _in_frame(messages: Conversation, own: Conversation) -> tuple[Message, ...]:
+def _in_frame(messages: Conversation, own: Conversation) -> Turns:
     """The messages with the system turn and the tools of another conversation."""
     frame = [turn for turn in own if turn.role == "system"]
     return with_tools((*frame, *(turn for turn in messages if turn.role != "system")), tools_of(own[:1]))
@@ -400,18 +400,5 @@ def _kind(row: SourceRow, answer: str, key: str) -> str | None:
         return _attribute(row.fields, key, row)
     if key == "answer":
         return answer_key(answer)
-    try:
-        told = parse_json(answer) if answer.lstrip().startswith("{") else {}
-    except NotJson:
-        told = {}
-    return _attribute(told, key, row)
-
-
-def listed_values(schema: Any) -> set[str]:
-    """The texts that a schema lists as answers. They are the task's own words, never personal data."""
-    if isinstance(schema, Mapping):
-        listed = schema.get("enum")
-        own = [*(listed if isinstance(listed, list) else ()), schema.get("const")]
-        inner = set().union(*(listed_values(value) for value in schema.values()))
-        return {value for value in own if isinstance(value, str)} | inner
-    return set().union(*(listed_values(value) for value in schema)) if isinstance(schema, list) else set()
+    told = json_in(answer)
+    return _attribute(told, key, row) if isinstance(told, dict) else None

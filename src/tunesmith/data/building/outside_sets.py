@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Conversation, Message
+from tunesmith.core.messages import Conversation, Message, Turns
 from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.data.building.examine import listed_values, renamed
+from tunesmith.data.building.examine import renamed
 from tunesmith.data.duplicates import near_text, request_text
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats.turns import conversation
@@ -62,7 +62,7 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | Non
     """
     if not settings.decontaminate:
         return Outside()
-    scanner = Scanner(settings.privacy, listed_values(answer_schema))
+    scanner = Scanner(settings.privacy, answer_schema)
     requests: set[str] = set()
     wordings: set[str] = set()
     files: list[OutsideSet] = []
@@ -80,7 +80,7 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | Non
     return Outside(frozenset(requests), frozenset(wordings), tuple(files))
 
 
-def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
+def _conversations(opened: OpenSource) -> Iterator[Turns]:
     row_format: row_formats.RowFormat | None = None
     for read in opened.rows():
         row = renamed(read, opened.file.source.rename)

@@ -11,6 +11,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -74,33 +75,34 @@ _FUNCTIONS: Mapping[str, Callable[..., str | bytes | int]] = {
 }
 
 
-class StagingDatabase:
-    """Rows that become a dataset. A context manager: the file exists within `with StagingDatabase(folder)`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "rows.db"
-
-    def __enter__(self) -> StagingDatabase:
-        self._path.unlink(missing_ok=True)
-        self._database = sqlite3.connect(self._path, isolation_level=None)
-        for name, function in _FUNCTIONS.items():
-            self._database.create_function(name, -1, function, deterministic=True)
-        try:
-            self._database.executescript(_TABLES + "BEGIN;")
-        except sqlite3.OperationalError as error:
-            self.__exit__(type(error), error, None)
+@contextmanager
+def staging_database(folder: Path) -> Iterator[StagingDatabase]:
+    """A database in a file of this folder, which exists meanwhile. Raises TunesmithError where the disk is full."""
+    path = folder / "rows.db"
+    path.unlink(missing_ok=True)
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            for name, function in _FUNCTIONS.items():
+                database.create_function(name, -1, function, deterministic=True)
+            database.executescript(_TABLES + "BEGIN;")
+            yield StagingDatabase(database)
+    except sqlite3.OperationalError as error:
+        if not any(said in str(error) for said in ("full", "disk I/O")):
             raise
-        return self
+        raise TunesmithError(
+            f"the disk is full or failing ({error})",
+            where=str(path),
+            fix="free space: a build needs about three times the size of its rows",
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)
 
-    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        self._database.close()
-        self._path.unlink(missing_ok=True)
-        if isinstance(error, sqlite3.OperationalError) and any(said in str(error) for said in ("full", "disk I/O")):
-            raise TunesmithError(
-                f"the disk is full or failing ({error})",
-                where=str(self._path),
-                fix="free space: a build needs about three times the size of its rows",
-            ) from error
+
+class StagingDatabase:
+    """Rows that become a dataset."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
 
     def add(self, kept: Sequence[StagedRow], removed: Sequence[RemovedLine]) -> None:
         """Add rows, in any order."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from tunesmith.core.messages import Conversation, Message
+from tunesmith.core.messages import Conversation, Turns
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.building.examine import renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
@@ -39,7 +39,7 @@ class Survey:
 
     keys: set[str] = field(default_factory=set)
     without_nulls: int = 0
-    conversations: list[tuple[Message, ...]] = field(default_factory=list)
+    conversations: list[Turns] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     instructions: set[str | None] = field(default_factory=set)

@@ -11,8 +11,8 @@ import json
 import re
 from typing import Any
 
-from tunesmith.core.messages import Conversation, Message
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.messages import Conversation, Turns
+from tunesmith.core.reading.strict_json import json_in, values_in
 
 # How rows write JSON: json.dumps' own ways, each with and without escapes, and indented.
 _STYLES: tuple[dict[str, Any], ...] = tuple(
@@ -22,7 +22,7 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
 )
 
 
-def in_request_order(messages: Conversation) -> tuple[Message, ...]:
+def in_request_order(messages: Conversation) -> Turns:
     """The conversation with the keys of each JSON answer in the order in which the user turns before it mention them.
 
     Keys whose values stand in no user turn keep their places. An answer stays as it is where it is not an object, or
@@ -40,10 +40,7 @@ def in_request_order(messages: Conversation) -> tuple[Message, ...]:
 
 
 def _ordered(request: str, answer: str) -> str:
-    try:
-        value = parse_json(answer)
-    except NotJson:
-        return answer
+    value = json_in(answer)
     changed = _sorted(request.casefold(), value)
     if json.dumps(changed) == json.dumps(value):
         return answer
@@ -64,12 +61,8 @@ def _sorted(request: str, value: Any) -> Any:
 
 
 def _place(request: str, value: Any) -> int | None:
-    """Where the request first mentions a value, as whole words; None where it does not."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return min((place for each in inner if (place := _place(request, each)) is not None), default=None)
-    if value is None or isinstance(value, bool) or value == "":
-        return None
-    text = (value if isinstance(value, str) else json.dumps(value)).casefold()
-    match = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", request)
-    return None if match is None else match.start()
+    """Where the request first mentions a value or one inside it, as whole words; None where it does not."""
+    inner = (each for _, each in values_in(value) if isinstance(each, str | int | float) and not isinstance(each, bool))
+    texts = (each if isinstance(each, str) else json.dumps(each) for each in inner if each != "")
+    matches = (re.search(rf"(?<!\w){re.escape(text.casefold())}(?!\w)", request) for text in texts)
+    return min((match.start() for match in matches if match), default=None)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import Conversation, Message, Role, ToolCall, with_tools
-from tunesmith.core.reading.strict_json import Fields, parse_json
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.row_readers import SourceRow
-from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools, sound
+from tunesmith.data.formats.tool_calls import given, made_id, parsed, read_call, read_calls, read_tools, sound
 
 AUTO: Final = "auto"
 OPENAI: Final = "openai"
@@ -31,8 +31,8 @@ class RowFormat(NamedTuple):
     """
 
     name: str
-    needs: frozenset[str]
-    also: frozenset[str]
+    needs: Set[str]
+    also: Set[str]
     read: Callable[[Fields, str, Counter[str]], list[Message]]
     detected: bool = True
 
@@ -304,21 +304,14 @@ def _sharegpt(fields: Fields, where: str, ignored: Counter[str]) -> list[Message
         text = text_of(entry, "value", place)
         made: tuple[ToolCall, ...] = ()
         if said == "call":
-            made, text = _spoken_calls(text, f"{place}, value", len(calls)), ""
+            value = parsed(text, f"{place}, value")
+            made = read_calls(value if isinstance(value, list) else [value], f"{place}, value", len(calls))
+            text = ""
         answers = _answered({}, calls, turns, place) if role == "tool" else None
         calls.extend(made)
         weight = _weight(entry, role, place)
         turns.append(Message(role=role, content=text, tool_calls=made, tool_call_id=answers, weight=weight))
     return _with_tools(turns, fields, where)
-
-
-def _spoken_calls(text: str, where: str, first: int) -> tuple[ToolCall, ...]:
-    """The calls in a turn's text: a JSON object, or a list of them."""
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise UsageError(f"the call is broken JSON: {error}", where=where, fix="correct the row") from None
-    return read_calls(value if isinstance(value, list) else [value], where, first)
 
 
 def _prompt_completion(fields: Fields, where: str, _ignored: Counter[str]) -> list[Message]:
@@ -370,21 +363,15 @@ def _role(name: Any, known: Fields, where: str) -> Any:
     return known[name]
 
 
-def _format(
-    name: str, needs: str, also: str, read: Callable[..., list[Message]], *, detected: bool = True
-) -> RowFormat:
-    return RowFormat(name, frozenset(needs.split()), frozenset(also.split()), read, detected)
-
-
-_TOOL_KEYS: Final = "tools functions parallel_tool_calls"
+_TOOL_KEYS: Final = {"tools", "functions", "parallel_tool_calls"}
 # Name -> format. A new format is a function that reads a row and a line here.
 FORMATS: Final[Mapping[str, RowFormat]] = {
     one.name: one
     for one in (
-        _format("messages", "messages", _TOOL_KEYS, _messages),
-        _format(OPENAI, "messages", _TOOL_KEYS, _openai, detected=False),  # its rows look like `messages`
-        _format("prompt-completion", "prompt completion", "system", _prompt_completion),
-        _format("alpaca", "instruction output", "input system", _alpaca),
-        _format("sharegpt", "conversations", "system tools", _sharegpt),
+        RowFormat("messages", {"messages"}, _TOOL_KEYS, _messages),
+        RowFormat(OPENAI, {"messages"}, _TOOL_KEYS, _openai, detected=False),  # its rows look like `messages`
+        RowFormat("prompt-completion", {"prompt", "completion"}, {"system"}, _prompt_completion),
+        RowFormat("alpaca", {"instruction", "output"}, {"input", "system"}, _alpaca),
+        RowFormat("sharegpt", {"conversations"}, {"system", "tools"}, _sharegpt),
     )
 }

@@ -69,7 +69,7 @@ def read_jsonl(stream: BinaryIO, name: str, part: Part) -> Iterator[NumberedRow]
         where = f"{name}, line {number}"
         if len(line) > LONGEST_ROW:
             raise UsageError(f"the line is longer than {LONGEST_ROW >> 20} MiB", where=where, fix="one row a line")
-        text = _decode(line, where, first=number == 1).strip()
+        text = decoded(line, where, first=number == 1).strip()
         if text:
             yield number, _as_fields(_parse(text, where), where)
 
@@ -80,7 +80,7 @@ def read_json(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]
     if len(data) > LARGEST_JSON:
         limit = f"{LARGEST_JSON >> 20} MiB"
         raise UsageError(f"a JSON array is read whole and may have {limit} at most", where=name, fix="make it JSONL")
-    rows = _parse(_decode(data, name, first=True), name)
+    rows = _parse(decoded(data, name), name)
     if not isinstance(rows, list):
         lists = [key for key, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
         fix = f"write the list under {lists[0]} alone into a file" if lists else "write [row, row, ...], or use .jsonl"
@@ -242,7 +242,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _decode(data: bytes, where: str, *, first: bool) -> str:
+def decoded(data: bytes, where: str, *, first: bool = True) -> str:
     """The text, without the byte order mark that some editors write first. Raises UsageError for other encodings."""
     try:
         return data.decode("utf-8-sig" if first else "utf-8")

@@ -19,11 +19,11 @@ def read_tools(value: Any, where: str) -> list[JsonObject]:
     `function`. Raises UsageError for anything else.
     """
     if isinstance(value, str):
-        value = _parsed(value or "[]", where)
+        value = parsed(value or "[]", where)
     if not isinstance(value, list):
         raise UsageError(f"the tools are a {type(value).__name__}, not a list", where=where)
     tools = [_tool(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
-    return _parsed(_written(tools, where), where)  # type: ignore[no-any-return]
+    return parsed(_written(tools, where), where)  # type: ignore[no-any-return]
 
 
 def given(entry: Fields) -> JsonObject:
@@ -68,7 +68,7 @@ def read_call(entry: Any, where: str, number: int) -> ToolCall:
     stated = given(function).get("arguments", {})
     place = f"{where}.arguments"
     text = stated if isinstance(stated, str) else _written(stated, place)
-    if not isinstance(_parsed(text.strip() or "{}", place), dict):
+    if not isinstance(parsed(text.strip() or "{}", place), dict):
         raise UsageError("a call's arguments must be a JSON object", where=place)
     return ToolCall(id=sound(identity, f"{where}.id"), name=name, arguments=sound(text.strip() or "{}", place))
 
@@ -101,7 +101,8 @@ def _written(value: Any, where: str) -> str:
         raise UsageError(f"the value is no JSON: {error}", where=where, fix="write it as JSON text") from None
 
 
-def _parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """The value of JSON in a row. Raises UsageError for anything else."""
     try:
         return parse_json(text)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tunesmith.core.messages import Conversation, Message, tools_of, with_tools
+from tunesmith.core.messages import Conversation, Turns, tools_of, with_tools
 
 # Why a row is removed, as the record says it.
 NO_ANSWER: Final = "no assistant turn at the end"
@@ -62,7 +62,7 @@ def _disorder(spoken: Conversation) -> str | None:
     return None
 
 
-def conversation(turns: Conversation) -> tuple[Message, ...]:
+def conversation(turns: Conversation) -> Turns:
     """The messages of usable turns, up to the last turn with weight 1: training learns nothing from later ones.
 
     An empty system turn is left out.

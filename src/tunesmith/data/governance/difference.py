@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused
+from tunesmith.core.reading.strict_json import Fields, values_in
 from tunesmith.core.text.folding import visible
 from tunesmith.core.values import View
 from tunesmith.data.dataset import BALANCED, SPLITS, Dataset, Example, load_dataset
@@ -94,7 +94,7 @@ def difference(store: Store, before: str, after: str) -> Difference:
 
 
 def _other_settings(first: Dataset, second: Dataset) -> dict[str, tuple[Any, Any]]:
-    before, after = (dict(_flat(dataset.body.settings)) for dataset in (first, second))
+    before, after = (_flat(dataset.body.settings) for dataset in (first, second))
     return {
         path: (before.get(path), after.get(path))
         for path in sorted(before.keys() | after.keys())
@@ -102,13 +102,10 @@ def _other_settings(first: Dataset, second: Dataset) -> dict[str, tuple[Any, Any
     }
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values inside a value, each with its dotted path."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in inner:
-        yield from _flat(each, f"{path}.{key}" if path else str(key))
-    if not inner:
-        yield path, value
+def _flat(settings: Fields) -> dict[str, Any]:
+    """The values inside settings by their dotted paths."""
+    inner = ((keys, value) for keys, value in values_in(settings) if value == {} or not isinstance(value, dict | list))
+    return {".".join(map(str, keys)): value for keys, value in inner}
 
 
 def _placed(dataset: Dataset) -> dict[str, tuple[str, Example]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from operator import methodcaller
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Conversation
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.privacy.scan import Scanner, texts_of
-from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
+from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, Maker, key_of_no_form
 from tunesmith.records.dataset import AnnotatedText, PrivacyScan, RemainingValues, SyntheticValues
 
 CONFIDENCE = 0.95
@@ -67,7 +67,15 @@ def privacy_evidence(
         by_role[role][entity] = number
     entities, model = scanner.finder.entities, scanner.finder.model
     measured = measure(scanner, conversations)
-    left = _remaining_values(scanner, counts, measured)
+    # Under the action `report`, at_most includes the values that were found and kept.
+    kept = sum(counts.values()) if scanner.settings.action == "report" else 0
+    missed = probably_remaining(counts, measured) if measured else None
+    left = RemainingValues(
+        at_most=None if missed is None else missed + kept,
+        confidence=CONFIDENCE,
+        found_and_kept=kept,
+        unmeasured=tuple(entity for entity in entities if entity not in measured),
+    )
     _require_few_remaining(left, scanner.settings.left_at_most)
     return PrivacyScan(
         entities=entities,
@@ -109,7 +117,7 @@ def measure(scanner: Scanner, conversations: Sequence[Conversation]) -> dict[str
 def _insert(
     chance: random.Random,
     entity: str,
-    make: Callable[[random.Random], str],
+    make: Maker,
     conversations: Sequence[Conversation],
 ) -> _Insertion:
     texts = [(key, text) for _, key, text in texts_of(chance.choice(conversations))]
@@ -190,20 +198,6 @@ def probably_remaining(counts: Mapping[str, int], measured: Mapping[str, Synthet
         total = np.convolve(total, missed.pmf(np.arange(int(missed.isf(1e-12)) + 1)))
         total = total[: int(np.searchsorted(total.cumsum(), 1 - 1e-10)) + 1]
     return float(np.searchsorted(total.cumsum(), 1 - share))
-
-
-def _remaining_values(
-    scanner: Scanner, counts: Mapping[str, int], measured: Mapping[str, SyntheticValues]
-) -> RemainingValues:
-    """The bound on remaining values. Under the action `report`, at_most includes those that were found and kept."""
-    kept = sum(counts.values()) if scanner.settings.action == "report" else 0
-    missed = probably_remaining(counts, measured) if measured else None
-    return RemainingValues(
-        at_most=None if missed is None else missed + kept,
-        confidence=CONFIDENCE,
-        found_and_kept=kept,
-        unmeasured=tuple(entity for entity in scanner.finder.entities if entity not in measured),
-    )
 
 
 def _require_few_remaining(left: RemainingValues, limit: float | None) -> None:

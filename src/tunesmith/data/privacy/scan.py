@@ -10,11 +10,12 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tunesmith.core.messages import Conversation, Message, ToolCall
-from tunesmith.core.reading.strict_json import parse_json, unique_keys
+from tunesmith.core.messages import Conversation, Message, ToolCall, Turns
+from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.reading.strict_json import json_in, parse_json, unique_keys, values_in
 from tunesmith.core.text.folding import plain
 from tunesmith.data.privacy.entities import Finder, FoundEntity
 from tunesmith.data.privacy.names import NAME_ENTITIES
@@ -37,7 +38,7 @@ class Scan(NamedTuple):
     original value.
     """
 
-    messages: tuple[Message, ...] | None
+    messages: Turns | None
     counts: Mapping[str, int] = {}
     fields: Mapping[tuple[str, str], int] = {}
     originals: Mapping[str, str] = {}
@@ -46,12 +47,12 @@ class Scan(NamedTuple):
 class Scanner:
     """Finds personal data and secrets in conversations. Made once per build: the patterns take a second to load.
 
-    keep: values that are not personal data in this task, such as those that the answer's schema lists.
+    schema: of the task's answers. The texts that it lists are the task's own words, never personal data.
     """
 
-    def __init__(self, settings: Privacy, keep: Collection[str] = ()) -> None:
+    def __init__(self, settings: Privacy, schema: Schema | None = None) -> None:
         self.finder, self.settings = Finder(settings), settings
-        self._keep = frozenset(plain(value).casefold() for value in keep)
+        self._keep = frozenset(plain(text).casefold() for text in _listed(schema))
 
     def scan(self, messages: Conversation) -> Scan:
         """The scan of one conversation."""
@@ -85,7 +86,7 @@ class Scanner:
         for entity, value in sorted(values, key=lambda one: -len(one[1].split()) if one[0] == "PERSON" else 0):
             counts[entity] += names.add(entity, value)
         replace = _Replacer(names, values, findings)
-        changed: tuple[Message, ...] | None
+        changed: Turns | None
         try:
             changed = tuple(_replaced(message, replace) for message in messages)
         except ValueError:
@@ -109,6 +110,12 @@ class Scanner:
         ]
 
 
+def _listed(schema: Schema | None) -> Iterator[str]:
+    for keys, text in values_in(schema):
+        if isinstance(text, str) and (keys[-1:] == ("const",) or ("enum" in keys[-2:-1] and isinstance(keys[-1], int))):
+            yield text
+
+
 def texts_of(messages: Conversation) -> Iterator[tuple[str, str, str]]:
     """(role, key, text) of all texts of a conversation; of JSON its strings and numbers, so that escapes hide nothing.
 
@@ -117,7 +124,7 @@ def texts_of(messages: Conversation) -> Iterator[tuple[str, str, str]]:
     """
     for message in messages:
         for role, text in _parts(message):
-            value = _json_in(text)
+            value = json_in(text)
             for key, leaf in (("", text),) if value is None else _leaves(value):
                 yield role, key, leaf
 
@@ -133,29 +140,12 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
         yield TOOLS, message.tools
 
 
-def _leaves(value: Any, around: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield "", key
-            yield from _leaves(inner, key)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner, around)
-    elif isinstance(value, str):
-        yield around, value
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield around, str(value)
-
-
-def _json_in(text: str) -> Any:
-    """The JSON object or list of a text; None for prose, and for objects with a key twice: a value would be lost."""
-    if not text.lstrip().startswith(("{", "[")):
-        return None
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict | list) else None
+def _leaves(value: Any) -> Iterator[tuple[str, str]]:
+    for keys, inner in values_in(value):
+        if keys and isinstance(keys[-1], str):
+            yield "", keys[-1]
+        if isinstance(inner, str | int | float) and not isinstance(inner, bool):
+            yield next((key for key in reversed(keys) if isinstance(key, str)), ""), str(inner)
 
 
 class _Replacer:
@@ -218,7 +208,7 @@ def _call_replaced(call: ToolCall, replace: _Replacer) -> ToolCall:
 
 def _text_replaced(text: str, replace: _Replacer) -> str:
     """The text with pseudonyms. JSON stays JSON and keeps its spacing."""
-    value = _json_in(text)
+    value = json_in(text)
     if value is None:
         return replace(text)
     try:

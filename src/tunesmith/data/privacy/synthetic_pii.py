@@ -36,6 +36,7 @@ _STREETS = (  # noqa: SIM905  shorter than a name a line
 ).split("|")
 _KINDS = ["Street", "Road", "Avenue", "Lane", "Drive", "Boulevard", "Court", "Way", "St", "Ave"]
 _DOMAINS = ("proton.me", "fastmail.com", "web.de", "orange.fr", "uni-hamburg.de", "acme.co.uk", "mailbox.org")
+Maker = Callable[[Random], str]
 _ALNUM = string.ascii_letters + string.digits
 
 
@@ -177,7 +178,7 @@ def url(chance: Random) -> str:
     return f"https://www.{name}-{_chars(chance, 4, string.ascii_lowercase)}.org/{_chars(chance, 6)}"
 
 
-def _token(before: str, n: int, letters: str = _ALNUM) -> Callable[[Random], str]:
+def _token(before: str, n: int, letters: str = _ALNUM) -> Maker:
     return lambda chance: before + _chars(chance, n, letters)
 
 
@@ -228,7 +229,7 @@ KEY_FORMS = (
 
 
 # Kind of secret -> a maker. A `password` is recognised only after words that announce it.
-SECRETS: dict[str, Callable[[Random], str]] = {
+SECRETS: dict[str, Maker] = {
     "aws access key": _token("AKIA", 16, string.ascii_uppercase + "234567"),
     "github": _github,
     "gitlab": _token("glpat-", 20),
@@ -251,7 +252,7 @@ def secret(chance: Random) -> str:
     return SECRETS[kind](chance)
 
 
-MAKERS: dict[str, Callable[[Random], str]] = {
+MAKERS: dict[str, Maker] = {
     "EMAIL_ADDRESS": email,
     "PHONE_NUMBER": phone,
     "CREDIT_CARD": credit_card,

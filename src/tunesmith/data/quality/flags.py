@@ -194,6 +194,7 @@ def other_languages(texts: Sequence[str]) -> tuple[dict[int, str], dict[str, int
 
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+Numbers = NDArray[np.int64]
 
 # Cosine of two MiniLM vectors. Measured by `benchmarks/alike.py` on 6,000 requests each of CLINC150 and BANKING77: of
 # the pairs with a cosine of at least 0.9, 99.4% and 97.1% have one intent, and 79% and 88% of the near-identical twins
@@ -212,7 +213,7 @@ def alike(texts: Sequence[str], embed: Embed, at_least: float = ALIKE_AT) -> lis
     """
     vectors = np.ascontiguousarray(embed(texts), dtype=np.float32)
     labels = np.arange(len(texts))
-    pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    pairs: list[tuple[Numbers, Numbers]] = []
     waiting = 0
     for first in range(0, len(texts), _BLOCK):
         for second in range(first, len(texts), _BLOCK):
@@ -228,9 +229,7 @@ def alike(texts: Sequence[str], embed: Embed, at_least: float = ALIKE_AT) -> lis
     return sorted((some for some in clusters.values() if len(some) > 1), key=lambda some: (-len(some), some))
 
 
-def _merged(
-    labels: NDArray[np.int64], pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
-) -> NDArray[np.int64]:
+def _merged(labels: Numbers, pairs: Sequence[tuple[Numbers, Numbers]]) -> Numbers:
     """The cluster number of each text after the clusters of each pair are merged: int64[texts]."""
     if not pairs:
         return labels

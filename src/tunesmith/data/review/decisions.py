@@ -17,9 +17,9 @@ from sqlalchemy import select
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Turns
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.values import Frozen
+from tunesmith.core.values import Digest, Frozen
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import DataSettings
@@ -38,10 +38,10 @@ class ReviewedRow(Frozen):
     """
 
     row: str = Field(min_length=1, max_length=128)
-    content: str = Field(pattern="^sha256:[0-9a-f]{64}$")
+    content: Digest
     decision: Choice
     why: tuple[Annotated[str, Field(max_length=200)], ...] = ()
-    messages: tuple[Message, ...] = ()
+    messages: Turns = ()
     by: tuple[str, ...] = ()
 
     @model_validator(mode="after")

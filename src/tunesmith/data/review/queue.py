@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
-from tunesmith.core.messages import Conversation, Message
+from tunesmith.core.messages import Conversation, Message, Turns
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.review.decisions import Choice
 from tunesmith.store.people.identities import require
@@ -35,7 +35,7 @@ class NewItem(NamedTuple):
     why: Mapping[str, str]
     dataset: str = ""
     split: str = ""
-    messages: tuple[Message, ...] = ()
+    messages: Turns = ()
 
 
 class Decision(NamedTuple):
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
 
     choice: Choice
     reason: str = ""
-    messages: tuple[Message, ...] = ()
+    messages: Turns = ()
 
 
 def add_items(store: Store, items: Iterable[NewItem], *, wanted: int, actor: str) -> int:
@@ -176,7 +176,7 @@ def _forget(session: Session, those: ColumnElement[bool]) -> None:
     session.execute(delete(ReviewItemRow).where(those))
 
 
-def messages_of(coded: Fields) -> tuple[Message, ...]:
+def messages_of(coded: Fields) -> Turns:
     """The turns that a column holds."""
     return tuple(Message.model_validate(turn) for turn in coded.get("turns", ()))
 

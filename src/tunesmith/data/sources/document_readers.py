@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from tunesmith.core.errors import UsageError
+from tunesmith.data.formats.row_readers import decoded
 
 Paragraphs = Iterator[tuple[str, str]]  # (headings above a paragraph, paragraph)
 # Elements of HTML that begin a paragraph.
@@ -24,7 +25,7 @@ _BLOCKS = re.compile(
 
 def read_text(data: bytes, name: str) -> Paragraphs:
     """Paragraphs of plain text, which blank lines separate."""
-    for paragraph in re.split(r"\n\s*\n", _decoded(data, name)):
+    for paragraph in re.split(r"\n\s*\n", decoded(data, name)):
         yield "", paragraph
 
 
@@ -33,7 +34,7 @@ def read_markdown(data: bytes, name: str) -> Paragraphs:
     from markdown_it import MarkdownIt
 
     headings: dict[int, str] = {}
-    tokens = MarkdownIt("commonmark").enable("table").parse(_decoded(data, name))
+    tokens = MarkdownIt("commonmark").enable("table").parse(decoded(data, name))
     row: list[str] = []
     for place, token in enumerate(tokens):
         if token.type in ("fence", "code_block"):
@@ -60,7 +61,7 @@ def read_html(data: bytes, name: str) -> Paragraphs:
     """Blocks of text of an HTML page, without scripts, styles and navigation."""
     from selectolax.lexbor import LexborHTMLParser
 
-    tree = LexborHTMLParser(_decoded(data, name))
+    tree = LexborHTMLParser(decoded(data, name))
     tree.strip_tags(["script", "style", "noscript", "template", "svg", "nav"])
     headings: dict[int, str] = {}
     nodes = tree.body.traverse(include_text=True) if tree.body is not None else ()
@@ -101,10 +102,3 @@ def _below(headings: Mapping[int, str], tag: str, text: str) -> dict[int, str]:
     """The headings above what follows a new one, by their levels. tag: as h2."""
     level = int(tag[1:])
     return {**{above: said for above, said in headings.items() if above < level}, level: text}
-
-
-def _decoded(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"not UTF-8: {error.reason} at byte {error.start}", where=name) from error

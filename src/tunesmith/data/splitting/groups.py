@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tunesmith.core.digests import digest_of, short
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import json_in, values_in
 from tunesmith.core.text.folding import fold
 from tunesmith.data.duplicates import near_pairs, near_text, normalise
 from tunesmith.data.settings import NEAR, Split
@@ -34,33 +34,15 @@ def wording_group(request: str, answer: str, names: Collection[str] = ()) -> str
     contains too: "play yesterday in the kitchen" and "play hallelujah in the hall" have one template. names: what the
     privacy scan found and the settings declare, so that "call ann" and "call bob" have one template.
     """
-    values = _values(answer)
-    values.update(value for name in names if len(value := normalise(name)) >= _SHORTEST_VALUE)
+    texts = [text for _, text in values_in(json_in(answer)) if isinstance(text, str)]
+    values = {*map(normalise, (*texts, *names)), *map(fold, texts)}
     for value in sorted(values, key=lambda value: (-len(value), value)):
-        if value not in request:  # checked first, because compiling a pattern for each value is slow
+        # The request is searched first, because compiling a pattern for each value is slow.
+        if len(value) < _SHORTEST_VALUE or value not in request:
             continue
         request = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "\0", request)
     bare = _NUMBER.sub("\0", _QUOTED.sub("\0", request))
     return "wording-" + short(digest_of(bare.replace("\0", "*")), 16)
-
-
-def _values(answer: str) -> set[str]:
-    if not answer.lstrip().startswith(("{", "[")):
-        return set()
-    values: set[str] = set()
-    try:
-        pending = [parse_json(answer)]
-    except ValueError:
-        return set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, list):
-            pending.extend(value)
-        elif isinstance(value, str):
-            values.update(one for one in (normalise(value), fold(value)) if len(one) >= _SHORTEST_VALUE)
-    return values
 
 
 def joined_groups(rows: Sequence[Comparable], split: Split, threshold: float) -> Iterator[tuple[str, str]]:

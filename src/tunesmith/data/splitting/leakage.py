@@ -51,7 +51,7 @@ def rows_to_remove(splits: Splits, threshold: float, outside: Iterable[str] = ()
     for name in sorted(splits, key=rank.__getitem__):
         for example in sorted(splits[name], key=lambda one: one.id):
             text, own, begun = near.text(example), rank[name], near.begun(example)
-            if near.alone(text) and not begun:
+            if near.alone[text] and not begun:
                 continue
             around = near.texts_around(text)
             mine = (own, answer_key(example.answer))
@@ -149,7 +149,8 @@ class Nearness:
 
     Distinct texts are numbered, so a request that occurs a thousand times is compared once. counts: rows of each text
     in each split, int64[texts, splits]. pairs: texts that are near, left < right, int64[pairs, 2]. outside: texts of
-    requests that no split may hold, given as near_text.
+    requests that no split may hold, given as near_text. alone: whether no other text is near, only one row has the
+    text, and no conversation begins with it, bool[texts].
     """
 
     def __init__(self, splits: Splits, threshold: float, outside: Iterable[str] = ()) -> None:
@@ -176,8 +177,8 @@ class Nearness:
         ends = ends[np.argsort(ends[:, 0], kind="stable")]
         self._others = np.ascontiguousarray(ends[:, 1])
         self._start = np.searchsorted(ends[:, 0], np.arange(len(places) + 1))
-        self._alone = (np.diff(self._start) == 0) & (self.counts.sum(axis=1) < 2)
-        self._alone[list(self.outside.union(*self._begun.values()))] = False
+        self.alone = (np.diff(self._start) == 0) & (self.counts.sum(axis=1) < 2)
+        self.alone[list(self.outside.union(*self._begun.values()))] = False
 
     def text(self, example: Comparable) -> int:
         """The number of the example's request among the distinct texts."""
@@ -186,10 +187,6 @@ class Nearness:
     def texts_around(self, text: int) -> set[int]:
         """The texts near this one, and itself."""
         return {text, *self._others[self._start[text] : self._start[text + 1]].tolist()}
-
-    def alone(self, text: int) -> bool:
-        """Whether no other text is near, only one row has the text, and it is not an outside one."""
-        return bool(self._alone[text])
 
     def begun(self, example: Comparable) -> frozenset[int]:
         """The texts to which the example learns an answer before its last one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -20,7 +19,7 @@ from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.weights import ReadLate, stored_tensors, without_weights
-from tunesmith.models.base import INDEX, base_files, loading, weight_files
+from tunesmith.models.base import INDEX, base_files, loading, read_json, weight_files
 from tunesmith.models.weight_files import MODEL_FILE
 
 _BLOCK = 64
@@ -69,7 +68,7 @@ def load(
     without code from the folder, and for a model with an encoder.
     """
     transformers = libraries.transformers()
-    if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
+    if "quantization_config" in read_json(folder / "config.json"):
         raise Refused("the base's weights are quantised", where=str(folder), fix="use the model they were made from")
     attention = {} if settings.attention is None else {"attn_implementation": settings.attention}
     made: dict[str, Any] = {"dtype": settings.dtype, **attention}

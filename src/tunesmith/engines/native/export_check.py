@@ -8,7 +8,6 @@ engine in its own precision.
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from tunesmith.engines.native.network.network import Linear, Network, forward, f
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Engine, Generation, Question
 from tunesmith.engines.weights import read_model_file
-from tunesmith.models.base import Base, loading, weight_files
+from tunesmith.models.base import Base, loading, read_json, weight_files
 from tunesmith.models.export.gguf import FILE as GGUF
 from tunesmith.models.export.merging import merged_shards
 from tunesmith.models.rendering import Rendered, Renderer
@@ -260,7 +259,7 @@ def _load(form: str, exported: Path, base: Base) -> Any:
 
 def _check_memory(base: Base, models: int) -> None:
     weights = sum(path.stat().st_size for path in weight_files(base.folder))
-    stored = json.loads((base.folder / "config.json").read_bytes()).get("dtype", "float32")
+    stored = read_json(base.folder / "config.json").get("dtype", "float32")
     wanted = int(models * weights * (1.2 if stored == "float32" else 2.4))
     free = memory.available_memory()
     if wanted > free:

@@ -8,13 +8,13 @@ To add a scorer, write a function and add a line to SCORERS.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import satisfies
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json, values_in
 
 Schema = Mapping[str, Any] | None
 Scorer = Callable[[str, str, Schema], float]
@@ -144,13 +144,13 @@ def _sacrebleu(kind: str, **options: Any) -> Any:
 def _fields(scorer: str, answer: str, reference: str) -> tuple[int, int, int]:
     """How many leaf fields are right, given and expected. An answer that is not JSON gives none."""
     try:
-        expected = list(_leaves(parse_json(reference), ()))
+        expected = _leaves(reference)
     except NotJson as error:
         raise UsageError(
             f"{scorer} needs references that are JSON: {error}", fix="remove it from task.scorers"
         ) from error
     try:
-        given = list(_leaves(parse_json(answer), ()))
+        given = _leaves(answer)
     except NotJson:
         return 0, 0, len(expected)
     wanted = dict(expected)
@@ -168,10 +168,7 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    inner = list(items)
-    if not inner:
-        yield path, value
-    for key, part in inner:
-        yield from _leaves(part, (*path, key))
+def _leaves(text: str) -> list[tuple[tuple[str | int, ...], Any]]:
+    """The values of JSON that hold no others, each with the keys and places that lead to it. Raises NotJson."""
+    inner = values_in(parse_json(text))
+    return [(path, value) for path, value in inner if not value or not isinstance(value, dict | list)]

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final, Literal
 
-from tunesmith.candidates.grammars.copying import texts_of
 from tunesmith.core.reading.patterns import search, stays_found
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json, values_in
 from tunesmith.core.text.folding import fold, plain, visible
 from tunesmith.evaluation.metrics.scorers import exact_match
 from tunesmith.evaluation.policy.settings import PolicyCheck
@@ -95,7 +94,7 @@ def _texts_said(text: str) -> list[str]:
     texts = [text]
     if text.lstrip().startswith(("{", "[", '"')):
         with suppress(NotJson):
-            texts.append("\n".join(value for _, value in texts_of(parse_json(text))))
+            texts.append("\n".join(value for _, value in values_in(parse_json(text)) if isinstance(value, str)))
     return texts
 
 

@@ -6,7 +6,6 @@ convert_hf_to_gguf.py. Error messages for unsupported models refer to that scrip
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import Fields, JsonObject
-from tunesmith.models.base import Base
+from tunesmith.models.base import Base, read_json
 from tunesmith.models.export.merging import DTYPES, merged_shards
 from tunesmith.models.weight_files import ROTARY_TABLE
 from tunesmith.records.version import Dtype
@@ -44,7 +43,7 @@ def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str)
     """
     import gguf
 
-    config: JsonObject = json.loads((base.folder / "config.json").read_bytes())
+    config: JsonObject = read_json(base.folder / "config.json")
     architecture = check_supported(base.folder)
     writer = gguf.GGUFWriter(target / FILE, architecture)
     try:
@@ -67,7 +66,7 @@ def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str)
 
 def check_supported(base: Path) -> str:
     """GGUF's name for the base's architecture. Raises Refused if write_gguf does not support the base."""
-    config = json.loads((base / "config.json").read_bytes())
+    config = read_json(base / "config.json")
     family = config.get("model_type")
     if family not in _ARCHITECTURES:
         raise _refusal(base, f"models of family {family!r} are not written as GGUF")
@@ -106,7 +105,7 @@ def _add_sizes(writer: Any, config: Fields) -> None:
 def _add_tokenizer(writer: Any, base: Path, vocabulary: int) -> None:
     import gguf
 
-    tokenizer = json.loads((base / "tokenizer.json").read_bytes())
+    tokenizer = read_json(base / "tokenizer.json")
     tokens = [f"[PAD{number}]" for number in range(vocabulary)]
     types = [gguf.TokenType.UNUSED] * vocabulary
     for text, number in tokenizer["model"]["vocab"].items():
@@ -128,7 +127,7 @@ def _add_tokenizer(writer: Any, base: Path, vocabulary: int) -> None:
 
 def _cut(base: Path) -> str:
     """llama.cpp's name for how the tokenizer splits text. Raises Refused for one that is not known to match."""
-    tokenizer = json.loads((base / "tokenizer.json").read_bytes())
+    tokenizer = read_json(base / "tokenizer.json")
     model, steps = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise _refusal(base, "only byte-level BPE tokenizers are written as GGUF, not this one")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.models.base import INDEX, Base, base_files, weight_files
+from tunesmith.models.base import INDEX, Base, base_files, read_json, weight_files
 from tunesmith.models.weight_files import EMBEDDING, HEAD, MODEL_FILE, has_whole_model, read_adapter_file
 from tunesmith.records.version import Dtype
 
@@ -99,31 +99,24 @@ def write_merged(base: Base, adapter: Path, target: Path, dtype: Dtype) -> None:
     Weights are divided into files as the base's are. Tied embeddings are stored once if the base stores them once. The
     same inputs give the same bytes.
     """
-    kind = DTYPES[dtype]
+    kind, size = DTYPES[dtype], 0
     for shard, tensors in merged_shards(base, adapter):
         rounded = {name: tensors[name].to(kind).contiguous() for name in sorted(tensors)}
         save_file(rounded, target / shard, metadata={"format": "pt"})
+        size += sum(tensor.nbytes for tensor in rounded.values())
     for path in base_files(base.folder):
         if path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
             copy = target / path.relative_to(base.folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    config = json.loads((base.folder / "config.json").read_bytes())
+    config = read_json(base.folder / "config.json")
     for name in ("_name_or_path", "torch_dtype", "quantization_config"):
         config.pop(name, None)
     config["dtype"] = str(kind).removeprefix("torch.")
     _write_json(target / "config.json", config)
     if (base.folder / INDEX).is_file():
-        index = json.loads((base.folder / INDEX).read_bytes())
-        _write_json(target / INDEX, {**index, "metadata": {"total_size": _weights_bytes(target)}})
-
-
-def _weights_bytes(folder: Path) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for path in sorted(folder.glob("*.safetensors"))
-        for _, tensor in tensors_in(path)
-    )
+        index = read_json(base.folder / INDEX)
+        _write_json(target / INDEX, {**index, "metadata": {"total_size": size}})
 
 
 def _write_json(path: Path, value: Any) -> None:

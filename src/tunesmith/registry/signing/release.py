@@ -158,7 +158,7 @@ def check_owner(key: TrustedKey, version: Version, may: Literal["sign", "approve
     fix = f"have an active user with the role {role} of that tenant and region do it"
     if not key.active:
         raise Untrusted(f"{done} by {key.user}, who is deactivated", where=where, fix=fix)
-    if ACTIONS[action].isdisjoint(key.roles):
+    if set(ACTIONS[action]).isdisjoint(key.roles):
         roles = ", ".join(key.roles)
         raise Untrusted(f"{key.user} may not {may} versions: their roles are {roles}", where=where, fix=fix)
     if not key.scope.covers(version.scope):

@@ -103,8 +103,8 @@ class Router:
         self, store: Store, region: str, versions: ReadyVersions, clock: Callable[[], float] = time.time
     ) -> None:
         self._store, self._region, self._versions, self._clock = store, region, versions, clock
-        self._choices = UntilChanged[_Choice](store)
-        self._callers = UntilChanged[Caller](store)
+        self._choices = UntilChanged[_Choice](store, _Choice.holds)
+        self._callers = UntilChanged[Caller](store, self._active)
         # Of pinned versions. Their weights are read once, and again when they are loaded (ReadyVersions).
         self._verified: Verified = {}
         self._verifying: dict[str, threading.Lock] = {}
@@ -124,11 +124,11 @@ class Router:
                 raise forbidden(f"{who.user.name} may not use models.")
             return who
 
-        return self._callers.get(digest_bytes(token.encode()), decide, self._active)
+        return self._callers.get(digest_bytes(token.encode()), decide)
 
     def known_caller(self, token: str) -> Caller | None:
         """Who has this token, if that is known already; None where `caller` has to look."""
-        return self._callers.known(digest_bytes(token.encode()), self._active)
+        return self._callers.known(digest_bytes(token.encode()))
 
     def _active(self, caller: Caller) -> bool:
         return caller.token.status(self._clock()) == "active"
@@ -143,7 +143,7 @@ class Router:
 
     def known_route(self, user: User, model: str, key: str) -> Route | None:
         """As `route`, if that is known already; None where it has to look."""
-        choice = self._choices.known((user.tenant, model), _Choice.holds) if user.region in ("", self._region) else None
+        choice = self._choices.known((user.tenant, model)) if user.region in ("", self._region) else None
         return None if choice is None else self._route(choice, model, key)
 
     def _route(self, choice: _Choice, model: str, key: str) -> Route:
@@ -174,7 +174,7 @@ class Router:
         answering, away = [], False
         for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
             try:
-                if away and self._choices.kept((user.tenant, model), _Choice.holds) is None:
+                if away and self._choices.kept((user.tenant, model)) is None:
                     continue
                 choice = self._choice(user, model)
             except ApiError:
@@ -211,7 +211,7 @@ class Router:
                 _LOG.error("%s cannot be read: %s", model[:120], error)
                 raise not_available(model, "its version cannot be read") from error
 
-        return self._choices.get((user.tenant, model), decide, _Choice.holds)
+        return self._choices.get((user.tenant, model), decide)
 
     def _champion(self, session: Session, model: str, name: str, scope: Scope) -> _Choice:
         for covering in scope.covering():

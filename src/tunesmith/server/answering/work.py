@@ -247,12 +247,15 @@ class AnsweringThreads:
             messages,
             caller,
             max_tokens=request.max_completion_tokens or request.max_tokens,
+            schema=request.answer_schema,
+        )
+        generation = replace(
+            generation,
             temperature=request.temperature or 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=request.seed or 0,
             stop=request.stops,
             top_logprobs=scored,
-            schema=request.answer_schema,
         )
         job.shaped = generation.constrained_by == "response_format.json_schema"
         if request.offered:

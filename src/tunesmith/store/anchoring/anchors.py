@@ -16,31 +16,29 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
-from pydantic import Field, StrictInt, StrictStr, ValidationError
+from pydantic import Field, StrictInt, ValidationError
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import sync_folder
-from tunesmith.core.values import Frozen
+from tunesmith.core.values import Digest, Frozen
 from tunesmith.store.audit import Head
 
 _LONGEST = 1 << 16  # bytes of one anchor, with its time stamp
-_Digest = Annotated[StrictStr, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class Anchor(Frozen):
     """One anchor. store: the digest of the log's first entry. seq, digest: the newest entry. time_stamp: base64."""
 
-    store: _Digest
+    store: Digest
     seq: StrictInt
-    digest: _Digest
-    at: StrictStr = Field(pattern=r"^[0-9T:.Z-]{20,32}$")
-    time_stamp: StrictStr = ""
+    digest: Digest
+    at: str = Field(pattern=r"^[0-9T:.Z-]{20,32}$")
+    time_stamp: str = ""
 
     @property
     def head(self) -> Head:
@@ -175,8 +173,7 @@ class BucketPlace:
                 kept.take(b"", where)
                 continue
             # One request: several would ask for the newest version first, which may be a delete marker.
-            read = partial(_read, path=f"{self._bucket}/{key}", version=version)
-            kept.take(self._try(read), where)
+            kept.take(self._bytes(key, version), where)
             if key in deleted and self._locked(key, version):
                 kept.problems.append(f"{where} was deleted before its retention ended; its locked version is there")
         return kept
@@ -196,6 +193,10 @@ class BucketPlace:
             ChecksumAlgorithm="SHA256",
         )
         return keep_until
+
+    def _bytes(self, key: str, version: str) -> bytes:
+        path = f"{self._bucket}/{key}"
+        return bytes(self._try(lambda fs: fs.cat_file(path, version_id=version, max_concurrency=1)))
 
     def _pages(self) -> Iterator[JsonObject]:
         markers: dict[str, str] = {}
@@ -235,11 +236,3 @@ class BucketPlace:
             where=self.name,
             fix="make a bucket with Object Lock",
         )
-
-
-# Where anchors are kept.
-AnchorPlace: TypeAlias = FilePlace | BucketPlace
-
-
-def _read(system: Any, *, path: str, version: str) -> bytes:
-    return bytes(system.cat_file(path, version_id=version, max_concurrency=1))

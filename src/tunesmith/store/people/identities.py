@@ -13,7 +13,6 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -31,11 +30,13 @@ from tunesmith.store.people.trust import (
     TrustedKey,
     in_both,
     is_written,
-    keys_of_users,
     write_trust,
 )
 from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import AuditRow, KeyRow, TokenRow, UserRow
+
+# The actions whose audit entries record a signature, under the key of `signature_entry`.
+_SIGNING = ("version.register", "version.approve", "version.refuse")
 
 
 class UserKey(View):
@@ -79,7 +80,7 @@ class User(ScopedView):
 
     def may(self, action: str) -> bool:
         """Whether the user is active and one of their roles permits an action."""
-        return self.active and not ACTIONS.get(action, frozenset()).isdisjoint(self.roles)
+        return self.active and not set(self.roles).isdisjoint(ACTIONS.get(action, ()))
 
     def require_everything(self) -> None:
         """Raise Forbidden for a user of one tenant or region: the same, whatever there is."""
@@ -115,7 +116,7 @@ def ensure_owner(store: Store) -> User:
     """
     with store.reading() as session:
         name = first_user(session)
-        published = is_written(store.blobs, keys_of_users(session))
+        published = is_written(store.blobs, trusted_keys(session))
     if not published:
         publish_trust(store)
     if name is not None:
@@ -155,10 +156,7 @@ def require(where: Store | Session, user: str, action: str, *, scope: Scope = Sc
 def get_user(where: Store | Session, name: str) -> User:
     """A user by name. Raises UsageError where there is none."""
     with session_of(where) as session:
-        row = session.get(UserRow, name)
-    if row is None:
-        raise _no_user(name)
-    return _user(row)
+        return _user(user_row(session, name))
 
 
 def list_users(where: Store | Session) -> list[User]:
@@ -263,9 +261,41 @@ def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_
 
 
 def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
-    """The keys of all users, retired and revoked ones included, with their owners' roles now."""
+    """The keys of all users, retired and revoked ones included, with their owners' roles now.
+
+    Sorted by user, then by age.
+    """
     with session_of(where) as session:
-        return keys_of_users(session)
+        users = list(session.scalars(select(UserRow).order_by(UserRow.name)))
+        signed = _signed_in_time(session, [key for user in users for key in user.keys if key.status != "active"])
+        return tuple(
+            TrustedKey.of(
+                key,
+                user=user.name,
+                roles=tuple(user.roles),
+                **user.scope.fields(),
+                active=user.active,
+                signed=tuple(sorted(signed.get(key.fingerprint, ()))),
+            )
+            for user in users
+            for key in user.keys
+        )
+
+
+def _signed_in_time(session: Session, ended: list[KeyRow]) -> dict[str, set[str]]:
+    """Fingerprint -> digests whose signature by that key the log recorded before the key was retired or revoked."""
+    until = {key.fingerprint: key.until or 0 for key in ended}
+    signed: dict[str, set[str]] = {}
+    if not until:
+        return signed
+    entries = select(AuditRow.seq, AuditRow.detail).where(
+        AuditRow.action.in_(_SIGNING), AuditRow.seq < max(until.values())
+    )
+    for seq, detail in session.execute(entries):
+        signature = detail.get("signature")
+        if isinstance(signature, dict) and seq < until.get(str(signature.get("key")), 0):
+            signed.setdefault(signature["key"], set()).add(str(signature.get("digest")))
+    return signed
 
 
 def publish_trust(store: Store) -> None:
@@ -275,7 +305,7 @@ def publish_trust(store: Store) -> None:
         write_trust(store.blobs, trusted_keys(session))
 
 
-def state(row: UserRow) -> dict[str, Any]:
+def state(row: UserRow) -> JsonObject:
     """What the audit log keeps of a user after a change, so that a row that was changed without it can be found."""
     # The groups are left out where there are none, as in the entries of a log that is older than groups.
     parts = ("name", "roles", "tenant", "region", *(["groups"] if row.groups else []), "active")
@@ -287,7 +317,7 @@ def state(row: UserRow) -> dict[str, Any]:
     return {**{part: getattr(row, part) for part in parts}, "keys": keys}
 
 
-def token_state(row: TokenRow) -> dict[str, Any]:
+def token_state(row: TokenRow) -> JsonObject:
     """What the audit log keeps of a token after a change. When it was used last is no part of it."""
     parts = ("user", "name", "scopes", "created", "expires", "revoked")
     return {"token": digest_bytes(row.digest.encode()), **{part: getattr(row, part) for part in parts}}
@@ -300,7 +330,7 @@ class _AlreadyThere(Exception):
 @contextlib.contextmanager
 def changing(
     store: Store, actor: str, action: str, name: str, *, own: bool = False
-) -> Iterator[tuple[Session, dict[str, Any]]]:
+) -> Iterator[tuple[Session, JsonObject]]:
     """One audited change of a user by an actor who may make it. own: every user may change themself.
 
     What the list of trusted keys loses is taken from it before the commit, and what it gains is added afterwards: a
@@ -313,10 +343,10 @@ def changing(
                 raise Refused(f"{name} is deactivated", where=action, fix="ask an admin")
         else:
             require(session, actor, "user.change")
-        before = keys_of_users(session)
+        before = trusted_keys(session)
         yield session, detail
         session.flush()
-        write_trust(store.blobs, in_both(before, keys_of_users(session)))
+        write_trust(store.blobs, in_both(before, trusted_keys(session)))
     publish_trust(store)
 
 
@@ -328,13 +358,9 @@ def user_row(session: Session, name: str) -> UserRow:
     """A user's row, to be changed inside `changing`. Raises UsageError where there is none."""
     row = session.get(UserRow, name)
     if row is None:
-        raise _no_user(name)
+        fix = NextStep("list the users, or add this one", "users list")
+        raise NotThere(f"there is no user {_shown(name)}", fix=fix, code="user_not_found")
     return row
-
-
-def _no_user(name: str) -> NotThere:
-    fix = NextStep("list the users, or add this one", "users list")
-    return NotThere(f"there is no user {_shown(name)}", fix=fix, code="user_not_found")
 
 
 def _shown(name: str) -> str:

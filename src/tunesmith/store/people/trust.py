@@ -12,25 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import model_validator
-from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.values import ScopedView
 from tunesmith.store.blobs import BlobStore
-from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 
 TRUST_KEY = "trust/keys.json"
 FIRST_LABEL = "key-1"
 KeyStatus = Literal["active", "retired", "revoked"]
-# The actions whose audit entries record a signature, under the key of `signature_entry`.
-_SIGNING = ("version.register", "version.approve", "version.refuse")
 
 
 class TrustedKey(ScopedView):
@@ -64,27 +59,9 @@ class TrustedKey(ScopedView):
         return self.status == "active" or digest in self.signed
 
 
-def signature_entry(key: str, digest: str) -> dict[str, Any]:
+def signature_entry(key: str, digest: str) -> JsonObject:
     """What an audit entry states of the signature that it records. key: a fingerprint; digest: what was signed."""
     return {"signature": {"key": key, "digest": digest}}
-
-
-def keys_of_users(session: Session) -> tuple[TrustedKey, ...]:
-    """The keys of all users, with the roles that their owners have now. Sorted by user, then by age."""
-    users = list(session.scalars(select(UserRow).order_by(UserRow.name)))
-    signed = _signed_in_time(session, [key for user in users for key in user.keys if key.status != "active"])
-    return tuple(
-        TrustedKey.of(
-            key,
-            user=user.name,
-            roles=tuple(user.roles),
-            **user.scope.fields(),
-            active=user.active,
-            signed=tuple(sorted(signed.get(key.fingerprint, ()))),
-        )
-        for user in users
-        for key in user.keys
-    )
 
 
 def read_trust(path: Path) -> tuple[TrustedKey, ...]:
@@ -154,19 +131,3 @@ def _encoded(keys: Collection[TrustedKey]) -> bytes:
 def _put_changed(blobs: BlobStore, key: str, data: bytes) -> None:
     if not blobs.exists(key) or blobs.get(key) != data:
         blobs.put(key, data)
-
-
-def _signed_in_time(session: Session, ended: list[KeyRow]) -> dict[str, set[str]]:
-    """Fingerprint -> digests whose signature by that key the log recorded before the key was retired or revoked."""
-    until = {key.fingerprint: key.until or 0 for key in ended}
-    signed: dict[str, set[str]] = {}
-    if not until:
-        return signed
-    entries = select(AuditRow.seq, AuditRow.detail).where(
-        AuditRow.action.in_(_SIGNING), AuditRow.seq < max(until.values())
-    )
-    for seq, detail in session.execute(entries):
-        signature = detail.get("signature")
-        if isinstance(signature, dict) and seq < until.get(str(signature.get("key")), 0):
-            signed.setdefault(signature["key"], set()).add(str(signature.get("digest")))
-    return signed

@@ -136,7 +136,7 @@ def _require_proof(session: Session, row: UserRow, actor: str, proof: Proof | No
     if proof is not None:
         if not any(key.fingerprint == proof.key and key.status == "active" for key in row.keys):
             raise Refused(f"the proof is not by an active key of {row.name}", where=row.name, fix=_ASK)
-    elif ACTIONS["user.change"].isdisjoint(user_row(session, actor).roles):
+    elif set(ACTIONS["user.change"]).isdisjoint(user_row(session, actor).roles):
         raise Refused(f"{row.name} did not prove to hold an active key", where=row.name, fix=_ASK)
 
 
