@@ -14,10 +14,9 @@ from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.text.names import Scope
 from tunesmith.data.building.examine import RowRules, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
-from tunesmith.data.building.shards import LocalRunner, PlannedFile, ShardRunner, examined_rows, plan
+from tunesmith.data.building.shards import LocalRunner, ShardRunner, examined_rows, plan
 from tunesmith.data.building.staging import HAS_CONTROL, Account, StagingDatabase, staging_database
 from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
-from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import duties
 from tunesmith.data.privacy.detection_recall import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
@@ -116,7 +115,16 @@ def build_dataset(
         body = DatasetBody(
             settings=settings.model_dump(mode="json", exclude={"sign_off"}),
             sources=tuple(
-                _described(one, formats[one.file.source.path], account.read[one.file.name]) for one in planned
+                ReadSource(
+                    path=file.name,
+                    digest=digest,
+                    bytes=size,
+                    rows=account.read[file.name],
+                    format=formats[file.source.path].name,
+                    format_told=file.source.format != "auto",
+                    split=file.source.split,
+                )
+                for file, digest, size, _ in planned
             ),
             rows=RowCounts(
                 read=read,
@@ -208,18 +216,6 @@ def _review(reviewed: Reviewed, account: Account) -> AppliedReview | None:
         reject=applied["reject"],
         unmatched=len(reviewed.rows.keys() - account.reviewed.keys()),
         logged=reviewed.logged,
-    )
-
-
-def _described(one: PlannedFile, row_format: RowFormat, rows: int) -> ReadSource:
-    return ReadSource(
-        path=one.file.name,
-        digest=one.digest,
-        bytes=one.bytes,
-        rows=rows,
-        format=row_format.name,
-        format_told=one.file.source.format != "auto",
-        split=one.file.source.split,
     )
 
 

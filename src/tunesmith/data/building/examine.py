@@ -128,6 +128,11 @@ class Examiner:
 
     def __init__(self, rules: RowRules) -> None:
         self.rules, self.settings, self.account = rules, rules.settings, Account()
+        split, attributes = self.settings.split, self.settings.attributes
+        # The keys that are read in addition to the format's, and the labels that are kept with an example. A group that
+        # depends on its row only is kept as its group.
+        self._read_labels = {*split.keys, *attributes, split.time, split.stratify}
+        self._kept_labels = {*(split.groups if split.joined else ()), *attributes, split.time, split.stratify}
 
     @cached_property
     def scanner(self) -> Scanner:
@@ -293,19 +298,6 @@ class Examiner:
                 "the least of these is the limit, unless the base's context is shorter",
             )
         raise _Removed(OVERLONG, name)
-
-    @cached_property
-    def _read_labels(self) -> frozenset[str | None]:
-        """The keys that are read in addition to the format's keys."""
-        split = self.settings.split
-        return frozenset((*split.keys, *self.settings.attributes, split.time, split.stratify))
-
-    @cached_property
-    def _kept_labels(self) -> frozenset[str | None]:
-        """The labels that are kept with an example. A group that depends on its row only is kept as its group."""
-        split = self.settings.split
-        groups = split.groups if split.joined else ()
-        return frozenset((*self.settings.attributes, split.time, split.stratify, *groups))
 
     def _templates(self, messages: Conversation, scan: Scan) -> tuple[str, ...]:
         """The row's template, and the template without the scan's findings, which verification can recompute."""

@@ -100,13 +100,11 @@ def read_reviewed(path: str | None, root: Path, store: Store) -> Reviewed:
             raise UsageError(f"a second decision on row {one.row}", where=where, fix=fix)
         rows[one.row] = one
     contents = {one.content: one for one in sorted(rows.values(), key=lambda one: one.decision == "reject")}
-    return Reviewed(rows, contents, path, digest_bytes(data), _logged(store, digest_bytes(data)))
-
-
-def _logged(store: Store, digest: str) -> bool:
+    digest = digest_bytes(data)
     with store.reading() as session:
         details = session.scalars(select(AuditRow.detail).where(AuditRow.action == EXPORTED))
-        return any(detail.get("file") == digest for detail in details)
+        logged = any(detail.get("file") == digest for detail in details)
+    return Reviewed(rows, contents, path, digest, logged)
 
 
 def applied_settings(settings: DataSettings, reviewed: Reviewed) -> DataSettings:
