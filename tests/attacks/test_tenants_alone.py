@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.acting import looking
 from tests.attack_table import Happened
 from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
@@ -31,13 +32,12 @@ def tuned(folder: Path, tenant: str, data: bytes) -> dict[str, Any]:
     store = project.store
     ensure_owner(store)
     user = add_user(store, f"{tenant}-engineer", ["engineer", "operator"], actor=OWNER, scope=scope)
-    before = list_evaluations(store, user).evaluations
+    before = list_evaluations(looking(project, user.name)).evaluations
     source = folder / "upload.jsonl"
     source.write_bytes(data)
     file = uploads.put(store, source, name="rows.jsonl", purpose=PURPOSE, actor=user.name, scope=scope).file
-    job = add_fine_tuning(
-        project, Arguments(model=MODEL, training_file=file, settings=project.settings.digest), user=user
-    )
+    arguments = Arguments(model=MODEL, training_file=file, settings=project.settings.digest)
+    job = add_fine_tuning(looking(project, user.name), arguments)
     lease = leases.claim(store, "w", [FINE_TUNING], project="tiny")
     assert lease is not None
     perform(store, lease, lambda progress: perform_fine_tuning(project, job, progress))
@@ -49,7 +49,7 @@ def tuned(folder: Path, tenant: str, data: bytes) -> dict[str, Any]:
         "before": before,
         "stages": [(each["name"], each["skipped"]) for each in result["stages"]],
         "lines": [re.sub(r"file-\w+|\d[\d.]*", "#", event.message) for event in queue.events(store, job.id)],
-        "seen": len(list_evaluations(store, user).evaluations),
+        "seen": len(list_evaluations(looking(project, user.name)).evaluations),
         "weights": [each["weights"] for each in result["train"].values()],
         "uses": verdict.body["test_set_use"],
     }

@@ -21,7 +21,7 @@ from rich.tree import Tree
 import tunesmith.cli
 from tests.tiny_project import write_project
 from tunesmith.cli.console import PlainConsole
-from tunesmith.cli.data_tables import draw_removed, draw_rows
+from tunesmith.cli.data import draw_removed, draw_rows
 from tunesmith.cli.main import main
 from tunesmith.cli.terminal import Terminal, say, table
 from tunesmith.core.errors import Refused, UsageError

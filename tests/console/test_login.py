@@ -149,7 +149,7 @@ def test_forms_that_are_refused(served: Served) -> None:
     mine, other = cookie_of(served), cookie_of(served)
     found = sessions.continue_session(served.scene.store, other)
     assert found is not None
-    mark = Viewer(found.user, found.id, served.serving, "/").csrf
+    mark = Viewer(**served.serving.here, user=found.user, session=found.id, path="/").csrf
     with plain(served, mine) as http:
         assert http.post("/console/logout", data={"csrf": mark}).status_code == 403
         page = http.get("/")
@@ -280,7 +280,8 @@ def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served) -> N
 
     mine = proposed(opened(served.scene, APPROVER, OWNER))
     assert not confirmed(opened(served.scene, OWNER, OWNER), mine)
-    with plain(served, cookie_of(served, OWNER)) as http:
+    with plain(served, cookie_of(served, OWNER)) as http, pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tunesmith.registry.signing.keys.private_keys", None)  # proposals need no private key
         page = http.get("/console/keys").text
         assert f"a link of {OWNER} opened" in page
         assert "another admin confirms this key" in page

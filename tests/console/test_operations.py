@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from playwright.sync_api import Page, expect
 from sqlalchemy import text
 
-from tests.acting import do
+from tests.acting import do, looking
 from tests.console.conftest import Login, check_page, follow, statements
 from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_requests
@@ -108,7 +108,7 @@ def test_an_admin_adds_a_person_changes_roles_ends_a_token_and_deactivates(serve
     harmless(page)
     page.get_by_role("button", name="Revoke laptop of zoe").click()
     expect(page.get_by_role("button", name="Revoke laptop of zoe")).to_have_count(0, timeout=60_000)
-    assert [token.status for token in users.list_tokens(store, None, user="zoe").tokens] == ["revoked"]
+    assert [token.status for token in users.list_tokens(looking(store), user="zoe").tokens] == ["revoked"]
     page.locator("summary", has_text="Roles of zoe").click()
     card = page.locator("section", has=page.get_by_role("heading", name="zoe"))
     card.get_by_label("operator").check()
@@ -155,7 +155,7 @@ def test_an_operator_sees_what_moved_what_was_recalled_and_what_did_not_arrive(
     put_case(store, Case(request=kept, at=at.isoformat(), until=until.isoformat(), **stated))
     do(store, monitoring.recall, actor=OWNER, kind="version", value=f"{NAME}@v3", reason=HOSTILE[:2000])
 
-    found = monitoring.drift(project, texts=True)
+    found = monitoring.drift(looking(project))
     assert found.report is not None
     assert found.report.verdict == "drift"
     assert [(one.feature, one.request) for one in found.examples] == [("characters", kept)]
@@ -177,7 +177,7 @@ def test_an_operator_sees_what_moved_what_was_recalled_and_what_did_not_arrive(
     expect(page.get_by_role("alert")).not_to_be_empty(timeout=60_000)
     harmless(page)
 
-    status = home.status(project, OPERATOR)
+    status = home.status(looking(project, OPERATOR))
     assert any("drifted" in one.says for one in status.waiting)
     assert any("1 delivery of the webhook chat" in one.says and one.mine for one in status.waiting)
     page.get_by_role("button", name="Retry chat").click()
@@ -225,7 +225,7 @@ def test_each_item_names_who_may_do_it(served: Served, versions: dict[int, Versi
     store = served.scene.store
     rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
     served.until(rollout, lambda now: now.status == "paused")
-    approver, operator, steward = (home.home(store, name) for name in (APPROVER, OPERATOR, STEWARD))
+    approver, operator, steward = (home.home(looking(store, name)) for name in (APPROVER, OPERATOR, STEWARD))
     assert ["@v4" in one for one in says(approver, mine=True)] == [True]
     assert ["paused" in one for one in says(operator, mine=True)] == [True]
     assert says(steward, mine=True) == []
@@ -234,11 +234,11 @@ def test_each_item_names_who_may_do_it(served: Served, versions: dict[int, Versi
     pem = ec.generate_private_key(ec.SECP256R1()).public_key()
     text = pem.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     propose_key(store, OPERATOR, read_public_key(text), actor=OPERATOR)
-    assert f"a key of {OPERATOR} waits to be confirmed" in says(home.home(store, OWNER), mine=True)
+    assert f"a key of {OPERATOR} waits to be confirmed" in says(home.home(looking(store, OWNER)), mine=True)
     # Who registered a version may not approve it, whatever their roles.
     add_user(store, "max", ["approver"], actor=OWNER)
-    assert says(home.home(store, "max"), mine=True)
-    assert not [one for one in home.home(store, OWNER).waiting if one.mine and "@v4" in one.says]
+    assert says(home.home(looking(store, "max")), mine=True)
+    assert not [one for one in home.home(looking(store, OWNER)).waiting if one.mine and "@v4" in one.says]
 
 
 def test_a_tenant_sees_what_serves_it_and_only_its_own_requests(served: Served, versions: dict[int, Version]) -> None:
@@ -248,22 +248,22 @@ def test_a_tenant_sees_what_serves_it_and_only_its_own_requests(served: Served, 
         put_requests(store, versions[1].digest, [{"tenant": tenant, "ok": place > 0} for place in range(count)])
     served.begin(versions[1], scope=Scope("acme"))
     served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100}, scope=Scope("acme"))
-    found = home.home(store, "eve")
+    found = home.home(looking(store, "eve"))
     assert [(one.version, one.tenant, one.requests, one.failed) for one in found.serving] == [(f"{NAME}@v1", "", 3, 1)]
     assert found.moving == ()
     assert says(found) == []
-    assert home.home(store, OPERATOR).moving != ()
+    assert home.home(looking(store, OPERATOR)).moving != ()
 
 
 def test_a_queue_that_nobody_works_on_is_not_well(served: Served) -> None:
     store = served.scene.store
-    (worker,) = (each for each in home.home(store, OPERATOR).health if each.part == "worker")
+    (worker,) = (each for each in home.home(looking(store, OPERATOR)).health if each.part == "worker")
     assert worker.ok
     empty = {"arguments": {}, "progress": {}, "result": {}, "error": {}}
     row = {"project": "p", "kind": "run", "state": "queued", "created_by": OWNER, "most_attempts": 3, **empty}
     with database.writing(store.engine) as session:
         session.add(JobRow(**row, due=time.time() - 600, created=time.time() - 600))
-    (worker,) = (each for each in home.home(store, OPERATOR).health if each.part == "worker")
+    (worker,) = (each for each in home.home(looking(store, OPERATOR)).health if each.part == "worker")
     assert (worker.ok, "no worker takes them" in worker.says) == (False, True)
 
 
@@ -276,7 +276,7 @@ def test_more_champions_take_no_more_queries_and_a_list_that_is_cut_says_so(
     def looked(*tenants: str) -> tuple[Home, int]:
         with store.change(OWNER, "test.aliases", NAME, {}) as session:
             session.add_all(AliasRow(**row, tenant=tenant) for tenant in tenants)
-        return home.home(store, OWNER), statements(store, lambda: home.home(store, OWNER))
+        return home.home(looking(store, OWNER)), statements(store, lambda: home.home(looking(store, OWNER)))
 
     (few, before), (many, after) = looked("a", "b"), looked(*(f"t{number}" for number in range(48)))
     assert (len(few.serving), len(many.serving), after <= before) == (2, 50, True)

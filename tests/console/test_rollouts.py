@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import expect
 from sqlalchemy import delete
 
+from tests.acting import looking
 from tests.console.conftest import Login, check_page, follow
 from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene, put_requests
@@ -23,7 +24,6 @@ from tunesmith.rollout.state import get_rollout
 from tunesmith.services import rollouts
 from tunesmith.services import versions as version_service
 from tunesmith.store import database
-from tunesmith.store.people.identities import get_user
 from tunesmith.store.tables import RequestRow
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 1800
@@ -37,11 +37,11 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     store = served.scene.store
     rollout = served.begin(versions[2], *STEPS)
     served.until(rollout, lambda now: now.step == 1)
-    (rolling,) = version_service.page_of_versions(store, get_user(store, OWNER), state="rolling out").versions
+    (rolling,) = version_service.page_of_versions(looking(store, OWNER), state="rolling out").versions
     assert rolling.digest == versions[2].digest
     with plain(served, cookie_of(served, APPROVER)) as http:
-        looking = http.get(f"/console/rollouts/{rollout.id}").text
-        assert ("Steps" in looking, "Abort" in looking) == (True, False)
+        shown = http.get(f"/console/rollouts/{rollout.id}").text
+        assert ("Steps" in shown, "Abort" in shown) == (True, False)
     page = login(OPERATOR, "/console/rollouts")
     page.on("dialog", lambda dialog: dialog.accept())
     follow(page.get_by_role("link", name=f"{rollout.id} · {NAME}"))
@@ -52,7 +52,7 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     expect(traffic).to_be_visible(timeout=60_000)
     expect(page.get_by_role("img", name="Evidence (e-values, logarithmic)")).to_be_visible()
     expect(page.get_by_text("not decided", exact=True)).to_be_visible()
-    found = rollouts.course(store, rollout.id)
+    found = rollouts.course(looking(store, OWNER), rollout.id)
     asked = [span for span in found.traffic.spans if span.stable.requests or span.canary.requests]
     assert sum(span.stable.requests + span.canary.requests for span in asked) == 24
     assert all(span.canary.score in (1.0, None) for span in asked)
@@ -60,7 +60,7 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert (evidence.points[-1].requests, evidence.whole) == (24, True)
     with monkeypatch.context() as patch:
         patch.setattr(course, "_DRAWN", 10)
-        (first,) = rollouts.course(store, rollout.id).evidence
+        (first,) = rollouts.course(looking(store, OWNER), rollout.id).evidence
     assert (first.points[-1].requests, first.whole) == (10, False)
     decides = look(store, get_rollout(store, rollout.id))
     assert decides is not None

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.acting import looking
 from tests.console.conftest import Login, check_page, follow, statements
 from tests.console.evidence_rows import put_evaluation
 from tests.console.test_login import cookie_of, csrf, plain
@@ -167,15 +168,14 @@ def many(store: Store, version: Version, count: int) -> None:
             digest = store.put_record(
                 Record(kind="version", parents=record.parents, blobs=record.blobs, body=body), session
             )
-            row = {"name": "bulk", "number": number, "digest": digest, "key": get_user(store, OWNER).fingerprint}
-            session.add(VersionRow(**row))
+            session.add(VersionRow(name="bulk", number=number, digest=digest, key=get_user(store, OWNER).fingerprint))
 
 
 def test_a_long_list_is_paged_and_searched(served: Served, login: Login, versions: Versions) -> None:
-    store, ann = served.scene.store, get_user(served.scene.store, OWNER)
-    few = statements(store, lambda: service.page_of_versions(store, ann))
+    store, ann = served.scene.store, looking(served.scene.store, OWNER)
+    few = statements(store, lambda: service.page_of_versions(ann))
     many(store, versions[4], 200)
-    assert statements(store, lambda: service.page_of_versions(store, ann)) == few
+    assert statements(store, lambda: service.page_of_versions(ann)) == few
     page = login(OPERATOR, "/console/versions")
     expect(page.locator("main")).to_contain_text("Page 1 of 5, 204 versions")
     expect(page.locator("tbody tr")).to_have_count(50)
@@ -185,9 +185,9 @@ def test_a_long_list_is_paged_and_searched(served: Served, login: Login, version
     page.get_by_role("button", name="Show").click()
     expect(page.locator("tbody tr")).to_have_count(1)
     expect(page.locator("tbody")).to_contain_text("serving")
-    found = {state: service.page_of_versions(store, ann, state=state).total for state in service.STATES}
+    found = {state: service.page_of_versions(ann, state=state).total for state in service.STATES}
     assert found == {**dict.fromkeys(service.STATES, 0), "serving": 1, "approved": 2, "waiting": 201}
-    (one,) = service.page_of_versions(store, ann, text=versions[2].digest[7:19]).versions
+    (one,) = service.page_of_versions(ann, text=versions[2].digest[7:19]).versions
     assert one.version == f"{NAME}@v2"
     with plain(served, cookie_of(served)) as http:
         for path, status in (

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, update
 
+from tests.acting import looking
 from tests.forked import forkserver
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
 from tunesmith.core.text.names import Scope
@@ -30,7 +30,6 @@ from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
 from tunesmith.services import jobs
 from tunesmith.store import audit, database, uploads
-from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import FINE_TUNING, JobRow
 
@@ -118,13 +117,12 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
     monkeypatch.setattr(leases, "_FIRST_DELAY", 0.0)
     folder = write_fine_tuning_project(tmp_path / "project")
     project = Project.load(folder)
-    store, owner = project.store, identities.ensure_owner(project.store)
+    store = looking(project).store
     with store.scratch() as work:
         (work / "rows").write_bytes(examples())
-        given: dict[str, Any] = {"name": "rows.jsonl", "purpose": "fine-tune", "actor": OWNER, "scope": Scope()}
-        file = uploads.put(store, work / "rows", **given)
+        file = uploads.put(store, work / "rows", name="rows.jsonl", purpose="fine-tune", actor=OWNER, scope=Scope())
     asked = Arguments(settings="", model=MODEL, training_file=file.file, hyperparameters=Hyperparameters(n_epochs=1))
-    number = jobs.add_fine_tuning(project, asked, user=owner).id
+    number = jobs.add_fine_tuning(looking(project), asked).id
     with store.writing() as session:
         session.execute(update(JobRow).values(most_attempts=100))
     killed = 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.acting import do
+from tests.acting import do, looking
 from tests.data.building.test_ray_runner import PATIENT
 from tests.jobs.processes import wait
 from tests.own_group import run_whole_group
@@ -177,7 +177,7 @@ def test_a_job_survives_the_loss_of_its_node(made: Callable[..., Project]) -> No
     )
     assert done.returncode == 0, done.stderr[-3000:]
     job = queue.get(project.store, number)
-    lines = "\n".join(each.message for each in jobs.log(project.store, number).lines)
+    lines = "\n".join(each.message for each in jobs.log(looking(project), number).lines)
     assert (job.state, job.attempts) == ("succeeded", 2), lines
     assert lines.count(f"performed on the node {HERE}") == 2
     assert "it was lost with its node" in lines

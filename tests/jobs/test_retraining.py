@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.acting import do
+from tests.acting import do, looking
 from tests.fabricate import Scene, approve, put_requests
 from tests.http_server import answering
 from tests.rollout.conftest import serve
@@ -139,7 +139,7 @@ def test_a_cause_queues_one_run(folder: Path, cause: str, days: float, act: Call
     assert look(folder, days).causes == first.causes
     end_job(folder)
     assert look(folder, days).causes == first.causes, "whatever came of it"
-    assert [job.cause.split(":")[0] for job in jobs.list_jobs(Project.load(folder).store).jobs] == [cause]
+    assert [job.cause.split(":")[0] for job in jobs.list_jobs(looking(Project.load(folder))).jobs] == [cause]
 
 
 def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_a_run_that_gives_the_champion_again_says_so(folder: Path) -> None:
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
     perform_job(folder, lease)
-    (job,) = jobs.list_jobs(project.store).jobs
+    (job,) = jobs.list_jobs(looking(project)).jobs
     assert (job.state, job.error["code"], job.cause) == ("failed", "nothing_new", "drift: tiny@v1")
     result = CliRunner().invoke(app, ["retrain", "-C", str(folder)])
     assert result.exit_code == 0, result.output

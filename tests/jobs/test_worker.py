@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.acting import do
+from tests.acting import do, looking
 from tests.commands import Forked, call
 from tests.jobs.processes import obey
 from tests.tiny_project import settings, write_project
@@ -103,7 +103,7 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
         return sorted(path.name for path in store.local("work").glob("train-*/checkpoints/step-*"))
 
     def resumed() -> int:
-        return sum("resuming from step" in line.message for line in jobs.log(store, number).lines)
+        return sum("resuming from step" in line.message for line in jobs.log(looking(store), number).lines)
 
     first = start()
     until(checkpoints)
@@ -147,7 +147,7 @@ def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path) -> None:
     )
     project = Project.load(folder)
     assert run_here(project).gate.verdict == "fail"
-    (job,) = jobs.list_jobs(project.store).jobs
+    (job,) = jobs.list_jobs(looking(project)).jobs
     assert (job.state, job.error["code"]) == ("failed", "verdict_fail")
     assert job.error["what"] == "the verdict is fail: valid"
     assert job.result["gate"]["verdict"] == "fail", "the evidence is kept"
@@ -158,6 +158,6 @@ def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path) -> None:
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
     perform_job(folder, lease)
-    changed = jobs.show(project.store, queued.job)
+    changed = jobs.show(looking(project), queued.job)
     assert (changed.state, changed.error["code"]) == ("failed", "wrong_usage")
     assert "settings changed" in changed.error["what"]

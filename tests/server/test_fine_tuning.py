@@ -15,6 +15,7 @@ import pytest
 import yaml
 from openai.types.fine_tuning import FineTuningJobEvent
 
+from tests.acting import looking
 from tests.fabricate import NAME, OWNER, Scene
 from tests.rollout.conftest import begin
 from tests.server.conftest import HELLO, Served, running
@@ -40,7 +41,6 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import resolve
 from tunesmith.services.jobs import add_fine_tuning, find_fine_tuning
 from tunesmith.store import uploads
-from tunesmith.store.people.identities import get_user
 from tunesmith.store.people.tokens import issue_token, revoke_token
 from tunesmith.store.tables import FINE_TUNING
 
@@ -245,7 +245,7 @@ def test_files_that_cannot_be_used_end_the_job(client: openai.OpenAI, tuner: Ser
         made = client.fine_tuning.jobs.create(model=MODEL, training_file=file)
         if data is None:
             client.files.delete(file)
-        job = find_fine_tuning(tuner.scene.store, made.id, get_user(tuner.scene.store, OWNER))
+        job = find_fine_tuning(looking(tuner.scene.store, OWNER), made.id)
         assert job is not None
         perform(tuner.scene.store, claimed(tuner), partial(perform_fine_tuning, project, job))
         found = client.fine_tuning.jobs.retrieve(made.id)
@@ -348,12 +348,12 @@ def test_a_candidate_that_is_the_champion_is_the_one_that_serves_the_jobs_tenant
         return version
 
     with pytest.raises(UsageError, match="no champion of home-ft or home to compare with"):
-        add_fine_tuning(project, arguments, user=get_user(scene.store, OWNER))
+        add_fine_tuning(looking(project, OWNER), arguments)
     begin(scene, resolve(scene.store, f"{NAME}@v1"))
     assert used(acme) == "home@v1"
     begin(scene, scene.version(9, name="home-ft", scope=acme), name="home-ft", scope=acme)
     assert [used(scope) for scope in (acme, Scope("globex"), Scope())] == ["home-ft@v1", "home@v1", "home@v1"]
-    assert add_fine_tuning(project, arguments, user=get_user(scene.store, OWNER)).scope == acme
+    assert add_fine_tuning(looking(project, OWNER), arguments).scope == acme
 
 
 def test_a_name_means_a_base(tmp_path: Path) -> None:

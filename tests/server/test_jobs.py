@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.acting import looking
 from tests.console.test_login import cookie_of, plain
 from tests.fabricate import OWNER, Scene
 from tests.server.conftest import Served, running
@@ -30,7 +31,7 @@ def test_http_shows_and_changes_what_the_command_line_does(served: Served) -> No
     assert lease is not None
     leases.renew(store, lease, {"step": "training", "done": 3.0, "total": 9.0, "note": "", "seconds_left": 6.0})
     with served.http() as http:
-        assert http.get("/api/jobs").json() == jobs.list_jobs(store).document()
+        assert http.get("/api/jobs").json() == jobs.list_jobs(looking(store)).document()
         page = http.get("/api/jobs", params={"most": 1, "before": numbers[2]}).json()["jobs"]
         assert [job["job"] for job in page] == [numbers[1]]
         shown = http.get(f"/api/jobs/{numbers[0]}").json()

@@ -33,15 +33,15 @@ def options(function: ast.FunctionDef) -> set[str]:
 
 
 def calls() -> Iterator[tuple[str, set[str], list[ast.FunctionDef]]]:
-    """For each `here.do(services.NOUN.ACTION, field=...)`: the action, these fields, and the functions that come to it,
-    whose options are fields, too."""
+    """For each `here.do(services.NOUN.ACTION, field=...)` or `show`: the action, these fields, and the functions that
+    come to it, whose options are fields, too."""
     for functions in FUNCTIONS:
         texts = [(each, ast.unparse(each)) for each in functions]
         for function in functions:
             around = [each for each, text in texts if f" {function.name}(here" in text]
             for node in ast.walk(function):
                 match node:
-                    case ast.Call(func=ast.Attribute(attr="do" | "request"), args=[ast.Attribute() as action]):
+                    case ast.Call(ast.Attribute(ast.Name("here" | "acting"), "do" | "show" | "request"), [action, *_]):
                         name = ast.unparse(action).removeprefix("services.")
                         yield name, {str(each.arg) for each in node.keywords}, around
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.acting import do
+from tests.acting import do, looking
 from tests.tiny_project import write_project
 from tunesmith.core.errors import Forbidden, NotThere, UsageError
 from tunesmith.core.text.names import Scope
@@ -56,7 +56,7 @@ def test_settings_of_one_run(project: Project) -> None:
 def test_what_cannot_be_queued(project: Project, asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         do(project, jobs.add, **asked)
-    assert jobs.list_jobs(project.store).total == 0
+    assert jobs.list_jobs(looking(project)).total == 0
 
 
 def test_a_candidate_means_a_forecast_and_a_key_one_job(project: Project) -> None:
@@ -68,7 +68,7 @@ def test_a_candidate_means_a_forecast_and_a_key_one_job(project: Project) -> Non
 
 def test_jobs_of_others_are_not_there(project: Project) -> None:
     store, owner = project.store, ensure_owner(project.store).name
-    amy = add_user(store, "amy", ["engineer", "operator"], actor=owner, scope=Scope("acme"))
+    amy = looking(store, add_user(store, "amy", ["engineer", "operator"], actor=owner, scope=Scope("acme")).name)
     own, others = (
         queue.add(store, "run", {}, project="p", actor=owner, scope=Scope(tenant)).id for tenant in ("acme", "globex")
     )
@@ -77,11 +77,11 @@ def test_jobs_of_others_are_not_there(project: Project) -> None:
             do(store, change, actor="amy", job=others)
     for read in (jobs.show, jobs.log, jobs.newest_lines, jobs.curves):
         with pytest.raises(NotThere):
-            read(store, others, amy)
-    assert [each.job for each in jobs.list_jobs(store, amy).jobs] == [own]
-    assert tuple(jobs.list_jobs(store, each).total for each in (amy, None)) == (1, 2)
+            read(amy, others)
+    assert [each.job for each in jobs.list_jobs(amy).jobs] == [own]
+    assert tuple(jobs.list_jobs(each).total for each in (amy, looking(store))) == (1, 2)
     assert do(store, jobs.pause, actor="amy", job=own).state == "paused"
     with pytest.raises(Forbidden, match="all tenants"):
         do(project, jobs.add, actor="amy")
     with pytest.raises(UsageError, match="not a state"):
-        jobs.list_jobs(store, states=["done"])
+        jobs.list_jobs(amy, states=["done"])

@@ -37,7 +37,7 @@ def anchor(
     keep_days: How long nobody can remove it from the bucket, in days.
     time_stamp URL: A time-stamping authority (RFC 3161) that signs the anchor.
     """
-    here.emit(here.do(services.audit.anchor), _draw_anchored)
+    here.show(services.audit.anchor, _draw_anchored)
 
 
 def verify(

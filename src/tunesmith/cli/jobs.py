@@ -94,12 +94,12 @@ def list_jobs(
     before JOB: Only jobs with a lower number.
     most: How many.
     """
-    here.emit(services.jobs.list_jobs(here.store, states=state or (), before=before, most=most), _draw_list)
+    here.emit(services.jobs.list_jobs(here.machine, states=state or (), before=before, most=most), _draw_list)
 
 
 def show(here: Here, job: Number) -> None:
     """Show a job: its state, the step that it is at, the time left for this step, its result or its error."""
-    here.emit(services.jobs.show(here.store, job), draw_job)
+    here.emit(services.jobs.show(here.machine, job), draw_job)
 
 
 def log(here: Here, job: Number, *, follow: Annotated[bool, typer.Option("--follow", "-f")] = False) -> None:
@@ -109,9 +109,9 @@ def log(here: Here, job: Number, *, follow: Annotated[bool, typer.Option("--foll
     """
     if follow and here.as_json:
         raise UsageError("--follow has no single result that --json could print", fix="leave one of them out")
-    store, last = here.store, 0
+    machine, last = here.machine, 0
     while True:
-        part = services.jobs.log(store, job, after=last)
+        part = services.jobs.log(machine, job, after=last)
         here.emit(part, _draw_log)
         if not follow or part.state in ("succeeded", "failed", "cancelled"):
             return
@@ -121,17 +121,17 @@ def log(here: Here, job: Number, *, follow: Annotated[bool, typer.Option("--foll
 
 def cancel(here: Acting, job: Number) -> None:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
-    here.emit(here.do(services.jobs.cancel), draw_job)
+    here.show(services.jobs.cancel, draw_job)
 
 
 def pause(here: Acting, job: Number) -> None:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
-    here.emit(here.do(services.jobs.pause), draw_job)
+    here.show(services.jobs.pause, draw_job)
 
 
 def resume(here: Acting, job: Number) -> None:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
-    here.emit(here.do(services.jobs.resume), draw_job)
+    here.show(services.jobs.resume, draw_job)
 
 
 def draw_job(job: JobView) -> Drawn:

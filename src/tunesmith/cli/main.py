@@ -14,18 +14,15 @@ from tunesmith.cli import (
     audit,
     data,
     evaluation,
-    held,
     jobs,
     monitoring,
     pipeline,
     project,
-    requests,
     review,
     rollout,
     serve,
     users,
     versions,
-    webhooks,
 )
 from tunesmith.cli.terminal import say, worded
 from tunesmith.core.errors import NextStep, TunesmithError, UsageError
@@ -41,8 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (
-    *(project, pipeline, jobs, data, evaluation, requests, review, versions, users),
-    *(rollout, serve, monitoring, audit, held, webhooks),
+    *(project, pipeline, jobs, data, evaluation, review, versions, users),
+    *(rollout, serve, monitoring, audit),
 ):
     commands.register(app)
 

@@ -1,5 +1,5 @@
-"""`monitor`, `impact`, `recall`, `recalls` and `cases`: watch traffic, withdraw data and versions, collect failed
-requests."""
+"""`monitor`, `impact`, `recall`, `recalls`, `cases` and `webhooks`: watch traffic, withdraw data and versions, collect
+failed requests, tell other systems."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def register(app: typer.Typer) -> None:
     add_commands(app, monitor, impact, recall, recalls)
     group = add_group(app, "cases", "Turn requests that failed in service into test rows.")
     add_commands(group, show=show_cases, correct=correct_case, add=add_cases, drop=drop_cases)
+    group = add_group(app, "webhooks", "Show, repeat and test what is sent to other systems.")
+    add_commands(group, retry=retry_webhook, test=test_webhook, list=list_webhooks)
 
 
 def monitor(
@@ -103,8 +105,7 @@ def recall(
         status = services.monitoring.recall_status_of(here.store, kind, value)
         here.emit(status, _draw_status)
         return 0 if status.gone else 3
-    done = here.do(services.monitoring.recall, kind=kind, value=value)
-    here.emit(done, _draw_recall)
+    done = here.show(services.monitoring.recall, _draw_recall, kind=kind, value=value)
     for line in done.next:
         say(worded(line))
     return 0
@@ -126,7 +127,7 @@ def add_cases(here: Acting, target: Path, *, licence: str, everything: _All = Fa
     target: A JSONL source of the project; created if it does not exist.
     licence: SPDX expression of the requests' licence.
     """
-    here.emit(here.do(services.review.add_cases), _draw_added)
+    here.show(services.review.add_cases, _draw_added)
 
 
 def correct_case(here: Acting, request: str, *, expected: str) -> None:
@@ -135,7 +136,7 @@ def correct_case(here: Acting, request: str, *, expected: str) -> None:
     request: The id of a request, as `cases show` lists it.
     expected: What the answer should have been.
     """
-    here.emit(here.do(services.review.correct_case), f"{request} is corrected")
+    here.show(services.review.correct_case, f"{request} is corrected")
 
 
 def drop_cases(here: Acting, requests: list[str]) -> None:
@@ -143,8 +144,31 @@ def drop_cases(here: Acting, requests: list[str]) -> None:
 
     requests: Ids of requests, as `cases show` lists them.
     """
-    dropped = here.do(services.review.drop_cases)
-    here.emit(dropped, f"{dropped.dropped} dropped")
+    here.show(services.review.drop_cases, lambda dropped: f"{dropped.dropped} dropped")
+
+
+def list_webhooks(here: Here) -> int:
+    """List the webhooks, and the events that did not arrive. Exit code 1: some failed too often and are given up."""
+    listed = services.monitoring.list_webhooks(here.project)
+    here.emit(listed, _draw_webhooks)
+    return 1 if any(webhook.given_up for webhook in listed.webhooks) else 0
+
+
+def retry_webhook(here: Acting, webhook: str) -> None:
+    """Let a worker try again at once what did not arrive, given up or not.
+
+    webhook: Its name in tunesmith.yaml.
+    """
+    here.show(services.monitoring.retry_webhook, lambda retried: f"{retried.events} events are tried again")
+
+
+def test_webhook(here: Acting, webhook: str) -> int:
+    """Send an event of the type webhook.test now. Exit code 1: it did not arrive.
+
+    webhook: Its name in tunesmith.yaml.
+    """
+    tested = here.show(services.monitoring.test_webhook, lambda sent: f"{sent.event}: {sent.problem or 'arrived'}")
+    return 1 if tested.problem else 0
 
 
 def _draw_impact(impact: services.monitoring.Impact) -> Drawn:
@@ -250,3 +274,17 @@ def _draw_added(added: AddedCases) -> Drawn:
 def _draw_recalls(listed: services.monitoring.RecallList) -> Drawn:
     rows = [(one.cause, one.reason, one.at[:16], one.records) for one in listed.recalls]
     yield table(rows, "recalled", "why", "at", "records")
+
+
+def _draw_webhooks(listed: services.monitoring.WebhookList) -> Drawn:
+    if not listed.webhooks:
+        yield "no webhooks; `webhooks:` in tunesmith.yaml adds some"
+        return
+    rows = [(each.name, each.host, each.waiting, each.given_up) for each in listed.webhooks]
+    yield table(rows, "webhook", "host", "waiting", "given up")
+    failed = [
+        (each.webhook, each.type, each.event, f"{each.attempts}{', given up' if each.given_up else ''}", each.error)
+        for each in listed.failed
+    ]
+    if failed:
+        yield table(failed, "webhook", "type", "event", "attempts", "error")

@@ -52,7 +52,7 @@ def run(
     """
     changes = _changes(changed or ())
     if queue:
-        here.emit(here.do(services.jobs.add, kind="run", changes=changes), draw_job)
+        here.show(services.jobs.add, draw_job, kind="run", changes=changes)
         return 0
     if priority or key is not None:
         raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
@@ -156,7 +156,7 @@ def forecast(
     if queue:
         if (rows, goal) != (None, None):
             raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
-        here.emit(here.do(services.jobs.add, kind="forecast"), draw_job)
+        here.show(services.jobs.add, draw_job, kind="forecast")
         return 0
     made = services.training.forecast(
         here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor

@@ -77,7 +77,7 @@ def init(
 
 def status(here: Acting) -> None:
     """Show what serves now, rollouts in progress, what needs action by whom, and whether the queue is healthy."""
-    here.emit(services.home.status(here.project, here.project.actor(here.actor)), _draw_status)
+    here.emit(services.home.status(services.actions.acting_in(here.project, here.actor)), _draw_status)
 
 
 def schema(here: Here) -> None:

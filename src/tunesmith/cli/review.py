@@ -1,4 +1,4 @@
-"""`tunesmith review`: rows and kept requests that people accept, edit or reject."""
+"""`review` and `held`: rows and kept requests that people accept, edit or reject; answers that wait for a reviewer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import Annotated, Literal
 import typer
 
 from tunesmith import services
-from tunesmith.cli.terminal import Acting, Drawn, Positive, add_commands, add_group, table
+from tunesmith.cli.terminal import Acting, Drawn, Positive, add_commands, add_group, say, table
 
+Identifier = Annotated[str, typer.Argument(metavar="ID", help="The answer's id, which `held list` shows.")]
+Reason = Annotated[str, typer.Option(help="Why; the audit log keeps it, and the caller sees it.")]
 _Number = Annotated[int, typer.Argument(min=1, help="The item's number, as `review list` names it.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add the `review` commands."""
+    """Add the commands."""
     group = add_group(app, "review", "Review flagged rows and kept requests.")
     add_commands(group, fill, show, decide, export, list=list_items)
+    group = add_group(app, "held", "Show answers that wait for a reviewer, and decide on them.")
+    add_commands(group, release, refuse, show=show_held, list=list_held)
 
 
 def fill(
@@ -33,7 +37,7 @@ def fill(
     pseudonyms: Also rows that hold a pseudonym.
     search TEXT: Also training and validation rows with this text.
     """
-    here.emit(here.do(services.review.fill), _draw_filled)
+    here.show(services.review.fill, _draw_filled)
 
 
 def list_items(
@@ -47,12 +51,12 @@ def list_items(
     state: Which items.
     page: 25 items each.
     """
-    here.emit(services.review.list_items(here.store, state=state, page=page, actor=here.actor), _draw_list)
+    here.emit(services.review.list_items(here.acting, state=state, page=page), _draw_list)
 
 
 def show(here: Acting, item: _Number) -> None:
     """Show an item with its text and decisions."""
-    here.emit(services.review.show(here.store, item, actor=here.actor), _draw_item)
+    here.emit(services.review.show(here.acting, item), _draw_item)
 
 
 def decide(
@@ -69,7 +73,7 @@ def decide(
     reason: Why; a rejection needs it.
     answer: The last turn as it should be, for an edit.
     """
-    seen = services.review.show(here.store, item, actor=here.actor)
+    seen = services.review.show(here.acting, item)
     contents = None if answer is None else [*(turn.content for turn in seen.messages[:-1]), answer]
     done = here.do(services.review.decide, contents=contents, revision=seen.revision)
     here.emit(done, f"item {item}: {done.state}")
@@ -77,7 +81,42 @@ def decide(
 
 def export(here: Acting) -> None:
     """Write the decisions for the next `data build`, and carry out those on kept requests."""
-    here.emit(here.do(services.review.export), _draw_exported)
+    here.show(services.review.export, _draw_exported)
+
+
+def list_held(here: Acting, everything: Annotated[bool, typer.Option("--all")] = False) -> None:
+    """List held answers: your own, and those of your tenant and region if you may review.
+
+    everything: Decided ones too, until they are deleted.
+    """
+    by = here.acting
+    listed = services.review.list_held(by, everything=everything)
+    if not by.user.may("answer.review") and not here.as_json:
+        say(f"{by.actor} may not review answers, so only their own are listed: act as a steward or approver with --as")
+    here.emit(listed, _draw_held)
+
+
+def show_held(here: Acting, identifier: Identifier) -> None:
+    """Show a held answer; to reviewers with its conversation."""
+    here.emit(services.review.show_held(here.acting, identifier), _draw_held_answer)
+
+
+def release(here: Acting, identifier: Identifier, *, reason: Reason = "", answer: str | None = None) -> None:
+    """Let an answer leave, as it is or edited.
+
+    answer TEXT: An edited answer, which fits the version's schema.
+    """
+    _decide_held(here, "release" if answer is None else "replace")
+
+
+def refuse(here: Acting, identifier: Identifier, reason: Reason = "") -> None:
+    """Keep an answer from leaving."""
+    _decide_held(here, "refuse")
+
+
+def _decide_held(here: Acting, decision: str) -> None:
+    done = here.do(services.review.decide_held, decision=decision)
+    here.emit(done, f"{done.id} is {done.state} by {done.decided_by}")
 
 
 def _draw_filled(filled: services.review.FilledQueue) -> Drawn:
@@ -119,3 +158,26 @@ def _draw_exported(done: services.review.ExportedReview) -> Drawn:
         yield f"{done.cases} kept requests can become rows: tunesmith cases add data/cases.jsonl --licence ..."
     if done.dropped:
         yield f"{done.dropped} rejected requests were deleted"
+
+
+def _draw_held(listed: services.review.HeldList) -> Drawn:
+    rows = [
+        (one.id, one.version, one.caller, "; ".join(one.reasons), one.state, one.deadline, one.decided_by)
+        for one in listed.held
+    ]
+    headings = ("answer", "version", "caller", "held because", "state", "deadline", "decided by")
+    yield table(rows, *headings) if rows else "no answer waits"
+
+
+def _draw_held_answer(one: services.review.HeldAnswerView) -> Drawn:
+    yield f"{one.id} of {one.version}, asked by {one.caller} at {one.at}"
+    yield f"held because: {'; '.join(one.reasons)}"
+    yield f"{one.state}; the deadline is {one.deadline}, then: {one.at_deadline}"
+    if one.decided_by:
+        yield f"decided by {one.decided_by}: {one.reason}"
+    for turn in one.messages or ():
+        yield f"{turn.role}: {turn.text}"
+    if one.answer is not None:
+        yield f"answer: {one.answer}"
+    if one.edited is not None:
+        yield f"edited: {one.edited}"

@@ -31,9 +31,7 @@ def start(
 
     version: NAME@v3, or the start of a version's digest.
     """
-    started = here.do(services.rollouts.start)
-    here.emit(started, _draw)
-    if started.live:
+    if here.show(services.rollouts.start, _draw).live:
         say("a running `tunesmith serve` moves it on; `tunesmith rollout status` shows the progress")
 
 
@@ -42,7 +40,7 @@ def status(here: Here, rollout: str | None = None) -> None:
 
     rollout: A number or a name; all by default.
     """
-    here.emit(services.rollouts.status(here.store, rollout), _draw_all)
+    here.emit(services.rollouts.status(here.machine, rollout), _draw_all)
 
 
 def show(here: Here, number: int) -> None:
@@ -50,22 +48,22 @@ def show(here: Here, number: int) -> None:
 
     number ROLLOUT: A rollout's number.
     """
-    here.emit(services.rollouts.course(here.store, number), _draw_course)
+    here.emit(services.rollouts.course(here.machine, number), _draw_course)
 
 
 def resume(here: Acting, rollout: Rollout, *, reason: Reason = "") -> None:
     """End the pause of a rollout."""
-    here.emit(here.do(services.rollouts.resume), _draw)
+    here.show(services.rollouts.resume, _draw)
 
 
 def promote(here: Acting, rollout: Rollout, *, override: Override = None, reason: Reason = "") -> None:
     """Give the canary all traffic now, without the remaining steps. Only --override skips an analysis or approval."""
-    here.emit(here.do(services.rollouts.promote), _draw)
+    here.show(services.rollouts.promote, _draw)
 
 
 def abort(here: Acting, rollout: Rollout, *, reason: Reason = "aborted by hand") -> int:
     """Give all traffic back to the champion and end the rollout. Exit code 3: done, but the champion may not serve."""
-    return _emit_ended(here, here.do(services.rollouts.abort))
+    return _ended(here.show(services.rollouts.abort, _draw))
 
 
 def rollback(
@@ -84,11 +82,10 @@ def rollback(
 
     rollout NAME: The name that versions share, as in NAME@champion.
     """
-    return _emit_ended(here, here.do(services.rollouts.rollback))
+    return _ended(here.show(services.rollouts.rollback, _draw))
 
 
-def _emit_ended(here: Acting, ended: RolloutView) -> int:
-    here.emit(ended, _draw)
+def _ended(ended: RolloutView) -> int:
     if ended.champion is None or ended.champion.warning is None:
         return 0
     say(ended.champion.warning)

@@ -121,19 +121,25 @@ class Here:
         return open_store(self.directory)
 
     @property
+    def machine(self) -> actions.Acting:
+        """Whoever runs this machine, for what shows all that is in the store."""
+        return services.actions.on_this_machine(self.store, lambda: self.project)
+
+    @property
     def scope(self) -> Scope:
         """The tenant and region that the command's options name; "" stands for all."""
         return Scope(self.given["tenant"] or "", self.given["region"] or "")
 
-    def emit(self, result: Result, draw: Callable[[Result], Drawn] | str) -> None:
-        """Print a command's result on stdout: as JSON, or for a person. draw: makes what is drawn, or is its line."""
+    def emit(self, result: Result, draw: Callable[[Result], Drawn | str] | str) -> None:
+        """Print a command's result on stdout: as JSON, or for a person. draw: makes what is drawn, or one line."""
         if self.as_json:
             how: Any = {"mode": "json", "by_alias": True, "context": {"worded": worded}}
             print(json_text(result if isinstance(result, Mapping) else result.model_dump(**how)), flush=True)
             return
         from tunesmith.cli.console import PlainConsole
 
-        PlainConsole().draw([draw] if isinstance(draw, str) else draw(result))
+        drawn = draw if isinstance(draw, str) else draw(result)
+        PlainConsole().draw([drawn] if isinstance(drawn, str) else drawn)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Acting(Here):
         from tunesmith.store.people.identities import acting, get_user
 
         user = get_user(self.store, acting(self.store, self.actor))
-        return services.actions.Acting(self.store, user, lambda: self.project, progress=Terminal())
+        return services.actions.Acting(self.store, user, lambda: self.project, user.region, progress=Terminal())
 
     def request(self, action: services.actions.Action[Asked, Done], **fields: object) -> Asked:
         """The request of an action: its fields are the command's options of the same names, and these fields.
@@ -163,6 +169,14 @@ class Acting(Here):
     def do(self, action: services.actions.Action[Asked, Done], **fields: object) -> Done:
         """Do an action as the person who acts. fields: as `request` takes them."""
         return action(self.acting, self.request(action, **fields))
+
+    def show(
+        self, action: services.actions.Action[Asked, Done], draw: Callable[[Done], Drawn | str] | str, **fields: object
+    ) -> Done:
+        """Do an action, and print its result as `emit` does. Returns it."""
+        done = self.do(action, **fields)
+        self.emit(done, draw)
+        return done
 
 
 def add_commands(app: typer.Typer, *functions: Callable[..., int | None], **renamed: Callable[..., int | None]) -> None:

@@ -42,13 +42,12 @@ def login_link(here: Acting, user: str | None = None, *, url: str = "http://127.
     user USER: Who logs in; by default you.
     url: Where people reach the server that `tunesmith serve` started.
     """
-    link = here.do(services.users.make_link)
-    here.emit(link, link.url)
+    here.show(services.users.make_link, lambda link: link.url)
 
 
 def list_users(here: Here) -> None:
     """List every user with their roles, deactivated ones included."""
-    here.emit(services.users.list_users(here.store, None), _draw_users)
+    here.emit(services.users.list_users(here.machine), _draw_users)
 
 
 def add(
@@ -68,30 +67,29 @@ def add(
     public_key FILE: Their own public key, PEM, EC P-256.
     """
     if public_key is None:
-        user = here.do(services.users.add)
+        here.show(services.users.add, _draw_roles)
     else:
-        user = here.do(services.users.add_with_key, public_key=read_text_file(public_key, "the public key"))
-    here.emit(user, f"{name} is {', '.join(user.roles)}")
+        pem = read_text_file(public_key, "the public key")
+        here.show(services.users.add_with_key, _draw_roles, public_key=pem)
 
 
 def roles(here: Acting, user: User, *, roles: Roles) -> None:
     """Replace a user's roles with the given ones."""
-    changed = here.do(services.users.set_roles)
-    _warn(here, changed)
-    here.emit(changed, f"{user} is {', '.join(changed.roles)}")
+    _warn(here, here.show(services.users.set_roles, _draw_roles))
 
 
 def groups(here: Acting, user: User, *, groups: Groups = None) -> None:
     """Replace the groups whose documents a user may see. Without --group the user is in none."""
-    changed = here.do(services.users.set_groups, groups=groups or ())
-    here.emit(changed, f"{user} is in {', '.join(changed.groups) or 'no group'}")
+    here.show(
+        services.users.set_groups,
+        lambda changed: f"{user} is in {', '.join(changed.groups) or 'no group'}",
+        groups=groups or (),
+    )
 
 
 def deactivate(here: Acting, user: User) -> None:
     """Deactivate a user: their tokens, approvals and signatures no longer count."""
-    ended = here.do(services.users.deactivate)
-    _warn(here, ended)
-    here.emit(ended, f"{user} is deactivated")
+    _warn(here, here.show(services.users.deactivate, f"{user} is deactivated"))
 
 
 def token(
@@ -118,7 +116,7 @@ def tokens(here: Here, user: str | None = None) -> None:
 
     user: Whose; by default all.
     """
-    here.emit(services.users.list_tokens(here.store, None, user=user), _draw_tokens)
+    here.emit(services.users.list_tokens(here.machine, user=user), _draw_tokens)
 
 
 def revoke_token(here: Acting, user: User, name: str) -> None:
@@ -126,12 +124,12 @@ def revoke_token(here: Acting, user: User, name: str) -> None:
 
     name TOKEN: Its name, as `tunesmith users tokens` shows it.
     """
-    here.emit(here.do(services.users.revoke_token), f"the token {name} of {user} is revoked")
+    here.show(services.users.revoke_token, f"the token {name} of {user} is revoked")
 
 
 def list_keys(here: Here) -> None:
     """List every key, retired, revoked and proposed ones included, and whether its private half is on this machine."""
-    here.emit(services.users.list_keys(here.store, None), _draw_keys)
+    here.emit(services.users.list_keys(here.machine), _draw_keys)
 
 
 def create(here: Acting, user: str | None = None, *, label: NewLabel = None) -> None:
@@ -141,9 +139,8 @@ def create(here: Acting, user: str | None = None, *, label: NewLabel = None) -> 
 
     user: Whose key; by default your own.
     """
-    made = here.do(services.users.create_key)
+    made = here.show(services.users.create_key, _draw_enrolled)
     say(f"the private key is {made.path}; keep it secret and keep a copy")
-    here.emit(made, _draw_enrolled)
 
 
 def enrol(here: Acting, user: User, file: Path, *, label: NewLabel = None) -> None:
@@ -151,7 +148,7 @@ def enrol(here: Acting, user: User, file: Path, *, label: NewLabel = None) -> No
 
     file: A public key, PEM, EC P-256.
     """
-    here.emit(here.do(services.users.enrol_key, public_key=read_text_file(file, "the public key")), _draw_enrolled)
+    here.show(services.users.enrol_key, _draw_enrolled, public_key=read_text_file(file, "the public key"))
 
 
 def confirm(here: Acting, user: User, fingerprint: Fingerprint) -> None:
@@ -159,18 +156,17 @@ def confirm(here: Acting, user: User, fingerprint: Fingerprint) -> None:
 
     The fingerprint must come from the user by another way than this server: in person, by telephone or by a chat.
     """
-    here.emit(here.do(services.users.confirm_key), _draw_enrolled)
+    here.show(services.users.confirm_key, _draw_enrolled)
 
 
 def reject(here: Acting, user: User, fingerprint: Fingerprint) -> None:
     """End the proposal of a key that a user made in the web console."""
-    ended = here.do(services.users.reject_key)
-    here.emit(ended, f"the proposed key {ended.fingerprint} of {ended.user} is rejected")
+    here.show(services.users.reject_key, lambda key: f"the proposed key {key.fingerprint} of {key.user} is rejected")
 
 
 def retire(here: Acting, user: User, label: Label) -> None:
     """End the use of a key. What it signed before keeps counting; what it signs from now on does not."""
-    here.emit(here.do(services.users.retire_key), _draw_ended)
+    here.show(services.users.retire_key, _draw_ended)
 
 
 def revoke(here: Acting, user: User, label: Label, *, since: str) -> None:
@@ -179,13 +175,16 @@ def revoke(here: Acting, user: User, label: Label, *, since: str) -> None:
     since TIME|ENTRY: Since when it may be stolen: ISO 8601 with a time zone, or the number of an entry of the audit
         log.
     """
-    ended = here.do(services.users.revoke_key)
+    here.show(services.users.revoke_key, _draw_ended)
     _warn_of_champions(here)
-    here.emit(ended, _draw_ended)
 
 
-def _draw_enrolled(made: services.users.EnrolledKey) -> Drawn:
-    yield f"{made.user} signs with {made.label}: {made.fingerprint}"
+def _draw_roles(user: UserView) -> str:
+    return f"{user.user} is {', '.join(user.roles)}"
+
+
+def _draw_enrolled(made: services.users.EnrolledKey) -> str:
+    return f"{made.user} signs with {made.label}: {made.fingerprint}"
 
 
 def _draw_ended(ended: services.users.EndedKey) -> Drawn:

@@ -59,7 +59,7 @@ def register_version(
     override REASON: Admins: register a candidate that did not pass, or whose gates changed, and why.
     expires_at TIME: When its use ends, as 2030-01-31T00:00:00Z.
     """
-    here.emit(here.do(services.versions.register), _draw_registered)
+    here.show(services.versions.register, _draw_registered)
 
 
 def approve(
@@ -78,7 +78,7 @@ def approve(
     reason: Why; required where the gates were overridden.
     """
     if not _decided_there(here, server, key, "approve"):
-        here.emit(here.do(services.versions.approve), _draw_decision)
+        here.show(services.versions.approve, _draw_decision)
 
 
 def refuse(
@@ -98,7 +98,7 @@ def refuse(
     reason: Why; it is signed with the refusal.
     """
     if not _decided_there(here, server, key, "refuse"):
-        here.emit(here.do(services.versions.refuse), _draw_decision)
+        here.show(services.versions.refuse, _draw_decision)
         for champion in services.rollouts.refused_champions(here.store):
             say(f"warning: {champion.warning}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
@@ -79,6 +79,12 @@ class Page(View):
         pages = max(1, -(-total // each))
         return Page(total=total, page=min(max(1, page), pages), pages=pages)
 
+    @classmethod
+    def cut(cls, items: Sequence[Value], page: int, each: int) -> tuple[Page, Sequence[Value]]:
+        """The page as `within` has it, and its items."""
+        at = cls.within(page, len(items), each)
+        return at, items[(at.page - 1) * each : at.page * each]
+
 
 class Problem(View):
     """What is wrong with a file, record or entry. path: where; relative to the store's root if the file is in it."""
@@ -99,6 +105,12 @@ class Settings(Frozen):
     model_config = ConfigDict(allow_inf_nan=False, validate_default=True)
 
 
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """(where, what is wrong) of the first of pydantic's errors: keys with dots between them, and words."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+
+
 def changed(part: Part, changes: Mapping[str, Any], where: str, without: Collection[str] = ()) -> Part:
     """Settings with other values, checked. without: settings that count as not stated. Raises UsageError, where: as
     given."""
@@ -106,9 +118,7 @@ def changed(part: Part, changes: Mapping[str, Any], where: str, without: Collect
     try:
         return type(part).model_validate({**given, **changes})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(each) for each in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
+        place, said = first_problem(error)
         raise UsageError(f"{place}: {said}" if place else said, where=where) from error
 
 

@@ -47,6 +47,7 @@ from tunesmith.registry.opening import recall_of
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import Version, get_alias
 from tunesmith.rollout.state import live_rollout
+from tunesmith.store.database import covering
 from tunesmith.store.people.identities import require
 from tunesmith.store.records import causes
 from tunesmith.store.store import Store
@@ -385,8 +386,8 @@ def _pending(
     answers = now is not None and made_from is not None and recall_of(session, now, made_from) is None
     if now is not None and answers and now.number > last.number:
         return None
-    covering = (VersionRow.tenant.in_(("", scope.tenant)), VersionRow.region.in_(("", scope.region)))
-    replacement = newest_left(store, session, name, VersionRow.number > last.number, *covering)
+    later = VersionRow.number > last.number
+    replacement = newest_left(store, session, name, later, *covering(VersionRow, scope))
     by = _causes(last, statement, by_cause)
     return PendingRetrain(
         name=name,

@@ -14,6 +14,7 @@ from tunesmith.core.text.names import Scope, VersionRef
 from tunesmith.core.values import ScopedView
 from tunesmith.registry.signing.release import Version as Version
 from tunesmith.registry.signing.release import read_version
+from tunesmith.store.database import covering
 from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import CHAMPION, AliasRow, RecordRow, VersionRow
 
@@ -24,9 +25,7 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
     scope: the caller's. A version of another tenant or region is treated like one that does not exist. session: read
     through the caller's. Raises NotThere where there is none, UsageError for several.
     """
-    query = select(VersionRow.digest).where(
-        VersionRow.tenant.in_(("", scope.tenant)), VersionRow.region.in_(("", scope.region))
-    )
+    query = select(VersionRow.digest).where(*covering(VersionRow, scope))
     name, _, rest = text.partition("@")
     if rest == CHAMPION:
         alias = get_alias(session or store, name, scope)

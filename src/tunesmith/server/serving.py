@@ -110,6 +110,11 @@ class Serving:
         self.uploads, self.streams = Counter[str](), Counter[str]()
         self.used: dict[str, float] = {}
 
+    @property
+    def here(self) -> dict[str, Any]:
+        """What `Acting` has of this server, whoever acts."""
+        return {"store": self.store, "load": self.own_project, "region": self.settings.region, "serving": self}
+
     def own_project(self) -> Project:
         """The project. Raises NotThere where the server has none."""
         if self.project is None:
@@ -120,13 +125,10 @@ class Serving:
         """Count a request of the user while its body is read (`Arriving.one`)."""
         return self.arriving.one(user.name, self.worker.held_by(user.name))
 
-    async def perform(
-        self, action: Action[Any, Any], asked: Any, user: User, *, session: str = "", token: Token | None = None
-    ) -> Any:
-        """What an action returns. session: of the console; token: of a caller of /api."""
-        acting = Acting(self.store, user, self.own_project, session, token)
+    async def perform(self, acting: Acting, action: Action[Any, Any], asked: Any) -> Any:
+        """What an action returns."""
         threads = self.files if action.reads_files else self.noting
-        done = await threads.run(user.name, partial(action, acting, asked))
+        done = await threads.run(acting.actor, partial(action, acting, asked))
         if isinstance(done, HeldAnswerView):  # it was decided on here: its request waits
             self.metrics.held.labels(done.state).inc()
             self.awaited.tell(done.id)
@@ -212,24 +214,22 @@ class PlainRoute(APIRoute):
         return handle
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, kw_only=True)
+class Call(Acting):
     """Who calls, and the server."""
 
-    user: User
     token: Token
     serving: Serving
 
-    @property
-    def store(self) -> Store:
-        """The server's store."""
-        return self.serving.store
+    @classmethod
+    def by(cls, who: Caller, serving: Serving) -> Call:
+        """The call of somebody."""
+        return cls(**serving.here, user=who.user, token=who.token)
 
 
 async def call_of(request: Request) -> Call:
     """Who calls, on a route that declares `needs`."""
-    who: Caller = request.state.caller
-    return Call(who.user, who.token, serving_of(request))
+    return Call.by(request.state.caller, serving_of(request))
 
 
 Calling = Annotated[Call, Depends(call_of)]
@@ -275,7 +275,7 @@ def document(result: BaseModel | Response) -> Response:
 
 
 async def _on_lists(call: Call, look: Callable[[], BaseModel | Response]) -> Response:
-    return document(await call.serving.listing.run(call.user.name, look))
+    return document(await call.serving.listing.run(call.actor, look))
 
 
 def in_turn(look: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Response]]:

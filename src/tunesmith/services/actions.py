@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from tunesmith import services
+from tunesmith.core.access import Caller
 from tunesmith.core.errors import Forbidden, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.text.names import Scope
+from tunesmith.core.values import first_problem
 from tunesmith.project import Project
 from tunesmith.store.people.identities import User, get_user
-from tunesmith.store.people.roles import TokenScope
+from tunesmith.store.people.roles import ROLES, TokenScope
 from tunesmith.store.people.tokens import Token
 from tunesmith.store.store import Store
 
@@ -30,6 +32,7 @@ Reason = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000
 Because = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Short = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)]
 Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Number = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 # What other entries of the audit log say, which several actions or the server itself write.
 _ENTRIES = {
@@ -66,6 +69,10 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Bare(Request):
+    """Nothing more is asked."""
+
+
 class ScopedRequest(Request):
     """A request about a tenant and a region: by default those of whoever asks."""
 
@@ -79,14 +86,15 @@ Result = TypeVar("Result", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Acting:
-    """Who acts, and on what. session: of the console, "" elsewhere. token: of a caller of /api, None elsewhere.
+    """Who acts or looks, and where. session: of the console, "" elsewhere. token: of a caller of /api, None elsewhere.
 
-    progress: of what takes long.
+    region: of the server, the user's own on the command line. progress: of what takes long.
     """
 
     store: Store
     user: User
     load: Callable[[], Project]
+    region: str = ""
     session: str = ""
     token: Token | None = None
     progress: Progress = SILENT
@@ -95,6 +103,15 @@ class Acting:
     def actor(self) -> str:
         """The user's name."""
         return self.user.name
+
+    def permits(self, scope: TokenScope) -> bool:
+        """Whether a caller's token has a scope; True where nobody called by a token."""
+        return self.token is None or self.token.permits(scope)
+
+    @property
+    def caller(self) -> Caller:
+        """Whom passages are retrieved for."""
+        return Caller(Scope(self.user.tenant, self.region), frozenset(self.user.groups))
 
     @cached_property
     def project(self) -> Project:
@@ -112,7 +129,13 @@ class Acting:
 
 def acting_in(project: Project, actor: str | None = None) -> Acting:
     """Who acts in a project. actor: by default $TUNESMITH_USER, else the store's owner."""
-    return Acting(project.store, get_user(project.store, project.actor(actor)), lambda: project)
+    user = get_user(project.store, project.actor(actor))
+    return Acting(project.store, user, lambda: project, user.region)
+
+
+def on_this_machine(store: Store, load: Callable[[], Project]) -> Acting:
+    """Whoever runs this machine: they see all that is in a store, and have no name to change anything by."""
+    return Acting(store, User(name="", roles=ROLES), load)
 
 
 @dataclass(frozen=True)
@@ -178,9 +201,7 @@ class Action(Terms, Generic[Asked, Result]):
         try:
             return self.asked.model_validate(dict(fields))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name = ".".join(map(str, first["loc"]))
-            said = first["msg"].removeprefix("Value error, ")
+            name, said = first_problem(error)
             raise UsageError(f"invalid {name!r}: {said}" if name else said, where=name or self.name) from error
 
 

@@ -35,8 +35,9 @@ from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import Version, load_version, resolve
+from tunesmith.services.actions import Acting
 from tunesmith.services.evaluations import READ_PERMISSION, refused_if_inconsistent, show_evaluation, when_made
-from tunesmith.store.people.identities import User
+from tunesmith.store.database import covering
 from tunesmith.store.records import recalled, recalls_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, VersionRow
@@ -142,17 +143,16 @@ class OpenedRequest(View):
 
 @refused_if_inconsistent()
 def show_requests(
-    store: Store, user: User, region: str, digest: str, chosen: Mapping[str, str], first: int = 0, most: int = 0
+    acting: Acting, digest: str, chosen: Mapping[str, str], first: int = 0, most: int = 0
 ) -> RequestMatrix:
     """A piece of the matrix.
 
-    region: of the server, for documents' labels. chosen: fields of Filter; what is left out is chosen as the report
+    chosen: fields of Filter; what is left out is chosen as the report
     chooses it. Raises Forbidden without the permission, NotThere where the user sees no such evaluation, Refused for a
     recalled one and for evidence that is not consistent, UsageError for a candidate or metric that was not measured.
     """
-    matrix = _readable(store, user, digest)
-    reader = _reader(user, region)
-    use = _filter(store, user, digest, matrix, chosen)
+    matrix, reader = _readable(acting, digest), Reader(acting.user.scope, acting.caller)
+    use = _filter(acting, digest, matrix, chosen)
     selected, sight = matrix.select(use, reader), matrix.sight(reader)
     changes = matrix.changes(use.focus, use.rival, use.metric)
     names = _names(use, matrix)
@@ -180,20 +180,19 @@ def show_requests(
 
 @refused_if_inconsistent()
 def show_request(
-    store: Store, user: User, region: str, digest: str, row: str, chosen: Mapping[str, str], compared: str = REFERENCE
+    acting: Acting, digest: str, row: str, chosen: Mapping[str, str], compared: str = REFERENCE
 ) -> OpenedRequest:
     """One request with its answers.
 
     compared: what the answers are compared with word by word, REFERENCE or a candidate. Raises as `show_requests` does,
     and NotThere for a row that the user may not see.
     """
-    matrix = _readable(store, user, digest)
-    reader = _reader(user, region)
+    matrix, reader = _readable(acting, digest), Reader(acting.user.scope, acting.caller)
     place = matrix.place.get(row)
     if place is None or place not in matrix.sight(reader).rows:
         raise NotThere("there is no such request", fix=NextStep("list those of the newest evaluation", "requests"))
     sight, example = matrix.sight(reader), matrix.rows[place]
-    use = _filter(store, user, digest, matrix, chosen)
+    use = _filter(acting, digest, matrix, chosen)
     if compared not in (REFERENCE, *matrix.candidates):
         raise UsageError(f"there is no candidate {compared[:80]!r} to compare with", fix="name one of the evaluation")
     start = example.answer if compared == REFERENCE else _text(matrix, sight, compared, place)
@@ -224,33 +223,29 @@ def _matrix(store: Store, digest: str) -> Matrix:
     return Matrix(store, digest)
 
 
-def _readable(store: Store, user: User, digest: str) -> Matrix:
+def _readable(acting: Acting, digest: str) -> Matrix:
     """The matrix, where the user may read its texts. Raises as `show_requests` says."""
-    user.require(READ_PERMISSION)
-    with store.reading() as session:
-        if when_made(session, user.scope, digest) is None:
+    acting.user.require(READ_PERMISSION)
+    with acting.store.reading() as session:
+        if when_made(session, acting.user.scope, digest) is None:
             raise NotThere("there is no such evaluation", fix=NextStep("list the evaluations", "evaluations"))
         reason = recalls_of(session, [digest]).get(digest)
     if reason is not None:
         raise Refused(f"this evaluation was recalled, so its texts are not shown: {reason}", fix="evaluate again")
-    return _matrix(store, digest)
+    return _matrix(acting.store, digest)
 
 
-def _reader(user: User, region: str) -> Reader:
-    return Reader(user.scope, Caller(Scope(user.tenant, region), frozenset(user.groups)))
-
-
-def _filter(store: Store, user: User, digest: str, matrix: Matrix, chosen: Mapping[str, str]) -> Filter:
+def _filter(acting: Acting, digest: str, matrix: Matrix, chosen: Mapping[str, str]) -> Filter:
     """The filter. Candidates that are not named: the one that the leading verdict judges, and the report's rival of it.
 
     Without a verdict, the best tuned candidate that is not a control.
     """
     focus, rival = chosen.get("focus"), chosen.get("rival")
     if not (focus and rival):
-        page = show_evaluation(store, user, digest)
-        focus = focus or (page.verdict.candidate if page.verdict else _best(store, matrix, page.summary))
+        page = show_evaluation(acting, digest)
+        focus = focus or (page.verdict.candidate if page.verdict else _best(acting.store, matrix, page.summary))
         judged = [one.digest for one in page.verdicts if one.candidate == focus]
-        verdict = verdict_summary(store, judged[-1]) if judged else None
+        verdict = verdict_summary(acting.store, judged[-1]) if judged else None
         others = [name for name in sorted(matrix.candidates) if name != focus] or [focus]
         rival = rival or rival_of(page.summary, verdict, focus)[0] or max(others, key=page.summary.mean)
     given = {key: chosen[key] for key in ("show", "group", "label", "search") if chosen.get(key)}
@@ -373,19 +368,19 @@ def ask(
     return ChatAnswer(answer=last.text, finish=last.finish, candidate=to.candidate.name, sources=sources)
 
 
-def choices(store: Store, user: User, region: str, base: str, evaluation: str) -> tuple[Choice, ...]:
-    """The candidates of an evaluation. region, base: the server's. Expects that the user may see the evaluation."""
-    measured = EvaluationBody.read(store, evaluation).candidates
-    return tuple(_choice(store, user, region, base, name, one.candidate) for name, one in measured.items())
+def choices(acting: Acting, base: str, evaluation: str) -> tuple[Choice, ...]:
+    """The candidates of an evaluation. base: the server's. Expects that the user may see the evaluation."""
+    measured = EvaluationBody.read(acting.store, evaluation).candidates
+    return tuple(_choice(acting, base, name, one.candidate) for name, one in measured.items())
 
 
-def _choice(store: Store, user: User, region: str, base: str, name: str, digest: str) -> Choice:
-    candidate = load_candidate(store, digest)
+def _choice(acting: Acting, base: str, name: str, digest: str) -> Choice:
+    store, candidate = acting.store, load_candidate(acting.store, digest)
     version, why = None, _why_not(candidate, base)
     if why is None:
-        version, why = _loadable(store, Scope(user.tenant, region), digest)
+        version, why = _loadable(store, acting.caller.scope, digest)
     if version is None and why is None:
-        if not user.scope.unlimited:
+        if not acting.user.scope.unlimited:
             why = "no version of it is registered for you: it may answer with rows of other tenants"
         else:
             why = "its weights are not registered as a version" if candidate.tuned else _recalled(store, digest)
@@ -408,10 +403,9 @@ def _recalled(store: Store, digest: str) -> str | None:
 
 def _loadable(store: Store, scope: Scope, candidate: str) -> tuple[Version | None, str | None]:
     """The newest version of a candidate that a scope may load; without one, why the newest of the scope may not."""
-    own = {"tenant": ("", scope.tenant), "region": ("", scope.region)}
     query = select(VersionRow.digest).join(EdgeRow, EdgeRow.child == VersionRow.digest)
     query = query.where(EdgeRow.parent == candidate, EdgeRow.role == "candidate")
-    query = query.where(VersionRow.tenant.in_(own["tenant"]), VersionRow.region.in_(own["region"]))
+    query = query.where(*covering(VersionRow, scope))
     first = None
     with store.reading() as session:
         for digest in session.scalars(query.order_by(VersionRow.number.desc(), VersionRow.name)).all():

@@ -21,7 +21,7 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import is_number
 from tunesmith.core.values import Omitted, Problem, View
 from tunesmith.registry.history import verify_log
-from tunesmith.services.actions import Acting, Request, action
+from tunesmith.services.actions import Acting, Bare, Request, action
 from tunesmith.store import audit
 from tunesmith.store.anchoring import time_stamps
 from tunesmith.store.anchoring.anchors import Anchor, AnchorsFound, open_place
@@ -105,10 +105,6 @@ class AnchorAudit(Request):
     tsa_roots: Path | None = None
 
 
-class VerifyAudit(Request):
-    """The log, as it is on the server."""
-
-
 @action(_ANCHOR, says="anchored the audit log", permission=_ANCHOR)
 def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
     """Write the newest entry of the log to a place outside the store.
@@ -147,7 +143,7 @@ def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
 
 
 @action("audit.verify", tokens=("read",), at="/audit/verification", whole=True, form=True, reads_files=True)
-def verify(acting: Acting, _asked: VerifyAudit) -> AuditVerification:
+def verify(acting: Acting, _asked: Bare) -> AuditVerification:
     """Verify the audit log now: its own digests, signed records and the state that it describes."""
     return verify_audit(acting.store)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.messages import Message
@@ -34,7 +34,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.records.dataset import DatasetBody, Flag, QualityBody, RemovedRow
 from tunesmith.services.actions import Acting, Because, Named, Request, action
-from tunesmith.store.people.identities import require
+from tunesmith.store.database import paged
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecordRow
 
@@ -267,13 +267,10 @@ def quality(
 
 def list_datasets(store: Store, page: int = 1) -> DatasetPage:
     """Dataset versions, newest first. page: from 1; one beyond the last gives the last."""
-    of_kind = RecordRow.kind == "dataset"
+    query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == "dataset")
     with store.reading() as session:
-        total = session.scalar(select(func.count()).select_from(RecordRow).where(of_kind)) or 0
-        at = Page.within(page, total, EACH_PAGE)
-        query = select(RecordRow.digest, RecordRow.created_at).where(of_kind)
-        newest = query.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((at.page - 1) * EACH_PAGE)
-        newest_first = list(session.execute(newest.limit(EACH_PAGE)))
+        at, newest = paged(session, query.order_by(RecordRow.created_at.desc(), RecordRow.digest), page, EACH_PAGE)
+        newest_first = list(session.execute(newest))
     signed = sign_offs_of(store, [digest for digest, _ in newest_first])
     lines = []
     for digest, sealed in newest_first:
@@ -310,36 +307,35 @@ def list_sign_offs(store: Store, dataset: str) -> SignOffList:
 
 
 def list_rows(
-    store: Store, dataset: str, *, actor: str, split: str = "train", reason: str = "", search: str = "", page: int = 1
+    acting: Acting, dataset: str, *, split: str = "train", reason: str = "", search: str = "", page: int = 1
 ) -> RowPage:
     """Rows of a split, or with split "removed" those that were left out.
 
     reason: only rows left out for it. search: only rows with this text in a turn, whatever the case; for rows left out,
-    in the source's name. Raises Refused if actor may not read rows, UsageError for an unknown split.
+    in the source's name. Raises Forbidden for who may not read rows, UsageError for an unknown split.
     """
-    require(store, actor, "row.read")
-    loaded = load_dataset(store, dataset)
+    acting.user.require("row.read")
+    loaded = load_dataset(acting.store, dataset)
+    rows: Sequence[Example | RemovedRow]
     if split == "removed":
         wanted = search.casefold()
         left_out = [row for row in loaded.removed() if reason in ("", row.reason) and wanted in row.source.casefold()]
-        at = Page.within(page, len(left_out), EACH_PAGE)
-        rows: Sequence[Example | RemovedRow] = _cut(left_out, at)
+        at, rows = Page.cut(left_out, page, EACH_PAGE)
     elif split in SPLITS:
-        lines = list(_matching(store, loaded, split, search))
-        at = Page.within(page, len(lines), EACH_PAGE)
-        rows = [Example.model_validate_json(line) for line in _cut(lines, at)]
+        at, lines = Page.cut(list(_matching(acting.store, loaded, split, search)), page, EACH_PAGE)
+        rows = [Example.model_validate_json(line) for line in lines]
     else:
         raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join((*SPLITS, 'removed'))}")
     return RowPage(**dict(at), rows=tuple(FoundRow.of(row, split=split) for row in rows))
 
 
-def rows_by_id(store: Store, dataset: str, ids: Collection[str], *, actor: str) -> dict[str, FoundRow]:
-    """Id -> row, for those of the ids that a dataset version holds. Raises Refused if actor may not read rows."""
-    require(store, actor, "row.read")
-    loaded, wanted = load_dataset(store, dataset), {name.encode() for name in ids}
+def rows_by_id(acting: Acting, dataset: str, ids: Collection[str]) -> dict[str, FoundRow]:
+    """Id -> row, for those of the ids that a dataset version holds. Raises Forbidden for who may not read rows."""
+    acting.user.require("row.read")
+    loaded, wanted = load_dataset(acting.store, dataset), {name.encode() for name in ids}
     rows: dict[str, FoundRow] = {}
     for split in SPLITS if wanted else ():
-        for line in store.read_blob(loaded.record.blobs[f"{split}.jsonl"]).splitlines():
+        for line in acting.store.read_blob(loaded.record.blobs[f"{split}.jsonl"]).splitlines():
             if _id_of(line) in wanted:
                 example = Example.model_validate_json(line)
                 rows[example.id] = FoundRow.of(example, split=split)
@@ -362,7 +358,3 @@ def _matching(store: Store, dataset: Dataset, split: str, search: str) -> Iterat
 def _id_of(line: bytes) -> bytes:
     """The id in an example's canonical line, in which the key comes before all texts but the group's."""
     return line.partition(b'"id":"')[2].partition(b'"')[0]
-
-
-def _cut(items: list[Any], at: Page) -> list[Any]:
-    return items[(at.page - 1) * EACH_PAGE : at.page * EACH_PAGE]

@@ -13,15 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session, aliased
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.text.names import Scope, VersionRef
-from tunesmith.core.values import View
+from tunesmith.core.text.names import Scope
+from tunesmith.core.values import Page, View
 from tunesmith.evaluation.compare import Comparison, Side, compare, scored_alike, side_of_candidate, side_of_digest
 from tunesmith.evaluation.planning import Plan
 from tunesmith.evaluation.report.approach_ladder import approach_of
@@ -42,10 +42,9 @@ from tunesmith.project import Project
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval, Outcome, VerdictBody
 from tunesmith.records.version import VersionBody
 from tunesmith.registry.versions import Version, list_aliases, list_versions, load_version, resolve
-from tunesmith.services.actions import audit_words
+from tunesmith.services.actions import Acting, audit_words
 from tunesmith.store import audit
-from tunesmith.store.database import within
-from tunesmith.store.people.identities import User
+from tunesmith.store.database import paged, within
 from tunesmith.store.records import recalled, recalls_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, RecordRow, VersionRow
@@ -94,14 +93,14 @@ def report(project: Project, version: str | None = None) -> EvidenceReport:
     return report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
 
 
-def version_report(store: Store, user: User, version: Version, *, texts: bool = True) -> EvidenceReport:
-    """The evidence for a version, as a user may see it. texts: with requests and answers, where they may read them.
+def version_report(acting: Acting, version: Version) -> EvidenceReport:
+    """The evidence for a version, as a user may see it, with requests and answers where they and their token may.
 
     Only people of all tenants and regions see texts, groups of rows, and other versions of the name in the trail.
     Raises Refused for an evaluation that does not state what a report shows.
     """
-    everything = user.scope.unlimited
-    texts = texts and everything and user.may(READ_PERMISSION)
+    store, everything = acting.store, acting.user.scope.unlimited
+    texts = acting.permits("rows") and everything and acting.user.may(READ_PERMISSION)
     trail = release_trail(store, version.name if everything else version.label, version.digest)
     report = report_data(store, version.evaluation, version.verdict, version.digest, trail)
     with store.reading() as session:
@@ -223,11 +222,10 @@ class ListedEvaluation(View):
     unreadable: str | None = None
 
 
-class EvaluationList(View):
-    """A page of evaluations, newest first. total: how many there are on all pages."""
+class EvaluationList(Page):
+    """A page of evaluations, newest first."""
 
     evaluations: tuple[ListedEvaluation, ...]
-    total: int
 
 
 class EvaluationPage(View):
@@ -259,26 +257,25 @@ class CandidatePair(View):
     against: str
 
 
-def list_evaluations(store: Store, user: User, page: int = 1) -> EvaluationList:
+def list_evaluations(acting: Acting, page: int = 1) -> EvaluationList:
     """A page of the evaluations that a user may see, newest first."""
+    store, scope = acting.store, acting.user.scope
     with store.reading() as session:
-        seen = _visible(user.scope)
-        total = session.scalar(select(func.count()).select_from(seen.subquery())) or 0
-        ordered = seen.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((page - 1) * LISTED)
-        rows = session.execute(ordered.limit(LISTED)).all()
+        at, newest = paged(session, _visible(scope), page, LISTED)
+        rows = session.execute(newest).all()
         digests = [digest for digest, _ in rows]
-        verdicts = _verdicts(session, user.scope, digests)
-        versions = _versions(session, user.scope, digests)
+        verdicts = _verdicts(session, scope, digests)
+        versions = _versions(session, scope, digests)
         reasons = recalls_of(session, digests)
     listed = []
-    for digest, at in rows:
+    for digest, made in rows:
         try:
             stated = _stated(store, digest, verdicts[digest])
         except (Refused, UsageError) as error:  # it must not hide the others
             stated = {"unreadable": error.what}
-        index = {"at": at, "versions": tuple(versions[digest]), "recalled": reasons.get(digest)}
+        index = {"at": made, "versions": tuple(versions[digest]), "recalled": reasons.get(digest)}
         listed.append(ListedEvaluation(evaluation=digest, **index, **stated))
-    return EvaluationList(evaluations=tuple(listed), total=total)
+    return EvaluationList(**dict(at), evaluations=tuple(listed))
 
 
 def _stated(store: Store, digest: str, verdicts: Sequence[str]) -> dict[str, Any]:
@@ -300,24 +297,24 @@ def _verdict(store: Store, digest: str) -> ListedVerdict:
     return ListedVerdict(digest=digest, candidate=body.name, verdict=body.verdict)
 
 
-def newest_evaluation(store: Store, user: User) -> str:
+def newest_evaluation(acting: Acting) -> str:
     """Digest of the newest evaluation that a user may see. Raises UsageError where there is none."""
-    with store.reading() as session:
-        query = _visible(user.scope).order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(1)
-        digest: str | None = session.scalars(query).first()
+    with acting.store.reading() as session:
+        digest: str | None = session.scalars(_visible(acting.user.scope).limit(1)).first()
     if digest is None:
         raise UsageError("nothing has been evaluated yet", fix=NextStep("evaluate the candidates first", "evaluate"))
     return digest
 
 
-def show_evaluation(store: Store, user: User, digest: str, verdict: str | None = None) -> EvaluationPage:
+def show_evaluation(acting: Acting, digest: str, verdict: str | None = None) -> EvaluationPage:
     """One evaluation with a verdict, by default the leading one. Raises NotThere for those that a user does not see."""
+    store, scope = acting.store, acting.user.scope
     with store.reading() as session:
-        at = when_made(session, user.scope, digest)
+        at = when_made(session, scope, digest)
         if at is None:
             raise NotThere(_NO_EVALUATION)
-        verdicts = _verdicts(session, user.scope, [digest])[digest]
-        versions = _versions(session, user.scope, [digest])[digest]
+        verdicts = _verdicts(session, scope, [digest])[digest]
+        versions = _versions(session, scope, [digest])[digest]
         reason = recalls_of(session, [digest]).get(digest)
     chosen = verdict or leading_verdict(store, digest, verdicts)
     if chosen is not None and chosen not in verdicts:
@@ -335,14 +332,14 @@ def show_evaluation(store: Store, user: User, digest: str, verdict: str | None =
     )
 
 
-def find_verdict(store: Store, user: User, start: str) -> str:
+def find_verdict(acting: Acting, start: str) -> str:
     """The verdict whose digest begins with start, with or without `sha256:`, if a user may see its evaluation.
 
     Raises NotThere, and UsageError for several.
     """
-    query = select(RecordRow.digest).where(RecordRow.kind == "verdict", *_released(user.scope, "verdict"))
+    query = select(RecordRow.digest).where(RecordRow.kind == "verdict", *_released(acting.user.scope, "verdict"))
     begins = RecordRow.digest.startswith(f"sha256:{start.removeprefix('sha256:')}", autoescape=True)
-    with store.reading() as session:
+    with acting.store.reading() as session:
         digests = list(session.scalars(query.where(begins).limit(2)))
     if not digests:
         raise NotThere("there is no such verdict", where="verdict", fix=NextStep("judge a candidate", "gate"))
@@ -351,17 +348,18 @@ def find_verdict(store: Store, user: User, start: str) -> str:
     return digests[0]
 
 
-def compare_versions(store: Store, user: User, version: str, before: str = "") -> CandidatePair | None:
+def compare_versions(acting: Acting, version: str, before: str = "") -> CandidatePair | None:
     """A version's candidate, and the one to compare it with in its evaluation; None where the user sees no such.
 
     version, before: digests of versions. The candidate of before where the same evaluation measured it, else the one
     that the report compares with.
     """
+    store = acting.store
     try:
         with store.reading() as session:
             loaded = load_version(store, version, session)
             other = load_version(store, before, session) if before else None
-        page = show_evaluation(store, user, loaded.evaluation, loaded.verdict)
+        page = show_evaluation(acting, loaded.evaluation, loaded.verdict)
     except (TunesmithError, KeyError):  # not this user's, or a record that cannot be read
         return None
     if page.verdict is None:
@@ -379,17 +377,17 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
     )
 
 
-def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport:
+def show_findings(acting: Acting, digest: str, verdict: str | None = None) -> EvidenceReport:
     """What the report computes of an evaluation, without requests, answers, versions and audit log.
 
     Groups of rows, whose names may say whose rows they hold, are for readers of all tenants and regions. Takes seconds
     the first time. Raises NotThere as `show_evaluation` does, and Refused for evidence that is not consistent or does
     not state what a report shows.
     """
-    page = show_evaluation(store, user, digest, verdict)
+    page = show_evaluation(acting, digest, verdict)
     with refused_if_inconsistent():
-        report = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
-    groups = user.may(READ_PERMISSION) and user.scope.unlimited
+        report = _findings(acting.store, digest, None if page.verdict is None else page.verdict.digest)
+    groups = acting.user.may(READ_PERMISSION) and acting.user.scope.unlimited
     return report if groups else report.model_copy(update={"by_group": None})
 
 
@@ -411,9 +409,9 @@ def _findings(store: Store, digest: str, verdict: str | None) -> EvidenceReport:
 
 
 def _visible(scope: Scope) -> Any:
-    """A query of (digest, created_at) of every evaluation that people of a scope may see."""
+    """A query of (digest, created_at) of every evaluation that people of a scope may see, the newest first."""
     query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == "evaluation")
-    return query.where(*_released(scope, "evaluation"))
+    return query.where(*_released(scope, "evaluation")).order_by(RecordRow.created_at.desc(), RecordRow.digest)
 
 
 def _released(scope: Scope, role: Literal["evaluation", "verdict"]) -> list[ColumnElement[bool]]:
@@ -443,16 +441,13 @@ def _verdicts(session: Session, scope: Scope, evaluations: Sequence[str]) -> dic
 
 def _versions(session: Session, scope: Scope, evaluations: Sequence[str]) -> dict[str, list[RegisteredFrom]]:
     """Evaluation -> the versions of a scope that were registered from it."""
-    verdict = select(EdgeRow.child, EdgeRow.parent).where(EdgeRow.role == "verdict").subquery()
-    query = select(EdgeRow.parent, VersionRow.name, VersionRow.number, VersionRow.digest, verdict.c.parent)
-    query = query.join(VersionRow, VersionRow.digest == EdgeRow.child)
-    query = query.join(verdict, verdict.c.child == EdgeRow.child)
+    verdict = aliased(EdgeRow)
+    query = select(EdgeRow.parent, VersionRow, verdict.parent).join(VersionRow, VersionRow.digest == EdgeRow.child)
+    query = query.join(verdict, verdict.child == EdgeRow.child).where(verdict.role == "verdict")
     query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", *within(VersionRow, scope))
     versions = defaultdict[str, list[RegisteredFrom]](list)
-    rows = session.execute(query.order_by(VersionRow.name, VersionRow.number))
-    for measured, name, number, digest, judged in rows:
-        one = RegisteredFrom(version=str(VersionRef(name, number)), digest=digest, verdict=judged)
-        versions[measured].append(one)
+    for measured, row, judged in session.execute(query.order_by(VersionRow.name, VersionRow.number)):
+        versions[measured].append(RegisteredFrom(version=row.label, digest=row.digest, verdict=judged))
     return versions
 
 

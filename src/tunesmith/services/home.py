@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import case, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
@@ -32,11 +32,12 @@ from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.champions import Champion, list_champions
 from tunesmith.services import monitoring
+from tunesmith.services.actions import Acting
 from tunesmith.services.monitoring import PartHealth, queue_health
 from tunesmith.services.review import waiting_for
 from tunesmith.services.rollouts import LISTED, RolloutLine, live_lines
 from tunesmith.store import audit
-from tunesmith.store.people.identities import User, get_user
+from tunesmith.store.people.identities import User
 from tunesmith.store.people.proposed_keys import ProposedKey, waiting_keys
 from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.store import Store
@@ -93,7 +94,7 @@ class Home(View):
 class _Kept(NamedTuple):
     """What only changes with the audit log, for every tenant and region. since: champion -> when it was set.
 
-    more_versions, more_champions: whether there are some that were not looked at.
+    first_versions, first_champions: how many were looked at, where there are more; else None.
     """
 
     champions: list[Champion]
@@ -101,8 +102,8 @@ class _Kept(NamedTuple):
     unapproved: list[tuple[Version, Approvals]]
     pending: list[PendingRetrain]
     proposed: list[ProposedKey]
-    more_versions: bool
-    more_champions: bool
+    first_versions: int | None
+    first_champions: int | None
 
 
 _Requests = Mapping[tuple[str, Scope], tuple[int, int]]
@@ -112,46 +113,45 @@ _DUE_LOCK = threading.Lock()
 _REQUESTS: WeakKeyDictionary[Store, tuple[float, _Requests]] = WeakKeyDictionary()
 
 
-def home(store: Store, viewer: str, project: Project | None = None) -> Home:
+def home(acting: Acting, project: Project | None = None) -> Home:
     """The first page for a user, without what takes long to find out (`due`). project: whose webhooks count."""
-    user = get_user(store, viewer)
+    store, scope = acting.store, acting.user.scope
     kept = _KEPT.setdefault(store, UntilChanged(store, _holds)).get("home", lambda session: _read(session, store))
     requests = _requests(store, kept.champions)
     with store.reading() as session:
-        moving = live_lines(session, user.scope)
+        moving = live_lines(session, scope)
     # Those of the viewer, and those that serve what is the viewer's.
-    theirs = (one for one in kept.champions if one.scope.covers(user.scope) or user.scope.covers(one.scope))
+    theirs = (one for one in kept.champions if one.scope.covers(scope) or scope.covers(one.scope))
     return Home(
-        serving=tuple(_serving(one, user.scope, kept, requests) for one in theirs),
+        serving=tuple(_serving(one, scope, kept, requests) for one in theirs),
         moving=tuple(moving),
-        waiting=_viewers_first(_all_waiting(store, user, kept, moving, project)),
-        health=(PartHealth(part="database", ok=True, says="answers"), queue_health(store, user.scope)),
-        versions=_VERSIONS if kept.more_versions else None,
-        champions=_CHAMPIONS if kept.more_champions else None,
+        waiting=_viewers_first(_all_waiting(acting, kept, moving, project)),
+        health=(PartHealth(part="database", ok=True, says="answers"), queue_health(store, scope)),
+        versions=kept.first_versions,
+        champions=kept.first_champions,
         rollouts=len(moving) if len(moving) == LISTED else None,
     )
 
 
-def status(project: Project, viewer: str) -> Home:
+def status(acting: Acting) -> Home:
     """The first page for a user with what is due."""
-    page = home(project.store, viewer, project)
-    return page.model_copy(update={"waiting": _viewers_first((*page.waiting, *due(project, viewer)))})
+    page = home(acting, acting.project)
+    return page.model_copy(update={"waiting": _viewers_first((*page.waiting, *due(acting)))})
 
 
-def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
+def due(acting: Acting) -> tuple[Waiting, ...]:
     """What measurements of traffic and files say is due: drift, and retraining. Found out every five minutes.
 
     Empty for a user of one tenant or region: both concern the whole project.
     """
-    user = get_user(project.store, viewer)
-    if not user.scope.unlimited:
+    if not acting.user.scope.unlimited:
         return ()
     with _DUE_LOCK:  # it may take seconds: once for all who look
-        at, steps = _DUE.get(project.store, (-_DUE_SECONDS, ()))
+        at, steps = _DUE.get(acting.store, (-_DUE_SECONDS, ()))
         if time.monotonic() - at >= _DUE_SECONDS:
-            steps = tuple(_due(project))
-            _DUE[project.store] = time.monotonic(), steps
-    return tuple(_waiting(user, says, "job.add", _OPERATIONS) for says in steps)
+            steps = tuple(_due(acting.project))
+            _DUE[acting.store] = time.monotonic(), steps
+    return tuple(_waiting(acting.user, says, "job.add", _OPERATIONS) for says in steps)
 
 
 def last_changes(store: Store) -> tuple[object, ...]:
@@ -176,8 +176,8 @@ def _read(session: Session, store: Store) -> _Kept:
         [(versions[digest], approvals_of(session, versions[digest])) for digest in waiting],
         list_pending_retrains(store),
         waiting_keys(store),
-        len(newest) > _VERSIONS,
-        len(champions) > _CHAMPIONS,
+        _VERSIONS if len(newest) > _VERSIONS else None,
+        _CHAMPIONS if len(champions) > _CHAMPIONS else None,
     )
 
 
@@ -207,7 +207,7 @@ def _requests(store: Store, champions: list[Champion]) -> _Requests:
         return counted
     since = stamp(-timedelta(hours=1))
     place = (RequestRow.version, RequestRow.tenant, RequestRow.region)
-    counts = (func.count(), func.sum(case((RequestRow.ok, 0), else_=1)))
+    counts = (func.count(), func.count().filter(~RequestRow.ok))
     mine = RequestRow.version.in_({one.digest for one in champions})
     query = select(*place, *counts).where(mine, RequestRow.at >= since).group_by(*place)
     with store.reading() as session:
@@ -244,16 +244,15 @@ def _waiting(user: User, says: NextStep, action: str, page: str, *, not_for: Ite
     return Waiting(says=says, roles=tuple(sorted(ACTIONS[action])), mine=may, page=page)
 
 
-def _all_waiting(
-    store: Store, user: User, kept: _Kept, moving: list[RolloutLine], project: Project | None
-) -> Iterator[Waiting]:
+def _all_waiting(acting: Acting, kept: _Kept, moving: list[RolloutLine], project: Project | None) -> Iterator[Waiting]:
+    user = acting.user
     for version, decided in kept.unapproved:
         if user.scope.covers(version.scope):
             words = f"{version.label} waits for {' and '.join(decided.missing)}"
             says = NextStep(words, "approve", version=version.label)
             page = f"/console/versions/{version.name}/{version.number}#decide"
             yield _waiting(user, says, "version.approve", page, not_for=(version.signer, *decided.approvers))
-    if count := waiting_for(store, user):
+    if count := waiting_for(acting):
         says = NextStep(f"{count} held answer{' waits' if count == 1 else 's wait'} for a reviewer", "held list")
         yield _waiting(user, says, "answer.review", f"{_OPERATIONS}/held")
     for key in kept.proposed if user.scope.unlimited else ():
@@ -273,7 +272,7 @@ def _all_waiting(
         if user.scope.covers(retrain.scope):
             words = f"{retrain.name}{retrain.scope.said} needs a new version: {retrain.version} was recalled"
             yield _waiting(user, NextStep(words, "recall", pending=True), "job.add", _OPERATIONS)
-    counted = deliveries.count(store, project.settings.name) if project and user.scope.unlimited else {}
+    counted = deliveries.count(acting.store, project.settings.name) if project and user.scope.unlimited else {}
     for (name, given_up), n in sorted(counted.items()):
         if given_up:
             words = f"{n} deliver{'y' if n == 1 else 'ies'} of the webhook {name} were given up"

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -36,11 +37,10 @@ from tunesmith.monitoring.cases import delete_expired
 from tunesmith.pipeline.training import only_tuned
 from tunesmith.project import Project
 from tunesmith.records.training import TrainingBody
-from tunesmith.services.actions import Acting, Request, Short, action
+from tunesmith.services.actions import Acting, Number, Request, Short, action
 from tunesmith.services.monitoring import look_again
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
-from tunesmith.store.store import Store
 from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobEventRow, JobRow, JobState
 from tunesmith.webhooks.sending import delivering, secrets_of
 
@@ -129,7 +129,7 @@ class AddJob(Request):
 class ChangeJob(Request):
     """A job to change. job: its number."""
 
-    job: int = Field(ge=1, le=2**31 - 1)
+    job: Number
 
 
 @action(
@@ -152,45 +152,38 @@ def add(acting: Acting, asked: AddJob) -> JobView:
     return _view(row, queue.time_now(acting.store), acting.user)
 
 
-@action(
-    "job.cancel", says="cancelled a job", permission="job.change", tokens=("jobs",), at="/jobs/{job}/cancel",
-    form=True, refused="job_state",
-)  # fmt: skip
+_change = partial(action, permission="job.change", tokens=("jobs",), form=True, refused="job_state")
+
+
+@_change("job.cancel", says="cancelled a job", at="/jobs/{job}/cancel")
 def cancel(acting: Acting, asked: ChangeJob) -> JobView:
-    """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
+    """End a job for good. A running one says so until it ends between two of its steps. Its checkpoints are kept."""
     return _changed(acting, asked, queue.cancel)
 
 
-@action(
-    "job.pause", says="paused a job", permission="job.change", tokens=("jobs",), at="/jobs/{job}/pause", form=True,
-    refused="job_state",
-)  # fmt: skip
+@_change("job.pause", says="paused a job", at="/jobs/{job}/pause")
 def pause(acting: Acting, asked: ChangeJob) -> JobView:
-    """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
+    """Keep a job from being performed until it is resumed. A running one says so until it stops between two steps."""
     return _changed(acting, asked, queue.pause)
 
 
-@action(
-    "job.resume", says="resumed a job", permission="job.change", tokens=("jobs",), at="/jobs/{job}/resume", form=True,
-    refused="job_state",
-)  # fmt: skip
+@_change("job.resume", says="resumed a job", at="/jobs/{job}/resume")
 def resume(acting: Acting, asked: ChangeJob) -> JobView:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
     return _changed(acting, asked, queue.resume)
 
 
 def _changed(acting: Acting, asked: ChangeJob, change: Callable[..., JobRow]) -> JobView:
-    _find(acting.store, asked.job, acting.user)
+    _find(acting, asked.job)
     row = change(acting.store, asked.job, actor=acting.actor)
     return _view(row, queue.time_now(acting.store), acting.user)
 
 
-# Reading. reader: who reads, who sees the jobs of their tenant and region only; None: whoever runs this machine.
+# Reading. Everybody sees the jobs of their tenant and region.
 
 
 def list_jobs(
-    store: Store,
-    reader: User | None = None,
+    acting: Acting,
     *,
     states: Collection[str] = (),
     kinds: Collection[str] = (),
@@ -204,33 +197,32 @@ def list_jobs(
     before: only those before this number. first: leave out as many of the newest. Raises UsageError for a state that
     jobs do not have.
     """
-    now, wanted = queue.time_now(store), JobFilter(_states(states), kinds, by, reader.scope if reader else Scope())
+    store, user = acting.store, acting.user
+    now, wanted = queue.time_now(store), JobFilter(_states(states), kinds, by, user.scope)
     rows = queue.list_jobs(store, wanted, before=before, first=first, most=most)
-    return JobList(jobs=tuple(_view(job, now, reader) for job in rows), total=queue.count_jobs(store, wanted))
+    return JobList(jobs=tuple(_view(job, now, user) for job in rows), total=queue.count_jobs(store, wanted))
 
 
-def show(store: Store, number: int, reader: User | None = None) -> JobView:
+def show(acting: Acting, number: int) -> JobView:
     """A job as it is now. Raises NotThere where there is none."""
-    return _view(_find(store, number, reader), queue.time_now(store), reader)
+    return _view(_find(acting, number), queue.time_now(acting.store), acting.user)
 
 
-def log(store: Store, number: int, reader: User | None = None, *, after: int = 0) -> JobLog:
+def log(acting: Acting, number: int, *, after: int = 0) -> JobLog:
     """The log of a job. after: only lines with a higher number. Raises NotThere where there is no such job."""
-    state = _find(store, number, reader).state  # before the lines, so that an ended job's log is whole
-    return _log(number, state, queue.events(store, number, after), reader)
+    state = _find(acting, number).state  # before the lines, so that an ended job's log is whole
+    return _log(number, state, queue.events(acting.store, number, after), acting.user)
 
 
-def newest_lines(
-    store: Store, number: int, reader: User | None = None, *, before: int | None = None, most: int = 100
-) -> JobLog:
+def newest_lines(acting: Acting, number: int, *, before: int | None = None, most: int = 100) -> JobLog:
     """The newest lines of a job's log, newest first. before: only lines with a lower number. Raises as `log` does."""
-    state = _find(store, number, reader).state
-    return _log(number, state, queue.events(store, number, before=before, newest=most), reader)
+    state = _find(acting, number).state
+    return _log(number, state, queue.events(acting.store, number, before=before, newest=most), acting.user)
 
 
-def _find(store: Store, number: int, reader: User | None) -> JobRow:
-    job = queue.get(store, number)
-    if reader is not None and not reader.scope.covers(job.scope):
+def _find(acting: Acting, number: int) -> JobRow:
+    job = queue.get(acting.store, number)
+    if not acting.user.scope.covers(job.scope):
         raise queue.no_job(number)
     return job
 
@@ -241,7 +233,7 @@ def _states(names: Collection[str]) -> list[JobState]:
     return [state for state in STATES if state in names]
 
 
-def _view(job: JobRow, now: float, reader: User | None) -> JobView:
+def _view(job: JobRow, now: float, reader: User) -> JobView:
     silent = job.state == "running" and ((job.until is not None and job.until < now) or has_ended(job.worker))
     error = job.error
     if error and not _reads_all(reader):
@@ -251,7 +243,7 @@ def _view(job: JobRow, now: float, reader: User | None) -> JobView:
     return JobView.of(job, job=job.id, silent=silent, error=error)
 
 
-def _log(number: int, state: JobState, rows: Sequence[JobEventRow], reader: User | None) -> JobLog:
+def _log(number: int, state: JobState, rows: Sequence[JobEventRow], reader: User) -> JobLog:
     said = str if _reads_all(reader) else for_client
     lines = tuple(LogLine.of(row, message=said(row.message)) for row in rows)
     return JobLog(job=number, state=state, lines=lines)
@@ -276,8 +268,8 @@ def for_client(text: str) -> str:
     return "an internal error; its traceback is in the operators' log" if _TRACEBACK in text else _PATH.sub("...", text)
 
 
-def _reads_all(reader: User | None) -> bool:
-    return reader is None or (reader.scope.unlimited and reader.may("job.change"))
+def _reads_all(reader: User) -> bool:
+    return reader.scope.unlimited and reader.may("job.change")
 
 
 # Curves
@@ -319,9 +311,9 @@ class JobCurves(View):
     trainings: tuple[TrainingCurve, ...]
 
 
-def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
+def curves(acting: Acting, number: int) -> JobCurves:
     """The trainings of a job, also while it runs. Raises NotThere where there is no such job."""
-    job = _find(store, number, reader)
+    store, job = acting.store, _find(acting, number)
     trained = job.result.get("train", {})
     shown = {name: _curve(name, trained.get(name, {}), each) for name, each in queue.read_curves(store, number).items()}
     for name, summary in trained.items():
@@ -463,49 +455,50 @@ class NotYet(UsageError):
     """A job of this name exists, but no version came of it (yet)."""
 
 
-def add_fine_tuning(project: Project, arguments: Arguments, *, user: User, key: str | None = None) -> JobRow:
+def add_fine_tuning(acting: Acting, arguments: Arguments, *, key: str | None = None) -> JobRow:
     """Queue a fine-tuning job. key: an idempotency key. The job is for the tenant and region of its files.
 
     Raises UnknownModel; UsageError, where: the client's field, for what the project cannot do; Refused where the user
     may not add jobs.
     """
+    project = acting.project
     known = project.settings.fine_tuning
     if known is None or arguments.model not in known.models:
         raise UnknownModel(f"there is no model {arguments.model!r} to fine-tune", where="model")
-    training = _file(project.store, user, arguments.training_file, "training_file")
+    training = _file(acting, arguments.training_file, "training_file")
     others = None
     if arguments.validation_file is not None:
-        validation = _file(project.store, user, arguments.validation_file, "validation_file")
+        validation = _file(acting, arguments.validation_file, "validation_file")
         if validation.scope != training.scope or validation.file == training.file:
             what = "the validation file must be another file of the same tenant and region"
             raise UsageError(what, where="validation_file")
         others = Uploaded("validation.jsonl", "validation.jsonl")
     derived(project, arguments, Uploaded("training.jsonl", "training.jsonl"), others, training.scope)
     return queue.add(
-        project.store,
+        acting.store,
         FINE_TUNING,
         arguments.model_copy(update={"settings": project.settings.digest}).document(),
         project=project.settings.name,
-        actor=user.name,
+        actor=acting.actor,
         key=key,
         scope=training.scope,
     )
 
 
-def find_fine_tuning(store: Store, identifier: str, user: User) -> JobRow | None:
+def find_fine_tuning(acting: Acting, identifier: str) -> JobRow | None:
     """A fine-tuning job by its id (ftjob-7); None where there is none that the user's scope covers."""
     number = identifier.removeprefix(FINE_TUNING_JOB)
     if not identifier.startswith(FINE_TUNING_JOB) or not _NUMBER.fullmatch(number):
         return None
     with contextlib.suppress(UsageError):
-        job = _find(store, int(number), user)
+        job = _find(acting, int(number))
         if job.kind == FINE_TUNING:
             return job
     return None
 
 
 def list_fine_tuning(
-    store: Store, user: User, *, before: int | None, most: int, metadata: Mapping[str, str] | None
+    acting: Acting, *, before: int | None, most: int, metadata: Mapping[str, str] | None
 ) -> list[JobRow]:
     """Fine-tuning jobs that the user's scope covers, newest first.
 
@@ -516,18 +509,18 @@ def list_fine_tuning(
         own = job.arguments.get("metadata") or {}
         return not own if metadata is None else own.items() >= metadata.items()
 
-    return list(islice(filter(wanted, _fine_tuning(store, user, before)), most))
+    return list(islice(filter(wanted, _fine_tuning(acting, before)), most))
 
 
-def _fine_tuning(store: Store, user: User, before: int | None) -> Iterator[JobRow]:
-    wanted = JobFilter(kinds=[FINE_TUNING], scope=user.scope)
-    while page := queue.list_jobs(store, wanted, before=before, most=_PAGE):
+def _fine_tuning(acting: Acting, before: int | None) -> Iterator[JobRow]:
+    wanted = JobFilter(kinds=[FINE_TUNING], scope=acting.user.scope)
+    while page := queue.list_jobs(acting.store, wanted, before=before, most=_PAGE):
         yield from page
         before = page[-1].id
 
 
-def _file(store: Store, user: User, identifier: str, field: str) -> FileRow:
-    stored = uploads.find(store, identifier, user.scope)
+def _file(acting: Acting, identifier: str, field: str) -> FileRow:
+    stored = uploads.find(acting.store, identifier, acting.user.scope)
     if stored is None:
         raise UsageError(f"invalid {field}: {identifier[:80]}", where=field)
     if stored.purpose != uploads.PURPOSE:
@@ -545,8 +538,7 @@ def version_behind(session: Session, name: str, scope: Scope) -> str | None:
         return None
     number = name.rsplit(":", 1)[-1]
     row = session.get(JobRow, int(number)) if _NUMBER.fullmatch(number) else None
-    visible = row is not None and row.tenant in ("", scope.tenant) and row.region in ("", scope.region)
-    if row is None or not visible or row.kind != FINE_TUNING or model_name(row) != name:
+    if row is None or not row.scope.covers(scope) or row.kind != FINE_TUNING or model_name(row) != name:
         raise UsageError(f"there is no model {name!r}")
     if row.state == "succeeded":
         return str(row.result[FINE_TUNING]["version"])

@@ -16,8 +16,8 @@ from tunesmith.records.dataset import DatasetBody, ReadSource
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.versions import load_version, resolve
+from tunesmith.services.actions import Acting
 from tunesmith.services.versions import approvals_for
-from tunesmith.store.people.identities import User
 from tunesmith.store.records import Record, ancestors
 from tunesmith.store.store import Store
 
@@ -153,10 +153,10 @@ def lineage(store: Store, version: Version) -> Lineage:
     return Lineage(records=tuple(_lineage_record(store, each, times) for each in digests))
 
 
-def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails:
+def record_details(acting: Acting, version: Version, digest: str) -> RecordDetails:
     """A record of a version's lineage. Raises NotThere for one that the user may not see."""
+    store, everything = acting.store, acting.user.scope.unlimited
     own = _own(store, version)
-    everything = user.scope.unlimited
     if digest not in own and not (everything and store.has_record(digest)):
         raise NotThere("there is no such record of this version")
     record = store.record(digest)
@@ -180,23 +180,24 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
 
 
 def dataset_rows(
-    store: Store, user: User, version: Version, digest: str, *, split: str = "train", text: str = "", page: int = 1
+    acting: Acting, version: Version, digest: str, *, split: str = "train", text: str = "", page: int = 1
 ) -> OriginPage:
     """A page of the rows of a dataset in a version's lineage. Raises NotThere as `record_details`.
 
     text: a part of the id, source, licence or group. Rows of another tenant or region are left out.
     """
-    if record_details(store, user, version, digest).kind != "dataset" or split not in SPLITS:
+    if record_details(acting, version, digest).kind != "dataset" or split not in SPLITS:
         raise NotThere("there are no such rows of this version")
+    scope = acting.user.scope
     rows = [
         DatasetRow.of(row, split=split)
-        for row in load_dataset(store, digest).examples(split)
-        if user.scope.covers(Scope(row.tenant or user.scope.tenant, row.region or user.scope.region))
+        for row in load_dataset(acting.store, digest).examples(split)
+        if scope.covers(Scope(row.tenant or scope.tenant, row.region or scope.region))
     ]
     if text:
         rows = [row for row in rows if any(text in part for part in (row.id, row.source, row.licence, row.group))]
-    at = Page.within(page, len(rows), ROWS)
-    return OriginPage(**dict(at), rows=tuple(rows[(at.page - 1) * ROWS : at.page * ROWS]))
+    at, shown = Page.cut(rows, page, ROWS)
+    return OriginPage(**dict(at), rows=tuple(shown))
 
 
 def _own(store: Store, version: Version) -> set[str]:

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, get_args
 
 from pydantic import Field, ValidationError
-from sqlalchemy import case, func, select
+from sqlalchemy import func, select
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_of
@@ -33,7 +33,7 @@ from tunesmith.records.candidate import BaseBody
 from tunesmith.registry.versions import Version, get_alias, list_versions, load_version, resolve
 from tunesmith.rollout.champions import Champion
 from tunesmith.rollout.controller import give_up
-from tunesmith.services.actions import Acting, Because, Named, Request, action
+from tunesmith.services.actions import Acting, Bare, Because, Named, Request, action
 from tunesmith.services.rollouts import refused_champions
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import require
@@ -178,11 +178,15 @@ def monitor(
     return Monitored(**dict(report), pending_retrains=pending, refused_champions=refused), version.label
 
 
-def drift(project: Project, *, texts: bool) -> Drift:
-    """Whether the requests to the project's champion drifted. texts: with kept requests as examples of what moved."""
+def drift(acting: Acting) -> Drift:
+    """Whether the requests to the project's champion drifted.
+
+    With kept requests as examples of what moved, for who may review rows.
+    """
+    texts = acting.permits("rows") and acting.user.may("row.review")
     try:
-        report, label = monitor(project)
-        examples = _examples(project.store, report) if texts and report.verdict == "drift" else []
+        report, label = monitor(acting.project)
+        examples = _examples(acting.store, report) if texts and report.verdict == "drift" else []
     except TunesmithError as error:
         return Drift(version="", report=None, problem=error.what, examples=())
     return Drift(version=label, report=report, problem="", examples=tuple(examples))
@@ -201,13 +205,11 @@ def list_recalls(store: Store) -> RecallList:
 def queue_health(store: Store, scope: Scope) -> PartHealth:
     """Whether workers take and perform the jobs of a scope."""
     at = queue.time_now(store)
-    running = case((JobRow.state == "running", 1), else_=0)
-    late = case(((JobRow.state == "queued") & (JobRow.due < at - _TAKEN_SECONDS), 1), else_=0)
-    lost = case(((JobRow.state == "running") & (JobRow.until < at), 1), else_=0)
-    query = select(func.count(), func.sum(running), func.sum(late), func.sum(lost))
-    query = query.where(JobRow.state.in_(("queued", "running")), *within(JobRow, scope))
+    running, queued, jobs = JobRow.state == "running", JobRow.state == "queued", func.count()
+    late, lost = JobRow.due < at - _TAKEN_SECONDS, JobRow.until < at
+    query = select(jobs, jobs.filter(running), jobs.filter(queued, late), jobs.filter(running, lost))
     with store.reading() as session:
-        total, runs, waits, silent = (number or 0 for number in session.execute(query).one())
+        total, runs, waits, silent = session.execute(query.where(running | queued, *within(JobRow, scope))).one()
     if silent:
         return PartHealth(part="worker", ok=False, says=f"{silent} running jobs were not heard of: start a worker")
     if waits and not runs:
@@ -454,12 +456,8 @@ class Retraining(View):
     causes: tuple[DueCause, ...]
 
 
-class QueueRetraining(Request):
-    """A run for the first cause of `retraining:` that has none yet."""
-
-
 @action("job.retrain", permission="job.add", whole=True)
-def retrain(acting: Acting, asked: QueueRetraining) -> Retraining:
+def retrain(acting: Acting, _asked: Bare) -> Retraining:
     """Look for causes of a new version, and queue a run for the first that had none, if one may be queued."""
     return look(acting.project, by=acting.actor)
 

@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +29,6 @@ from tunesmith.core.values import View
 from tunesmith.data.building.examine import control_token, refuse_control_tokens
 from tunesmith.data.building.survey import (
     FEWEST_GROUPS,
-    Survey,
     first_fields,
     groups_rows,
     instruction_as_system,
@@ -117,12 +115,11 @@ def make_project(
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
     otherwise = None if control_tokens == "drop" else NextStep("drop the tokens", "init", control_tokens="drop")
     with _made(root):  # the rows are found from there
-        findings = examine_rows(root, source, ControlTokens(base, root, progress), otherwise)
-        source = source.model_copy(update={"rename": dict(findings.rename)})
+        findings = RowFindings(root, source, ControlTokens(base, root, progress), otherwise)
         if name is None:
             plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
             name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
-        settings, files = _compose(name, base, source, licences, findings)
+        settings, files = _compose(name, base, licences, findings)
         if control_tokens == "drop":
             settings["data"]["control_tokens"] = control_tokens
         plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
@@ -196,9 +193,7 @@ _HEADER = """\
 """
 
 
-def _compose(
-    name: str, base: str, source: Source, licences: Licences, findings: RowFindings
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _compose(name: str, base: str, licences: Licences, findings: RowFindings) -> tuple[dict[str, Any], dict[str, str]]:
     answers, is_json = findings.answers, findings.answers.schema is not None
     files, long, short = dict[str, str](), dict[str, Any](), dict[str, Any]()
     if findings.system is not None:  # a prompt replaces the rows' own system turns
@@ -228,7 +223,7 @@ def _compose(
         "name": name,
         "base": base,
         "data": {
-            "sources": [source.model_dump(mode="json", exclude_defaults=True)],
+            "sources": [findings.source.model_dump(mode="json", exclude_defaults=True)],
             **({"licences": policy} if policy else {}),
             **({"key_order": "request"} if answers.reordered else {}),
             "split": split,
@@ -430,96 +425,68 @@ def _on_answers(findings: RowFindings) -> Iterator[str]:
 # What its rows are
 
 
-@dataclass(frozen=True)
 class RowFindings:
     """What was found in the rows of a new project.
 
-    read: all of them, as they were read. rows: usable ones without copies. broken: answers that are meant as JSON and
-    are not. long: about how many rows have more than MAX_LENGTH tokens. tools: rows with tools, calls or their results.
-    groups: how many groups the rows are in. split_rows: about how many rows each split gets. held_groups: how many
-    groups of equal size the held-out rows weigh as much as.
+    source: with the renames that its rows take. read: all rows, as they were read. rows: usable ones without copies.
+    broken: answers that are meant as JSON and are not. long: about how many rows have more than MAX_LENGTH tokens.
+    tools: rows with tools, calls or their results. groups: how many groups the rows are in. split_rows: about how many
+    rows each split gets. held_groups: how many groups of equal size the held-out rows weigh as much as.
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
-    rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
-    turn. system: the one system turn of all rows, "" where none has one; None: they differ. unchecked: why it is not
-    known whether rows hold control tokens of the base.
+    one_instruction: whether all rows have one instruction, which the renames make their system turn. system: the one
+    system turn of all rows, "" where none has one; None: they differ. unchecked: why it is not known whether rows hold
+    control tokens of the base.
     """
 
-    read: Survey
-    rows: int
-    copies: int
-    broken: int
-    answers: AnswerFindings
-    long: int
-    tools: int
-    group_by: str | None
-    groups: int
-    split_rows: Mapping[str, int]
-    held_groups: float
-    key_values: Mapping[str, int]
-    rename: Mapping[str, str]
-    one_instruction: bool
-    system: str | None
-    unchecked: str | None
+    def __init__(self, root: Path, source: Source, control: ControlTokens, otherwise: str | None) -> None:
+        """Examine the rows. otherwise: what leaves out rows with control tokens; None where they are left out.
 
-
-def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: str | None = None) -> RowFindings:
-    """What the source's rows are. otherwise: what leaves out rows with control tokens; None where they are left out.
-
-    Raises UsageError where rows cannot be read, or too few are usable, and Refused for rows with control tokens.
-    """
-    if not source.rename:
-        source = source.model_copy(update={"rename": inferred_rename(first_fields(root, source))})
-    read = survey(root, source, control.reason)
-    if unknown := sorted(source.rename.keys() - read.keys):
-        raise UsageError(
-            f"no row has the key {unknown[0]}",
-            where=f"rename of {unknown[0]} to {source.rename[unknown[0]]}",
-            fix=f"the keys of the rows are {', '.join(sorted(read.keys))}",
-        )
-    one_instruction = len(read.instructions) == 1 and None not in read.instructions
-    if one_instruction:
-        source = source.model_copy(update={"rename": instruction_as_system(source.rename)})
+        Raises UsageError where rows cannot be read, or too few are usable, and Refused for rows with control tokens.
+        """
+        rename = source.rename or inferred_rename(first_fields(root, source))
+        source = source.model_copy(update={"rename": rename})
         read = survey(root, source, control.reason)
-    if otherwise is not None:
-        refuse_control_tokens(read.controlled, otherwise)
-    # A call is an answer by its row's tools, not by a schema of the task.
-    called = any(one[-1].tool_calls for one in read.conversations)
-    values, broken = ([], 0) if called else json_objects([one[-1].text for one in read.conversations])
-    usable = [one for one in read.conversations if not broken or json_in(one[-1].text) is not None]
-    different = {(request_key(one[:-1]), answer_key(one[-1].text)): one for one in usable}
-    rows, copies = len(different), len(usable) - len(different)
-    if rows < _FEWEST:
-        unusable = {**read.unusable, "broken JSON": broken, "copies of other rows": copies}
-        why = ", ".join(f"{reason} ({count})" for reason, count in unusable.items() if count)
-        raise UsageError(
-            f"{rows} usable rows are too few to train on and test" + (f": {why}" if why else ""),
-            where=source.path,
-            fix=f"give at least {_FEWEST} that differ{_USABLE if read.unusable else ''}",
-        )
-    group_by = next((key for key, known in read.groups.items() if known and groups_rows(set(known), rows)), None)
-    stated = read.groups[group_by] if group_by else None
-    groups = stated or [wording_group(request_text(one), one[-1].text) for one in different.values()]
-    split = Split.model_validate(shares(rows))
-    splits = [split_of(group, split) for group in groups]
-    systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
-    return RowFindings(
-        read=read,
-        rows=rows,
-        copies=copies,
-        broken=broken,
-        answers=AnswerFindings(usable, json_objects=bool(values)),
-        long=sum(_tokens(one) > MAX_LENGTH for one in different.values()),
-        tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
-        group_by=group_by,
-        groups=len(set(groups)),
-        split_rows=Counter(splits),
-        held_groups=effective_groups([group for group, where in zip(groups, splits, strict=True) if where == "test"]),
-        key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
-        rename=source.rename,
-        one_instruction=one_instruction,
-        system=systems.pop() if len(systems) == 1 else None,
-        unchecked=control.unknown,
-    )
+        if unknown := sorted(rename.keys() - read.keys):
+            raise UsageError(
+                f"no row has the key {unknown[0]}",
+                where=f"rename of {unknown[0]} to {rename[unknown[0]]}",
+                fix=f"the keys of the rows are {', '.join(sorted(read.keys))}",
+            )
+        self.one_instruction = len(read.instructions) == 1 and None not in read.instructions
+        if self.one_instruction:
+            source = source.model_copy(update={"rename": instruction_as_system(rename)})
+            read = survey(root, source, control.reason)
+        if otherwise is not None:
+            refuse_control_tokens(read.controlled, otherwise)
+        self.source, self.read, self.unchecked, spoken = source, read, control.unknown, read.conversations
+        # A call is an answer by its row's tools, not by a schema of the task.
+        called = any(one[-1].tool_calls for one in spoken)
+        values, self.broken = ([], 0) if called else json_objects([one[-1].text for one in spoken])
+        usable = [one for one in spoken if not self.broken or json_in(one[-1].text) is not None]
+        different = list({(request_key(one[:-1]), answer_key(one[-1].text)): one for one in usable}.values())
+        self.rows, self.copies = len(different), len(usable) - len(different)
+        if self.rows < _FEWEST:
+            unusable = {**read.unusable, "broken JSON": self.broken, "copies of other rows": self.copies}
+            why = ", ".join(f"{reason} ({count})" for reason, count in unusable.items() if count)
+            raise UsageError(
+                f"{self.rows} usable rows are too few to train on and test" + (f": {why}" if why else ""),
+                where=source.path,
+                fix=f"give at least {_FEWEST} that differ{_USABLE if read.unusable else ''}",
+            )
+        self.answers = AnswerFindings(usable, json_objects=bool(values))
+        self.long = sum(_tokens(one) > MAX_LENGTH for one in different)
+        self.tools = sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable)
+        systems = {one[0].content.strip() if one[0].role == "system" else "" for one in spoken}
+        self.system = systems.pop() if len(systems) == 1 else None
+        grouping = (key for key, known in read.groups.items() if known and groups_rows(set(known), self.rows))
+        self.group_by = next(grouping, None)
+        self.key_values = {} if self.group_by else {key: len(set(known or ())) for key, known in read.groups.items()}
+        stated = read.groups[self.group_by] if self.group_by else None
+        groups = stated or [wording_group(request_text(one), one[-1].text) for one in different]
+        split = Split.model_validate(shares(self.rows))
+        splits = [split_of(group, split) for group in groups]
+        self.groups, self.split_rows = len(set(groups)), Counter(splits)
+        self.held_groups = effective_groups([each for each, at in zip(groups, splits, strict=True) if at == "test"])
 
 
 def _tokens(conversation: Sequence[Message]) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from sqlalchemy import and_, func, or_, select
@@ -13,11 +14,10 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import second
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.text.names import Scope
 from tunesmith.core.values import Omitted, Page, ScopedView, View
 from tunesmith.data.building.flagged import rows_to_review
 from tunesmith.data.dataset import Example
@@ -36,15 +36,14 @@ from tunesmith.monitoring import cases
 from tunesmith.monitoring.cases import Case
 from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
-from tunesmith.registry.versions import load_version
-from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
+from tunesmith.services.actions import Acting, Bare, Because, Named, Number, Reason, Request, Short, action
 from tunesmith.services.datasets import find_dataset
+from tunesmith.services.rollouts import labels_of
 from tunesmith.store.database import within
-from tunesmith.store.people.identities import User, acting, require
+from tunesmith.store.people.identities import User, require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import HeldRow, ReviewDecisionRow, ReviewItemRow
 
-CHOICES: tuple[Choice, ...] = get_args(Choice)
 EACH_PAGE = 25
 _FILE = "review.jsonl"
 FAILED = "failed in service"
@@ -69,7 +68,7 @@ class DecideItem(Request):
     revision: of the item that was seen; where somebody else decided meanwhile, nothing is done.
     """
 
-    item: int = Field(ge=1, le=2**31 - 1)
+    item: Number
     decision: Choice
     reason: Reason = ""
     contents: Annotated[tuple[str, ...], Field(max_length=2048)] | None = None
@@ -80,10 +79,6 @@ class DecideItem(Request):
         if self.decision != "edit" and self.contents is not None:
             raise ValueError("only an edit states the text as it should be")
         return self
-
-
-class ExportReview(Request):
-    """Nothing more is asked."""
 
 
 class AddCases(Request):
@@ -218,16 +213,19 @@ class ExportedReview(View):
     dropped: int
 
 
-@action(
-    "review.fill", says="added rows to the review queue", permission=queue.ACTION, tokens=("rows",),
-    at="/review/fill", whole=True, form=True, reads_files=True,
-)  # fmt: skip
+_reviews_rows = partial(action, permission=queue.ACTION, tokens=("rows",), whole=True, form=True, reads_files=True)
+
+
+@_reviews_rows("review.fill", says="added rows to the review queue", at="/review/fill")
 def fill(acting: Acting, asked: FillQueue) -> FilledQueue:
     """Add what should be reviewed to the queue: rows of a dataset version that `data quality` flagged, rows with equal
     or similar requests and other answers, and requests that failed in service. What is in it stays as it is."""
     store = acting.store
     digest = find_dataset(store, asked.dataset) if asked.dataset or store.records_of("dataset") else None
-    items = cases_to_review(store)
+    items = [
+        NewItem("case", case.request, {FAILED: ", ".join(f"{name} {value:.2f}" for name, value in case.scores.items())})
+        for case in list_cases(store).cases
+    ]
     if digest is not None:
         pseudonyms, search, by = asked.pseudonyms, asked.search, acting.actor
         items = [*rows_to_review(store, digest, pseudonyms=pseudonyms, search=search, by=by), *items]
@@ -239,9 +237,9 @@ def fill(acting: Acting, asked: FillQueue) -> FilledQueue:
     return FilledQueue(dataset=digest, added=added, found=dict(sorted(counted.items())), waiting=waiting)
 
 
-def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: str | None = None) -> ReviewList:
+def list_items(acting: Acting, *, state: str = "waiting", page: int = 1) -> ReviewList:
     """Items of the queue. state: waiting (open or in conflict), open, conflict, accept, edit, reject, or all."""
-    _reviewer(store, actor)
+    store = _reviewed_by(acting)
     groups = {"waiting": queue.WAITING, "all": queue.STATES}
     if state not in (*groups, *queue.STATES):
         raise UsageError(f"there is no state {state!r}", fix=f"one of {', '.join((*groups, *queue.STATES))}")
@@ -256,34 +254,30 @@ def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: st
     return ReviewList(**dict(at), items=lines, counts=counts, agreements=tuple(agreed))
 
 
-def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
+def show(acting: Acting, number: int) -> ReviewItem:
     """An item with its text. Raises NotThere for an unknown one, Refused if its case is deleted."""
-    who = _reviewer(store, actor)
+    store = _reviewed_by(acting)
     with store.reading() as session:
         row, decisions = queue.get_item(session, number)
-        may = number in queue.waiting_for(session, who.name, "steward" in who.roles)
+        may = number in _waiting(session, acting)
     messages, more = _text(store, row)
-    seen = row.state != "open" or any(one.reviewer == who.name for one in decisions)
+    seen = row.state != "open" or any(one.reviewer == acting.actor for one in decisions)
     shown = tuple(ShownDecision.of(one, messages=queue.messages_of(one.messages)) for one in decisions if seen)
     facts = {"item": row.id, "reviewers": row.wanted, "messages": messages, "decisions": shown, "may": may}
     return ReviewItem.of(row, **facts, **more)
 
 
-def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: bool = False) -> int | None:
+def next_item(acting: Acting, after: int = 0, *, back: bool = False) -> int | None:
     """The number of the next item that waits for a person, else of the first one; back: of the one before."""
-    who = _reviewer(store, actor)
-    with store.reading() as session:
-        waiting = queue.waiting_for(session, who.name, "steward" in who.roles)
+    with _reviewed_by(acting).reading() as session:
+        waiting = _waiting(session, acting)
     if back:
         earlier = [number for number in waiting if number < after]
         return earlier[-1] if earlier else None
     return next((number for number in waiting if number > after), waiting[0] if waiting else None)
 
 
-@action(
-    "review.decide", says="reviewed a row", permission=queue.ACTION, tokens=("rows",), at="/review/{item}/decide",
-    whole=True, form=True, reads_files=True,
-)  # fmt: skip
+@_reviews_rows("review.decide", says="reviewed a row", at="/review/{item}/decide")
 def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
     """Accept, edit or reject an item. The audit log records it without the text."""
     store, who, number = acting.store, acting.actor, asked.item
@@ -297,14 +291,11 @@ def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
         raise UsageError("nobody said what the answer should have been", fix="edit the answer, or reject the request")
     decision = Decision(asked.decision, asked.reason, edited)
     decided = queue.decide(store, number, decision, revision=asked.revision, actor=who)
-    return DecidedItem(item=number, state=decided.state, next=next_item(store, number, actor=who))
+    return DecidedItem(item=number, state=decided.state, next=next_item(acting, number))
 
 
-@action(
-    "review.export", says="exported reviewed rows", permission=queue.ACTION, tokens=("rows",), at="/review/export",
-    whole=True, form=True, reads_files=True,
-)  # fmt: skip
-def export(acting: Acting, _asked: ExportReview) -> ExportedReview:
+@_reviews_rows("review.export", says="exported reviewed rows", at="/review/export")
+def export(acting: Acting, _asked: Bare) -> ExportedReview:
     """Write all decisions on rows to the file that `data.review` names, for the next build, and carry out those on
     kept requests: an edit becomes the expected answer, a rejected request is deleted."""
     project, store, who = acting.project, acting.store, acting.actor
@@ -378,15 +369,6 @@ def drop_cases(acting: Acting, asked: DropCases) -> DroppedCases:
     return DroppedCases(dropped=len(asked.requests))
 
 
-def cases_to_review(store: Store) -> list[NewItem]:
-    """Kept requests that failed."""
-    cases.delete_expired(store)
-    return [
-        NewItem("case", case.request, {FAILED: ", ".join(f"{name} {value:.2f}" for name, value in case.scores.items())})
-        for case in cases.list_cases(store)
-    ]
-
-
 def marked(text: str) -> list[tuple[str, bool]]:
     """A text in pieces, each with whether it is a pseudonym that can be told from a real value."""
     pieces, place = [], 0
@@ -405,9 +387,16 @@ def _inside(project: Project, file: str | Path, where: str) -> tuple[Path, str]:
     return path, path.relative_to(root).as_posix()
 
 
-def _reviewer(store: Store, actor: str | None) -> User:
-    """The person, who may review. Rows are of all tenants, so a person of one tenant may not."""
-    return require(store, acting(store, actor), queue.ACTION, scope=Scope())
+def _reviewed_by(acting: Acting) -> Store:
+    """The store, for a person who may review. Rows are of all tenants, so a person of one tenant may not."""
+    acting.user.require(queue.ACTION)
+    acting.user.require_everything()
+    return acting.store
+
+
+def _waiting(session: Session, acting: Acting) -> list[int]:
+    """The numbers of the items that wait for a person."""
+    return queue.waiting_for(session, acting.actor, "steward" in acting.user.roles)
 
 
 def _text(store: Store, row: ReviewItemRow) -> tuple[tuple[Message, ...], dict[str, Any]]:
@@ -545,37 +534,39 @@ def answer_holder(project: Project) -> Holder | None:
     return None if settings.hold is None else Holder(settings.hold, settings.policy, project.schema)
 
 
-def list_held(store: Store, user: User, *, everything: bool = False, reviews: bool = True) -> HeldList:
+def list_held(acting: Acting, *, everything: bool = False) -> HeldList:
     """The held answers that a user may see: their own, and those of their tenant and region if they may review.
 
-    everything: also those that are decided. reviews: False lists only their own.
+    everything: also those that are decided. A token without the scope `decisions` lists only its user's own.
     """
+    store, user = acting.store, acting.user
     holding.tidy(store)
     mine = and_(HeldRow.caller == user.name, HeldRow.tenant == user.tenant)
     wanted = mine
-    if reviews and user.may("answer.review"):
+    if acting.permits("decisions") and user.may("answer.review"):
         wanted = or_(mine, and_(True, *within(HeldRow, user.scope)))
     state = [] if everything else [HeldRow.state == holding.WAITING]
     with store.reading() as session:
         rows = holding.listed(session, wanted, *state, most=LISTED)
-        return HeldList(held=tuple(HeldView.of(row, **_facts(session, store, row, user)) for row in rows))
+        return HeldList(held=tuple(HeldView.of(row, **_facts(session, row, user)) for row in rows))
 
 
-def show_held(store: Store, user: User, identifier: str, *, reviews: bool = True) -> HeldAnswerView:
-    """A held answer. reviews: False shows what its caller sees.
+def show_held(acting: Acting, identifier: str) -> HeldAnswerView:
+    """A held answer. A token without the scope `decisions` shows what its caller sees.
 
     Raises UnknownAnswer, also for one that the user may not see.
     """
+    store, user = acting.store, acting.user
     holding.tidy(store)
     with store.reading() as session:
         row = holding.get(session, identifier.removeprefix("chatcmpl-"))
-        reviews = reviews and _reviews(row, user)
+        reviews = acting.permits("decisions") and _reviews(row, user)
         if not reviews and (row.caller, row.tenant) != (user.name, user.tenant):
             raise UnknownAnswer(identifier)
         shown = row.texts if reviews else {}  # its caller sees none of them
         texts = {key: shown.get(key) for key in ("messages", "answer", "edited")}
         texts["completion"] = holding.response_of(row)
-        return HeldAnswerView.of(row, **_facts(session, store, row, user), **texts)
+        return HeldAnswerView.of(row, **_facts(session, row, user), **texts)
 
 
 @action("answer.decide", permission="answer.review", tokens=("decisions",), at="/held/{identifier}/decide", form=True)
@@ -584,18 +575,19 @@ def decide_held(acting: Acting, asked: DecideAnswer) -> HeldAnswerView:
 
     It is decided once: a second reviewer's other decision is refused.
     """
-    store, user = acting.store, acting.user
-    held = show_held(store, user, asked.identifier)
-    holding.decide(store, held.id, asked.decision, actor=user.name, reason=asked.reason, answer=asked.answer)
-    return show_held(store, user, held.id)
+    held = show_held(acting, asked.identifier)
+    reason, answer = asked.reason, asked.answer
+    holding.decide(acting.store, held.id, asked.decision, actor=acting.actor, reason=reason, answer=answer)
+    return show_held(acting, held.id)
 
 
-def waiting_for(store: Store, user: User) -> int:
+def waiting_for(acting: Acting) -> int:
     """How many answers wait for a decision of this user, if they may review."""
+    user = acting.user
     if not user.may("answer.review"):
         return 0
     wanted = (HeldRow.state == holding.WAITING, HeldRow.caller != user.name, *within(HeldRow, user.scope))
-    with store.reading() as session:
+    with acting.store.reading() as session:
         return session.scalar(select(func.count()).select_from(HeldRow).where(*wanted)) or 0
 
 
@@ -609,13 +601,9 @@ def _reviews(row: HeldRow, user: User) -> bool:
     return user.may("answer.review") and user.scope.covers(row.scope)
 
 
-def _facts(session: Session, store: Store, row: HeldRow, user: User) -> JsonObject:
-    try:
-        label = load_version(store, row.version, session).label
-    except TunesmithError:  # a record that cannot be read
-        label = row.version
+def _facts(session: Session, row: HeldRow, user: User) -> JsonObject:
     return {
-        "version": label,
+        "version": labels_of(session, {row.version}).get(row.version, row.version),
         **{name: second(getattr(row, name)) for name in ("at", "deadline", "until")},
         "decided_at": None if row.decided is None else second(row.decided),
         "may_decide": row.state == holding.WAITING and _reviews(row, user) and row.caller != user.name,

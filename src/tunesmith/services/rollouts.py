@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NextStep, NotThere, TunesmithError, UsageError
-from tunesmith.core.text.names import Scope, VersionRef, is_number
+from tunesmith.core.text.names import Scope, is_number
 from tunesmith.core.values import Page, ScopedView, View
-from tunesmith.project import Project
 from tunesmith.registry.serving import standing
 from tunesmith.registry.versions import load_version, resolve
 from tunesmith.rollout import commands, controller
@@ -24,8 +23,7 @@ from tunesmith.rollout.course import Progress, RolloutCourse, StepView, course_o
 from tunesmith.rollout.served_scorers import check_analyses
 from tunesmith.rollout.state import Rollout, Seen, Status, from_row, get_rollout, list_rollouts
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, ScopedRequest, action
-from tunesmith.store.database import within
-from tunesmith.store.people.identities import User
+from tunesmith.store.database import paged, within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, RolloutRow, VersionRow
 
@@ -193,13 +191,16 @@ def start(acting: Acting, asked: StartRollout) -> RolloutView:
     return view_of(project.store, rollout)
 
 
-def status(store: Store, which: str | None = None) -> RolloutList:
-    """Rollouts as they are now: one by its number, those of a name, or all."""
+def status(acting: Acting, which: str | None = None) -> RolloutList:
+    """Rollouts of the user's tenant and region, as they are now: one by its number, those of a name, or all."""
+    store, scope = acting.store, acting.user.scope
     if which is not None and is_number(which):
-        rollouts = [get_rollout(store, int(which))]
+        rollouts = [_seen_by(acting, int(which))]
     else:
-        rollouts = list_rollouts(store, name=which)
-    return _list(store, rollouts)
+        rollouts = [one for one in list_rollouts(store, name=which) if scope.covers(one.scope)]
+    with store.reading() as session:
+        champions = list_champions(session, store)
+    return RolloutList(rollouts=tuple(view_of(store, rollout, champions) for rollout in rollouts))
 
 
 def champions(store: Store, name: str | None = None) -> list[Champion]:
@@ -213,25 +214,17 @@ def refused_champions(store: Store, name: str | None = None) -> list[Champion]:
     return [one for one in champions(store, name) if one.refused is not None]
 
 
-def visible_to(store: Store, user: User) -> RolloutList:
-    """The rollouts of the user's tenant and region."""
-    seen = [one for one in list_rollouts(store) if user.scope.covers(one.scope)]
-    return _list(store, seen)
-
-
-def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True) -> RolloutView:
+def one_visible_to(acting: Acting, number: int, *, judged: bool = True) -> RolloutView:
     """A rollout of the user's tenant and region. Raises NotThere for any other number. judged: as for `view_of`."""
-    return view_of(store, _seen_by(user, store, number), judged=judged)
+    return view_of(acting.store, _seen_by(acting, number), judged=judged)
 
 
-def list_page(store: Store, user: User, page: int = 1) -> RolloutPage:
+def list_page(acting: Acting, page: int = 1) -> RolloutPage:
     """A page of the rollouts of the user's tenant and region."""
-    here = within(RolloutRow, user.scope)
-    with store.reading() as session:
-        total = session.scalar(select(func.count()).select_from(RolloutRow).where(*here)) or 0
-        at = Page.within(page, total, LISTED)
-        query = select(RolloutRow).where(*here).order_by(RolloutRow.id.desc())
-        lines = _lines(session, query.limit(LISTED).offset((at.page - 1) * LISTED))
+    query = select(RolloutRow).where(*within(RolloutRow, acting.user.scope)).order_by(RolloutRow.id.desc())
+    with acting.store.reading() as session:
+        at, query = paged(session, query, page, LISTED)
+        lines = _lines(session, query)
     return RolloutPage(**dict(at), rollouts=tuple(lines))
 
 
@@ -263,14 +256,15 @@ def _waits(rollout: Rollout) -> bool:
 
 def labels_of(session: Session, digests: set[str]) -> dict[str, str]:
     """Labels of versions by digest. A version that the registry does not have is left out."""
-    query = select(VersionRow.digest, VersionRow.name, VersionRow.number).where(VersionRow.digest.in_(digests))
-    return {digest: str(VersionRef(name, number)) for digest, name, number in session.execute(query)}
+    rows = session.scalars(select(VersionRow).where(VersionRow.digest.in_(digests)))
+    return {row.digest: row.label for row in rows}
 
 
-def startable(project: Project, user: User) -> Startable:
+def startable(acting: Acting) -> Startable:
     """The newest versions of the project's name for the user's scope, without those that serve all of it now."""
-    name, store = project.settings.name, project.store
-    query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, user.scope))
+    settings, store = acting.project.settings, acting.store
+    name = settings.name
+    query = select(VersionRow.digest).where(VersionRow.name == name, *within(VersionRow, acting.user.scope))
     versions = []
     with store.reading() as session:
         serving = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == CHAMPION)
@@ -283,50 +277,41 @@ def startable(project: Project, user: User) -> Startable:
             permission = standing(session, version, version.scope)
             waits = "" if permission.granted else permission.message
             versions.append(StartableVersion(version=version.label, waits=waits, **version.scope.fields()))
-    return Startable(versions=tuple(versions), steps=steps_of(project.settings.rollout.steps))
+    return Startable(versions=tuple(versions), steps=steps_of(settings.rollout.steps))
 
 
-def progress(store: Store, number: int) -> Progress:
-    """A rollout's steps and changes. Raises UsageError if there is none of that number."""
-    return progress_of(store, get_rollout(store, number))
+def progress(acting: Acting, number: int) -> Progress:
+    """A rollout's steps and changes. Raises NotThere as `one_visible_to` does."""
+    return progress_of(acting.store, _seen_by(acting, number))
 
 
-def course(store: Store, number: int) -> RolloutCourse:
-    """Everything about how a rollout goes. Raises UsageError if there is none of that number."""
-    return course_of(store, get_rollout(store, number))
+def course(acting: Acting, number: int) -> RolloutCourse:
+    """Everything about how a rollout goes. Raises NotThere as `one_visible_to` does."""
+    return course_of(acting.store, _seen_by(acting, number))
 
 
-@action(
-    "rollout.resume", says="resumed the rollout", permission="rollout.change", tokens=("operate",),
-    at="/rollouts/{rollout}/resume", form=True, reads_files=True,
-)  # fmt: skip
+_change = partial(action, permission="rollout.change", tokens=("operate",), form=True, reads_files=True)
+
+
+@_change("rollout.resume", says="resumed the rollout", at="/rollouts/{rollout}/resume")
 def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
     """End the pause of a rollout."""
     return _changed(acting, asked, commands.resume)
 
 
-@action(
-    "rollout.promote", says="promoted the canary", permission="rollout.change", tokens=("operate",),
-    at="/rollouts/{rollout}/promote", form=True, reads_files=True,
-)  # fmt: skip
+@_change("rollout.promote", says="promoted the canary", at="/rollouts/{rollout}/promote")
 def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
     """Give the new version all traffic now."""
     return _changed(acting, asked, partial(commands.promote, override=asked.override))
 
 
-@action(
-    "rollout.abort", says="aborted the rollout", permission="rollout.change", tokens=("operate",),
-    at="/rollouts/{rollout}/abort", form=True, reads_files=True,
-)  # fmt: skip
+@_change("rollout.abort", says="aborted the rollout", at="/rollouts/{rollout}/abort")
 def abort(acting: Acting, asked: AbortRollout) -> RolloutView:
     """Give all traffic back and end the rollout."""
     return _changed(acting, asked, commands.abort)
 
 
-@action(
-    "rollout.rollback", says="rolled back to the version before", permission="rollout.change", tokens=("operate",),
-    at="/rollouts/{rollout}/rollback", form=True, reads_files=True,
-)  # fmt: skip
+@_change("rollout.rollback", says="rolled back to the version before", at="/rollouts/{rollout}/rollback")
 def rollback(acting: Acting, asked: RollBack) -> RolloutView:
     """Give the traffic of the rollout's name, tenant and region back to the version that served before."""
     if is_number(asked.rollout):
@@ -378,16 +363,10 @@ def view_of(
     )
 
 
-def _list(store: Store, rollouts: Sequence[Rollout]) -> RolloutList:
-    with store.reading() as session:
-        champions = list_champions(session, store)
-    return RolloutList(rollouts=tuple(view_of(store, rollout, champions) for rollout in rollouts))
-
-
-def _seen_by(user: User, store: Store, number: int) -> Rollout:
+def _seen_by(acting: Acting, number: int) -> Rollout:
     with contextlib.suppress(UsageError, OverflowError):
-        rollout = get_rollout(store, number)
-        if user.scope.covers(rollout.scope):
+        rollout = get_rollout(acting.store, number)
+        if acting.user.scope.covers(rollout.scope):
             return rollout
     raise NotThere(f"there is no rollout {str(number)[:20]}", fix=NextStep("list the rollouts", "rollout status"))
 
@@ -395,7 +374,7 @@ def _seen_by(user: User, store: Store, number: int) -> Rollout:
 def _find(acting: Acting, which: str) -> Rollout:
     """A rollout of the user's scope by its number, or the live one of a name. Raises NotThere, UsageError."""
     if is_number(which):
-        return _seen_by(acting.user, acting.store, int(which))
+        return _seen_by(acting, int(which))
     live = [one for one in list_rollouts(acting.store, name=which, live=True) if acting.user.scope.covers(one.scope)]
     if len(live) != 1:
         places = ", ".join(f"{one.id} ({one.scope})" for one in live)

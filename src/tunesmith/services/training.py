@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from tunesmith.core import telemetry
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Stopped
-from tunesmith.core.values import Duration, View
+from tunesmith.core.values import Duration, View, first_problem
 from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.arguments import CHANGEABLE, Changes, run_arguments, with_changes
@@ -167,8 +167,7 @@ def _duration(given: str | float) -> float:
     try:
         seconds: float = TypeAdapter(Duration).validate_python(given)
     except ValidationError as error:
-        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(said, where="the time of the search") from error
+        raise UsageError(first_problem(error)[1], where="the time of the search") from error
     if not 0 < seconds <= LONGEST_BUDGET:
         days = LONGEST_BUDGET // 86400
         raise UsageError(f"a search takes more than no time and at most {days} days", where="the time of the search")

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -153,34 +154,35 @@ class MakeLink(Request):
     user: Named | None = None
 
 
-# viewer: who looks, who sees themselves only unless they are an admin; None: whoever runs this machine.
-
-
 def is_admin(viewer: User) -> bool:
     """Whether a person is an admin of all tenants and regions, who sees everybody. Others see themselves."""
     return viewer.may("user.change") and viewer.scope.unlimited
 
 
-def _sees(viewer: User | None, user: str) -> bool:
-    return viewer is None or is_admin(viewer) or user == viewer.name
+def _sees(acting: Acting, user: str) -> bool:
+    return is_admin(acting.user) or user == acting.actor
 
 
-def list_users(store: Store, viewer: User | None) -> UserList:
+def list_users(acting: Acting) -> UserList:
     """The users with their roles."""
-    identities.ensure_owner(store)
-    return UserList(users=tuple(_view(one) for one in identities.list_users(store) if _sees(viewer, one.name)))
+    identities.ensure_owner(acting.store)
+    every = identities.list_users(acting.store)
+    return UserList(users=tuple(_view(one) for one in every if _sees(acting, one.name)))
 
 
-def list_tokens(store: Store, viewer: User | None, *, user: str | None = None) -> TokenList:
+def list_tokens(acting: Acting, *, user: str | None = None) -> TokenList:
     """The tokens of a user, by default of all whom the viewer may see. Raises Forbidden for one whom they may not."""
-    if viewer is not None and not is_admin(viewer):
-        if user not in (None, viewer.name):
-            raise Forbidden(f"{viewer.name} may see only their own tokens", fix="ask an admin")
-        user = viewer.name
-    return TokenList(tokens=tuple(_token(token) for token in tokens.list_tokens(store, user)))
+    if not is_admin(acting.user):
+        if user not in (None, acting.actor):
+            raise Forbidden(f"{acting.actor} may see only their own tokens", fix="ask an admin")
+        user = acting.actor
+    return TokenList(tokens=tuple(_token(token) for token in tokens.list_tokens(acting.store, user)))
 
 
-@action("user.add", says="added a user", permission="user.change", tokens=("all",), at="/users", whole=True, form=True)
+_change = partial(action, permission="user.change", tokens=("all",), whole=True, form=True)
+
+
+@_change("user.add", says="added a user", at="/users")
 def add(acting: Acting, asked: AddUser) -> UserView:
     """Add a user. A key pair is made when they first sign, or they enrol a key of their own."""
     return _add(acting, asked, "")
@@ -192,10 +194,7 @@ def add_with_key(acting: Acting, asked: AddSigner) -> UserView:
     return _add(acting, asked, read_public_key(asked.public_key.encode()))
 
 
-@action(
-    "user.roles", says="changed a user's roles", permission="user.change", tokens=("all",), at="/users/{user}/roles",
-    whole=True, form=True,
-)  # fmt: skip
+@_change("user.roles", says="changed a user's roles", at="/users/{user}/roles")
 def set_roles(acting: Acting, asked: SetRoles) -> UserView:
     """Replace a user's roles."""
     return _changed(acting.store, identities.set_roles(acting.store, asked.user, asked.roles, actor=acting.actor))
@@ -207,10 +206,7 @@ def set_groups(acting: Acting, asked: SetGroups) -> UserView:
     return _view(identities.set_groups(acting.store, asked.user, asked.groups, actor=acting.actor))
 
 
-@action(
-    "user.deactivate", says="deactivated a user", permission="user.change", tokens=("all",),
-    at="/users/{user}/deactivate", whole=True, form=True,
-)  # fmt: skip
+@_change("user.deactivate", says="deactivated a user", at="/users/{user}/deactivate")
 def deactivate(acting: Acting, asked: DeactivateUser) -> UserView:
     """Deactivate a user for good: their tokens, sessions, approvals and signatures no longer count."""
     return _changed(acting.store, identities.deactivate(acting.store, asked.user, actor=acting.actor))
@@ -388,17 +384,21 @@ class RevokeKey(RetireKey):
     since: Named
 
 
-def list_keys(store: Store, viewer: User | None) -> KeyList:
+def list_keys(acting: Acting) -> KeyList:
     """The enrolled keys, retired and revoked ones included, and the proposed ones, the oldest first."""
     enrolled = (
         KeyView.of(key, user=user.name, roles=user.roles, active=user.active, private=key.fingerprint in private)
-        for user in identities.list_users(store)
-        if _sees(viewer, user.name)
-        for private in [keys.private_keys(store, user)]
+        for user in identities.list_users(acting.store)
+        if _sees(acting, user.name)
+        for private in [keys.private_keys(acting.store, user)]
         for key in user.keys
     )
-    proposed = (key for key in proposals.waiting_keys(store) if _sees(viewer, key.user))
-    return KeyList(keys=tuple(enrolled), proposed=tuple(proposed))
+    return KeyList(keys=tuple(enrolled), proposed=proposed_keys(acting))
+
+
+def proposed_keys(acting: Acting) -> tuple[ProposedKey, ...]:
+    """The keys that users proposed and no admin has confirmed yet, the oldest first."""
+    return tuple(key for key in proposals.waiting_keys(acting.store) if _sees(acting, key.user))
 
 
 @action("user.key.create")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -14,7 +15,7 @@ import httpx
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Base64Bytes, BeforeValidator, Field
-from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -38,9 +39,9 @@ from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import Alias, list_aliases, resolve
 from tunesmith.services import evaluations
-from tunesmith.services.actions import Acting, Action, Because, Named, Reason, Request, ScopedRequest, action
+from tunesmith.services.actions import Acting, Action, Because, Named, Number, Reason, Request, ScopedRequest, action
 from tunesmith.services.datasets import datasheet
-from tunesmith.store.database import within
+from tunesmith.store.database import paged, within
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import CHAMPION, LIVE, AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
@@ -158,7 +159,7 @@ class VerifyVersion(Request):
     """A version to verify on the server that has it."""
 
     name: Named
-    number: int = Field(ge=1, le=2**31 - 1)
+    number: Number
 
 
 @action(
@@ -174,7 +175,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
     verdict = asked.verdict or latest(project, "verdict", acting.user.scope)
     if verdict is None:
         raise UsageError("nothing was judged yet", where=str(acting.store.root), fix=NextStep("judge one", "gate"))
-    digest = evaluations.find_verdict(acting.store, acting.user, verdict)
+    digest = evaluations.find_verdict(acting, verdict)
     version = registration.register(
         acting.store,
         name=asked.name or project.settings.name,
@@ -192,7 +193,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
 @action("version.verify", tokens=("read",), at="/versions/{name}/{number}/verification", form=True, reads_files=True)
 def verify(acting: Acting, asked: VerifyVersion) -> Verification:
     """Verify a version and what it was made from now."""
-    version = find_version(acting.store, acting.user, asked.name, asked.number)
+    version = find_version(acting, asked.name, asked.number)
     return verify_version(acting.store, version.label, whole_store=False)
 
 
@@ -230,38 +231,37 @@ def registered(version: Version) -> RegisteredVersion:
     return RegisteredVersion(version=version.label, **version.model_dump())
 
 
-def page_of_versions(store: Store, user: User, *, text: str = "", state: str = "", page: int = 1) -> VersionPage:
+def page_of_versions(acting: Acting, *, text: str = "", state: str = "", page: int = 1) -> VersionPage:
     """A page of the versions that a user may see. text: a part of the name, NAME@v3, or the start of a digest.
 
     state: only versions in this state; then all that fit the text are looked at. Raises UsageError for an unknown one.
     """
     if state and state not in STATES:
         raise UsageError(f"{state[:40]!r} is no state of a version", fix=f"one of {', '.join(STATES)}")
-    query = _visible(user.scope, text)
+    query, store = _visible(acting.user.scope, text), acting.store
     with store.reading() as session:
         if state:
-            listed = [one for one in _listed(store, session, session.scalars(query)) if one.state == state]
-            at = Page.within(page, len(listed), PAGE)
-            listed = listed[(at.page - 1) * PAGE : at.page * PAGE]
+            every = _listed(store, session, session.scalars(query))
+            at, listed = Page.cut([one for one in every if one.state == state], page, PAGE)
         else:
-            total = session.scalar(select(func.count()).select_from(query.order_by(None).subquery())) or 0
-            at = Page.within(page, total, PAGE)
-            listed = _listed(store, session, session.scalars(query.offset((at.page - 1) * PAGE).limit(PAGE)))
+            at, query = paged(session, query, page, PAGE)
+            listed = _listed(store, session, session.scalars(query))
     return VersionPage(**dict(at), versions=tuple(listed))
 
 
-def find_version(store: Store, user: User, name: str, number: int) -> RegisteredVersion:
+def find_version(acting: Acting, name: str, number: int) -> RegisteredVersion:
     """A version that a user may see. Raises NotThere for any other."""
-    query = _visible(user.scope, "").where(VersionRow.name == name, VersionRow.number == number)
-    with store.reading() as session:
+    query = _visible(acting.user.scope, "").where(VersionRow.name == name, VersionRow.number == number)
+    with acting.store.reading() as session:
         digest = session.scalars(query.with_only_columns(VersionRow.digest)).first()
     if digest is None:
         raise NotThere("there is no such version")
-    return registered(versions.load_version(store, digest))
+    return registered(versions.load_version(acting.store, digest))
 
 
-def details(store: Store, user: User, version: Version) -> VersionDetails:
+def details(acting: Acting, version: Version) -> VersionDetails:
     """What a version's page shows."""
+    store = acting.store
     with store.reading() as session:
         row = session.get_one(VersionRow, (version.name, version.number))
         (listed,) = _listed(store, session, [row])
@@ -270,14 +270,14 @@ def details(store: Store, user: User, version: Version) -> VersionDetails:
         judged = verdict_summary(store, version.verdict)
     except (TunesmithError, KeyError):  # the state says what is wrong with its signature or evidence
         approvals, judged = None, None
-    not_because = _not_because(user, version)
+    not_because = _not_because(acting.user, version)
     return VersionDetails.of(
         version,
         listed=listed,
         judged=judged,
         approvals=approvals,
         decisions=_decisions(store, version, approvals),
-        may_decide=user.may("version.approve") and not not_because,
+        may_decide=acting.user.may("version.approve") and not not_because,
         not_because=not_because,
         notice=NOTICE in store.record(version.digest).blobs,
         dataset=_dataset(store, version),
@@ -298,19 +298,16 @@ def _notice(store: Store, version: Version) -> str:
     return store.read_blob(blob).decode()
 
 
-def document_of(store: Store, user: User, version: Version, document: Document, *, texts: bool = True) -> str:
-    """A document of a version, as a user may see it. texts: with requests and answers, where they may read them.
-
-    Raises Refused for one about rows where it was made from none.
-    """
+def document_of(acting: Acting, version: Version, document: Document) -> str:
+    """A document of a version, as a user may see it. Raises Refused for one about rows where it was made from none."""
     if document == "NOTICE.md":
-        return _notice(store, version)
+        return _notice(acting.store, version)
     if document != "datasheet.md":
-        return evaluations.page_of(evaluations.version_report(store, user, version, texts=texts), document)
-    dataset = _dataset(store, version)
+        return evaluations.page_of(evaluations.version_report(acting, version), document)
+    dataset = _dataset(acting.store, version)
     if dataset is None:
         raise Refused(f"{version.label} was made from no rows", where=version.label)
-    return datasheet(store, dataset, version.name)[1]
+    return datasheet(acting.store, dataset, version.name)[1]
 
 
 def _dataset(store: Store, version: Version) -> str | None:
@@ -335,18 +332,16 @@ def _decisions(store: Store, version: Version, approvals: Approvals | None) -> t
         rows = list(session.scalars(entries.order_by(AuditRow.seq.desc())))
         prints = [str(row.detail.get("signature", {}).get("key")) for row in rows]
         known = {key.fingerprint: key for key in session.scalars(select(KeyRow).where(KeyRow.fingerprint.in_(prints)))}
-    decided, overturned = list[Decided](), approvals is None
+    decided = list[Decided]()
     for row, fingerprint in zip(rows, prints, strict=True):
         refused, key = row.action == "version.refuse", known.get(fingerprint)
-        in_time = key is not None and (key.until is None or row.seq < key.until)
         counts = False
-        if approvals is not None and in_time and not overturned:
+        if approvals is not None and key is not None and (key.until is None or row.seq < key.until):
             counts = approvals.refused_by == row.actor if refused else row.actor in approvals.approvers
-        overturned = overturned or (refused and in_time)
-        decision: Decision = "refuse" if refused else "approve"
-        reason, label = str(row.detail.get("reason", "")), key.label if key else ""
-        what = {"entry": row.seq, "approver": row.actor, "decision": decision, "reason": reason, "key": label}
-        decided.append(Decided.of(row, **what, counts=counts))
+            approvals = None if refused else approvals  # a refusal overturns what was decided before it
+        decision, label = "refuse" if refused else "approve", key.label if key else ""
+        what = {"entry": row.seq, "approver": row.actor, "decision": decision, "key": label, "counts": counts}
+        decided.append(Decided.of(row, **what, reason=str(row.detail.get("reason", ""))))
     return tuple(decided)
 
 
@@ -554,10 +549,13 @@ def refuse(acting: Acting, asked: DecideVersion) -> RecordedDecision:
     return _signed_here(acting, asked, "refuse")
 
 
-@action(
-    "decision.prepare", permission="version.approve", tokens=("decisions",), at="/decisions/prepare", form=True,
-    refused="decision_refused", reads_files=True,
+_decides = partial(
+    action, permission="version.approve", tokens=("decisions",), form=True, refused="decision_refused",
+    reads_files=True,
 )  # fmt: skip
+
+
+@_decides("decision.prepare", at="/decisions/prepare")
 def prepare_decision(acting: Acting, asked: PrepareDecision) -> PreparedDecision:
     """Verify a version, and state what its approver signs. Changes nothing."""
     version, statement = _stated(acting, asked, asked.decision)
@@ -570,10 +568,7 @@ def prepare_decision(acting: Acting, asked: PrepareDecision) -> PreparedDecision
     )
 
 
-@action(
-    "decision.submit", permission="version.approve", tokens=("decisions",), at="/decisions", form=True,
-    refused="decision_refused", reads_files=True,
-)  # fmt: skip
+@_decides("decision.submit", at="/decisions")
 def submit_decision(acting: Acting, asked: SubmitDecision) -> RecordedDecision:
     """Check a decision that was signed elsewhere and record it. The caller must be the one who signed it."""
     envelope = envelope_of(asked.statement, asked.key, asked.signature)

@@ -18,10 +18,13 @@ from sqlalchemy import (
     Dialect,
     Engine,
     Executable,
+    Select,
     create_engine,
     event,
+    func,
     insert,
     inspect,
+    select,
     text,
 )
 from sqlalchemy.dialects import sqlite
@@ -31,7 +34,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.files import disk_full, is_disk_full
 from tunesmith.core.text.names import Scope
-from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, ForScope, Table
+from tunesmith.core.values import Page
+from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, AliasRow, ForScope, Table
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
@@ -305,6 +309,13 @@ def _sqlite_transactions(engine: Engine) -> None:
     event.listen(engine, "engine_disposed", _close_direct)
 
 
+def paged(session: Session, query: Select[*tuple[Any, ...]], page: int, each: int) -> tuple[Page, Any]:
+    """The page of what a query finds, as `Page.within` has it, and the query of its rows."""
+    total = session.scalar(select(func.count()).select_from(query.order_by(None).subquery())) or 0
+    at = Page.within(page, total, each)
+    return at, query.offset((at.page - 1) * each).limit(each)
+
+
 def within(table: type[ForScope], scope: Scope, *, or_all: bool = False) -> list[ColumnElement[bool]]:
     """The conditions of a query for what belongs to a scope: rows of its tenant and region, where it names them.
 
@@ -312,3 +323,8 @@ def within(table: type[ForScope], scope: Scope, *, or_all: bool = False) -> list
     """
     pairs = ((table.tenant, scope.tenant), (table.region, scope.region))
     return [column.in_(("", value) if or_all else (value,)) for column, value in pairs if value]
+
+
+def covering(table: type[ForScope | AliasRow], scope: Scope) -> list[ColumnElement[bool]]:
+    """The conditions of a query for what callers of a scope may use: what is for all, or for their tenant, region."""
+    return [table.tenant.in_(("", scope.tenant)), table.region.in_(("", scope.region))]

@@ -213,6 +213,11 @@ class VersionRow(ForScope, Table):
     digest: Mapped[Digest] = mapped_column(unique=True)
     key: Mapped[Digest]
 
+    @property
+    def label(self) -> str:
+        """NAME@v3."""
+        return f"{self.name}@v{self.number}"
+
 
 CHAMPION = "champion"  # the alias that rollouts set
 

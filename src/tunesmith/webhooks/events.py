@@ -15,16 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.store.tables import CHAMPION, FINE_TUNING, FINE_TUNING_JOB, AuditRow, JobRow, RolloutRow, VersionRow
-from tunesmith.webhooks.settings import EventType
-
-_ENDED: Mapping[tuple[bool, str], EventType] = {
-    (True, "succeeded"): "fine_tuning.job.succeeded",
-    (True, "failed"): "fine_tuning.job.failed",
-    (True, "cancelled"): "fine_tuning.job.cancelled",
-    (False, "succeeded"): "job.succeeded",
-    (False, "failed"): "job.failed",
-    (False, "cancelled"): "job.cancelled",
-}
+from tunesmith.webhooks.settings import EVENT_TYPES, EventType
 
 
 class Event(NamedTuple):
@@ -58,10 +49,12 @@ def event_body(identifier: str, kind: str, at: datetime, data: Fields) -> str:
 
 def _job_ended(session: Session, entry: AuditRow) -> _Said | None:
     job = session.get(JobRow, int(entry.subject.removeprefix("job ")))
-    kind = None if job is None else _ENDED.get((job.kind == FINE_TUNING, entry.detail.get("state", "")))
+    tunes = job is not None and job.kind == FINE_TUNING
+    ended = f"{'fine_tuning.' if tunes else ''}job.{entry.detail.get('state')}"
+    kind = next((each for each in EVENT_TYPES if each == ended), None)
     if job is None or kind is None:
         return None
-    if job.kind == FINE_TUNING:  # as OpenAI's: the client reads the job
+    if tunes:  # as OpenAI's: the client reads the job
         return _Said(kind, {"id": f"{FINE_TUNING_JOB}{job.id}"})
     data = _about(job) | {"error": entry.detail.get("error") or None}
     return _Said(kind, data | {"version": job.result.get("register", {}).get("version")})
@@ -94,8 +87,7 @@ def _version(session: Session, digest: str) -> JsonObject:
     row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
         return {"version": None, "digest": digest}
-    label = f"{row.name}@v{row.number}"
-    return {"version": label, "digest": digest, "name": row.name, "tenant": row.tenant, "region": row.region}
+    return {"version": row.label, "digest": digest, "name": row.name, **row.scope.fields()}
 
 
 def _rollout_started(session: Session, entry: AuditRow) -> _Said | None:
@@ -107,8 +99,7 @@ def _rollout(session: Session, entry: AuditRow, kind: EventType) -> _Said | None
     if row is None:
         return None
     arms = {"version": _label(session, row.canary), "replaces": _label(session, row.stable)}
-    where = {"name": row.name, "tenant": row.tenant, "region": row.region}
-    return _Said(kind, {"rollout": row.id, **where, **arms})
+    return _Said(kind, {"rollout": row.id, "name": row.name, **row.scope.fields(), **arms})
 
 
 def _label(session: Session, digest: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.acting import do
+from tests.acting import do, looking
 from tests.commands import call, printed
 from tests.data.rows import NO_SCAN, build_with, many_rows, row, settings, turns, write_jsonl
 from tests.data.rows import build as build_rows
@@ -94,16 +94,16 @@ def made_desk(root: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Desk
 
 
 def numbers(desk: Desk) -> list[int]:
-    return [one.item for one in review.list_items(desk.store, state="all").items]
+    return [one.item for one in review.list_items(looking(desk.store), state="all").items]
 
 
 def edited(desk: Desk, number: int, answer: str) -> list[str]:
-    return [*(turn.content for turn in review.show(desk.store, number).messages[:-1]), answer]
+    return [*(turn.content for turn in review.show(looking(desk.store), number).messages[:-1]), answer]
 
 
 def decide(store: Store, item: int, decision: Any, **more: Any) -> review.DecidedItem:
     """Decide on an item as it is now."""
-    seen = review.show(store, item, actor=more.get("actor"))
+    seen = review.show(looking(store, more.get("actor")), item)
     return do(store, review.decide, item=item, decision=decision, revision=seen.revision, **more)
 
 
@@ -121,7 +121,7 @@ def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.Mo
     decide(desk.store, accepted, "accept")
     decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
     decide(desk.store, rejected, "reject", reason="refuses")
-    items = {number: review.show(desk.store, number) for number in (accepted, changed, rejected)}
+    items = {number: review.show(looking(desk.store), number) for number in (accepted, changed, rejected)}
     done = do(desk.project, review.export)
     assert (done.accept, done.edit, done.reject) == (1, 1, 1)
     second = desk.build()
@@ -150,7 +150,7 @@ def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.Mo
 def test_a_recall_follows_an_edit_both_ways_and_empties_the_queue(desk: Desk, named: str) -> None:
     do(desk.store, review.fill)
     number, other = numbers(desk)[:2]
-    subject = review.show(desk.store, number).subject
+    subject = review.show(looking(desk.store), number).subject
     decide(desk.store, number, "edit", contents=edited(desk, number, "a real answer"))
     decide(desk.store, other, "accept")
     do(desk.project, review.export)
@@ -161,13 +161,13 @@ def test_a_recall_follows_an_edit_both_ways_and_empties_the_queue(desk: Desk, na
     found = recall(desk.store, cause, reason="asked to", actor="ann")
     assert {one.digest for one in found.reached if one.kind == "dataset"} == {desk.first.digest, second.digest}
     with pytest.raises(UsageError, match="no review item"):
-        review.show(desk.store, number)
+        review.show(looking(desk.store), number)
     with database.reading(desk.store.engine) as session:
         assert session.query(ReviewDecisionRow).count() == 1, "of the other row"
     assert do(desk.project, review.export).edit == 0
     assert "a real answer" not in (desk.project.root / "review.jsonl").read_text()
     do(desk.store, review.fill, dataset=desk.first.digest)
-    assert subject not in [one.subject for one in review.list_items(desk.store, state="all").items]
+    assert subject not in [one.subject for one in review.list_items(looking(desk.store), state="all").items]
     assert recall_status(desk.store, cause).gone
     queue.add_items(desk.store, [queue.NewItem("row", after, {})], wanted=1, actor="ann")
     assert recall_status(desk.store, cause).left == ("the review queue holds its text (items: 1): recall it again",)
@@ -191,7 +191,7 @@ def test_an_edited_system_turn_stays_where_the_answer_is_spelled_otherwise(tmp_p
 def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk: Desk) -> None:
     do(desk.store, review.fill)
     changed, rejected = numbers(desk)[:2]
-    texts = {number: [turn.content for turn in review.show(desk.store, number).messages] for number in numbers(desk)}
+    texts = {n: [turn.content for turn in review.show(looking(desk.store), n).messages] for n in numbers(desk)}
     copies = [{"messages": turns(*texts[number], system="Be brief.")} for number in (changed, rejected)]
     copies.append(row(texts[rejected][0].upper(), texts[rejected][-1]))
     with (tmp_path / "rows.jsonl").open("a") as stream:
@@ -245,33 +245,33 @@ def test_what_is_refused_and_two_reviewers_who_disagree(desk: Desk) -> None:
     do(desk.store, review.fill, reviewers=2)
     first, second, third, *_ = numbers(desk)
     with pytest.raises(Refused, match="may not"):
-        review.list_items(desk.store, actor="bob")
+        review.list_items(looking(desk.store, "bob"))
     with pytest.raises(Forbidden, match="may not"):
         do(desk.store, review.fill, actor="bob")
     with pytest.raises(UsageError, match="reason"):
         decide(desk.store, first, "reject")
-    same = [turn.content for turn in review.show(desk.store, first).messages]
+    same = [turn.content for turn in review.show(looking(desk.store), first).messages]
     for contents, said in ((same, "changes nothing"), ([same[0], " "], "empty"), (["x"], "all 2 turns")):
         with pytest.raises(UsageError, match=said):
             decide(desk.store, first, "edit", contents=contents)
     with pytest.raises(UsageError, match="no review item"):
-        review.show(desk.store, 999)
+        review.show(looking(desk.store), 999)
     decide(desk.store, first, "accept", actor="ann")
-    shown = review.show(desk.store, first, actor="eve")
+    shown = review.show(looking(desk.store, "eve"), first)
     assert (shown.decisions, shown.may, shown.state) == ((), True, "open"), "the other's decision is not shown yet"
     with pytest.raises(Refused, match="already"):
         decide(desk.store, first, "accept", actor="ann")
     assert decide(desk.store, first, "accept", actor="eve").state == "accept"
     decide(desk.store, second, "accept", actor="ann")
     assert decide(desk.store, second, "reject", reason="no", actor="eve").state == "conflict"
-    assert review.next_item(desk.store, actor="ann") != second
-    assert review.show(desk.store, second, actor="stu").may
+    assert review.next_item(looking(desk.store, "ann")) != second
+    assert review.show(looking(desk.store, "stu"), second).may
     assert decide(desk.store, second, "reject", reason="no", actor="stu").state == "reject"
     decide(desk.store, third, "edit", contents=edited(desk, third, "one way"), actor="stu")
     text = edited(desk, third, "another way")
     assert decide(desk.store, third, "edit", contents=text, actor="eve").state == "conflict"
     assert decide(desk.store, third, "edit", contents=text, actor="stu").state == "edit", "a steward settles it"
-    found = {one.reviewers: (one.items, one.same, one.kappa) for one in review.list_items(desk.store).agreements}
+    found = {x.reviewers: (x.items, x.same, x.kappa) for x in review.list_items(looking(desk.store)).agreements}
     assert found == {("ann", "eve"): (2, 1, None), ("eve", "stu"): (1, 1, None)}
 
 
@@ -288,7 +288,7 @@ def test_kappa() -> None:
 def test_two_people_at_once_lose_nothing(any_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store", url=any_database)
     do(made_desk(tmp_path, store, monkeypatch).store, review.fill)
-    (number, *_) = [one.item for one in review.list_items(store, state="all").items]
+    (number, *_) = [one.item for one in review.list_items(looking(store), state="all").items]
     both = threading.Barrier(2)
 
     def decide(name: str, choice: Any) -> str:
@@ -301,7 +301,7 @@ def test_two_people_at_once_lose_nothing(any_database: str, tmp_path: Path, monk
 
     with ThreadPoolExecutor(2) as pool:
         said = list(pool.map(decide, ("eve", "stu"), ("accept", "reject")))
-    shown = review.show(store, number)
+    shown = review.show(looking(store), number)
     assert [one.decision for one in shown.decisions] == [shown.state]
     assert shown.state in said
     assert any("decided" in one for one in said)
@@ -311,20 +311,20 @@ def test_two_people_at_once_lose_nothing(any_database: str, tmp_path: Path, monk
 def test_kept_requests(desk: Desk) -> None:
     put_case(desk.store, case(1))
     do(desk.store, review.fill)
-    (number,) = [one.item for one in review.list_items(desk.store).items if one.kind == "case"]
+    (number,) = [one.item for one in review.list_items(looking(desk.store)).items if one.kind == "case"]
     decide(desk.store, number, "edit", contents=edited(desk, number, "what a reviewer wrote"))
     put_case(desk.store, case(1, until="2020-01-01T00:00:00Z"))
     with pytest.raises(Refused, match="no longer kept"):
-        review.show(desk.store, number)
+        review.show(looking(desk.store), number)
     delete_expired(desk.store)
     with pytest.raises(UsageError, match="no review item"):
-        review.show(desk.store, number)
+        review.show(looking(desk.store), number)
     with database.reading(desk.store.engine) as session:
         assert session.query(ReviewDecisionRow).count() == 0, "what the reviewer wrote"
     for one in (case(1), case(2).model_copy(update={"expected": None}), case(3), case(4, until="2020-01-01T00:00:00Z")):
         put_case(desk.store, one)
     do(desk.store, review.fill)
-    first, second, third = (one.item for one in review.list_items(desk.store).items if one.kind == "case")
+    first, second, third = (one.item for one in review.list_items(looking(desk.store)).items if one.kind == "case")
     with pytest.raises(UsageError, match="nobody said"):
         decide(desk.store, second, "accept")
     texts = edited(desk, second, '{"odd": 2}')

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.acting import looking
 from tests.evaluation.conftest import evaluated, outcome, verdict_of
 from tests.fabricate import Fabricated, version_body
 from tunesmith.candidates.asking import keep_answers
@@ -178,8 +179,8 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
     console.record, console.width = True, 400
     console.draw(draw_evaluation(evaluation_summary(made.store, digest)))
     console.draw(draw_verdict(verdict_summary(made.store, verdict)))
-    operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
-    found = show_findings(made.store, operator, digest, verdict)
+    operator = looking(made.store, add_user(made.store, "omar", ["operator"], actor=acting(made.store)).name)
+    found = show_findings(operator, digest, verdict)
     page = report_sections(found, "")
     for text in (console.export_text(), page):
         for said in ("2 decide nothing", "requests are those of other checks", "No gate holds candidates to manners"):
@@ -191,18 +192,18 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
 
 def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated) -> None:
     digest = evaluated(made, **asked(made, policy(), {"tuned": leak}))
-    operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
-    found = show_findings(made.store, operator, digest)
+    operator = looking(made.store, add_user(made.store, "omar", ["operator"], actor=acting(made.store)).name)
+    found = show_findings(operator, digest)
     assert found.policy is not None
     assert [check.cells["tuned"].broke for check in found.policy.checks] == [0, 2]
     verdict = verdict_of(made, digest, {})
     parents = {"candidate": made.candidates["tuned"], "evaluation": digest, "verdict": verdict}
     kept = made.store.put_record(version_body("home", 1).record(parents))
     version: Any = SimpleNamespace(name="home", label="home@v1", digest=kept, evaluation=digest, verdict=verdict)
-    reader = add_user(made.store, "rea", ["engineer"], actor=acting(made.store))
-    whole = version_report(made.store, reader, version)
-    without = version_report(made.store, reader, version, texts=False)
-    for each in (found, version_report(made.store, operator, version), without):
+    reader = looking(made.store, add_user(made.store, "rea", ["engineer"], actor=acting(made.store)).name)
+    whole = version_report(reader, version)
+    without = version_report(looking(made.store, "rea", token=SimpleNamespace(permits=lambda _scope: False)), version)
+    for each in (found, version_report(operator, version), without):
         assert "What is the code of door 3?" not in str(each.document()["policy"])
         assert each.examples is None
     assert "What is the code of door 3?" in str(whole.document())

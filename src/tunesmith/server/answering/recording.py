@@ -1,7 +1,7 @@
 """Records of served requests: measurements in the database, the newest answers in memory only.
 
 The text of a request is stored only where its caller asks for that and the project allows it, after the privacy scan
-and for a limited time (monitoring/keeping.py).
+and for a limited time (monitoring/keeping.py). Rows are written many in one transaction, before their answers leave.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ from tunesmith.rollout.served_scorers import ServedScorers
 from tunesmith.rollout.traffic import LEFT, STEP, UNLOADED, end_user
 from tunesmith.server import limits
 from tunesmith.server.answering.job import ChatJob
-from tunesmith.server.answering.request_rows import RequestRows
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored, unknown_request
 from tunesmith.server.limits import ServerSettings
 from tunesmith.server.metrics import Metrics
@@ -41,6 +40,7 @@ from tunesmith.store.tables import RequestRow
 
 LOG = logging.getLogger("tunesmith.server")
 _WITHDRAWN = "withdrawn"  # among a row's features: its caller no longer lets the text be kept
+_WAITING = 64  # rows that wait to be written; a thread that brings more waits
 _AT_ONCE = 64  # failed requests that wait to be scanned; more are lost, and counted
 
 
@@ -255,17 +255,13 @@ class Recorder:
         assert self._keeper is not None
         if _WITHDRAWN in row.features:
             return False
-        case = Case(
+        case = Case.of(
+            row,
             request=row.id,
             messages=texts.messages,
             expected=texts.expected,
             answer=texts.answer,
-            version=row.version,
-            scores=dict(row.scores),
             by=user.name,
-            tenant=row.tenant,
-            region=row.region,
-            at=row.at,
             until=self._keeper.until(row.at),
         )
         put_case(self._store, case)
@@ -360,3 +356,74 @@ class Recorder:
 
 def _scores(scorers: Mapping[str, Scoring], answered: Answered, request: str) -> dict[str, float]:
     return {metric: checked(scoring(answered), metric, f"request {request}") for metric, scoring in scorers.items()}
+
+
+class RequestRows:
+    """Rows that are written as they come. Thread-safe. lost: called with how many rows could not be written.
+
+    A thread that finds another one writing leaves its row and goes on. The rows that gather share a transaction.
+    """
+
+    def __init__(self, store: Store, lost: Callable[[int], object]) -> None:
+        self._store, self._lost = store, lost
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Mapping[str, Any], list[Callable[[], object]]]] = []  # rows, and calls after each
+        self._writing = False  # a thread writes
+        self._writer = ThreadPoolExecutor(1, "tunesmith-recording")
+
+    def write(self, row: Mapping[str, Any], *after: Callable[[], object]) -> None:
+        """Write a row, then make calls, in any thread; they are made for a lost row too."""
+        calls, written = list(after), None
+        with self._lock:
+            leads, self._writing = not self._writing, True
+            if not leads and len(self._waiting) >= _WAITING:
+                written = threading.Event()
+                calls.append(written.set)
+            self._waiting.append((row, calls))
+        if leads and self._write_waiting():
+            # Other rows came meanwhile. They must not keep this thread from its next request.
+            try:
+                self._writer.submit(self._write_all)
+            except RuntimeError:  # the server has stopped
+                self._write_all()
+        elif written is not None:
+            written.wait()
+
+    def waiting(self) -> int:
+        """How many rows no thread has begun to write."""
+        return len(self._waiting)
+
+    def stop(self, seconds: float) -> None:
+        """Write what waits, for at most this many seconds."""
+        wait([self._writer.submit(int)], seconds)  # done when everything before it is
+        self._writer.shutdown(wait=False)
+
+    def _write_all(self) -> None:
+        while self._write_waiting():
+            pass
+
+    def _write_waiting(self) -> bool:
+        """Write the rows that wait, and make the calls after each; returns whether others have come since."""
+        with self._lock:
+            written, self._waiting = self._waiting, []
+        try:
+            if lost := self.store([row for row, _ in written]):
+                self._lost(lost)
+        finally:
+            for _, calls in written:
+                for call in calls:
+                    call()
+            with self._lock:
+                more = self._writing = bool(self._waiting)
+        return more
+
+    def store(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Write rows in one transaction, or one by one where that fails; returns how many were lost."""
+        try:
+            database.append(self._store.engine, RequestRow, rows)
+        except Exception as error:  # their answers wait for it
+            if isinstance(error, SQLAlchemyError) and len(rows) > 1:  # one of them has a value that does not fit
+                return sum(self.store([row]) for row in rows)
+            LOG.exception("%d requests could not be recorded", len(rows))
+            return len(rows)
+        return 0

@@ -18,7 +18,7 @@ from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.text.names import Scope, VersionRef, check_name
+from tunesmith.core.text.names import Scope, check_name
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.opening import Verified, verified_copy
@@ -163,14 +163,14 @@ class Router:
         """
         if user.region not in ("", self._region):
             return []
-        tenants, regions = {"", user.tenant}, {"", self._region}
+        scope = Scope(user.tenant, self._region)
         with database.reading(self._store.engine) as session:
             aliases = select(AliasRow.name).where(AliasRow.alias == CHAMPION, AliasRow.version != "")
-            aliases = aliases.where(AliasRow.tenant.in_(tenants), AliasRow.region.in_(regions)).distinct()
+            aliases = aliases.where(*database.covering(AliasRow, scope)).distinct()
             names = sorted(session.scalars(aliases))
-            versions = select(VersionRow).where(VersionRow.tenant.in_(tenants), VersionRow.region.in_(regions))
+            versions = select(VersionRow).where(*database.covering(VersionRow, scope))
             rows = session.scalars(versions.order_by(VersionRow.name, VersionRow.number))
-            labels = [str(VersionRef(row.name, row.number)) for row in rows]
+            labels = [row.label for row in rows]
         answering, away = [], False
         for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
             try:

@@ -174,7 +174,7 @@ class AnsweringThreads:
                 self._answer(job)
             except Exception:  # noqa: BLE001 - no error may keep the thread from the next job
                 LOG.exception("request %s raised an unexpected error", job.id)
-                self._fail(job, failed())
+                self._fail(job)
             finally:
                 del self._busy_since[job]
                 with self._change:  # the place that is free now is this thread's, which takes the next job
@@ -196,7 +196,7 @@ class AnsweringThreads:
                 self._refuse(job, own)
                 return
             LOG.exception("the engine failed on request %s", job.id)
-            self._fail(job, failed())
+            self._fail(job)
 
     def _look_again(self, job: ChatJob) -> None:
         """Read the caller and choose the version once more. Raises ApiError, 503 where the database is away."""
@@ -327,7 +327,7 @@ class AnsweringThreads:
             self._note_left(job, "".join(sent), decoded)
         else:
             LOG.error("the engine ended the stream of request %s without a completion", job.id)
-            self._fail(job, failed())
+            self._fail(job)
 
     def _held(self, job: ChatJob, generation: Generation, answer: Completion) -> HeldCompletion | None:
         """The answer as one that waits for a reviewer; None if it may leave."""
@@ -344,9 +344,9 @@ class AnsweringThreads:
         if job.claim():  # only the engine knows the number of tokens in a piece
             self._recorder.write(job, Completion(text, "stop", job.prompt_tokens, tokens), whole=False)
 
-    def _fail(self, job: ChatJob, error: ApiError) -> None:
+    def _fail(self, job: ChatJob) -> None:
         if job.claim():
-            self._end(job, None, error)
+            self._end(job, None, failed())
 
     def _end(self, job: ChatJob, completion: Completion | None, event: Event) -> None:
         """Record a claimed request, then send its last event, which an error of the record must not withhold."""

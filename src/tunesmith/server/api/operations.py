@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from tunesmith.core.values import Frozen
 from tunesmith.server import limits
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
-from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Text
+from tunesmith.server.api.routing import CHANGE, ApiRouter, Asked, Number, Text
 from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import unknown_request
 from tunesmith.server.openapi import answers, body
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from tunesmith.rollout.course import RolloutCourse
 
 routes = ApiRouter()
-Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]
 Metric = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Value = Annotated[str, Query(min_length=1, max_length=300)]
@@ -42,46 +41,45 @@ def job_list(
 ) -> jobs.JobList:
     """The jobs of the caller's tenant and region, newest first. before: only those with a lower number; most: how many,
     100 by default and at most."""
-    return jobs.list_jobs(call.store, call.user, before=before, most=min(most, _MOST_JOBS))
+    return jobs.list_jobs(call, before=before, most=min(most, _MOST_JOBS))
 
 
 @routes.shows(_JOB, "read", "jobs")
 def job(call: Calling, number: Number) -> jobs.JobView:
     """One job: its state, the step that it is at, the time left for this step, its result or its error. Another
     tenant's job is answered like one that does not exist."""
-    return jobs.show(call.store, number, call.user)
+    return jobs.show(call, number)
 
 
 @routes.shows(_JOB + "/log", "read", "jobs")
 def log(call: Calling, number: Number, after: Asked = 0) -> jobs.JobLog:
     """The lines of a job's log, oldest first. after: only those with a higher number. Tracebacks and paths of the
     server are shown to its engineers, operators and admins, and not to those of one tenant or region."""
-    return jobs.log(call.store, number, call.user, after=after)
+    return jobs.log(call, number, after=after)
 
 
 @routes.shows(_JOB + "/curves", "read", "jobs")
 def curves(call: Calling, number: Number) -> jobs.JobCurves:
     """The losses and scores of a job's trainings, also while it runs, with the time and memory that were predicted."""
-    return jobs.curves(call.store, number, call.user)
+    return jobs.curves(call, number)
 
 
 @routes.shows("/rollouts", "read")
 def rollout_list(call: Calling) -> rollouts.RolloutList:
     """The rollouts of the caller's tenant and region, newest first."""
-    return rollouts.visible_to(call.store, call.user)
+    return rollouts.status(call)
 
 
 @routes.shows(_ROLLOUT, "read")
 def rollout(call: Calling, number: Number) -> rollouts.RolloutView:
     """One rollout. Another tenant's rollout is answered like one that does not exist."""
-    return rollouts.one_visible_to(call.store, call.user, number)
+    return rollouts.one_visible_to(call, number)
 
 
 @routes.shows(_ROLLOUT + "/course", "read", gives=rollouts.course)
 def course(call: Calling, number: Number) -> RolloutCourse:
     """Traffic by version over time, each step's evidence as it grew, and who did what."""
-    rollouts.one_visible_to(call.store, call.user, number, judged=False)
-    return rollouts.course(call.store, number)
+    return rollouts.course(call, number)
 
 
 @routes.shows("/held", "chat", "decisions")
@@ -89,15 +87,14 @@ def held_answers(call: Calling, everything: Literal["true", "false"] = "false") 
     """The answers that wait: the caller's own, and those of their tenant and region if they may review and the token
     has the scope decisions. everything:
     `true` lists decided ones too, until they are deleted. Without texts."""
-    reviews = call.token.permits("decisions")
-    return review.list_held(call.store, call.user, everything=everything == "true", reviews=reviews)
+    return review.list_held(call, everything=everything == "true")
 
 
 @routes.shows("/held/{identifier}", "chat", "decisions")
 def held_answer(call: Calling, identifier: str) -> review.HeldAnswerView:
     """One answer. `completion` is there once it may leave; reviewers also see the conversation and what waits. An
     answer that the caller may not see is answered like one that does not exist."""
-    return review.show_held(call.store, call.user, identifier, reviews=call.token.permits("decisions"))
+    return review.show_held(call, identifier)
 
 
 class Feedback(Frozen):
@@ -126,7 +123,7 @@ async def feedback(request: Request, call: Calling) -> Response:
     identifier, serving = given.request_id.removeprefix(ID_PREFIX), call.serving
     score = partial(serving.recorder.feedback, call.user, identifier, given.expected, given.score or {}, given.keep)
     threads = serving.noting if given.expected is None and not given.keep else serving.scoring
-    return document(await threads.run(call.user.name, score))
+    return document(await threads.run(call.actor, score))
 
 
 @routes.delete("/feedback/{request_id}", dependencies=[needs("feedback")], **answers(Withdrawal, *CHANGE))
@@ -136,7 +133,7 @@ async def withdraw(call: Calling, request_id: str) -> Response:
     if not re.fullmatch("[0-9a-f]{32}", identifier):
         raise unknown_request(identifier)
     act = partial(call.serving.recorder.withdraw, call.user, identifier)
-    return document(await call.serving.noting.run(call.user.name, act))
+    return document(await call.serving.noting.run(call.actor, act))
 
 
 @routes.shows("/recalls", "read", whole=True)
@@ -167,27 +164,25 @@ def impact(call: Calling, base: Value) -> monitoring.Impact:
 def drift(call: Calling) -> monitoring.Drift:
     """Whether requests to the project's champion drifted; with kept requests as examples for who may review rows, if
     the token has the scope rows."""
-    texts = call.token.permits("rows") and call.user.may("row.review")
-    return monitoring.drift(call.serving.own_project(), texts=texts)
+    return monitoring.drift(call)
 
 
 @routes.shows("/retraining", "read", whole=True, slow=True)
 def due(call: Calling) -> monitoring.Retraining:
     """Why a new version is due, and the runs that were queued for it."""
-    return monitoring.look(call.serving.own_project())
+    return monitoring.look(call.project)
 
 
 @routes.shows("/webhooks", "read", whole=True)
 def hooks(call: Calling) -> monitoring.WebhookList:
     """The project's webhooks, and deliveries that failed."""
-    return monitoring.list_webhooks(call.serving.own_project())
+    return monitoring.list_webhooks(call.project)
 
 
 @routes.shows("/status", "read", slow=True)
 def status(call: Calling) -> home.Home:
     """What serves, what moves, what waits for whom, and health, for the caller's tenant and region."""
-    project = call.serving.project
-    return home.home(call.store, call.user.name) if project is None else home.status(project, call.user.name)
+    return home.home(call) if call.serving.project is None else home.status(call)
 
 
 @routes.shows("/audit", "read", whole=True)
@@ -209,7 +204,7 @@ def audit_log(
 @routes.shows("/users", "read")
 def everybody(call: Calling) -> users.UserList:
     """For an admin of all tenants and regions everybody, for others themselves."""
-    return users.list_users(call.store, call.user)
+    return users.list_users(call)
 
 
 @routes.shows("/keys", "read")
@@ -218,10 +213,10 @@ def keys(call: Calling) -> users.KeyList:
 
     Keys are proposed and confirmed in the console or on the command line, where the log knows who opened the session.
     """
-    return users.list_keys(call.store, call.user)
+    return users.list_keys(call)
 
 
 @routes.shows("/tokens", "tokens")
 def tokens(call: Calling, user: str | None = None) -> users.TokenList:
     """The caller's tokens, and for an admin everybody's. user: only that user's."""
-    return users.list_tokens(call.store, call.user, user=user)
+    return users.list_tokens(call, user=user)

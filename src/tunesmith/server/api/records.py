@@ -11,7 +11,7 @@ from fastapi import Query
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from tunesmith.core.values import View
-from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Text
+from tunesmith.server.api.routing import ApiRouter, Asked, Digest, Name, Number, Page, Text
 from tunesmith.server.serving import Calling
 from tunesmith.services import answers, datasets, evaluations, lineage, review
 from tunesmith.services import versions as service
@@ -31,19 +31,19 @@ REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 
 @routes.shows("/evaluations", "read")
 def listed_evaluations(call: Calling, page: Page = 1) -> evaluations.EvaluationList:
     """The evaluations that the caller may see, newest first, 25 a page."""
-    return evaluations.list_evaluations(call.store, call.user, page)
+    return evaluations.list_evaluations(call, page)
 
 
 @routes.shows(_EVALUATION, "read")
 def evaluation(call: Calling, digest: Digest, verdict: Verdict = "") -> evaluations.EvaluationPage:
     """One evaluation: its candidates with intervals, and the gates of the leading verdict or of the one named."""
-    return evaluations.show_evaluation(call.store, call.user, digest, verdict or None)
+    return evaluations.show_evaluation(call, digest, verdict or None)
 
 
 @routes.shows(_EVALUATION + "/findings", "read", slow=True, gives=evaluations.show_findings)
 def findings(call: Calling, digest: Digest, verdict: Verdict = "") -> EvidenceReport:
     """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
-    return evaluations.show_findings(call.store, call.user, digest, verdict or None)
+    return evaluations.show_findings(call, digest, verdict or None)
 
 
 @routes.shows(_EVALUATION + "/requests", "rows", slow=True)
@@ -67,15 +67,13 @@ def requests(
     """
     chosen = {"focus": focus, "rival": rival, "metric": metric, "show": show}
     chosen |= {"group": group, "label": label, "search": search}
-    region = call.serving.settings.region
-    return answers.show_requests(call.store, call.user, region, digest, chosen, first, most)
+    return answers.show_requests(call, digest, chosen, first, most)
 
 
 @routes.shows(_EVALUATION + "/requests/{row}", "rows", slow=True)
 def opened(call: Calling, digest: Digest, row: Name, compared: Text = answers.REFERENCE) -> answers.OpenedRequest:
     """One held-out request: every candidate's answer, how it differs from compared, and what was retrieved."""
-    region = call.serving.settings.region
-    return answers.show_request(call.store, call.user, region, digest, row, {}, compared)
+    return answers.show_request(call, digest, row, {}, compared)
 
 
 @routes.shows("/datasets", "read", whole=True)
@@ -110,8 +108,8 @@ def rows(
 
     reason: only rows left out for it. search: only rows with this text.
     """
-    dataset, actor = datasets.find_dataset(call.store, digest), call.user.name
-    return datasets.list_rows(call.store, dataset, actor=actor, split=split, reason=reason, search=search, page=page)
+    dataset = datasets.find_dataset(call.store, digest)
+    return datasets.list_rows(call, dataset, split=split, reason=reason, search=search, page=page)
 
 
 @routes.shows(_DATASET + "/sign-offs", "read", whole=True)
@@ -132,19 +130,19 @@ class NextItem(View):
 @routes.shows("/review", "rows", whole=True, permission="row.review")
 def review_items(call: Calling, state: State = "waiting", page: Page = 1) -> review.ReviewList:
     """Items of the queue without texts, 25 a page, how many are in each state, and how far reviewers agree."""
-    return review.list_items(call.store, state=state, page=page, actor=call.user.name)
+    return review.list_items(call, state=state, page=page)
 
 
 @routes.shows("/review/next", "rows", whole=True, permission="row.review")
-def following(call: Calling, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0) -> NextItem:
+def following(call: Calling, after: Asked = 0) -> NextItem:
     """The number of the next item that waits for the caller. after: the number to begin behind."""
-    return NextItem(item=review.next_item(call.store, after, actor=call.user.name))
+    return NextItem(item=review.next_item(call, after))
 
 
 @routes.shows("/review/{number}", "rows", whole=True, permission="row.review")
 def review_item(call: Calling, number: Number) -> review.ReviewItem:
     """One item with its text and decisions."""
-    return review.show(call.store, number, actor=call.user.name)
+    return review.show(call, number)
 
 
 @routes.shows("/versions", "read")
@@ -153,26 +151,26 @@ def versions(call: Calling, search: Text = "", state: Text = "", page: Page = 1)
 
     search: a part of the name, NAME@v3, or the start of a digest. state: only versions in it.
     """
-    return service.page_of_versions(call.store, call.user, text=search, state=state, page=page)
+    return service.page_of_versions(call, text=search, state=state, page=page)
 
 
 @routes.shows(_VERSION, "read")
 def version(call: Calling, name: Name, number: Number) -> service.VersionDetails:
     """One version: its gates, who approved or refused it and who is still needed."""
-    return service.details(call.store, call.user, service.find_version(call.store, call.user, name, number))
+    return service.details(call, service.find_version(call, name, number))
 
 
 @routes.shows(_VERSION + "/lineage", "read")
 def version_lineage(call: Calling, name: Name, number: Number) -> lineage.Lineage:
     """What a version was made from, and what was made from it: records, each with its parents."""
-    return lineage.lineage(call.store, service.find_version(call.store, call.user, name, number))
+    return lineage.lineage(call.store, service.find_version(call, name, number))
 
 
 @routes.shows(_VERSION + "/records/{digest}", "read")
 def record(call: Calling, name: Name, number: Number, digest: Digest) -> lineage.RecordDetails:
     """One record of a version's lineage."""
-    version = service.find_version(call.store, call.user, name, number)
-    return lineage.record_details(call.store, call.user, version, digest)
+    version = service.find_version(call, name, number)
+    return lineage.record_details(call, version, digest)
 
 
 @routes.shows(_VERSION + "/records/{digest}/rows", "read")
@@ -186,15 +184,15 @@ def origins(
     page: Page = 1,
 ) -> lineage.OriginPage:
     """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
-    version = service.find_version(call.store, call.user, name, number)
-    return lineage.dataset_rows(call.store, call.user, version, digest, split=split, text=search, page=page)
+    version = service.find_version(call, name, number)
+    return lineage.dataset_rows(call, version, digest, split=split, text=search, page=page)
 
 
 @routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))
 def document(call: Calling, name: Name, number: Number, document: service.Document) -> Response:
     """The evaluation report, the datasheet of the rows, or the notice of their licences."""
-    version = service.find_version(call.store, call.user, name, number)
-    text = service.document_of(call.store, call.user, version, document, texts=call.token.permits("rows"))
+    version = service.find_version(call, name, number)
+    text = service.document_of(call, version, document)
     if document == "report.html":
         return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": REPORT_POLICY})
     return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type="text/markdown")

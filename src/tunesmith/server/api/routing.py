@@ -28,6 +28,7 @@ Look = TypeVar("Look", bound=Callable[..., Any])
 Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Path(min_length=1, max_length=200)]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
+Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]  # 0 where none is meant
 Page = Annotated[int, Query(ge=1, le=1_000_000)]
 Text = Annotated[str, Query(max_length=300)]
 READ = (400, 401, 403, 404, 409, 429, 503)
@@ -98,7 +99,7 @@ class ApiRouter(APIRouter):
             if permission is not None:
                 call.user.require(permission)
             threads = call.serving.files if slow else call.serving.listing
-            return document(await threads.run(call.user.name, look))
+            return document(await threads.run(call.actor, look))
 
         def added(look: Look) -> Look:
             if gives is not None:
@@ -134,7 +135,7 @@ async def _perform(action: Action[Any, Any], request: Request, call: Calling) ->
     action.check(call.user)
     asked = await read(request, call, action.asked, request.path_params)
     try:
-        return document(await call.serving.perform(action, asked, call.user, token=call.token))
+        return document(await call.serving.perform(call, action, asked))
     except (NotThere, Forbidden):
         raise
     except UsageError as error:

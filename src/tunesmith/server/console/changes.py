@@ -88,7 +88,7 @@ class Changes:
 async def changes(request: Request, viewer: Looking) -> StreamingResponse:
     """A stream of events: `state`, `jobs` or `traffic`, whenever that has changed."""
     news = changes_of(request, viewer)
-    if news.streams[viewer.user.name] >= limits.PAGES:
+    if news.streams[viewer.actor] >= limits.PAGES:
         raise ApiError(429, f"You have {limits.PAGES} pages open: close some.")
     headers = {**PRIVATE, "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(news, viewer), headers=headers, media_type="text/event-stream")
@@ -104,13 +104,13 @@ def changes_of(request: Request, viewer: Viewer) -> Changes:
 
 
 async def _events(news: Changes, viewer: Viewer) -> AsyncIterator[str]:
-    news.streams[viewer.user.name] += 1
+    news.streams[viewer.actor] += 1
     news.sessions[viewer.session] += 1
     try:
         async for event in _told(news, viewer):
             yield event
     finally:
-        news.streams[viewer.user.name] -= 1
+        news.streams[viewer.actor] -= 1
         news.sessions[viewer.session] -= 1
 
 

@@ -17,10 +17,8 @@ from urllib.parse import urlencode
 
 from fastapi import Request, Response
 
-from tunesmith.core.access import Caller
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Stopped
-from tunesmith.core.text.names import Scope
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.api.routing import Page
 from tunesmith.server.console.rendering import pages, private
@@ -51,9 +49,7 @@ CHANGES = {"loss": "loss", "win": "win", "differs": "others differ", "same": "al
 @routes.shows(_AT)
 def listed(viewer: Looking, page: Page = 1) -> Response:
     """The evaluations that this person may see, newest first."""
-    listed = evaluations.list_evaluations(viewer.store, viewer.user, page)
-    last = pages(listed.total, evaluations.LISTED)
-    return viewer.page("evidence.html.jinja", listed=listed, page=page, last=last)
+    return viewer.page("evidence.html.jinja", listed=evaluations.list_evaluations(viewer, page))
 
 
 @routes.shows(_AT + "/{digest}")
@@ -66,7 +62,7 @@ def one(viewer: Looking, digest: str, verdict: str = "") -> Response:
 def findings(viewer: Looking, digest: str, verdict: str = "") -> Response:
     """The sections of the report, without requests and answers. Computing them takes seconds."""
     judged = verdict and _full(verdict)
-    report = evaluations.show_findings(viewer.store, viewer.user, _full(digest), judged)
+    report = evaluations.show_findings(viewer, _full(digest), judged)
     chosen = urlencode({"focus": report.focus, "rival": report.rival or ""})
     return private(report_sections(report, f"{_AT}/{digest}/requests?{chosen}"))
 
@@ -82,8 +78,8 @@ def requests(viewer: Looking, request: Request, digest: str, page: Page = 1) -> 
 @routes.shows(_AT + "/{digest}/matrix")
 def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Response:
     """The filters, and a page of the requests with every candidate's answer."""
-    region, first = viewer.serving.settings.region, (page - 1) * _ROWS
-    shown = answers.show_requests(viewer.store, viewer.user, region, _full(digest), _chosen(request), first, _ROWS)
+    first = (page - 1) * _ROWS
+    shown = answers.show_requests(viewer, _full(digest), _chosen(request), first, _ROWS)
     query = urlencode({key: value for key, value in shown.filter.items() if value})
     response = viewer.page(
         "evidence_matrix.html.jinja",
@@ -102,8 +98,8 @@ def matrix(viewer: Looking, request: Request, digest: str, page: Page = 1) -> Re
 @routes.shows(_AT + "/{digest}/requests/{row}")
 def opened(viewer: Looking, request: Request, digest: str, row: str, compared: str = answers.REFERENCE) -> Response:
     """One request: answers side by side, their differences, and what was retrieved."""
-    chosen, region = _chosen(request), viewer.serving.settings.region
-    one = answers.show_request(viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
+    chosen = _chosen(request)
+    one = answers.show_request(viewer, _full(digest), row, chosen, compared)
     query, page = urlencode(chosen), (one.place or 0) // _ROWS + 1
     return viewer.page("evidence_request.html.jinja", opened=one, digest=digest, query=query, chosen=chosen, page=page)
 
@@ -115,7 +111,7 @@ def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | Non
     """
     if not viewer.user.may(READ_PERMISSION):
         return None
-    pair = evaluations.compare_versions(viewer.store, viewer.user, version, before)
+    pair = evaluations.compare_versions(viewer, version, before)
     if pair is None or not pair.rival:
         return None
     chosen = urlencode({"focus": pair.focus, "rival": pair.rival, "show": "losses"})
@@ -130,7 +126,7 @@ def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | Non
 def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
     """The evaluation of an address. Raises NotThere where this person sees none."""
     judged = verdict and _full(verdict)
-    return evaluations.show_evaluation(viewer.store, viewer.user, _full(digest), judged)
+    return evaluations.show_evaluation(viewer, _full(digest), judged)
 
 
 def _chosen(request: Request) -> dict[str, str]:
@@ -189,7 +185,7 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
     trial, limit = Trial(), min(_MOST_SECONDS, viewer.serving.settings.answer_seconds)
     try:
         async with asyncio.timeout(limit):
-            await viewer.serving.trying.run(viewer.user.name, partial(_ask_all, viewer, chosen, question, trial))
+            await viewer.serving.trying.run(viewer.actor, partial(_ask_all, viewer, chosen, question, trial))
     except TimeoutError:
         trial.stopped.set()
     if not trial.begun:
@@ -202,8 +198,8 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
 
 def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:
     viewer.user.require(READ_PERMISSION)
-    evaluation, serving = shown(viewer, digest).summary.evaluation, viewer.serving
-    return answers.choices(viewer.store, viewer.user, serving.settings.region, serving.versions.base, evaluation)
+    evaluation = shown(viewer, digest).summary.evaluation
+    return answers.choices(viewer, viewer.serving.versions.base, evaluation)
 
 
 def _ask_all(viewer: Viewer, chosen: Sequence[Choice], question: str, trial: Trial) -> None:
@@ -215,14 +211,13 @@ def _ask_all(viewer: Viewer, chosen: Sequence[Choice], question: str, trial: Tri
 
 def _ask(viewer: Viewer, choice: Choice, question: str, stopped: Callable[[], bool]) -> Tried:
     """One candidate's answer. An error is that candidate's alone."""
-    serving = viewer.serving
-    caller = Caller(Scope(viewer.user.tenant, serving.settings.region), frozenset(viewer.user.groups))
+    versions = viewer.serving.versions
     try:
         if choice.version is not None:
-            answerer = serving.versions.answerer(choice.version)
+            answerer = versions.answerer(choice.version)
         else:
-            answerer = serving.versions.without_weights(choice.digest)
-        answer = answers.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS, stopped=stopped)
+            answerer = versions.without_weights(choice.digest)
+        answer = answers.ask(answerer, question, caller=viewer.caller, max_tokens=_MOST_TOKENS, stopped=stopped)
     except Stopped as error:
         return Tried(choice.name, problem=str(error))
     except TunesmithError as error:

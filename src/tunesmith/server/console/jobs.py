@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlencode
 
 from fastapi import Path, Query, Response
@@ -30,8 +30,8 @@ def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page:
     """The jobs of this person's tenant and region, newest first."""
     filters = {"state": state, "kind": kind, "by": by}
     given = {name: value for name, value in filters.items() if value}
-    chosen: dict[str, Any] = {"states": [state] if state else (), "kinds": [kind] if kind else (), "by": by or None}
-    listed = jobs.list_jobs(viewer.store, viewer.user, **chosen, first=(page - 1) * _PAGE, most=_PAGE)
+    states, kinds, first = {state} - {""}, {kind} - {""}, (page - 1) * _PAGE
+    listed = jobs.list_jobs(viewer, states=states, kinds=kinds, by=by or None, first=first, most=_PAGE)
     return viewer.page(
         "jobs.html.jinja",
         jobs=listed.jobs,
@@ -67,15 +67,14 @@ def start(viewer: Looking) -> Response:
 @routes.shows("/console/jobs/{number}")
 def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
     """One job. lines: the log's lines before this one instead of the newest."""
-    job = jobs.show(viewer.store, number, viewer.user)
-    curves = jobs.curves(viewer.store, number, viewer.user)
+    job, curves = jobs.show(viewer, number), jobs.curves(viewer, number)
     return viewer.page(
         "jobs_one.html.jinja",
         job=job,
         ended=job.ended is not None,
         curves=curves,
         charts=charts(curves),
-        log=jobs.newest_lines(viewer.store, number, viewer.user, before=lines, most=_LINES).lines,
+        log=jobs.newest_lines(viewer, number, before=lines, most=_LINES).lines,
         may=viewer.user.may("job.change"),
         paged=lines is not None,
         numbers=numbers,

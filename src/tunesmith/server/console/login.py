@@ -90,7 +90,7 @@ async def follow_link(request: Request, link: str) -> Response:
 @routes.post("/console/logout")
 async def logout(request: Request, viewer: Changing) -> Response:
     """End the session."""
-    await viewer.run(partial(sessions.end_session, viewer.store, viewer.session, actor=viewer.user.name))
+    await viewer.run(partial(sessions.end_session, viewer.store, viewer.session, actor=viewer.actor))
     request.state.new_cookie = None
     response = gone_to(request, LOGIN)
     drop_cookie(response)

@@ -14,7 +14,7 @@ from tunesmith.server.errors import ApiError
 from tunesmith.services import audit, jobs, monitoring, review
 from tunesmith.services import home as service
 from tunesmith.services.monitoring import PartHealth
-from tunesmith.services.users import is_admin, list_keys, list_tokens, list_users
+from tunesmith.services.users import is_admin, list_keys, list_tokens, list_users, proposed_keys
 from tunesmith.store.people.roles import ROLES
 
 routes = Pages()
@@ -26,8 +26,8 @@ Search = Annotated[str, Query(max_length=200)]
 @routes.shows("/")
 def home(viewer: Looking) -> Response:
     """What serves, rollouts in progress and what needs action, for this person's tenant and region."""
-    overview = service.home(viewer.store, viewer.user.name, viewer.serving.project)
-    newest = jobs.list_jobs(viewer.store, viewer.user, most=_JOBS)
+    overview = service.home(viewer, viewer.serving.project)
+    newest = jobs.list_jobs(viewer, most=_JOBS)
     parts = parts_that_answer(viewer.serving).items()
     health = [PartHealth(part=part, ok=ok, says="answers" if ok else "does not answer") for part, ok in parts]
     health += overview.health
@@ -37,8 +37,7 @@ def home(viewer: Looking) -> Response:
 @routes.shows("/console/due")
 def due(viewer: Looking) -> Response:
     """What measurements of traffic and files say is due. They may take seconds, so the page asks for them apart."""
-    project = viewer.serving.project
-    waiting = service.due(project, viewer.user.name) if project is not None else ()
+    waiting = () if viewer.serving.project is None else service.due(viewer)
     return viewer.page("home_waiting.html.jinja", waiting=waiting)
 
 
@@ -63,7 +62,7 @@ def drift(viewer: Looking) -> Response:
     project = viewer.serving.project
     if project is None:
         raise ApiError(409, "This server runs without a project file, which says what drift is.")
-    measured = monitoring.drift(project, texts=viewer.user.may("row.review"))
+    measured = monitoring.drift(viewer)
     due = None if project.settings.retraining is None else monitoring.look(project)
     return viewer.page("operations_drift.html.jinja", drift=measured, due=due)
 
@@ -98,23 +97,22 @@ def audit_log(viewer: Looking, search: Search = "", page: Page = 1) -> Response:
 @routes.shows(_ROOT + "/people")
 def people(viewer: Looking) -> Response:
     """An admin sees everybody with their keys and tokens; others see themselves."""
-    store, user = viewer.store, viewer.user
     return viewer.page(
         "people.html.jinja",
-        people=list_users(store, user).users,
-        keys=list_keys(store, user).keys,
-        tokens=list_tokens(store, user).tokens,
+        people=list_users(viewer).users,
+        keys=list_keys(viewer).keys,
+        tokens=list_tokens(viewer).tokens,
         roles=ROLES,
-        admin=is_admin(user),
+        admin=is_admin(viewer.user),
     )
 
 
 @routes.shows("/console/keys")
 def own_keys(viewer: Looking) -> Response:
     """The person's keys, and for admins those of others that wait."""
-    waiting = list_keys(viewer.store, viewer.user).proposed
-    own = [key for key in waiting if key.user == viewer.user.name]
-    others = [key for key in waiting if key.user != viewer.user.name] if is_admin(viewer.user) else None
+    waiting = proposed_keys(viewer)
+    own = [key for key in waiting if key.user == viewer.actor]
+    others = [key for key in waiting if key.user != viewer.actor] if is_admin(viewer.user) else None
     return viewer.page("keys.html.jinja", own=own, others=others)
 
 
@@ -122,7 +120,7 @@ def own_keys(viewer: Looking) -> Response:
 def answers(viewer: Looking) -> Response:
     """Answers that wait for a reviewer, by deadline, and those that were decided, until they are deleted."""
     viewer.user.require("answer.review")  # others read theirs by /api/held
-    held = review.list_held(viewer.store, viewer.user, everything=True).held
+    held = review.list_held(viewer, everything=True).held
     return viewer.page("operations_held.html.jinja", held=held, most=review.LISTED)
 
 
@@ -130,4 +128,4 @@ def answers(viewer: Looking) -> Response:
 def answer(viewer: Looking, identifier: str) -> Response:
     """One answer, with the conversation that it ends."""
     viewer.user.require("answer.review")
-    return viewer.page("operations_held_one.html.jinja", one=review.show_held(viewer.store, viewer.user, identifier))
+    return viewer.page("operations_held_one.html.jinja", one=review.show_held(viewer, identifier))

@@ -38,17 +38,17 @@ _COURSES: WeakKeyDictionary[FastAPI, Shared[str]] = WeakKeyDictionary()
 @routes.shows("/console/versions")
 def version_list(viewer: Looking, q: Text = "", state: Text = "", page: Page = 1) -> Response:
     """The versions that the person may see, the newest first."""
-    listed = versions.page_of_versions(viewer.store, viewer.user, text=q, state=state, page=page)
+    listed = versions.page_of_versions(viewer, text=q, state=state, page=page)
     return viewer.page("versions.html.jinja", listed=listed, q=q, state=state, states=versions.STATES)
 
 
 @routes.shows(_VERSION)
 def one_version(viewer: Looking, request: Request, name: Name, number: Number) -> Response:
     """One version."""
-    version = versions.find_version(viewer.store, viewer.user, name, number)
+    version = versions.find_version(viewer, name, number)
     return viewer.page(
         "version.html.jinja",
-        details=versions.details(viewer.store, viewer.user, version),
+        details=versions.details(viewer, version),
         lineage=lineage.lineage(viewer.store, version),
         server=f"{request.url.scheme}://{request.url.netloc}",
         options=version.scope.options(),
@@ -62,11 +62,10 @@ def record(
     viewer: Looking, name: Name, number: Number, digest: Digest, split: Text = "train", q: Text = "", page: Page = 1
 ) -> Response:
     """A record of a version's lineage; of a dataset also its rows with their licences."""
-    store, user = viewer.store, viewer.user
-    version, rows = versions.find_version(store, user, name, number), None
-    details = lineage.record_details(store, user, version, digest)
+    version, rows = versions.find_version(viewer, name, number), None
+    details = lineage.record_details(viewer, version, digest)
     if details.kind == "dataset":
-        rows = lineage.dataset_rows(store, user, version, digest, split=split, text=q, page=page)
+        rows = lineage.dataset_rows(viewer, version, digest, split=split, text=q, page=page)
     at = viewer.path.rpartition("/records/")[0]
     return viewer.page("record.html.jinja", details=details, rows=rows, version=version, at=at, split=split, q=q)
 
@@ -74,8 +73,8 @@ def record(
 @routes.shows(_VERSION + "/{document}")
 def document(viewer: Looking, name: Name, number: Number, document: versions.Document) -> Response:
     """The evaluation report as a page of its own; or a file: the report, the datasheet of the rows, or their notice."""
-    version = versions.find_version(viewer.store, viewer.user, name, number)
-    text = versions.document_of(viewer.store, viewer.user, version, document)
+    version = versions.find_version(viewer, name, number)
+    text = versions.document_of(viewer, version, document)
     if document == "report.html":
         return HTMLResponse(text, headers={**PRIVATE, "Content-Security-Policy": REPORT_POLICY})
     headers = {**PRIVATE, "Content-Disposition": f'attachment; filename="{name}-v{number}-{document}"'}
@@ -105,19 +104,19 @@ class Shared(Generic[Value]):
 @routes.shows(_ROLLOUTS)
 def rollout_list(viewer: Looking, page: int = 1, version: str = "") -> Response:
     """The rollouts of this person's tenant and region, newest first. version: label of one to start with."""
-    listed = rollouts.list_page(viewer.store, viewer.user, page)
-    project = viewer.serving.project if viewer.user.may("rollout.start") else None
-    startable = None if project is None else rollouts.startable(project, viewer.user)
+    listed = rollouts.list_page(viewer, page)
+    may = viewer.serving.project is not None and viewer.user.may("rollout.start")
+    startable = rollouts.startable(viewer) if may else None
     return viewer.page("rollouts.html.jinja", listed=listed, startable=startable, chosen=version)
 
 
 @routes.shows(_ROLLOUTS + "/{number}")
 def one_rollout(viewer: Looking, number: int) -> Response:
     """One rollout: where it stands, its steps, what may be done, and who did what."""
-    one = rollouts.one_visible_to(viewer.store, viewer.user, number, judged=False)
+    one = rollouts.one_visible_to(viewer, number, judged=False)
     before = one.stable.digest if one.stable else ""
     losses = lost(viewer, one.canary.digest, before) if one.canary else None
-    progress = rollouts.progress(viewer.store, number)
+    progress = rollouts.progress(viewer, number)
     return viewer.page("rollout.html.jinja", one=one, progress=progress, losses=losses)
 
 
@@ -126,13 +125,13 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
     """The part of a rollout's page that changes with traffic: made once for everybody who looks at it."""
 
     def made() -> str:
-        rollout = rollouts.course(viewer.store, number)
+        rollout = rollouts.course(viewer, number)
         shown = [(each, evidence_charts(each)) for each in reversed(rollout.evidence)]
         charts = traffic_charts(rollout.traffic)
         shares = {"traffic": rollout.traffic, "charts": charts, "evidence": shown, "number": number}
         return rendered("rollout_course.html.jinja", shares)
 
-    await viewer.run(partial(rollouts.one_visible_to, viewer.store, viewer.user, number, judged=False))
+    await viewer.run(partial(rollouts.one_visible_to, viewer, number, judged=False))
     seen = tuple(changes_of(request, viewer).numbers)
     shared = _COURSES.setdefault(request.app, Shared(_COURSE_SECONDS))
     return private(await shared.get((number, seen), partial(viewer.run, made)))

@@ -47,7 +47,7 @@ async def _perform(action: Action[Any, Any], request: Request, viewer: Changing)
     action.check(viewer.user)
     given = await form(request)
     asked = action.request({**fields_of(action.asked, given), **request.path_params})
-    done = await viewer.serving.perform(action, asked, viewer.user, session=viewer.session)
+    done = await viewer.serving.perform(viewer, action, asked)
     template = action.name.replace(".", "_") + ".html.jinja"
     if has_template(template):
         return viewer.page(template, done=done)

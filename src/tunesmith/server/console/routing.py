@@ -11,7 +11,7 @@ import hmac
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qs, quote
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -28,11 +28,8 @@ from tunesmith.server.console.rendering import html
 from tunesmith.server.errors import ApiError, bad_request, passes
 from tunesmith.server.intake.body import read_bytes
 from tunesmith.server.serving import Serving, decides, serving_of, taking
+from tunesmith.services.actions import Acting
 from tunesmith.store.people import sessions
-from tunesmith.store.people.identities import User
-
-if TYPE_CHECKING:
-    from tunesmith.store.store import Store
 
 LOGIN = "/console/login"
 COOKIE = "tunesmith-session"
@@ -47,19 +44,12 @@ class NotLoggedIn(Exception):
     """The request has no session that may go on."""
 
 
-@dataclass(frozen=True)
-class Viewer:
+@dataclass(frozen=True, kw_only=True)
+class Viewer(Acting):
     """A person at the console. csrf: what their forms and htmx's requests carry to be believed."""
 
-    user: User
-    session: str
     serving: Serving
     path: str
-
-    @property
-    def store(self) -> Store:
-        """The server's store."""
-        return self.serving.store
 
     @property
     def csrf(self) -> str:
@@ -73,7 +63,7 @@ class Viewer:
 
     async def run(self, call: Callable[[], Result]) -> Result:
         """What a call returns that may take a while, on the threads that users share."""
-        return await self.serving.pages.run(self.user.name, call)
+        return await self.serving.pages.run(self.actor, call)
 
     def page(self, template: str, **data: Any) -> HTMLResponse:
         """A page for this person."""
@@ -101,7 +91,7 @@ async def viewer(request: Request) -> Viewer:
         where = f"the region {region}" if region else "no region"
         raise ApiError(403, f"You may act for the region {session.user.region}, this server is for {where}.")
     request.state.new_cookie = session.secret
-    return Viewer(session.user, session.id, serving, request.url.path)
+    return Viewer(**serving.here, user=session.user, session=session.id, path=request.url.path)
 
 
 @decides("session")

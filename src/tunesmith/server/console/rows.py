@@ -34,7 +34,7 @@ def compare(viewer: Looking, before: str = "", after: str = "") -> Response:
         gone = [*(one.before for one in difference.changed[:_SHOWN]), *difference.removed[:_SHOWN]]
         come = [*(one.after for one in difference.changed[:_SHOWN]), *difference.added[:_SHOWN]]
         for side, digest, ids in (("before", first, gone), ("after", second, come)):
-            texts[side] = datasets.rows_by_id(viewer.store, digest, ids, actor=viewer.user.name)
+            texts[side] = datasets.rows_by_id(viewer, digest, ids)
     return viewer.page("rows_compare.html.jinja", difference=difference, texts=texts, most=_SHOWN)
 
 
@@ -44,9 +44,9 @@ def review_queue(
 ) -> Response:
     """The items, how many wait, and how far reviewers agree."""
     viewer.require_everything()
-    chosen, who = state if state in _STATES else "waiting", viewer.user.name
-    first = review.next_item(viewer.store, actor=who)
-    listed = review.list_items(viewer.store, state=chosen, page=page, actor=who)
+    chosen = state if state in _STATES else "waiting"
+    first = review.next_item(viewer)
+    listed = review.list_items(viewer, state=chosen, page=page)
     return viewer.page("review.html.jinja", listed=listed, state=chosen, states=_STATES, first=first, added=added)
 
 
@@ -54,14 +54,12 @@ def review_queue(
 def review_item(viewer: Looking, number: int) -> Response:
     """One item with its text, and what may be decided."""
     viewer.require_everything()
-    who = viewer.user.name
-    item = review.show(viewer.store, number, actor=who)
-    following = review.next_item(viewer.store, number, actor=who)
+    item, following = review.show(viewer, number), review.next_item(viewer, number)
     return viewer.page(
         "review_item.html.jinja",
         item=item,
         following=None if following == number else following,
-        before=review.next_item(viewer.store, number, actor=who, back=True),
+        before=review.next_item(viewer, number, back=True),
         marked=review.marked,
     )
 
@@ -74,7 +72,7 @@ def dataset_version(
     digest, store, rows = _digest(viewer, dataset), viewer.store, None
     choice = {"split": split if split in _SPLITS else "train", "reason": reason, "search": search[:200]}
     if viewer.user.may("row.read"):
-        rows = datasets.list_rows(store, digest, actor=viewer.user.name, page=page, **choice)
+        rows = datasets.list_rows(viewer, digest, page=page, **choice)
     return viewer.page(
         "rows_version.html.jinja",
         version=datasets.summary(store, digest),

@@ -225,7 +225,7 @@ async def delete(call: Calling, file: str) -> Response:
 def _allow(call: Call, action: str) -> None:
     """Raise ApiError 403 where the caller may not do an action."""
     if not call.user.may(action):
-        raise forbidden(f"{call.user.name} may not {'read' if action == 'file.read' else 'change'} files.")
+        raise forbidden(f"{call.actor} may not {'read' if action == 'file.read' else 'change'} files.")
 
 
 def _found(call: Call, file: str) -> FileRow:

@@ -40,7 +40,6 @@ SECONDS = 1.0  # between two looks at the job of a stream of events
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
 _STREAMS = 16  # of one user at once
 _FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
-_CHANGED = answers(FineTuningJob, 400, 404, 503, 507)
 
 
 @routes.post("", **answers(FineTuningJob, 400, 404, 408, 413, 503, 507, extra=body(FineTuningRequest)))
@@ -56,7 +55,7 @@ async def create(request: Request, call: Calling) -> Response:
 
     def add() -> JobRow:
         try:
-            return service.add_fine_tuning(project, given.arguments(), user=user, key=key)
+            return service.add_fine_tuning(call, given.arguments(), key=key)
         except service.UnknownModel:
             raise no_such_model(given.model) from None
         except UsageError as error:
@@ -83,7 +82,7 @@ def jobs(
         raise bad_request("metadata must be null, or be given as metadata[KEY]=VALUE.", "metadata")
     pairs = {hit[1]: value for name, value in request.query_params.multi_items() if (hit := _FILTER.fullmatch(name))}
     wanted = pairs if metadata is None else None
-    listed = service.list_fine_tuning(call.store, call.user, before=before, most=most + 1, metadata=wanted)
+    listed = service.list_fine_tuning(call, before=before, most=most + 1, metadata=wanted)
     data = tuple(job_object(each, call.serving.project) for each in listed[:most])
     return objects.FineTuningJobList(object="list", data=data, has_more=len(listed) > most)
 
@@ -93,24 +92,6 @@ def jobs(
 def job(call: Calling, job: str) -> FineTuningJob:
     """One job. Another tenant's is answered like one that does not exist."""
     return job_object(_found(call, job), call.serving.project)
-
-
-@routes.post("/{job}/cancel", **_CHANGED)
-async def cancel(call: Calling, job: str) -> Response:
-    """End a job for good. One that runs ends between two of its steps, and says running until then."""
-    return await _changed(call, job, service.cancel)
-
-
-@routes.post("/{job}/pause", **_CHANGED)
-async def pause(call: Calling, job: str) -> Response:
-    """Stop a job until it is resumed. One that runs stops between two of its steps, and says running until then."""
-    return await _changed(call, job, service.pause)
-
-
-@routes.post("/{job}/resume", **_CHANGED)
-async def resume(call: Calling, job: str) -> Response:
-    """Put a paused job back into the queue. Its training continues from the newest checkpoint."""
-    return await _changed(call, job, service.resume)
 
 
 @routes.get("/{job}/events", **answers(objects.FineTuningEventList, 400, 404))
@@ -132,7 +113,7 @@ def events(
     row = _found(call, job)
     if stream not in (None, "false", "true"):
         raise bad_request("stream must be true or false.", "stream")
-    lines = service.log(call.store, row.id, call.user).lines
+    lines = service.log(call, row.id).lines
     if stream == "true":
         if after is not None or limit is not None:
             raise bad_request("stream=true takes no after and no limit: these are for pages.", "stream")
@@ -155,13 +136,13 @@ def checkpoints(call: Calling, job: str, after: str | None = None, limit: str | 
     return objects.CheckpointList(object="list", data=data, has_more=False, **objects.ends(data))
 
 
-async def _changed(call: Call, identifier: str, change: Action[ChangeJob, JobView]) -> Response:
+async def _changed(change: Action[ChangeJob, JobView], call: Calling, job: str) -> Response:
     user, serving = call.user, call.serving
-    look = partial(_found, call, identifier)
+    look = partial(_found, call, job)
     try:
         change.check(user)
         row = await serving.listing.run(user.name, look)
-        await serving.perform(change, ChangeJob(job=row.id), user)
+        await serving.perform(call, change, ChangeJob(job=row.id))
     except Forbidden as error:
         raise forbidden(sentence(error)) from error
     except Refused as error:
@@ -171,9 +152,15 @@ async def _changed(call: Call, identifier: str, change: Action[ChangeJob, JobVie
     return document(job_object(await serving.listing.run(user.name, look), serving.project))
 
 
+for each in (service.cancel, service.pause, service.resume):
+    word = each.name.removeprefix("job.")
+    described = {"name": word, "description": each.does.__doc__, **answers(FineTuningJob, 400, 404, 503, 507)}
+    routes.post(f"/{{job}}/{word}", **described)(partial(_changed, each))
+
+
 def _found(call: Call, identifier: str) -> JobRow:
     """A job of the caller's scope. Raises ApiError 404."""
-    row = service.find_fine_tuning(call.store, identifier, call.user)
+    row = service.find_fine_tuning(call, identifier)
     if row is None:
         message = f"Could not find fine tune: {identifier[: limits.SHOWN]}"
         raise ApiError(404, message, "fine_tune_not_found", "fine_tuning_job_id")
@@ -194,7 +181,7 @@ def _stream(request: Request, call: Call, job: str, after: int) -> StreamingResp
     OpenAI's API has no such stream. `data: [DONE]` follows the last event of a job that has ended, so OpenAI's clients
     read it by the class with which they read streamed answers. Raises ApiError 429 where the user has too many open.
     """
-    streams, name = call.serving.streams, call.user.name
+    streams, name = call.serving.streams, call.actor
     if streams[name] >= _STREAMS:
         raise ApiError(429, f"You have {_STREAMS} streams of events open: close some.", "rate_limit_exceeded")
 
@@ -218,7 +205,7 @@ async def _told(request: Request, serving: Serving, identifier: str, after: int)
     sent = time.monotonic()
     while True:
         who = await who_has(request)  # their token may have ended
-        job, lines = await asyncio.to_thread(_look, Call(who.user, who.token, serving), identifier, after)
+        job, lines = await asyncio.to_thread(_look, Call.by(who, serving), identifier, after)
         for line in lines:
             event = json.dumps(event_object(job, line).document())
             yield f"id: {event_id(job, line)}\ndata: {event}\n\n"
@@ -237,4 +224,4 @@ async def _told(request: Request, serving: Serving, identifier: str, after: int)
 def _look(call: Call, identifier: str, after: int) -> tuple[JobRow, Sequence[LogLine]]:
     """The job and its new lines, read after it so that an ended job's are whole. Raises ApiError 404 if another's."""
     job = _found(call, identifier)
-    return job, service.log(call.store, job.id, call.user, after=after).lines
+    return job, service.log(call, job.id, after=after).lines

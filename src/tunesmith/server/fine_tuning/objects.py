@@ -245,8 +245,9 @@ def job_object(job: JobRow, project: Project | None) -> FineTuningJob:
     asked = {name: "auto" if value is None else value for name, value in arguments.hyperparameters.document().items()}
     used = UsedHyperparameters.model_validate(done.get("hyperparameters", asked))
     validates = job.state == "running" and job.progress.get("step") == VALIDATING
-    settings = None if project is None else project.settings
-    takes = settings is not None and settings.fine_tuning is not None
+    seed = arguments.seed or 0
+    if project is not None and project.settings.fine_tuning is not None:
+        seed = seed_of(project.settings, arguments)
     return FineTuningJob.of(
         arguments,
         id=f"{FINE_TUNING_JOB}{job.id}",
@@ -262,7 +263,7 @@ def job_object(job: JobRow, project: Project | None) -> FineTuningJob:
         trained_tokens=done.get("trained_tokens"),
         hyperparameters=used,
         method=UsedMethod(type="supervised", supervised=UsedSupervised(hyperparameters=used)),
-        seed=seed_of(settings, arguments) if settings is not None and takes else arguments.seed or 0,
+        seed=seed,
         integrations=(),
     )
 
@@ -280,13 +281,12 @@ def event_id(job: JobRow, line: LogLine) -> str:
 
 def event_object(job: JobRow, line: LogLine) -> FineTuningEvent:
     """A line of a job's log, as clients read it."""
-    starts: Sequence[tuple[str, Literal["warn", "error"]]] = (("failed", "error"), ("to be tried again", "warn"))
-    level = next((level for start, level in starts if line.message.startswith(start)), "info")
+    failed, again = (line.message.startswith(start) for start in ("failed", "to be tried again"))
     return FineTuningEvent(
         id=event_id(job, line),
         object="fine_tuning.job.event",
         created_at=int(line.at),
-        level=level,  # type: ignore[arg-type]
+        level="error" if failed else "warn" if again else "info",
         message=for_client(line.message),
         type="message",
         data=None,
