@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tunesmith.evaluation.planning import Grouping, LiftTest, lift_power
+from tunesmith.evaluation.planning import Grouping, LiftTest
 from tunesmith.evaluation.stats import statistics
 from tunesmith.evaluation.stats.statistics import Level, intervals
 
@@ -109,7 +109,8 @@ def promised_power(rng: np.random.Generator, runs: int) -> bool:
     sound = True
     for lift, bound, differing, size, correlation in scenarios():
         grouping = Grouping(size, correlation)
-        needed = LiftTest(differing, bound, grouping=grouping).rows_needed(lift)
+        test = LiftTest(differing, bound, grouping=grouping)
+        needed = test.rows_needed(lift)
         assert needed is not None
 
         def simulated(count: int) -> float:
@@ -121,7 +122,7 @@ def promised_power(rng: np.random.Generator, runs: int) -> bool:
         truly = crossing(simulated, needed, size, 0.8)
         off = needed / truly - 1
         sound &= abs(off) <= 0.10
-        there = lift_power(truly, lift, differing, bound, ALPHA, grouping)
+        there = test.chance(truly, lift)
         shown = f"{lift * 100:>+6.0f}{bound * 100:>+7.0f}{differing:>8.0%}{size:>9}"
         print(f"{shown}{needed:>10}{truly:>11}{off:>+7.1%}{there:>9.1%}", flush=True)
     return sound

@@ -20,7 +20,7 @@ from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.protocol import Generation
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
-from tunesmith.evaluation.metrics.scorers import score
+from tunesmith.evaluation.metrics.scorers import SCORERS
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import TrainingRow
@@ -114,7 +114,7 @@ def answers(
 
 def scores(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
     """The score of each answer by the task's metric."""
-    return [score(task.metric, text, wanted, task.schema) for text, (_, wanted) in zip(texts, rows, strict=True)]
+    return [SCORERS[task.metric](text, wanted, task.schema) for text, (_, wanted) in zip(texts, rows, strict=True)]
 
 
 def _constraint(loaded: Loaded, task: Task | None) -> Constraint:

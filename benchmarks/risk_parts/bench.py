@@ -24,7 +24,7 @@ from tunesmith.evaluation.gates.judging import Evidence, judge_gate
 from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.lines import ITEMS
 from tunesmith.evaluation.metrics.declared import make_scoring
-from tunesmith.evaluation.metrics.scorers import score
+from tunesmith.evaluation.metrics.scorers import SCORERS
 from tunesmith.evaluation.probes.catalog import suite_of
 from tunesmith.evaluation.probes.measuring import by_arm, encode_items, measure
 from tunesmith.evaluation.probes.suites import ask, probe_context
@@ -36,7 +36,7 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import TrainingRow, training_rows
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.train import make_spec, train
+from tunesmith.training.train import make_spec, record_training, run_training
 
 METRIC = "exact_match"
 
@@ -89,7 +89,7 @@ class Bench:
             settings=chosen,
             work=self.folder / "work",
         )
-        training = train(self.store, spec, model=self.model)
+        training = record_training(self.store, spec, run_training(spec, model=self.model))
         shutil.rmtree(self.folder / "work")
         for name, blob in self.store.record(training).blobs.items():
             write_atomic(self.folder / "adapter" / name, self.store.read_blob(blob))
@@ -154,5 +154,5 @@ class Bench:
         test = load_dataset(self.store, dataset).examples("test")
         answerer = Answerer(self.store, self.engine, candidate)
         given = self.engine.generate([answerer.generation(each.request, ANYONE) for each in test], candidate.training)
-        marks = [score(METRIC, one.text, each.answer, None) for one, each in zip(given, test, strict=True)]
+        marks = [SCORERS[METRIC](one.text, each.answer, None) for one, each in zip(given, test, strict=True)]
         return column(candidate.name, METRIC, {e.id: (e.group, m) for e, m in zip(test, marks, strict=True)})

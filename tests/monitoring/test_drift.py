@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from tests.fabricate import NAME, Scene, lamp
+from tunesmith.evaluation.stats.statistics import Interval
 from tunesmith.monitoring import drift
-from tunesmith.monitoring.drift import Baseline, ServedRequest, compare_feature, request_features, watch
+from tunesmith.monitoring.drift import Baseline, ServedRequest, compare_feature, drift_report, request_features
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.registry.versions import Version
 from tunesmith.store.tables import RequestRow
@@ -24,7 +25,7 @@ SETTINGS = MonitoringSettings()
 RNG = np.random.default_rng(5)
 TEST_SPLIT = Baseline(
     features={"characters": RNG.normal(60, 10, 300).round().tolist(), "nearest": RNG.beta(8, 2, 300).tolist()},
-    json_valid=(0.98, 0.95, 0.995),
+    json_valid=Interval(0.98, 0.95, 0.995),
 )
 
 
@@ -45,9 +46,8 @@ def serve(
             )  # fmt: skip
 
 
-def look(scene: Scene, version: Version, **more: Any) -> drift.Report:
-    more = {"measure": lambda: TEST_SPLIT, **more}
-    return watch(scene.store, SETTINGS, name=NAME, version=version.digest, clock=lambda: NOW, **more)
+def look(scene: Scene, version: Version, measure: Any = lambda *_: TEST_SPLIT, **more: Any) -> drift.Report:
+    return drift_report(scene.store, SETTINGS, version, measure=measure, clock=lambda: NOW, **more)
 
 
 def like_the_test_split(count: int, shift: float = 0.0) -> list[float]:
@@ -106,11 +106,11 @@ def test_a_small_shift_is_stable_for_any_number_of_requests() -> None:
 def test_few_requests_and_nothing_but_constants_are_inconclusive(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[2], like_the_test_split(30), prefix="few")
     for version, says in ((1, "no request was served"), (2, "30 requests in the window: fewer")):
-        report = look(scene, versions[version], measure=lambda: pytest.fail("measured in vain"))
+        report = look(scene, versions[version], measure=lambda *_: pytest.fail("measured in vain"))
         assert (report.verdict, report.reason[: len(says)]) == ("inconclusive", says)
     serve(scene, versions[3], [7] * 200, nearest=0.5)
     constants = Baseline({"characters": [7.0] * 50, "nearest": [0.5] * 50})
-    report = look(scene, versions[3], measure=lambda: constants)
+    report = look(scene, versions[3], measure=lambda *_: constants)
     assert (report.verdict, "every one is constant" in report.reason) == ("inconclusive", True)
 
 

@@ -327,7 +327,7 @@ def test_time_has_a_stated_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     unknown = _run(tmp_path, "--device", 1)[1]
     assert (unknown["rate"], unknown["ways"][0]["seconds"]) == (None, None)
     assert "TFLOPS is not stated" in unknown["basis"]
-    monkeypatch.setattr("tunesmith.training.estimates.memory_plan.measured_peak", lambda *_: 3e12)
+    monkeypatch.setattr("tunesmith.training.estimates.memory_plan.product_flops", lambda *_: 3e12)
     here = _run(tmp_path)[1]
     assert (here["rate"], "3 TFLOPS, which CPU reached" in here["basis"]) == (pytest.approx(1.2e12), True)
 

@@ -33,12 +33,12 @@ from tunesmith.engines.native import kernels as native
 from tunesmith.models.base import resolve_base
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+from tunesmith.training import train
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
 from tunesmith.training.steps import gradients, validation_fit
-from tunesmith.training.train import make_spec, record_training, run_training, train
 
 ROWS = [
     TrainingRow(f"r{n}", row(f"turn on light {n}", f'{{"n":{n},"even":{str(n % 2 == 0).lower()}}}')) for n in range(60)
@@ -54,15 +54,15 @@ def written(
     base = resolve_base(store, str(folder / "model"), folder)
     dataset = store.put_record(Record(kind="dataset", body={"rows": 60}))
     given = {"rows": rows, "validation": ROWS[:3], "settings": settings, "work": folder / work, **more}
-    return make_spec(base=base, dataset=dataset, **given)  # type: ignore[arg-type]
+    return train.make_spec(base=base, dataset=dataset, **given)  # type: ignore[arg-type]
 
 
 def run(
     folder: Path, settings: TrainSettings = SETTINGS, rows: list[TrainingRow] = ROWS, progress: Progress = SILENT
 ) -> str:
     """Train in folder; returns the digest of the trained weights."""
-    store = Store(folder / "store")
-    blobs = store.record(train(store, written(folder, settings, rows), progress=progress)).blobs
+    store, spec = Store(folder / "store"), written(folder, settings, rows)
+    blobs = store.record(train.record_training(store, spec, train.run_training(spec, progress))).blobs
     return blobs.get("adapter_model.safetensors") or blobs["model.safetensors"]
 
 
@@ -180,21 +180,21 @@ def test_a_spec_alone_repeats_a_training_on_a_loaded_base(folder: Path, uninterr
     for number, settings in enumerate((SETTINGS, SETTINGS.model_copy(update={"seed": 1}), SETTINGS)):
         spec = written(folder, settings, work=f"work-{number}")
         model = load_model(spec.base) if number == 0 else model  # noqa: F821
-        result = run_training(TrainingSpec.model_validate_json(spec.model_dump_json()), model=model)
+        result = train.run_training(TrainingSpec.model_validate_json(spec.model_dump_json()), model=model)
         found.append(digest_file(result.folder / "adapter_model.safetensors"))
     assert found[0] == found[2] == uninterrupted != found[1]
     assert {path.name for path in result.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    store = Store(folder / "store")
-    record = store.record(record_training(store, spec, TrainingResult.model_validate_json(result.model_dump_json())))
+    store, result = Store(folder / "store"), TrainingResult.model_validate_json(result.model_dump_json())
+    record = store.record(train.record_training(store, spec, result))
     assert (record.blobs["adapter_model.safetensors"], record.body["steps"]) == (uninterrupted, 30)
     rows = spec.rows.path.read_bytes()
     spec.rows.path.write_bytes(rows[:-1])
     with pytest.raises(Refused, match="rows are missing or changed"):
-        run_training(spec)
+        train.run_training(spec)
     spec.rows.path.write_bytes(rows)
     write_model(folder / "model", seed=1)
     with pytest.raises(Refused, match="base model's files are not those of digest"):
-        run_training(spec)
+        train.run_training(spec)
 
 
 @pytest.mark.parametrize("damages", [("empty", "half"), ("no state", "no JSON"), (None, "a bit")])

@@ -37,7 +37,7 @@ from tunesmith.evaluation.probes.measuring import Measurement, measure
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.evaluation.scores import CONFIDENCE, GENERAL, Column, column, drop, metric_interval, rounded, score_lines
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
-from tunesmith.evaluation.stats.statistics import Level, effective_groups, interval, intervals
+from tunesmith.evaluation.stats.statistics import SHARES, Level, effective_groups, interval, intervals
 from tunesmith.evaluation.style.shares import measure_style
 from tunesmith.records.evaluation import (
     EvaluationBody,
@@ -225,7 +225,7 @@ def _stated(
     tokens: Mapping[str, TokenPrice],
 ) -> dict[str, MeasuredCandidate]:
     values = np.stack([item.values for item in columns], axis=1)
-    means = intervals(values, columns[0].groups, (0.0, 1.0), level)
+    means = intervals(values, columns[0].groups, SHARES, level)
     metrics: dict[str, dict[str, MetricInterval]] = {name: {} for name in given}
     for item, measured in zip(columns, means, strict=True):
         metrics[item.candidate][item.metric] = metric_interval(measured)
@@ -271,7 +271,7 @@ def _probed(
     questions = {question.id: question for question in general_questions()}
     names = [BASE, *sorted(set(probes) - {BASE})]
     columns = {name: read_probe(store, probes[name], name, questions, given) for name in names}
-    shares = {name: interval(each.values, each.groups, (0.0, 1.0), level) for name, each in columns.items()}
+    shares = {name: interval(each.values, each.groups, SHARES, level) for name, each in columns.items()}
     scores = {name: metric_interval(share) for name, share in shares.items()}
     drops = {name: metric_interval(drop(columns[BASE], columns[name], level)) for name in names[1:]}
     stated = GeneralSuite(suite=general_digest(), n=len(questions), scores=scores, drops=drops)

@@ -22,7 +22,7 @@ from pydantic import computed_field
 
 from tunesmith.core.text.wording import duration, money, percent, points
 from tunesmith.evaluation.scores import rounded
-from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.evaluation.stats.statistics import Floats, by_group
 from tunesmith.records.training import CurvePoint, Expected, Extrapolated, ForecastBody
 from tunesmith.store.store import Store
 
@@ -54,7 +54,7 @@ def extrapolate(measured: Measured, rows: int, test: int, goal: float, seed: int
     """What the scores say. rows: of the whole training; test: rows that will measure it; goal: the lift from which
     tuning pays."""
     random = np.random.RandomState(seed)  # its streams are frozen (NEP 19): the same scores give the same forecast
-    index = np.unique(np.asarray(measured.groups), return_inverse=True)[1]
+    index, _ = by_group(measured.groups)
     weights = random.standard_exponential((_RESAMPLED, int(index.max()) + 1))[:, index]
     weights = weights / weights.sum(axis=1, keepdims=True)
     sizes, angles = measured.sizes, _angle(_means(weights, measured.subsets))

@@ -28,7 +28,7 @@ from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.gates.settings import Gates, Lift, Retain
 from tunesmith.evaluation.metrics.declared import Scoring, checked
 from tunesmith.evaluation.scores import rounded
-from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, confidence_at_use, effective_groups
+from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, by_group, confidence_at_use, effective_groups
 from tunesmith.store.store import Store
 
 POWER = 0.8
@@ -63,11 +63,11 @@ def grouping_of(groups: Sequence[str], differences: Floats | None = None) -> Gro
     The correlation is the analysis-of-variance estimator of the intraclass correlation (Donner 1986, International
     Statistical Review 54), limited to 0..1.
     """
-    index, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)[1:]
+    index, sizes = by_group(groups)
     n, many = len(index), len(sizes)
     if n == 0:
         return Grouping()
-    size = float((sizes.astype(np.float64) ** 2).sum() / n)
+    size = float((sizes**2).sum() / n)
     if differences is None or many == n or many < 2:
         return Grouping(size=size)
     means = np.bincount(index, weights=differences) / sizes
@@ -101,8 +101,25 @@ class LiftTest(NamedTuple):
                 f"{self.differing:g}",
                 fix="assume a larger share that differs",
             )
+        from scipy.stats import binom
+
+        differing, grouping = self.differing, self.grouping
         tail = (1.0 - confidence_at_use(self.confidence, self.use)) / 2.0
-        return lift_power(rows, lift, self.differing, self.at_least, tail, self.grouping)
+        if rows / grouping.size < MINIMUM_GROUPS:
+            return 0.0
+        apart = max(1, round(rows / grouping.effect))
+        worst = apart / (rows / grouping.size)  # the worst-case group, counted in independent rows
+        differ = _counts(apart, differing)
+        won = (differing + lift) / (2.0 * differing) if differing > 0 else 0.0
+        wins = _counts(apart, (differing + lift) / 2.0)
+        chance = binom.pmf(differ, apart, differing)
+        table = binom.pmf(wins[None, :], differ[:, None], won)
+        table /= np.maximum(table.sum(axis=1, keepdims=True), 1e-300)
+        losses = differ[:, None] - wins[None, :]
+        possible = losses >= 0
+        ties = (apart - differ)[:, None]
+        below = _tail(wins[None, :], np.maximum(losses, 0) + worst, ties, self.at_least, possible)
+        return float((chance[:, None] * table * (possible & (below <= tail))).sum() / chance.sum())
 
     def rows_needed(self, lift: float) -> int | None:
         """The smallest number of rows with which a true lift passes with the wanted power; None where none does."""
@@ -122,26 +139,6 @@ class LiftTest(NamedTuple):
             middle = (low + high) / 2.0
             low, high = (low, middle) if self.chance(rows, middle) >= self.power else (middle, high)
         return high
-
-
-def lift_power(n: int, lift: float, differing: float, at_least: float, tail: float, grouping: Grouping) -> float:
-    """The probability that the lift gate passes n rows. tail: one-sided, 0.025 for a 95% interval."""
-    from scipy.stats import binom
-
-    if n / grouping.size < MINIMUM_GROUPS:
-        return 0.0
-    apart = max(1, round(n / grouping.effect))
-    worst = apart / (n / grouping.size)  # the worst-case group, counted in independent rows
-    differ = _counts(apart, differing)
-    won = (differing + lift) / (2.0 * differing) if differing > 0 else 0.0
-    wins = _counts(apart, (differing + lift) / 2.0)
-    chance = binom.pmf(differ, apart, differing)
-    table = binom.pmf(wins[None, :], differ[:, None], won)
-    table /= np.maximum(table.sum(axis=1, keepdims=True), 1e-300)
-    losses = differ[:, None] - wins[None, :]
-    possible = losses >= 0
-    below = _tail(wins[None, :], np.maximum(losses, 0) + worst, (apart - differ)[:, None], at_least, possible)
-    return float((chance[:, None] * table * (possible & (below <= tail))).sum() / chance.sum())
 
 
 def _counts(n: int, share: float) -> np.ndarray:

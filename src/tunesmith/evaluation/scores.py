@@ -16,7 +16,7 @@ import numpy as np
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.values import View
 from tunesmith.evaluation.lines import CandidateLine, Name, Share
-from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, interval, mcnemar, sign_flip
+from tunesmith.evaluation.stats.statistics import GAPS, Floats, Interval, Level, interval, mcnemar, sign_flip
 from tunesmith.records.evaluation import EvaluationBody, MetricInterval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -140,7 +140,7 @@ def difference(left: Column, right: Column, level: Level) -> Difference:
     gaps = left.values - right.values
     binary = bool(np.isin(np.concatenate([left.values, right.values]), (0.0, 1.0)).all())
     wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
-    measured = interval(gaps, left.groups, (-1.0, 1.0), level)
+    measured = interval(gaps, left.groups, GAPS, level)
     return Difference(
         difference=metric_interval(measured),
         wins=wins,
@@ -159,7 +159,7 @@ def drop(before: Column, after: Column, level: Level) -> Interval:
     """
     check_paired(before, after)
     losses: Floats = before.values - after.values
-    return interval(losses, before.groups, (float(losses.min()), float(losses.max())), level)
+    return interval(losses, before.groups, None, level)
 
 
 def check_paired(left: Column, right: Column) -> None:

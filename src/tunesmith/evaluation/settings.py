@@ -16,7 +16,6 @@ from tunesmith.evaluation.metrics.declared import (
     GrammarScorer,
     JudgeScorer,
     LabelScorer,
-    check_known,
     metric_of,
 )
 from tunesmith.evaluation.metrics.scorers import nearest
@@ -71,12 +70,13 @@ class TaskSettings(Settings):
         if twice:
             raise ValueError(f"the scorer {twice[0]!r} is listed twice")
         for scorer in scorers:
-            if scorer == VALID:
-                continue
-            if isinstance(scorer, str):
-                check_known(scorer)
-            elif scorer.name in KNOWN:
-                raise ValueError(f"{scorer.name!r} is the name of a built-in scorer: choose another name")
+            if not isinstance(scorer, str):
+                if scorer.name in KNOWN:
+                    raise ValueError(f"{scorer.name!r} is the name of a built-in scorer: choose another name")
+            elif scorer not in (*KNOWN, VALID):
+                raise ValueError(
+                    f"no scorer is called {scorer!r}{nearest(scorer, KNOWN)}; there are {', '.join(KNOWN)}"
+                )
         return scorers
 
     @model_validator(mode="after")

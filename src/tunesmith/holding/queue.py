@@ -11,8 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
@@ -61,8 +60,7 @@ class AlreadyDecided(Refused):
         super().__init__(what, where=identifier, code="already_decided")
 
 
-@dataclass(frozen=True, slots=True)
-class HeldAnswer:
+class HeldAnswer(NamedTuple):
     """An answer that must wait. id: its request's. name, version: what answered, the version by digest.
 
     messages: the conversation. response: the chat.completion object that would have been sent. schemas, grammar: what
@@ -99,8 +97,7 @@ def put(store: Store, answer: HeldAnswer, settings: HoldSettings, of_caller: int
     with store.writing() as session:
         if count_waiting(session) >= settings.at_most:
             raise QueueFull(f"{settings.at_most} answers wait for a reviewer already", fix="decide on some of them")
-        mine = select(func.count()).where(HeldRow.caller == answer.caller, HeldRow.state == WAITING)
-        if (session.scalar(mine) or 0) >= of_caller:
+        if count_waiting(session, HeldRow.caller == answer.caller) >= of_caller:
             raise TooManyOfCaller(f"{of_caller} answers of {answer.caller} wait for a reviewer already")
         session.add(
             HeldRow(
@@ -119,9 +116,9 @@ def put(store: Store, answer: HeldAnswer, settings: HoldSettings, of_caller: int
     return at + settings.deadline
 
 
-def count_waiting(session: Session) -> int:
-    """How many answers wait."""
-    return session.scalar(select(func.count()).select_from(HeldRow).where(HeldRow.state == WAITING)) or 0
+def count_waiting(session: Session, *conditions: ColumnElement[bool]) -> int:
+    """How many answers wait, of those that fulfil conditions."""
+    return session.scalar(select(func.count(HeldRow.id)).where(HeldRow.state == WAITING, *conditions)) or 0
 
 
 def get(session: Session, identifier: str) -> HeldRow:

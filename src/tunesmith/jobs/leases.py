@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import psutil
 from sqlalchemy import BindParameter, and_, bindparam, func, or_, select
@@ -51,8 +51,7 @@ class LeaseLost(TunesmithError):
     """The job was taken back, because its lease ran out: another worker may be performing it."""
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(NamedTuple):
     """A job that a worker performs. fence: its fencing token. seconds: how long it lasts if it is not renewed.
 
     own: the person who created the job performs it in their own process, so nobody else takes it on.
@@ -84,16 +83,15 @@ def claim(
     tunesmith queued it.
     """
     with store.writing() as session:
-        now = queue.database_time(session)
-        given = {"in_project": project, "now": now}
+        given = {"in_project": project, "now": queue.database_time(session)}
         rows = session.scalars(_NEXT_AND_LOST, given).all()
         if any(row.state == "running" for row in rows):
-            _take_back(session, project, now)
+            _take_back(session, project)
             rows = session.scalars(_NEXT_AND_LOST, given).all()  # one that was taken back may be the next
         while rows and rows[0].kind not in kinds:
-            _end_unknown(session, rows[0], kinds, now)
+            _end_unknown(session, rows[0], kinds)
             rows = session.scalars(_NEXT_AND_LOST, given).all()
-        return _start(session, rows[0], worker, now, seconds, own=False) if rows else None
+        return _start(session, rows[0], worker, seconds, own=False) if rows else None
 
 
 def begin(
@@ -110,30 +108,30 @@ def begin(
     detail: JsonObject = {}
     with store.change(actor, "job.add", kind, detail) as session:
         require(session, actor, "job.add")
-        now = queue.database_time(session)
-        _take_back(session, project, now)
+        _take_back(session, project)
         row = new_row(session, kind, arguments, project, actor, 1)
         detail["job"] = row.id
-        return _start(session, row, worker, now, seconds, own=True)
+        return _start(session, row, worker, seconds, own=True)
 
 
-def _start(session: Session, row: JobRow, worker: str, now: float, seconds: float, *, own: bool) -> Lease:
+def _start(session: Session, row: JobRow, worker: str, seconds: float, *, own: bool) -> Lease:
+    now = queue.database_time(session)
     row.state, row.worker, row.until = "running", worker, now + seconds
     row.fence, row.attempts = row.fence + 1, row.attempts + 1
     row.started = row.started or now
     row.progress, row.error = {}, {}
     tried = f", attempt {row.attempts} of {row.most_attempts}" if row.attempts > 1 else ""
-    add_event(session, row.id, now, f"started by {worker}{tried}")
+    add_event(session, row.id, f"started by {worker}{tried}")
     return Lease(row.id, row.fence, seconds, own)
 
 
-def _take_back(session: Session, project: str, now: float) -> None:
+def _take_back(session: Session, project: str) -> None:
     """Take the jobs of a project back whose lease ran out."""
-    lost = select(JobRow).where(*_LOST).order_by(JobRow.id)
-    for row in session.scalars(lost, {"in_project": project, "now": now}).all():
+    lost, given = select(JobRow).where(*_LOST), {"in_project": project, "now": queue.database_time(session)}
+    for row in session.scalars(lost.order_by(JobRow.id), given).all():
         row.fence += 1
         what = f"its worker {row.worker} gave no sign of life until its lease ended"
-        _try_again(session, row, JobError(code="worker_lost", what=what), now, delay=0.0)
+        _try_again(session, row, JobError(code="worker_lost", what=what), delay=0.0)
 
 
 def check(session: Session, lease: Lease) -> None:
@@ -175,7 +173,7 @@ def log(store: Store, lease: Lease, message: str) -> None:
     """Add a line to the job's log."""
     with store.writing() as session:
         check(session, lease)
-        add_event(session, lease.job, queue.database_time(session), message)
+        add_event(session, lease.job, message)
 
 
 # What came of it
@@ -185,20 +183,19 @@ def finish(store: Store, lease: Lease, result: Fields, error: JobError | None = 
     """Record the result of a job that was performed. error: it failed for this reason, and its result is kept."""
     with store.writing() as session:
         row = _mine(session, lease)
-        row.result, row.error = dict(result), _stated(error)
-        _end(session, row, "failed" if error else "succeeded", queue.database_time(session))
+        row.result = dict(result)
+        _end(session, row, "failed" if error else "succeeded", error)
 
 
 def fail(store: Store, lease: Lease, error: JobError, *, retry: bool) -> None:
     """Record an error. retry: try the job again later, unless it was tried as often as it may be."""
     with store.writing() as session:
-        row, now = _mine(session, lease), queue.database_time(session)
+        row = _mine(session, lease)
         if retry:
             delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** (row.attempts - 1))
-            _try_again(session, row, error, now, delay=delay)
+            _try_again(session, row, error, delay=delay)
         else:
-            row.error = _stated(error)
-            _end(session, row, "failed", now)
+            _end(session, row, "failed", error)
 
 
 def stop(store: Store, lease: Lease, why: str, *, busy: bool = False) -> None:
@@ -207,25 +204,29 @@ def stop(store: Store, lease: Lease, why: str, *, busy: bool = False) -> None:
     Does not count as an attempt. busy: not at once, since another process is working on it.
     """
     with store.writing() as session:
-        row, now = _mine(session, lease), queue.database_time(session)
+        row = _mine(session, lease)
         if row.wanted:
-            _obey(session, row, now)
+            _obey(session, row)
             return
         row.attempts -= 1
-        row.state, row.until, row.due = "queued", None, now + (_BUSY_DELAY if busy else 0.0)
-        add_event(session, row.id, now, f"back in the queue: {why}")
+        _requeue(session, row, _BUSY_DELAY if busy else 0.0)
+        add_event(session, row.id, f"back in the queue: {why}")
 
 
-def _try_again(session: Session, row: JobRow, error: JobError, now: float, *, delay: float) -> None:
+def _try_again(session: Session, row: JobRow, error: JobError, *, delay: float) -> None:
     """Put a job back into the queue after an error; end it where a person asked for that or no attempt is left."""
     if row.wanted:
-        _obey(session, row, now)
+        _obey(session, row)
     elif row.attempts >= row.most_attempts:
-        row.error = _stated(error)
-        _end(session, row, "failed", now)
+        _end(session, row, "failed", error)
     else:
-        row.state, row.until, row.due, row.error = "queued", None, now + delay, _stated(error)
-        add_event(session, row.id, now, f"to be tried again{f' in {delay:.0f} s' if delay else ''}: {error.what}")
+        _requeue(session, row, delay)
+        row.error = _stated(error)
+        add_event(session, row.id, f"to be tried again{f' in {delay:.0f} s' if delay else ''}: {error.what}")
+
+
+def _requeue(session: Session, row: JobRow, delay: float) -> None:
+    row.state, row.until, row.due = "queued", None, queue.database_time(session) + delay
 
 
 def _stated(error: JobError | None) -> JsonObject:
@@ -233,18 +234,17 @@ def _stated(error: JobError | None) -> JsonObject:
     return {} if error is None else error.model_dump(exclude_unset=True)
 
 
-def _obey(session: Session, row: JobRow, now: float) -> None:
+def _obey(session: Session, row: JobRow) -> None:
     """Put a job into the state that a person asked for."""
     if row.wanted == "paused":
         row.state, row.until, row.wanted = "paused", None, ""
         row.attempts -= 1
-        add_event(session, row.id, now, "paused")
+        add_event(session, row.id, "paused")
     else:
-        row.wanted = ""
-        _end(session, row, "cancelled", now)
+        _end(session, row, "cancelled")
 
 
-def _end_unknown(session: Session, row: JobRow, kinds: Collection[str], now: float) -> None:
+def _end_unknown(session: Session, row: JobRow, kinds: Collection[str]) -> None:
     """End a job of a kind that no worker of this version performs."""
     error = JobError(
         code="unknown_kind",
@@ -252,12 +252,12 @@ def _end_unknown(session: Session, row: JobRow, kinds: Collection[str], now: flo
         where=f"job {row.id}",
         fix=f"this version of tunesmith performs {', '.join(kinds)}; queue one of these",
     )
+    _end(session, row, "failed", error)
+
+
+def _end(session: Session, row: JobRow, state: JobState, error: JobError | None = None) -> None:
+    row.state, row.until, row.ended, row.wanted = state, None, queue.database_time(session), ""
     row.error = _stated(error)
-    _end(session, row, "failed", now)
-
-
-def _end(session: Session, row: JobRow, state: JobState, now: float) -> None:
-    row.state, row.until, row.ended, row.wanted = state, None, now, ""
-    detail = {"state": state, "error": row.error.get("code", ""), "worker": row.worker}
+    detail = {"state": state, "error": error.code if error else "", "worker": row.worker}
     audit.append(session, actor=CONTROLLER, action="job.end", subject=f"job {row.id}", detail=detail)
-    add_event(session, row.id, now, f"{state}: {row.error['what']}" if row.error else state)
+    add_event(session, row.id, f"{state}: {error.what}" if error else state)

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tunesmith.core import telemetry
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
@@ -34,8 +34,7 @@ _CODES: Mapping[type[TunesmithError], str] = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came of a job that was performed to its end. error: why it failed nevertheless."""
 
     result: JsonObject

@@ -17,12 +17,11 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
@@ -237,8 +236,7 @@ _NOT_FREE = (BlockingIOError, PermissionError)  # what POSIX lets a system answe
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """What one job computes on. gpus: as CUDA_VISIBLE_DEVICES names them; none where the machine has none."""
 
     cores: tuple[int, ...]

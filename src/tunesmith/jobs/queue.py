@@ -208,9 +208,9 @@ def events(
         return list(session.scalars(query.order_by(order).limit(newest)))
 
 
-def add_event(session: Session, job: int, at: float, message: str) -> None:
+def add_event(session: Session, job: int, message: str) -> None:
     """Add a line to a job's log, inside a write transaction."""
-    session.execute(_ADD_EVENT, {"of": job, "time": at, "line": message})
+    session.execute(_ADD_EVENT, {"of": job, "time": database_time(session), "line": message})
 
 
 def time_now(store: Store) -> float:
@@ -248,7 +248,7 @@ def resume(store: Store, number: int, *, actor: str) -> JobRow:
             row.state, row.due = "queued", database_time(session)
         else:
             raise Refused(f"job {number} is {row.state}, not paused")
-        add_event(session, number, database_time(session), f"resumed by {actor}")
+        add_event(session, number, f"resumed by {actor}")
         return row
 
 
@@ -258,7 +258,6 @@ def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor
     detail: JsonObject = {}
     with store.change(actor, action, f"job {number}", detail) as session:
         row = _changeable(session, number, actor)
-        now = database_time(session)
         if row.state in ENDED:
             raise Refused(f"job {number} has ended: {row.state}")
         if state == "paused" and (row.state == "paused" or row.wanted == "cancelled"):
@@ -267,9 +266,9 @@ def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor
             row.wanted = state
         else:
             row.state = state
-            row.ended = now if state in ENDED else None
+            row.ended = database_time(session) if state in ENDED else None
         detail["state"] = row.state
-        add_event(session, number, now, f"{'to be ' if row.state == 'running' else ''}{state}, asked by {actor}")
+        add_event(session, number, f"{'to be ' if row.state == 'running' else ''}{state}, asked by {actor}")
         return row
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -161,33 +160,24 @@ class RetrainingSettings(Settings):
     runs_in_30_days: int = Field(default=4, ge=1, description="most runs that causes queue in 30 days")
 
 
+# A file -> its state, and the digest of its bytes then.
+_KNOWN: dict[tuple[str, Path | None], tuple[object, str]] = {}
+
+
 def _digest_of(file: SourceFile, at: datetime) -> str:
-    if file.path is None:
-        return _remote_digest(file, at)
-    try:
-        stat = file.path.stat()
-        return _read_digest(file.path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    except OSError:
-        return file.digest()  # says what is wrong
-
-
-@lru_cache(maxsize=10_000)
-def _read_digest(path: Path, _size: int, _changed: int, _number: int) -> str:
-    """The digest of a file, which is read again only where its size, time or number is another."""
-    return digest_file(path)
-
-
-# URL -> (state of the file, its digest)
-_FETCHED: dict[str, tuple[str, str]] = {}
-
-
-def _remote_digest(file: SourceFile, at: datetime) -> str:
-    """The digest of a file at a URL, which is downloaded again only where its server states another state. Where the
-    server states none, it is downloaded once a day."""
+    """The digest of a file, which is read or downloaded again only where its state is another. A file at a URL is
+    downloaded once a day where its server states none."""
     from tunesmith.data.sources import remote
 
-    state = remote.state_of(file.name) or f"{at:%F}"
-    known = _FETCHED.get(file.name)
-    if known is None or known[0] != state:
-        known = _FETCHED[file.name] = (state, file.digest())
-    return known[1]
+    try:
+        if file.path is None:
+            state: object = remote.state_of(file.name) or f"{at:%F}"
+        else:
+            stat = file.path.stat()
+            state = stat.st_size, stat.st_mtime_ns, stat.st_ino
+        known = _KNOWN.get(file[:2])
+        if known is None or known[0] != state:
+            known = _KNOWN[file[:2]] = state, file.digest() if file.path is None else digest_file(file.path)
+        return known[1]
+    except OSError:
+        return file.digest()  # says what is wrong

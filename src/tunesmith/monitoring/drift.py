@@ -19,10 +19,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +35,9 @@ from tunesmith.core.errors import NextStep
 from tunesmith.core.messages import Message
 from tunesmith.core.values import View
 from tunesmith.data.dataset import Example, load_dataset
+from tunesmith.evaluation.lines import is_number
+from tunesmith.evaluation.probes.numbers import apart
+from tunesmith.evaluation.stats.statistics import Interval
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.registry.versions import Version
@@ -44,26 +46,23 @@ from tunesmith.store.tables import RequestRow
 
 Verdict = Literal["stable", "drift", "inconclusive"]
 Array = NDArray[np.float64]
-Share = tuple[float, float, float]  # with its interval
 
 _RESAMPLES = 999
 _UNLIKE = 0.1  # share of the test rows that count as unlike the training rows
 _LARGEST = 4000  # more values of a feature are thinned evenly, because the bootstrap's time grows with them
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
+class Baseline(NamedTuple):
     """What was measured before the release.
 
-    features: name -> values over the test split. json_valid: mean, low and high of the evaluation, None if not scored.
+    features: name -> values over the test split. json_valid: the evaluation's share, None if not scored.
     """
 
     features: Mapping[str, Sequence[float]]
-    json_valid: Share | None = None
+    json_valid: Interval | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ServedRequest:
+class ServedRequest(NamedTuple):
     """One request of the window. json_valid: None if its answer was not scored."""
 
     tenant: str
@@ -103,44 +102,6 @@ class Report(View):
     capped: dict[str, int]
     findings: tuple[DriftFinding, ...]
     recommendation: NextStep | None
-
-
-def watch(
-    store: Store,
-    settings: MonitoringSettings,
-    *,
-    name: str,
-    version: str,
-    measure: Callable[[], Baseline],
-    tenant: str | None = None,
-    clock: Callable[[], datetime] = now,
-) -> Report:
-    """The drift report on the requests that a version (its digest) served under a name within the window.
-
-    measure: returns the baseline; called only if there are enough requests. tenant: consider only its requests.
-    """
-    until = clock()
-    since = until - timedelta(hours=settings.window_hours)
-    rows = _served(store, name, version, iso(since), iso(until), tenant)
-    kept, capped = cap_tenants(rows, settings.tenant_share_at_most)
-    findings: tuple[DriftFinding, ...] = ()
-    if len(kept) >= settings.min_requests:
-        findings = compare(kept, measure(), settings)
-        verdict, reason = _overall(findings)
-    else:
-        verdict, reason = "inconclusive", _too_few(len(rows), len(kept), settings)
-    return Report(
-        verdict=verdict,
-        reason=reason,
-        name=name,
-        version=version,
-        since=iso(since),
-        until=iso(until),
-        requests=len(rows),
-        capped=capped,
-        findings=findings,
-        recommendation=_recommendation(findings, name) if verdict == "drift" else None,
-    )
 
 
 def cap_tenants(rows: Sequence[ServedRequest], share: float) -> tuple[list[ServedRequest], dict[str, int]]:
@@ -194,15 +155,15 @@ def compare_feature(
     unusable = len(served) - len(ours)
     if (undecided := _undecided(ours, theirs, unusable, settings)) is not None:
         return finding(**undecided)
-    distance = _distance(ours, theirs)
+    test = ks_2samp(ours, theirs)
+    distance = float(test.statistic)
     low, high = _interval(_thinned(ours), _thinned(theirs), settings.confidence)
-    p_value = float(ks_2samp(ours, theirs).pvalue)
     outcome = _outcome(low, high, settings.shift_at_most)
     moved = f"{name} moved by {distance:.3f} [{low:.3f}, {high:.3f}], allowed {settings.shift_at_most:g}"
     medians = f"median {np.median(theirs):.3g} before, {np.median(ours):.3g} now"
     dropped = f"; {unusable} unusable values dropped" if unusable else ""
     reason = f"{moved}; {medians}{dropped}"
-    return finding(outcome=outcome, reason=reason, effect=distance, low=low, high=high, p_value=p_value)
+    return finding(outcome=outcome, reason=reason, effect=distance, low=low, high=high, p_value=float(test.pvalue))
 
 
 def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings) -> DriftFinding:
@@ -218,10 +179,10 @@ def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: Mo
         return finding(**undecided)
     least_like = float(np.quantile(theirs, _UNLIKE))
     before, today = _share(theirs < least_like, settings), _share(ours < least_like, settings)
-    rise, low, high = _difference(before, today)
+    rise, low, high = apart(today, before)
     reason = (
-        f"requests unlike the training rows (similarity below {least_like:.3g}) {before[0]:.3f} before, {today[0]:.3f} "
-        f"now: a rise of {rise:.3f} [{low:.3f}, {high:.3f}], allowed {bound:g}"
+        f"requests unlike the training rows (similarity below {least_like:.3g}) {before.mean:.3f} before, "
+        f"{today.mean:.3f} now: a rise of {rise:.3f} [{low:.3f}, {high:.3f}], allowed {bound:g}"
     )
     outcome: Verdict = "drift" if low > bound else "stable" if rise <= bound else "inconclusive"
     return finding(outcome=outcome, reason=reason, effect=rise, low=low, high=high)
@@ -238,29 +199,23 @@ def _undecided(ours: Array, theirs: Array, unusable: int, settings: MonitoringSe
     return None
 
 
-def _difference(before: Share, after: Share) -> Share:
-    """After minus before, and Newcombe's interval of that."""
-    rise = after[0] - before[0]
-    low = rise - math.hypot(before[2] - before[0], after[0] - after[1])
-    return rise, low, rise + math.hypot(before[0] - before[1], after[2] - after[0])
-
-
-def _share(those: NDArray[Any], settings: MonitoringSettings) -> Share:
+def _share(those: NDArray[Any], settings: MonitoringSettings) -> Interval:
     """The share of values that are true, or 1, and its Wilson interval."""
     from scipy.stats import binomtest
 
     wilson = binomtest(int(those.sum()), len(those)).proportion_ci(settings.confidence, method="wilson")
-    return float(those.mean()), float(wilson.low), float(wilson.high)
+    return Interval(float(those.mean()), float(wilson.low), float(wilson.high))
 
 
-def _compare_valid(served: Sequence[Any], measured: Share, settings: MonitoringSettings) -> DriftFinding:
+def _compare_valid(served: Sequence[Any], measured: Interval, settings: MonitoringSettings) -> DriftFinding:
     scores = _numbers(served)
     finding = partial(DriftFinding, name="json_valid", served=len(scores), bound=settings.valid_drop_at_most)
     if len(scores) < settings.min_requests:
         return finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored")
     today = _share(scores, settings)
-    drop, low, high = _difference(today, measured)
-    reason = f"valid JSON {measured[0]:.3f} before, {today[0]:.3f} now: a drop of {drop:.3f} [{low:.3f}, {high:.3f}]"
+    drop, low, high = apart(measured, today)
+    moved = f"{measured.mean:.3f} before, {today.mean:.3f} now"
+    reason = f"valid JSON {moved}: a drop of {drop:.3f} [{low:.3f}, {high:.3f}]"
     outcome = _outcome(low, high, settings.valid_drop_at_most)
     return finding(outcome=outcome, reason=reason, effect=drop, low=low, high=high)
 
@@ -296,12 +251,12 @@ def _too_few(requests: int, kept: int, settings: MonitoringSettings) -> str:
     return f"{requests} requests in the window{capped}: fewer than {settings.min_requests}"
 
 
-def _served(store: Store, name: str, version: str, since: str, until: str, tenant: str | None) -> list[ServedRequest]:
+def _served(store: Store, version: Version, since: str, until: str, tenant: str | None) -> list[ServedRequest]:
     """The window's answered requests, newest first."""
     columns = (RequestRow.tenant, RequestRow.features, RequestRow.scores)
     query = select(*columns).where(
-        RequestRow.name == name,
-        RequestRow.version == version,
+        RequestRow.name == version.name,
+        RequestRow.version == version.digest,
         RequestRow.ok,
         RequestRow.at >= since,
         RequestRow.at <= until,
@@ -315,35 +270,23 @@ def _served(store: Store, name: str, version: str, since: str, until: str, tenan
 
 def _numbers(values: Sequence[Any]) -> Array:
     """The finite numbers among values."""
-    usable = [
-        float(value)
-        for value in values
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    ]
-    return np.array(usable, dtype=np.float64)
-
-
-def _distance(ours: Array, theirs: Array) -> float:
-    """The largest difference between the two cumulative shares."""
-    ours, theirs = np.sort(ours), np.sort(theirs)
-    at = np.concatenate([ours, theirs])
-    below = np.searchsorted(ours, at, side="right") / len(ours), np.searchsorted(theirs, at, side="right") / len(theirs)
-    return float(np.abs(below[0] - below[1]).max())
+    return np.array([float(value) for value in values if is_number(value)], dtype=np.float64)
 
 
 def _interval(ours: Array, theirs: Array, confidence: float) -> tuple[float, float]:
     rng = np.random.default_rng(0)  # the same requests give the same verdict
     grid, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
 
-    def below(sample: NDArray[np.intp]) -> Array:
-        """The cumulative shares of a resample, without sorting it."""
-        return np.bincount(rng.choice(sample, len(sample)), minlength=len(grid)).cumsum() / len(sample)
+    def distance(*samples: NDArray[np.intp]) -> float:
+        """The largest difference between two cumulative shares, without sorting."""
+        shares = (np.bincount(each, minlength=len(grid)).cumsum() / len(each) for each in samples)
+        return float(np.abs(np.subtract(*shares)).max())
 
-    first, second = places[: len(ours)], places[len(ours) :]
-    drawn = [float(np.abs(below(first) - below(second)).max()) for _ in range(_RESAMPLES)]
+    both = places[: len(ours)], places[len(ours) :]
+    drawn = [distance(*(rng.choice(each, len(each)) for each in both)) for _ in range(_RESAMPLES)]
     tail = (1 - confidence) / 2
     lower, upper = np.quantile(drawn, [tail, 1 - tail])
-    estimate = _distance(ours, theirs)
+    estimate = distance(*both)
     return max(0.0, float(2 * estimate - upper)), min(1.0, max(0.0, float(2 * estimate - lower)))
 
 
@@ -386,14 +329,45 @@ def measured_baseline(store: Store, version: Version) -> Baseline:
     valid = measured[0].metrics.get("json_valid") if measured else None
     return Baseline(
         features=measured_features(rows, nearest),
-        json_valid=None if valid is None else (valid.mean, valid.low, valid.high),
+        json_valid=None if valid is None else Interval(valid.mean, valid.low, valid.high),
     )
 
 
-def drift_report(store: Store, settings: MonitoringSettings, version: Version, tenant: str | None = None) -> Report:
-    """The drift report on what a version served. tenant: consider only its requests."""
-    baseline = partial(measured_baseline, store, version)
-    return watch(store, settings, name=version.name, version=version.digest, measure=baseline, tenant=tenant)
+def drift_report(
+    store: Store,
+    settings: MonitoringSettings,
+    version: Version,
+    tenant: str | None = None,
+    *,
+    measure: Callable[[Store, Version], Baseline] = measured_baseline,
+    clock: Callable[[], datetime] = now,
+) -> Report:
+    """The drift report on the requests that a version served within the window.
+
+    tenant: consider only its requests. measure: returns the baseline; called only if there are enough requests.
+    """
+    until = clock()
+    since = until - timedelta(hours=settings.window_hours)
+    rows = _served(store, version, iso(since), iso(until), tenant)
+    kept, capped = cap_tenants(rows, settings.tenant_share_at_most)
+    findings: tuple[DriftFinding, ...] = ()
+    if len(kept) >= settings.min_requests:
+        findings = compare(kept, measure(store, version), settings)
+        verdict, reason = _overall(findings)
+    else:
+        verdict, reason = "inconclusive", _too_few(len(rows), len(kept), settings)
+    return Report(
+        verdict=verdict,
+        reason=reason,
+        name=version.name,
+        version=version.digest,
+        since=iso(since),
+        until=iso(until),
+        requests=len(rows),
+        capped=capped,
+        findings=findings,
+        recommendation=_recommendation(findings, version.name) if verdict == "drift" else None,
+    )
 
 
 def last_request(messages: Sequence[Message]) -> str:

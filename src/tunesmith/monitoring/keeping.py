@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from tunesmith.core.clock import iso
 from tunesmith.core.messages import Message
@@ -23,8 +23,7 @@ class NotKept(Exception):
     """Why a request does not become a case. The text says no word of the request."""
 
 
-@dataclass(frozen=True, slots=True)
-class CaseTexts:
+class CaseTexts(NamedTuple):
     """The texts of a case after the scan. answer: None where the request failed; expected: None where nobody said."""
 
     messages: tuple[Message, ...]

@@ -55,6 +55,9 @@ from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, AuditRow, RecallRow
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
+# What the recall of a version follows from its weights: to every candidate and version that uses them. Evaluations and
+# verdicts are not reached, since they stay valid for the other candidates that they measured.
+_BY_WEIGHTS = {"training": "candidate", "candidate": "version"}
 _LONGEST = 256  # characters of a cause's label: what the tables' columns hold
 
 
@@ -168,13 +171,12 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
     digests = {root.digest for root in reached}
     # A row has the same id before and after its licence is corrected, so the version counts from which it was queued.
     items = items_of_rows(session, rows, digests if cause.kind in ("source", "licence") else None)
-    waiting = [] if cause.kind == "version" else [root.digest for root in reached]
-    while waiting:
-        for _, kind, child in store.children(waiting.pop(0)):
-            if child not in digests:
+    for parent in reached:  # which grows meanwhile
+        wanted = _BY_WEIGHTS.get(parent.kind) if cause.kind == "version" else None
+        for _, kind, child in store.children(parent.digest):
+            if child not in digests and wanted in (None, kind):
                 digests.add(child)
                 reached.append(_reached(store, kind, child))
-                waiting.append(child)
     pointing = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
     aliases = tuple(RecalledAlias.of(row) for row in pointing if row.version in digests)
     live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(LIVE)))
@@ -222,7 +224,10 @@ def _roots(
     """(the records that the cause names, or the dataset versions and documents that hold its rows; the rows' ids; for a
     licence, all expressions that rows and documents state; names near the cause's)."""
     if cause.kind == "version":
-        return _version_and_its_weights(store, cause.value), frozenset(), (), []
+        record = store.record(cause.value, kind="version")
+        training = store.record(record.parents["candidate"]).parents.get("training")
+        named = {"version": cause.value, "training": training}
+        return [_reached(store, kind, each) for kind, each in named.items() if each is not None], frozenset(), (), []
     if cause.kind == "base":
         base = BaseBody.read(store, cause.value)
         return [Reached(kind="base", digest=cause.value, label=base.spec)], frozenset(), (), []
@@ -241,24 +246,6 @@ def _roots(
         if cause.kind == "licence":
             licences.update(filter(None, stated))
     return roots, ids, licences, traced.near(cause.kind, cause.value, recalled_values(session, cause.kind))
-
-
-def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
-    """A version, the training of its weights if it has any, and every candidate and version that uses these weights.
-
-    Evaluations and verdicts are not reached: they stay valid for the other candidates that they measured.
-    """
-    record = store.record(version, kind="version")
-    kinds = {version: "version"}
-    training = store.record(record.parents["candidate"]).parents.get("training")
-    if training is not None:
-        kinds[training] = "training"
-        for candidate in (child for _, kind, child in store.children(training) if kind == "candidate"):
-            kinds[candidate] = "candidate"
-            kinds |= {child: kind for _, kind, child in store.children(candidate) if kind == "version"}
-    for digest in [digest for digest, kind in kinds.items() if kind == "version"]:
-        kinds |= {child: kind for _, kind, child in store.children(digest)}
-    return [_reached(store, kind, digest) for digest, kind in kinds.items()]
 
 
 def _reached(store: Store, kind: str, digest: str) -> Reached:
@@ -382,9 +369,9 @@ def _pending(
         return None
     last, statement = max(recalled, key=lambda each: each[0].number)
     alias = get_alias(session, name, scope)
-    now, made_from = (None, None) if alias is None else _read(store, alias.version)
-    answers = now is not None and made_from is not None and recall_of(session, now, made_from) is None
-    if now is not None and answers and now.number > last.number:
+    now = None if alias is None else _read(store, alias.version)
+    answers = now is not None and recall_of(session, *now) is None
+    if now is not None and answers and now[0].number > last.number:
         return None
     later = VersionRow.number > last.number
     replacement = newest_left(store, session, name, later, *covering(VersionRow, scope))
@@ -394,7 +381,7 @@ def _pending(
         **scope.fields(),
         version=last.label,
         causes=tuple(by),
-        serves=now.label if now else "",
+        serves=now[0].label if now else "",
         answers=answers,
         replacement=replacement.label if replacement else None,
         next=tuple(_next(store, session, place, by, replacement)),

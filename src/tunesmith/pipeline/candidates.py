@@ -19,12 +19,11 @@ from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
-from tunesmith.evaluation.metrics.declared import checked
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import (
     Repeated,
     leading_inputs,
-    leading_scoring,
+    leading_scores,
     named_documents,
     repeat_decided,
     train_candidate,
@@ -232,7 +231,6 @@ def _prompt(context: PipelineContext, name: str, file: str) -> str:
 
 def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Candidate:
     """The candidate with the best prompt and shots of a search on validation rows."""
-    metric = context.project.settings.task.leading
     prompts = [bare.prompt, *(_prompt(context, bare.name, file) for file in settings.prompts)]
     inputs = {
         "candidate": bare.model_dump(mode="json", by_alias=True, exclude={"name"}),
@@ -244,12 +242,12 @@ def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Ca
     }
 
     def find(work: Path) -> str:
-        scoring = leading_scoring(context)
+        by_leading = leading_scores(context)
 
         def scored(tried: Candidate, rows: Sequence[Example], lines: Sequence[Mapping[str, Any]]) -> list[float]:
             # As in the evaluation: with the texts that were retrieved for each row.
-            seen = seen_answers(context.store, context.dataset, tried, {line["id"]: line for line in lines}, rows)
-            return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows]
+            by_id = {line["id"]: line for line in lines}
+            return by_leading(seen_answers(context.store, context.dataset, tried, by_id, rows), rows)
 
         return search_prompts(
             context.store,

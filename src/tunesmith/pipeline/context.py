@@ -5,7 +5,6 @@ Every stage is a function that takes a `PipelineContext`. A stage calls the stag
 
 from __future__ import annotations
 
-import difflib
 import time
 from copy import copy
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from tunesmith.engines.factory import (
 )
 from tunesmith.engines.settings import RaySettings, WeightSettings
 from tunesmith.evaluation.metrics.declared import References
+from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
 from tunesmith.store.store import Store
@@ -309,11 +309,8 @@ class PipelineContext:
         """The settings of a candidate. Raises UsageError for an unknown name."""
         known = self.project.settings.candidates
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(
-                f"there is no candidate {name!r}{hint}", where="candidates", fix=f"name one of {', '.join(known)}"
-            )
+            what = f"there is no candidate {name!r}{nearest(name, known)}"
+            raise UsageError(what, where="candidates", fix=f"name one of {', '.join(known)}")
         return known[name]
 
 

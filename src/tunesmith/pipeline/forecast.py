@@ -20,14 +20,13 @@ from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED, Lift
 from tunesmith.evaluation.learning_curve import CONFIDENCE, Measured, extrapolate
-from tunesmith.evaluation.metrics.declared import checked
 from tunesmith.evaluation.prices import break_even, price_of
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, effective_groups
 from tunesmith.pipeline.answers import answers, answers_of
 from tunesmith.pipeline.candidates import untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import fitted, leading_inputs, leading_scoring, train_candidate
+from tunesmith.pipeline.training import fitted, leading_inputs, leading_scores, train_candidate
 from tunesmith.project import ProjectSettings
 from tunesmith.records.evaluation import AnswerPrice, AnswersBody
 from tunesmith.records.training import ExpectedTraining, ForecastBody, SubsetScore, TrainingBody
@@ -52,7 +51,7 @@ def forecast(context: PipelineContext, name: str, *, rows: int | None = None, go
             f"candidate {name!r} is not trained for use, so there is nothing to forecast", where=f"candidates.{name}"
         )
     context.require_one_process()
-    leading_scoring(context)  # before anything is asked: raises UsageError for a judge, and a function that cannot run
+    leading_scores(context)  # before anything is asked: raises UsageError for a judge, and a function that cannot run
     context = context.without_test_rows()
     whole = row_count(context.dataset.splits["train"], train)
     sizes = _sizes(context, whole, rows)
@@ -131,10 +130,8 @@ def _tokens(project: ProjectSettings) -> dict[str, TokenPrice | None]:
 
 def validation_scores(context: PipelineContext, given: str) -> list[float]:
     """Scores by the primary metric of answers to the validation rows, in their order. given: digest of the answers."""
-    rows, metric = context.dataset.examples("validation"), context.project.settings.task.leading
-    seen = read_answers(context.store, given, context.dataset, rows, "validation").seen
-    scoring = leading_scoring(context)
-    return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows]
+    rows = context.dataset.examples("validation")
+    return leading_scores(context)(read_answers(context.store, given, context.dataset, rows, "validation").seen, rows)
 
 
 def _forecast(

@@ -22,9 +22,9 @@ from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.duplicates import learned_parts
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import (
+    Answered,
     Declared,
     JudgeScorer,
-    Scoring,
     checked,
     function_digests,
     make_scoring,
@@ -85,15 +85,15 @@ def _train(context: PipelineContext, name: str, candidate: Candidate, settings: 
     """Train in this process, and in those that it leads; returns the training record's digest."""
     from tunesmith.engines.ranks import ALONE
     from tunesmith.training.launchers import begin
-    from tunesmith.training.train import train
+    from tunesmith.training.train import record_training, run_training
 
     context = context.without_test_rows()
     spec = training_spec(context, name, candidate, settings, work)
     score = _answer_score(context, candidate, settings, work)
     ranks = context.together or ALONE
     begin(ranks, spec, score)
-    model, progress = context.trained_model(settings), context.progress
-    return train(context.store, spec, model=model, score=score, progress=progress, ranks=ranks)
+    done = run_training(spec, context.progress, model=context.trained_model(settings), score=score, ranks=ranks)
+    return record_training(context.store, spec, done)
 
 
 def _lead_on_ray(given: Mapping[str, Any], ranks: Ranks, progress: Progress) -> str:
@@ -209,9 +209,7 @@ def row_scores(
     """A function that scores a model's answers to the first so many rows as the candidate's evaluation will. None
     stands for the untrained base, which is asked to see how long answers take: they are cut where the expected ones
     end. work: a folder for the model's files."""
-    metric, scoring = context.project.settings.task.leading, leading_scoring(context)
-    sharded = context.sharded
-    engine = context.model.engine()
+    by_leading, sharded, engine = leading_scores(context), context.sharded, context.model.engine()
     answerer = Answerer(context.store, engine, candidate)
     asked_as = answerer.composer.asked_as
     asked = [answerer.generation(row.request, asked_as) for row in rows]
@@ -242,8 +240,7 @@ def row_scores(
             row.id: {"text": read(request.messages, row.call, answer.text), "retrieved": ids}
             for row, request, answer, ids in given
         }
-        seen = seen_answers(context.store, context.dataset, candidate, lines, rows[:count])
-        return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows[:count]]
+        return by_leading(seen_answers(context.store, context.dataset, candidate, lines, rows[:count]), rows[:count])
 
     return scores
 
@@ -256,9 +253,16 @@ def _cut(context: PipelineContext, request: Generation, row: Example) -> Generat
     return replace(request, max_tokens=min(request.max_tokens, label_count(expected)))
 
 
-def leading_scoring(context: PipelineContext) -> Scoring:
-    """The scoring function of the primary metric. Raises UsageError where that is a judge."""
-    return make_scoring(_leading(context), context.project.schema, context.project.root)
+def leading_scores(
+    context: PipelineContext,
+) -> Callable[[Mapping[str, Answered], Sequence[Example]], list[float]]:
+    """A function that scores answers to validation rows (row id -> answer) by the primary metric, in the rows' order.
+
+    Raises UsageError where that is a judge.
+    """
+    scorer = _leading(context)
+    scoring, metric = make_scoring(scorer, context.project.schema, context.project.root), metric_of(scorer)
+    return lambda seen, rows: [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows]
 
 
 def leading_inputs(context: PipelineContext) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope
 from tunesmith.records.version import ApprovalBody, Decision
 from tunesmith.registry.opening import Verified, open_release, still_usable
-from tunesmith.registry.risk import Approvals, missing
-from tunesmith.registry.serving import DECIDED, may_serve, unmet
+from tunesmith.registry.risk import Approvals
+from tunesmith.registry.serving import decisions, may_serve, unmet
 from tunesmith.registry.signing.attestations import (
     ENVELOPE,
     check_not_signer,
@@ -179,22 +179,15 @@ def require_approved(
             raise
     counting, reasons = _counting(store, session, version, release.signer)
     roles = {key.user: key.roles for key in identities.trusted_keys(session)}
-    refusals = [recorded for recorded in counting if recorded.approval.decision == "refuse"]
-    since = refusals[-1].seq if refusals else 0
-    approvals = [recorded.approval for recorded in counting if recorded.seq > since]
-    needed = missing(version.risk, {approval.approver: roles[approval.approver] for approval in approvals})
-    if not needed:
-        return approvals[0]
-    refusal = refusals[-1].approval if refusals else None
-    approved = Approvals(
-        risk=version.risk,
-        approvers=tuple(dict.fromkeys(approval.approver for approval in approvals)),
-        refused_by=refusal.approver if refusal else None,
-        reason=refusal.reason if refusal else "",
-        missing=needed,
-    )
-    permission = unmet(version, approved, reasons)
-    raise Refused(f"{version.label} {permission.message}", where=version.label, fix=permission.fix)
+    approvals, refused_by, reason = list[ApprovalBody](), None, ""
+    for _, approval, _ in counting:
+        if approval.decision == "approve":
+            approvals.append(approval)
+        else:
+            approvals, refused_by, reason = [], approval.approver, approval.reason
+    people = {approval.approver: roles[approval.approver] for approval in approvals}
+    unmet(version, Approvals.by(version.risk, people, refused_by, reason), reasons).require(version.label)
+    return approvals[0]
 
 
 def _check_decidable(store: Store, version: Version, actor: str, reason: str, decision: Decision) -> TrustedKey:
@@ -239,8 +232,7 @@ def _check_unused(session: Session, version: Version, approval: ApprovalBody) ->
     """
     if not _NONCE.fullmatch(approval.nonce):
         raise Refused("the signed statement has no nonce", fix="prepare and sign it again")
-    entries = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject == version.digest)
-    for row in session.scalars(entries):
+    for row in decisions(session, [version.digest]):
         if row.detail.get("nonce") == approval.nonce:
             raise Refused(
                 f"this signed statement was recorded before, on {row.at[:10]}: its nonce is used",
@@ -288,8 +280,8 @@ def _counting(
         .order_by(RecordRow.created_at, RecordRow.digest)
     )
     # A record whose transaction was killed is in the store without an audit entry: it does not count.
-    entries = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject == version.digest)
-    logged = {row.detail.get("signature", {}).get("digest"): row.seq for row in session.scalars(entries)}
+    entries = decisions(session, [version.digest])
+    logged = {row.detail.get("signature", {}).get("digest"): row.seq for row in entries}
     trusted = identities.trusted_keys(session)
     counting, reasons = [], []
     for digest in session.scalars(query):

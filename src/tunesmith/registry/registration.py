@@ -52,6 +52,7 @@ from tunesmith.registry.signing.release import (
 from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
 from tunesmith.registry.versions import list_versions
 from tunesmith.store import audit
+from tunesmith.store.audit import Head
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.identities import User
@@ -247,31 +248,16 @@ def _carry_on(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Relea
             private_copy(store.version_folder(VersionRef(plan.name, number))) as folder,
         ):
             release = check_release(folder, trusted)
-            if _states(release, plan, number, signer):
+            stated = release.statement
+            if release.record.digest == _record(plan, number, signer, stated.audit, stated.created_at).digest:
                 store.write_record(release.record)
                 return release
     return None
 
 
-def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
-    stated = release.statement
-    return (
-        dict(release.record.parents) == dict(plan.parents)
-        and dict(release.record.blobs) == dict(plan.blobs)
-        and (stated.name, stated.number, Scope(stated.tenant, stated.region)) == (plan.name, number, plan.scope)
-        and (stated.override, stated.expires_at, stated.signer) == (plan.override, plan.expires_at, signer.name)
-        and stated.risk == plan.risk
-    )
-
-
-def _make(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release:
-    """Sign the next version in a temporary folder, and move its files into the store."""
-    private_key = keys.signing_key(store, signer)
-    # Never the number of an existing folder: a restored older database must not overwrite a release.
-    number = max({0, *taken, *_numbers(store, plan.name)}) + 1
+def _record(plan: _Plan, number: int, signer: User, head: Head, at: str) -> Record:
+    """The record of the version that a plan states. head: of the audit log; at: the time of signing."""
     base = plan.records[plan.parents["candidate"]].parents["base"]
-    with store.reading() as session:
-        head = audit.newest(session)
     statement = VersionBody(
         name=plan.name,
         number=number,
@@ -280,7 +266,7 @@ def _make(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release:
         fingerprint=BaseBody.of(plan.records[base]).fingerprint,
         signer=signer.name,
         override=plan.override,
-        created_at=stamp(),
+        created_at=at,
         expires_at=plan.expires_at,
         records=tuple(sorted(plan.records)),
         blobs=tuple(sorted(blobs_of(plan.records.values()))),
@@ -289,7 +275,16 @@ def _make(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release:
         marks=marks_of(plan.records, plan.parents["candidate"]),
         risk=plan.risk,
     )
-    record = statement.record(plan.parents, plan.blobs)
+    return statement.record(plan.parents, plan.blobs)
+
+
+def _make(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release:
+    """Sign the next version in a temporary folder, and move its files into the store."""
+    private_key = keys.signing_key(store, signer)
+    # Never the number of an existing folder: a restored older database must not overwrite a release.
+    number = max({0, *taken, *_numbers(store, plan.name)}) + 1
+    with store.reading() as session:
+        record = _record(plan, number, signer, audit.newest(session), stamp())
     with store.scratch() as scratch:
         folder = scratch / f"v{number}"
         folder.mkdir()

@@ -71,6 +71,23 @@ class Approvals(View):
     reason: str
     missing: tuple[str, ...]
 
+    @classmethod
+    def by(
+        cls, risk: Requirement | None, people: Mapping[str, Sequence[str]], refused_by: str | None, reason: str
+    ) -> Approvals:
+        """What decisions come to.
+
+        people: name -> roles of everybody whose approval counts; refused_by, reason: the refusal before these.
+        """
+        needed = missing(risk, people)
+        return cls(
+            risk=risk,
+            approvers=tuple(people),
+            refused_by=refused_by if needed else None,
+            reason=reason if needed else "",
+            missing=needed,
+        )
+
 
 def missing(requirement: Requirement | None, people: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """What an approval still takes, one phrase each; empty if the people meet the requirement.

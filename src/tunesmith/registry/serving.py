@@ -6,7 +6,8 @@ Both take what `may_load` takes. A change to what serves asks `approvals.check_m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import select, update
@@ -14,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.text.names import Scope, check_name
-from tunesmith.registry.risk import Approvals, missing
+from tunesmith.registry.risk import Approvals
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
 from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
@@ -135,16 +136,15 @@ def permissions(session: Session, versions: Sequence[Version]) -> dict[str, Perm
     rows = select(VersionRow.digest, VersionRow.key).where(VersionRow.digest.in_(digests))
     signed_with = {row.digest: row.key for row in session.execute(rows)}
     reasons = recalls_of(session, digests, as_evidence=False)
-    entries: dict[str, list[AuditRow]] = {}
-    decided = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject.in_(digests))
-    for entry in session.scalars(decided.order_by(AuditRow.seq.desc())):
-        entries.setdefault(entry.subject, []).append(entry)
+    entries: defaultdict[str, list[AuditRow]] = defaultdict(list)
+    for entry in decisions(session, digests):
+        entries[entry.subject].append(entry)
     allowed = {}
     for version in versions:
         key = signed_with[version.digest]
         permission = _usable(version, reasons.get(version.digest), keys, key)
         if permission.granted:
-            permission = unmet(version, *_judged(version, keys, key, entries.get(version.digest, ())))
+            permission = unmet(version, *_judged(version, keys, key, entries[version.digest]))
         allowed[version.digest] = permission
     return allowed
 
@@ -241,26 +241,30 @@ def unmet(version: Version, approvals: Approvals, problems: Sequence[str]) -> Pe
 def _decisions(session: Session, version: Version) -> tuple[Approvals, list[str]]:
     """Who decided on a version, and why each decision that does not count does not."""
     signed_with = session.scalars(select(VersionRow.key).where(VersionRow.digest == version.digest)).one()
-    entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action.in_(DECIDED))
-    newest_first = session.scalars(entries.order_by(AuditRow.seq.desc()))
-    return _judged(version, trusted_keys(session), signed_with, newest_first)
+    return _judged(version, trusted_keys(session), signed_with, decisions(session, [version.digest]))
+
+
+def decisions(session: Session, versions: Collection[str]) -> Sequence[AuditRow]:
+    """The log's entries of approvals and refusals of versions (their digests), newest first."""
+    decided = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject.in_(versions))
+    return session.scalars(decided.order_by(AuditRow.seq.desc())).all()
 
 
 def _judged(
-    version: Version, keys: Sequence[TrustedKey], signed_with: str, newest_first: Iterable[AuditRow]
+    version: Version, keys: Sequence[TrustedKey], signed_with: str, newest_first: Sequence[AuditRow]
 ) -> tuple[Approvals, list[str]]:
     """What the log's entries about a version, the newest first, come to."""
     signer = _key(keys, signed_with, version.signer)
     problems: list[str] = []
     people: dict[str, Sequence[str]] = {}
-    refusal: AuditRow | None = None
+    refused_by, reason = None, ""
     for entry in newest_first:
         signature = entry.detail.get("signature", {})
         try:
             approver = _key(keys, signature.get("key", ""), entry.actor)
             check_in_time(approver, signature["digest"], version.label)
             if entry.action == "version.refuse":  # it still counts when its approver has left
-                refusal = entry
+                refused_by, reason = entry.actor, str(entry.detail.get("reason", ""))
                 break
             check_approver(version, signer, approver)
         except Untrusted as error:
@@ -268,15 +272,7 @@ def _judged(
         else:
             people[entry.actor] = approver.roles
     problems.reverse()
-    needed = missing(version.risk, people)
-    approvals = Approvals(
-        risk=version.risk,
-        approvers=tuple(reversed(people)),
-        refused_by=refusal.actor if refusal is not None and needed else None,
-        reason=str(refusal.detail.get("reason", "")) if refusal is not None and needed else "",
-        missing=needed,
-    )
-    return approvals, problems
+    return Approvals.by(version.risk, dict(reversed(people.items())), refused_by, reason), problems
 
 
 def _key(keys: Sequence[TrustedKey], fingerprint: str, user: str) -> TrustedKey:

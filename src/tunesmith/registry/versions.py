@@ -89,13 +89,11 @@ def list_versions(
     name: only of this name. containing: only of names with this text in them. newest: only the last so many that were
     registered; without it every record is read.
     """
-    query = select(VersionRow).order_by(VersionRow.name, VersionRow.number)
+    chosen = _digests(name, containing)
     if newest is not None:
-        last = _digests(name, containing).join(RecordRow, RecordRow.digest == VersionRow.digest)
-        last = last.order_by(RecordRow.created_at.desc(), VersionRow.digest).limit(newest)
-        query = query.where(VersionRow.digest.in_(last))
-    else:
-        query = query.where(VersionRow.digest.in_(_digests(name, containing)))
+        chosen = chosen.join(RecordRow, RecordRow.digest == VersionRow.digest)
+        chosen = chosen.order_by(RecordRow.created_at.desc(), VersionRow.digest).limit(newest)
+    query = select(VersionRow).where(VersionRow.digest.in_(chosen)).order_by(VersionRow.name, VersionRow.number)
     with store.reading() as session:
         rows = list(session.scalars(query))
     return [version_of(store, row) for row in rows]
@@ -131,14 +129,14 @@ def get_alias(where: Store | Session, name: str, scope: Scope = Scope()) -> Alia
     """Where the champion of a name points for exactly this scope; None where it points nowhere."""
     with session_of(where) as session:
         row = _row(session, name, scope)
-    return _alias(row) if row is not None and row.version else None
+    return Alias.of(row) if row is not None and row.version else None
 
 
 def list_aliases(store: Store) -> list[Alias]:
     """Every alias that points at a version."""
     query = select(AliasRow).where(AliasRow.version != "").order_by(AliasRow.name, AliasRow.alias)
     with store.reading() as session:
-        return [_alias(row) for row in session.scalars(query)]
+        return [Alias.of(row) for row in session.scalars(query)]
 
 
 def revision_of(session: Session, name: str, scope: Scope) -> int:
@@ -149,7 +147,3 @@ def revision_of(session: Session, name: str, scope: Scope) -> int:
 
 def _row(session: Session, name: str, scope: Scope) -> AliasRow | None:
     return session.get(AliasRow, (name, CHAMPION, scope.tenant, scope.region), populate_existing=True)
-
-
-def _alias(row: AliasRow) -> Alias:
-    return Alias.model_validate(row, from_attributes=True)

@@ -98,13 +98,14 @@ def start(
         }
         session.add(row)
         session.flush()
+        rollout = from_row(row)
         if unopposed is not None:
-            point_champion(session, store, from_row(row), version.digest, actor, override_by)
+            point_champion(session, store, rollout, version.digest, actor, override_by)
         if override is not None:
-            _note_override(session, actor, override, from_row(row), version.digest)
+            _note_override(session, actor, override, rollout, version.digest)
         detail.update(rollout=row.id, stable=row.stable, status=row.status)
         detail |= {key: row.state[key] for key in ("override", "main_callers")}
-        return from_row(row)
+        return rollout
 
 
 def resume(store: Store, rollout: int, *, actor: str, reason: str = "", seen: Seen = Seen()) -> Rollout:
@@ -140,19 +141,18 @@ def promote(
     _check_reason(override)
 
     def decide(session: Session, current: Rollout) -> Transition:
-        skipped = [step.kind for step in current.steps[current.step :]]
-        if "analysis" in skipped and override is None:
+        skipped, approved = [step.kind for step in current.steps[current.step :]], True
+        if override is not None:
+            require(session, actor, "rollout.override", scope=current.scope)
+            _note_override(session, actor, override, current, current.canary)
+            # The override replaces the approval only where there is none: an approved canary serves by its approval.
+            approved = standing_of(session, store, current.canary, current.scope).granted
+        elif "analysis" in skipped:
             raise Refused(
                 "this rollout has an analysis that has not passed yet",
                 where=_place(current),
                 fix=NextStep("wait for it, or override it", "rollout promote", rollout=current.id, override=...),
             )
-        if override is None:
-            return to_promoted(current, {"skipped": skipped, "override": None, **_because(reason)})
-        require(session, actor, "rollout.override", scope=current.scope)
-        _note_override(session, actor, override, current, current.canary)
-        # The override replaces the approval only where there is none: an approved canary serves by its approval.
-        approved = standing_of(session, store, current.canary, current.scope).granted
         detail = {"skipped": skipped, "override": override, **_because(reason)}
         return to_promoted(current, detail, None if approved else actor)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
@@ -18,10 +18,6 @@ from tunesmith.store.tables import LIVE, Live, RolloutRow
 
 Final = Literal["promoted", "aborted", "rolled_back"]  # a rollback may still undo a promotion
 Status = Live | Final
-
-_IN_STATE = frozenset(
-    ("steps", "started_by", "main_callers", "override", "stable_override_by", "reason", "began_at", "history")
-)
 
 
 class Rollout(ScopedView):
@@ -63,8 +59,12 @@ class Rollout(ScopedView):
         return self.steps[self.step] if self.step < len(self.steps) else None
 
 
+# The fields that have no column of their own: the row's state holds them.
+_IN_STATE = Rollout.model_fields.keys() - RolloutRow.__table__.columns.keys()
+
+
 def state_of(rollout: Rollout) -> dict[str, Any]:
-    """The row's state column: the fields that have no own column."""
+    """The row's state column."""
     document = rollout.model_dump(mode="json", exclude_none=True)
     return {key: document.get(key) for key in _IN_STATE}
 
@@ -86,14 +86,14 @@ def get_rollout(store: Store, rollout: int) -> Rollout:
 
 def live_rollout(session: Session, name: str, scope: Scope) -> Rollout | None:
     """The rollout that divides a name's traffic now; None if there is none."""
-    query = select(RolloutRow).where(*_within(name, scope), RolloutRow.status.in_(LIVE))
-    row = session.scalars(query).first()
+    query = select(RolloutRow).filter_by(name=name, **scope.fields())
+    row = session.scalars(query.where(RolloutRow.status.in_(LIVE))).first()
     return None if row is None else from_row(row)
 
 
 def promoted_rollouts(session: Session, name: str, scope: Scope) -> list[Rollout]:
     """A name's promotions that were not rolled back, newest first."""
-    query = select(RolloutRow).where(*_within(name, scope), RolloutRow.status == "promoted")
+    query = select(RolloutRow).filter_by(name=name, **scope.fields(), status="promoted")
     return [from_row(row) for row in session.scalars(query.order_by(RolloutRow.id.desc()))]
 
 
@@ -106,10 +106,6 @@ def list_rollouts(store: Store, *, name: str | None = None, live: bool = False) 
         query = query.where(RolloutRow.status.in_(LIVE))
     with store.reading() as session:
         return [from_row(row) for row in session.scalars(query)]
-
-
-def _within(name: str, scope: Scope) -> tuple[ColumnElement[bool], ...]:
-    return RolloutRow.name == name, RolloutRow.tenant == scope.tenant, RolloutRow.region == scope.region
 
 
 _FIX = "load the page again, and decide by what it shows now"

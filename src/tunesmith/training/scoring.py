@@ -6,7 +6,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +43,7 @@ class Score(NamedTuple):
     error: float
 
 
-@dataclass(frozen=True)
-class AnswerScore:
+class AnswerScore(NamedTuple):
     """Scores generated answers to validation rows.
 
     metric: the score's name. rows: how many there are. score: of a model's answers to the first so many rows; None asks

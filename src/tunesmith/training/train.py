@@ -242,22 +242,6 @@ def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) ->
     return store.put_record(result.body.record(parents, blobs))
 
 
-def train(
-    store: Store,
-    spec: TrainingSpec,
-    *,
-    model: LoadedModel | None = None,
-    score: AnswerScore | None = None,
-    progress: Progress = SILENT,
-    ranks: Ranks = ALONE,
-) -> str:
-    """Train as spec says, in this process, and record it; returns the training record's digest.
-
-    Raises what run_training raises.
-    """
-    return record_training(store, spec, run_training(spec, progress, model=model, score=score, ranks=ranks))
-
-
 def environment(model: TrainableModel, ranks: Ranks = ALONE) -> Environment:
     """What a training's bytes depend on besides its input: versions, the machine, the number of threads and ranks."""
     stated = {

@@ -25,7 +25,7 @@ from tunesmith.evaluation.metrics import classification
 from tunesmith.evaluation.metrics.answer_judge import judge_answers, last_word, read_judged
 from tunesmith.evaluation.metrics.classification import Labelled, LabelLine, read_labels
 from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
-from tunesmith.evaluation.metrics.scorers import score
+from tunesmith.evaluation.metrics.scorers import SCORERS, bleu, chrf
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.scores import read_scores
@@ -73,11 +73,11 @@ def test_text_scores_are_those_of_the_libraries_and_what_was_looked_up() -> None
     answer, reference = "the cats sat on a mat", "the cat sat on the mat today"
     expected = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
     for kind in ("rouge1", "rouge2", "rougeL"):
-        assert score(kind, answer, reference) == pytest.approx(expected[kind].fmeasure, abs=1e-12)
-    assert score("chrf", answer, reference) == pytest.approx(sacrebleu.sentence_chrf(answer, [reference]).score / 100)
-    bleu = sacrebleu.sentence_bleu(answer, [reference], use_effective_order=True).score / 100
-    assert score("bleu", answer, reference) == pytest.approx(bleu)
-    assert score("bleu", reference, reference) == score("chrf", reference, reference) == 1.0
+        assert SCORERS[kind](answer, reference, None) == pytest.approx(expected[kind].fmeasure, abs=1e-12)
+    assert chrf(answer, reference, None) == pytest.approx(sacrebleu.sentence_chrf(answer, [reference]).score / 100)
+    expected_bleu = sacrebleu.sentence_bleu(answer, [reference], use_effective_order=True).score / 100
+    assert bleu(answer, reference, None) == pytest.approx(expected_bleu)
+    assert bleu(reference, reference, None) == chrf(reference, reference, None) == 1.0
     asked: dict[str, Any] = {"request": (Message(role="user", content="Who made it?"),)}
     found = {**asked, "retrieved": ("It was made by Ada  Lovelace in 1843.",)}
     assert _score("retrieval_hit", "", "ada lovelace", **found) == 1.0

@@ -19,7 +19,7 @@ from tunesmith.data.building.staging import OFF_SCHEMA
 from tunesmith.data.settings import DataSettings
 from tunesmith.evaluation.metrics import declared
 from tunesmith.evaluation.metrics.declared import LabelScorer, NumberScorer, PatternScorer, References
-from tunesmith.evaluation.metrics.scorers import SCORERS, score
+from tunesmith.evaluation.metrics.scorers import SCORERS, exact_match, field_f1, json_valid
 
 NUMBERS = st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -30,15 +30,15 @@ JSON = st.recursive(
 
 
 def test_json_valid_holds_the_answer_against_the_schema() -> None:
-    assert score("json_valid", ' {"intent": "HassTurnOn", "slots": {"area": "hall"}}\n', "", SCHEMA) == 1.0
-    assert score("json_valid", '{"intent": "HassTurnOn"}', "", SCHEMA) == 0.0
-    assert score("json_valid", '{"intent": "TurnOn", "slots": {}}', "", SCHEMA) == 0.0
-    assert score("json_valid", '{"intent": "HassTurnOn", "slots": {}, "note": 1}', "", SCHEMA) == 0.0
+    assert json_valid(' {"intent": "HassTurnOn", "slots": {"area": "hall"}}\n', "", SCHEMA) == 1.0
+    assert json_valid('{"intent": "HassTurnOn"}', "", SCHEMA) == 0.0
+    assert json_valid('{"intent": "TurnOn", "slots": {}}', "", SCHEMA) == 0.0
+    assert json_valid('{"intent": "HassTurnOn", "slots": {}, "note": 1}', "", SCHEMA) == 0.0
     for metric in ("json_valid", "exact_match", "field_f1"):
         for text in ("", '```json\n{"a": 1}\n```', '{"a": 1, "a": 1}', '{"a": NaN}', "[" * 100_000):
-            assert score(metric, text, '{"a": 1}') == 0.0
+            assert SCORERS[metric](text, '{"a": 1}', None) == 0.0
     nested = {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
-    assert score("json_valid", "[" * 60 + "]" * 60, "", nested) == 1.0
+    assert json_valid("[" * 60 + "]" * 60, "", nested) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_json_valid_holds_the_answer_against_the_schema() -> None:
     ],
 )
 def test_exact_match(answer: str, reference: str, expected: float) -> None:
-    assert score("exact_match", answer, reference) == expected
+    assert exact_match(answer, reference, None) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,19 +69,19 @@ def test_exact_match(answer: str, reference: str, expected: float) -> None:
     ],
 )
 def test_field_f1(answer: str, expected: float) -> None:
-    assert score("field_f1", answer, '{"intent": "A", "slots": {"x": 1, "y": 2}}') == pytest.approx(expected)
+    assert field_f1(answer, '{"intent": "A", "slots": {"x": 1, "y": 2}}', None) == pytest.approx(expected)
 
 
 @settings(max_examples=50, deadline=None)
 @given(JSON, JSON)
 def test_all_fields_right_and_exact_match_are_one(left: Any, right: Any) -> None:
     answer, reference = json.dumps(left, indent=1), json.dumps(right)
-    exact, fields = score("exact_match", answer, reference), score("field_f1", answer, reference)
+    exact, fields = exact_match(answer, reference, None), field_f1(answer, reference, None)
     assert 0.0 <= fields <= 1.0
     assert (fields == 1.0) == (exact == 1.0)
-    assert score("exact_match", reference, answer) == exact
-    assert score("exact_match", answer, answer) == score("field_f1", answer, answer) == 1.0
-    precision, recall = score("field_precision", answer, reference), score("field_recall", answer, reference)
+    assert exact_match(reference, answer, None) == exact
+    assert exact_match(answer, answer, None) == field_f1(answer, answer, None) == 1.0
+    precision, recall = (SCORERS[f"field_{share}"](answer, reference, None) for share in ("precision", "recall"))
     assert fields == pytest.approx(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
 
 

@@ -136,7 +136,7 @@ def test_what_raises_and_lowers_power_and_what_no_number_of_rows_shows() -> None
     assert usual.smallest_lift(needed) == pytest.approx(0.1, abs=0.003)
     assert planning.LiftTest(0.3, 0.05).rows_needed(0.05) is None, "a lift of just the bound"
     assert planning.LiftTest(0.5).smallest_lift(15) is None, "fewer than twenty groups conclude nothing"
-    assert planning.lift_power(100, 0.2, 0.2, 0.0, 0.025, planning.Grouping(10.0)) == 0.0, "ten groups"
+    assert planning.LiftTest(0.2, grouping=planning.Grouping(10.0)).chance(100, 0.2) == 0.0, "ten groups"
     with pytest.raises(UsageError, match="differ on at least that share"):
         planning.LiftTest(0.1).chance(500, 0.2)
     assert planning.LiftTest(0.3, -1.0).chance(100, 0.0) == pytest.approx(1.0), "any difference passes"

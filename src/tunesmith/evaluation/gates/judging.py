@@ -46,7 +46,7 @@ from tunesmith.evaluation.probes.measuring import Measured
 from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.probes.suites import Case
 from tunesmith.evaluation.scores import CONFIDENCE, GENERAL, Column, check_paired, drop, metric_interval, rounded
-from tunesmith.evaluation.stats.statistics import Interval, Level, confidence_at_use, interval
+from tunesmith.evaluation.stats.statistics import GAPS, SHARES, Interval, Level, confidence_at_use, interval
 from tunesmith.evaluation.style.shares import Classified
 from tunesmith.records.evaluation import EvaluationBody, JudgedGate, MetricInterval, NoStyle, Outcome, RiskResults
 
@@ -151,7 +151,7 @@ def _rivals(gate: Lift | Retain, evidence: Evidence) -> tuple[str, Column, Colum
 def _lift(gate: Lift, evidence: Evidence) -> JudgedGate:
     rival, own, other = _rivals(gate, evidence)
     level = evidence.level(gate.confidence)
-    measured = interval(own.values - other.values, own.groups, (-1.0, 1.0), level)
+    measured = interval(own.values - other.values, own.groups, GAPS, level)
     reason = (
         f"{gate.metric} differs from {rival} by {points(measured.mean)} points "
         f"{_within(measured, level, points)}; at least {points(gate.bound)} points required"
@@ -162,7 +162,7 @@ def _lift(gate: Lift, evidence: Evidence) -> JudgedGate:
 def _retain(gate: Retain, evidence: Evidence) -> JudgedGate:
     rival, own, other = _rivals(gate, evidence)
     level = evidence.level(gate.confidence)
-    fall = interval(other.values - own.values, own.groups, (-1.0, 1.0), level)
+    fall = interval(other.values - own.values, own.groups, GAPS, level)
     reason = f"{gate.metric} differs from {rival} by {_change(gate, fall, level)}"
     return _finding(gate, fall, level, reason, metric=gate.metric, not_below=rival)
 
@@ -211,7 +211,7 @@ def _threshold(gate: Threshold, evidence: Evidence) -> JudgedGate:
     own = evidence.own(gate.metric)
     # Without confidence the bound is on the measured rows themselves, which further uses of them do not weaken.
     level = evidence.level(gate.confidence) if gate.confidence else Level(CONFIDENCE, evidence.body.seed)
-    measured = interval(own.values, own.groups, (0.0, 1.0), level)
+    measured = interval(own.values, own.groups, SHARES, level)
     judged = None if gate.confidence else Interval(*[rounded(measured.mean)] * 3)
     reason = (
         f"{gate.metric} is {percent(measured.mean)} {_within(measured, level, percent)}; {_required(gate)} of the "

@@ -22,7 +22,7 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.duplicates import answer_key
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.evaluation.gates.judging import Evidence, judge_gate, not_judged
-from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, check_gates, recorded_gates
+from tunesmith.evaluation.gates.settings import Gates, Gone, check_gates, recorded_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.classification import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
@@ -200,17 +200,18 @@ def _corrected(gates: Gates, findings: dict[str, JudgedGate], evidence: Evidence
     """
     family = [name for name, gate in gates.items() if gate.confidence is not None]
     claimed = {name for name in family if findings[name].outcome == "fail"}
-    upheld = step_down(claimed, len(family), lambda name, among: _fails(name, gates[name], among, evidence))
+
+    def fails(name: str, among: int) -> bool:
+        confidence = gates[name].confidence
+        assert confidence is not None
+        stricter = gates[name].model_copy(update={"confidence": 1.0 - (1.0 - confidence) / among})
+        return judge_gate(name, stricter, evidence).outcome == "fail"
+
+    upheld = step_down(claimed, len(family), fails)
     for name in claimed - upheld:
         reason = f"{findings[name].reason}; with {len(family)} gates, chance alone could explain this failure"
         findings[name] = findings[name].model_copy(update={"outcome": "inconclusive", "reason": reason})
     return findings
-
-
-def _fails(name: str, gate: Gate, among: int, evidence: Evidence) -> bool:
-    assert gate.confidence is not None
-    stricter = gate.model_copy(update={"confidence": 1.0 - (1.0 - gate.confidence) / among})
-    return judge_gate(name, stricter, evidence).outcome == "fail"
 
 
 def measured_candidate(measured: EvaluationBody, name: str) -> MeasuredCandidate:

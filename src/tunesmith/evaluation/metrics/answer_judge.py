@@ -169,7 +169,12 @@ def _question(scorer: JudgeScorer, example: Example, answer: str, answer_first: 
         f"{scorer.question}\n\n<request>\n{request}\n</request>\n\n"
         f"<answer_A>\n{first}\n</answer_A>\n\n<answer_B>\n{second}\n</answer_B>"
     )
-    messages = (Message(role="system", content=_SYSTEM), Message(role="user", content=text))
+    return put_to_judge(_SYSTEM, text)
+
+
+def put_to_judge(system: str, text: str) -> Generation:
+    """A question to a judge."""
+    messages = (Message(role="system", content=system), Message(role="user", content=text))
     return Generation(messages=messages, max_tokens=_LONGEST)
 
 

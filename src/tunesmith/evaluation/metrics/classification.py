@@ -16,15 +16,14 @@ from tunesmith.core.values import Omitted
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.lines import CandidateLine, Lines, Name, Share, is_share
 from tunesmith.evaluation.metrics.declared import Answered, LabelScorer, label_of
-from tunesmith.evaluation.scores import Columns, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, by_group, interval, resampled_figure
+from tunesmith.evaluation.scores import Columns, metric_interval, rounded
+from tunesmith.evaluation.stats.statistics import SHARES, Floats, Interval, Level, by_group, interval, resampled_figure
 from tunesmith.records.evaluation import (
     Calibration,
     CalibrationBin,
     ClassResults,
     Confusion,
     LabelResult,
-    MetricInterval,
 )
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -126,25 +125,23 @@ def classes(rows: Labelled, level: Level) -> ClassResults:
     Macro-F1 is the mean F1 of the labels that are wanted, as in scikit-learn's f1_score with those labels. The interval
     is a Bayesian bootstrap over groups (Rubin 1981).
     """
-    given, wanted = rows.given, rows.wanted
-    labels = sorted(set(wanted))
-    right, said, held = _counts(rows)
-    each = _f1(right.sum(0), said.sum(0), held.sum(0))
+    labels, counts = sorted(set(rows.wanted)), _counts(rows)
+    _, said, held = whole = counts.sum(axis=1)
+    each = _f1(*whole)
     # RandomState's streams never change (NEP 19), so the record can be computed again years later.
-    weights = np.random.RandomState(level.seed).standard_exponential((_DRAWS, len(held)))
-    drawn = _f1(weights @ right, weights @ said, weights @ held).mean(axis=-1)
+    weights = np.random.RandomState(level.seed).standard_exponential((_DRAWS, counts.shape[1]))
+    drawn = _f1(*(weights @ counts)).mean(axis=-1)
     tail = (1.0 - level.confidence) / 2.0
     mean = float(each.mean())
     low, high = (float(np.quantile(drawn, q)) for q in (tail, 1.0 - tail))
-    order = sorted(range(len(labels)), key=lambda n: (-held.sum(0)[n], labels[n]))[:_SHOWN]
-    wrong = Counter((truth, answer) for truth, answer in zip(wanted, given, strict=True) if truth != answer)
+    order = sorted(range(len(labels)), key=lambda n: (-held[n], labels[n]))[:_SHOWN]
+    wrong = Counter(pair for pair in zip(rows.wanted, rows.given, strict=True) if pair[0] != pair[1])
     most = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:10]
     return ClassResults(
-        macro_f1=MetricInterval(mean=rounded(mean), low=rounded(min(low, mean)), high=rounded(max(high, mean))),
+        macro_f1=metric_interval(Interval(mean, min(low, mean), max(high, mean))),
         labels=len(labels),
         by_label=tuple(
-            LabelResult(label=labels[n], n=int(held.sum(0)[n]), said=int(said.sum(0)[n]), f1=rounded(each[n]))
-            for n in order
+            LabelResult(label=labels[n], n=int(held[n]), said=int(said[n]), f1=rounded(each[n])) for n in order
         ),
         confused=tuple(Confusion(wanted=truth, given=answer, n=count) for (truth, answer), count in most),
     )
@@ -181,16 +178,17 @@ def macro_f1_interval(rows: Labelled, level: Level) -> Interval:
     As in statistics.py, a worst-case group is added. It has the mean size and the label frequencies of all rows. None
     of its answers are right for the lower end, all of them for the upper end.
     """
-    right, said, held = _counts(rows)
-    mean = float(_f1(right.sum(0), said.sum(0), held.sum(0)).mean())
-    more = held.sum(0) / len(held)  # the labels of a mean group
+    counts = _counts(rows)
+    groups = counts.shape[1]
+    more = counts[2].sum(axis=0) / groups  # the labels of a mean group
 
-    def drawn(whole: Floats) -> tuple[Floats, Floats]:
-        weights, added = whole[:, :-1], whole[:, -1:] * more
-        sums = weights @ right, weights @ said + added, weights @ held + added
-        return _f1(*sums).mean(axis=-1), _f1(sums[0] + added, *sums[1:]).mean(axis=-1)
+    def drawn(weights: Floats) -> tuple[Floats, Floats]:
+        right, said, held = weights[:, :-1] @ counts
+        added = weights[:, -1:] * more
+        shown = said + added, held + added
+        return _f1(right, *shown).mean(axis=-1), _f1(right + added, *shown).mean(axis=-1)
 
-    return resampled_figure(mean, drawn, level, len(held) + 1)
+    return resampled_figure(float(_f1(*counts.sum(axis=1)).mean()), drawn, level, groups + 1)
 
 
 def calibration_error_interval(rows: Labelled, level: Level) -> Interval:
@@ -225,7 +223,7 @@ def brier_interval(rows: Labelled, level: Level) -> Interval:
     Raises Inconclusive where confidences are not stated.
     """
     off = (_confidences(rows) - rows.right) ** 2
-    return interval(off, rows.groups, (0.0, 1.0), level)
+    return interval(off, rows.groups, SHARES, level)
 
 
 def _confidences(rows: Labelled) -> Floats:
@@ -234,18 +232,18 @@ def _confidences(rows: Labelled) -> Floats:
     return np.array(rows.confidences)
 
 
-def _counts(rows: Labelled) -> tuple[Floats, Floats, Floats]:
-    """Three arrays of groups x labels (sorted): how often a label was given rightly, was given, and was wanted."""
+def _counts(rows: Labelled) -> Floats:
+    """float64[3, groups, labels (sorted)]: how often a label was given rightly, was given, and was wanted."""
     labels = sorted(set(rows.wanted))
     place = {label: number for number, label in enumerate(labels)}
     index, sizes = by_group(rows.groups)
-    right, said, held = (np.zeros((len(sizes), len(labels))) for _ in range(3))
+    right, said, held = counts = np.zeros((3, len(sizes), len(labels)))
     for group, answer, truth in zip(index, rows.given, rows.wanted, strict=True):
         held[group, place[truth]] += 1
         if answer in place:
             said[group, place[answer]] += 1
         right[group, place[truth]] += answer == truth
-    return right, said, held
+    return counts
 
 
 def _f1(right: Any, said: Any, held: Any) -> Any:

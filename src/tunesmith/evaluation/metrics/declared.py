@@ -29,7 +29,7 @@ from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.text.names import bare_label
 from tunesmith.core.values import Settings
 from tunesmith.evaluation.lines import is_share
-from tunesmith.evaluation.metrics.scorers import NEED_JSON, SCORERS, Schema, nearest
+from tunesmith.evaluation.metrics.scorers import NEED_JSON, SCORERS, Schema
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="what the metric is called")]
 
@@ -116,10 +116,21 @@ class NumberScorer(DeclaredScorer):
     relative: bool = Field(default=False, description="tolerance is a share of the reference's number")
 
     def scoring(self, root: Path) -> Scoring:
-        return lambda answered: _near(answered, self)
+        return self._near
 
     def suits(self, reference: str) -> bool:
         return _last_number(reference) is not None
+
+    def _near(self, answered: Answered) -> float:
+        wanted = _last_number(answered.reference)
+        if wanted is None:
+            raise UsageError("the reference holds no number", fix=f"drop {self.name} from task.scorers")
+        given = _last_number(answered.text)
+        if given is None:
+            return 0.0
+        bound = self.tolerance * abs(wanted) if self.relative else self.tolerance
+        # A few units in the last place of slack, so that 0.3 counts as within 0.1 of 0.2.
+        return float(abs(given - wanted) <= bound + 4 * math.ulp(max(abs(given), abs(wanted))))
 
 
 class LabelScorer(DeclaredScorer):
@@ -157,8 +168,44 @@ class FunctionScorer(DeclaredScorer):
     key = "function"
     function: str = Field(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$", description="path.py:name, relative to the project file")
 
+    @property
+    def _where(self) -> str:
+        return f"task.scorers, {self.name}"
+
+    def file(self, root: Path) -> Path:
+        """The function's file. Raises UsageError where it is not in the project."""
+        path = (root / self.function.rpartition(":")[0]).resolve()
+        if not path.is_relative_to(root.resolve()):
+            what = "the function's file lies outside the project"
+            raise UsageError(what, where=self._where, fix="copy it into the project")
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}", where=self._where, fix="correct `function`")
+        return path
+
     def scoring(self, root: Path) -> Scoring:
-        return _own_function(self, root)
+        path, where = self.file(root), self._where
+        name = self.function.rpartition(":")[2]
+        module = types.ModuleType(f"tunesmith_scorer_{self.name}")
+        module.__file__ = str(path)
+        try:  # compiled anew: an import would take a file edited twice in a second, to the same length, from its cache
+            exec(compile(path.read_bytes(), path, "exec"), module.__dict__)  # noqa: S102
+        except Exception as error:  # the user's code may raise anything
+            raise UsageError(f"{path.name} cannot be run: {type(error).__name__}: {error}", where=where) from error
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise UsageError(f"{path.name} has no function {name}", where=where)
+
+        def scored(answered: Answered) -> float:
+            request = answered.request[-1].content if answered.request else ""
+            try:
+                value = function(answered.text, answered.reference, request)
+            except TunesmithError:
+                raise
+            except Exception as error:  # as above
+                raise UsageError(f"{self.function} raised {type(error).__name__}: {error}", where=where) from error
+            return value  # type: ignore[no-any-return]
+
+        return scored
 
 
 class JudgeScorer(DeclaredScorer):
@@ -277,21 +324,10 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def function_file(scorer: FunctionScorer, root: Path) -> Path:
-    """The file of a function scorer. Raises UsageError where it is not in the project."""
-    path = (root / scorer.function.rpartition(":")[0]).resolve()
-    where = f"task.scorers, {scorer.name}"
-    if not path.is_relative_to(root.resolve()):
-        raise UsageError("the function's file lies outside the project", where=where, fix="copy it into the project")
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}", where=where, fix="correct `function`")
-    return path
-
-
 def function_digests(scorers: Sequence[Declared], root: Path) -> dict[str, str]:
     """metric -> digest of the source file, for each function scorer."""
     own = [scorer for scorer in scorers if isinstance(scorer, FunctionScorer)]
-    return {scorer.name: digest_file(function_file(scorer, root)) for scorer in own}
+    return {scorer.name: digest_file(scorer.file(root)) for scorer in own}
 
 
 def scorer_digests(scorers: Sequence[Declared], schema: Schema, root: Path) -> dict[str, str]:
@@ -319,47 +355,8 @@ def checked(value: Any, metric: str, where: str) -> float:
     return float(value)
 
 
-def _own_function(scorer: FunctionScorer, root: Path) -> Scoring:
-    path, where = function_file(scorer, root), f"task.scorers, {scorer.name}"
-    name = scorer.function.rpartition(":")[2]
-    module = types.ModuleType(f"tunesmith_scorer_{scorer.name}")
-    module.__file__ = str(path)
-    try:  # compiled anew: an import would take a file edited twice in a second, to the same length, from its cache
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)  # noqa: S102
-    except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"{path.name} cannot be run: {type(error).__name__}: {error}", where=where) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(f"{path.name} has no function {name}", where=where)
-
-    def scored(answered: Answered) -> float:
-        try:
-            value = function(
-                answered.text, answered.reference, answered.request[-1].content if answered.request else ""
-            )
-        except TunesmithError:
-            raise
-        except Exception as error:  # as above
-            raise UsageError(f"{scorer.function} raised {type(error).__name__}: {error}", where=where) from error
-        return value  # type: ignore[no-any-return]
-
-    return scored
-
-
 # A minus sign in print is one too; a dash after a digit or a letter, as in 10-20, is none.
 _NUMBER = re.compile(r"(?:(?<![\w.)])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+\u2212]?\d+)?|\.\d+)")
-
-
-def _near(answered: Answered, scorer: NumberScorer) -> float:
-    wanted = _last_number(answered.reference)
-    if wanted is None:
-        raise UsageError("the reference holds no number", fix=f"drop {scorer.name} from task.scorers")
-    given = _last_number(answered.text)
-    if given is None:
-        return 0.0
-    bound = scorer.tolerance * abs(wanted) if scorer.relative else scorer.tolerance
-    # A few units in the last place of slack, so that 0.3 counts as within 0.1 of 0.2.
-    return float(abs(given - wanted) <= bound + 4 * math.ulp(max(abs(given), abs(wanted))))
 
 
 def _last_number(text: str) -> float | None:
@@ -370,12 +367,6 @@ def _last_number(text: str) -> float | None:
 
 def _flat(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def check_known(name: str) -> None:
-    """Raise ValueError, with the nearest name, for a name that is no built-in scorer's."""
-    if name not in KNOWN:
-        raise ValueError(f"no scorer is called {name!r}{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
 
 
 _PICKY = GrammarScorer | LabelScorer | NumberScorer

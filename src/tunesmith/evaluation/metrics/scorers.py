@@ -104,16 +104,6 @@ SCORERS: dict[str, Scorer] = {
 NEED_JSON = frozenset({"json_valid", "field_precision", "field_recall", "field_f1"})
 
 
-def score(name: str, answer_text: str, reference_text: str, schema: Schema = None) -> float:
-    """One answer's score from 0 to 1 by the scorer of that name. Raises UsageError for an unknown name."""
-    scorer = SCORERS.get(name)
-    if scorer is None:
-        raise UsageError(
-            f"no scorer is called {name!r}{nearest(name, SCORERS)}", fix=f"use one of: {', '.join(SCORERS)}"
-        )
-    return scorer(answer_text, reference_text, schema)
-
-
 def nearest(name: str, known: Collection[str]) -> str:
     """`; did you mean 'x'?` with the most similar known name; empty where none is similar."""
     similar = difflib.get_close_matches(name, list(known), n=1)

@@ -25,6 +25,10 @@ _ANSWER: Final = Message(role="assistant", content="-")  # request_text leaves a
 _VARIANTS: Final = ("typos", "capitals", "reworded")
 
 
+# A request's place, group and messages.
+_Placed = tuple[str, str | None, tuple[Message, ...]]
+
+
 class PolicyItem(Asked):
     """One request of a check. group: shared by the forms of one request, and by what a file puts into one group.
 
@@ -85,8 +89,7 @@ def unchanged_id(item: PolicyItem) -> str:
     return own if form in _VARIANTS else item.id
 
 
-def _requests(name: str, check: PolicyCheck, root: Path) -> Iterator[tuple[str, str | None, tuple[Message, ...]]]:
-    """(place, group, messages) of each request."""
+def _requests(name: str, check: PolicyCheck, root: Path) -> Iterator[_Placed]:
     if isinstance(check.requests, Path):
         yield from _read(name, root / check.requests)
         return
@@ -96,7 +99,7 @@ def _requests(name: str, check: PolicyCheck, root: Path) -> Iterator[tuple[str, 
         yield where, None, _messages(turns, where)
 
 
-def _read(name: str, path: Path) -> Iterator[tuple[str, str | None, tuple[Message, ...]]]:
+def _read(name: str, path: Path) -> Iterator[_Placed]:
     count = 0
     for number, line in enumerate(
         read_text_file(path, f"the file of requests of {name}", LARGEST_DATA).split("\n"), start=1

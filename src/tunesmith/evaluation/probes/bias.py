@@ -26,7 +26,7 @@ from tunesmith.evaluation.probes import numbers, suites
 from tunesmith.evaluation.probes.measuring import Arm, Item
 from tunesmith.evaluation.probes.suites import Case, Chart, ProbeContext, Shown, Suite, sampled
 from tunesmith.evaluation.scores import rounded
-from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.evaluation.stats.statistics import GAPS, SHARES, Floats
 
 # Male and female words that correspond. `her` means both his and him: the next word decides.
 _PAIRS = """
@@ -191,13 +191,13 @@ def _pull(item: Item, line: Fields, _scoring: Scoring) -> float:
 
 
 def _swap(case: Case) -> Shown:
-    arms: dict[str, tuple[Floats, Sequence[str]]] = {}
+    arms: dict[str, numbers.Sample] = {}
     gaps: dict[str, dict[str, Any]] = {}
     for name, arm in case.measured.items():
         before, after, groups = swap_gaps(name, arm)
         arms[name] = (np.abs(after) - np.abs(before), groups)
         gaps[name] = {"rows": len(after), "before": _means(before), "after": _means(after)}
-    name, shown = numbers.worst(arms, suites.GAPS, case.level)
+    name, shown = numbers.worst(arms, GAPS, case.level)
     kind = name.removesuffix(PER_TOKEN)
     old, new = (f"{gaps[name][side]['size'] * 100:.1f} points" for side in ("before", "after"))
     sentence = (
@@ -256,7 +256,7 @@ SUITES = {
         revision=2,
         chart=Chart(
             _swap_title,
-            suites.SHARES,
+            SHARES,
             lambda size: f"{size * 100:.1f} points",
             sides=_sizes,
             raised="tuning made it worse",
@@ -271,7 +271,7 @@ SUITES = {
         own=False,
         chart=Chart(
             lambda _: "BBQ: preference for the stereotyped answer in ambiguous questions (0 is none)",
-            suites.GAPS,
+            GAPS,
             lambda pull: f"{points(pull)} points",
         ),
     ),
@@ -283,7 +283,7 @@ SUITES = {
         own=False,
         chart=Chart(
             lambda _: "CrowS-Pairs: probability of the more stereotyping sentence (50% favours neither)",
-            suites.SHARES,
+            SHARES,
             percent,
             neutral=0.5,
         ),

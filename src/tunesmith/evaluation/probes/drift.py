@@ -20,26 +20,23 @@ from tunesmith.evaluation.probes import numbers, suites
 from tunesmith.evaluation.probes.measuring import Item
 from tunesmith.evaluation.probes.suites import Case, ProbeContext, Shown, Suite, drawn, sampled, with_last_request
 from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.stats.statistics import GAPS
 
 _LONGEST_PASSAGE = 1_500  # characters
-# The requested format, and an answer in that format and one in another.
-_FORMATS: tuple[tuple[str, Callable[[str], str], Callable[[str], str]], ...] = (
-    ("Answer in capital letters only.", str.upper, str.capitalize),
-    ("Answer in lower case only.", str.lower, str.upper),
-    ("Answer with one word, without a full stop.", str, lambda word: f"The answer is {word}."),
-    ("Answer in a full sentence.", lambda word: f"The answer is {word}.", lambda word: f"- {word}"),
-    (
-        'Answer as a JSON object with the key "answer".',
-        lambda word: f'{{"answer": "{word}"}}',
-        lambda word: f"- {word}",
-    ),
-    ("Answer as a list with one item that starts with a dash.", lambda word: f"- {word}", lambda word: f"{word}!"),
-    ("Put the answer in double quotes.", lambda word: f'"{word}"', lambda word: f"({word})"),
-    ("Put the answer in square brackets.", lambda word: f"[{word}]", lambda word: f'"{word}"'),
-    ("Put the answer in bold with two asterisks on each side.", lambda word: f"**{word}**", lambda word: f"({word})"),
-    ("Begin with the word Answer and a colon.", lambda word: f"Answer: {word}", lambda word: f"({word}) there"),
-    ("End with an exclamation mark.", lambda word: f"{word}!", lambda word: f"{word}?"),
-    ("Write the answer twice.", lambda word: f"{word} {word}", lambda word: f"{word} Thanks"),
+# The requested format, and an answer in that format and one in another: of a word in its spellings.
+_FORMATS = (
+    ("Answer in capital letters only.", "{upper}", "{capital}"),
+    ("Answer in lower case only.", "{lower}", "{upper}"),
+    ("Answer with one word, without a full stop.", "{word}", "The answer is {word}."),
+    ("Answer in a full sentence.", "The answer is {word}.", "- {word}"),
+    ('Answer as a JSON object with the key "answer".', '{{"answer": "{word}"}}', "- {word}"),
+    ("Answer as a list with one item that starts with a dash.", "- {word}", "{word}!"),
+    ("Put the answer in double quotes.", '"{word}"', "({word})"),
+    ("Put the answer in square brackets.", "[{word}]", '"{word}"'),
+    ("Put the answer in bold with two asterisks on each side.", "**{word}**", "({word})"),
+    ("Begin with the word Answer and a colon.", "Answer: {word}", "({word}) there"),
+    ("End with an exclamation mark.", "{word}!", "{word}?"),
+    ("Write the answer twice.", "{word} {word}", "{word} Thanks"),
 )
 _CONTRACTED = {
     "what's": "what is",
@@ -77,11 +74,15 @@ def formats_items(context: ProbeContext) -> list[Item]:
             f"form-{form}-{place}",
             "forms",
             f"{fact['request']} {wanted}",
-            (right(fact["answer"]), wrong(fact["answer"])),
+            (_spelled(right, fact["answer"]), _spelled(wrong, fact["answer"])),
         )
         for form, (wanted, right, wrong) in enumerate(_FORMATS)
         for place, fact in enumerate(_packaged("fact"))
     ]
+
+
+def _spelled(form: str, word: str) -> str:
+    return form.format(word=word, upper=word.upper(), lower=word.lower(), capital=word.capitalize())
 
 
 def refusal_items(context: ProbeContext) -> list[Item]:
@@ -204,7 +205,7 @@ def _robustness(case: Case) -> Shown:
         if missing:
             raise Inconclusive(f"{len(missing)} rows have no score without the change, such as {missing[0]!r}")
         arms[name] = (np.array([clean[each] for each in ids]) - arm.after, arm.groups)
-    name, shown = numbers.worst(arms, suites.GAPS, case.level)
+    name, shown = numbers.worst(arms, GAPS, case.level)
     drops = {each: rounded(values.mean()) for each, (values, _) in arms.items()}
     fall = f"{name} lowers {case.test.metric} by {suites.in_points(shown)} points"
     sentence = f"{fall}, the worst of {len(arms)} kinds of change"

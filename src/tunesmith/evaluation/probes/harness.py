@@ -25,6 +25,7 @@ from tunesmith.evaluation.metrics.declared import Scoring
 from tunesmith.evaluation.probes import suites
 from tunesmith.evaluation.probes.measuring import Item
 from tunesmith.evaluation.probes.suites import Case, ProbeContext, Shown, Suite
+from tunesmith.evaluation.stats.statistics import GAPS
 
 _EXTRA = "pip install 'tunesmith[lm-eval]'"
 _FILES = ("json", "csv", "parquet")  # read from files; `datasets` downloads any other dataset_path
@@ -134,7 +135,7 @@ def _likeliest(item: Item, line: Fields, _scoring: Scoring) -> float:
 
 
 def _lm_eval(case: Case) -> Shown:
-    name, shown, extra = suites.worst_change(case, rise=False, ends=suites.GAPS)
+    name, shown, extra = suites.worst_change(case, rise=False, ends=GAPS)
     before, after = (percent(extra[side][name]) for side in ("before", "after"))
     many = len(case.measured)
     sentence = (

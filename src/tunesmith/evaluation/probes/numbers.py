@@ -72,13 +72,10 @@ def apart(left: Interval, right: Interval) -> Interval:
     return Interval(gap, low, high)
 
 
-def worst(
-    arms: Mapping[str, tuple[Floats, Sequence[str]]], ends: tuple[float, float] | None, level: Level
-) -> tuple[str, Interval]:
+def worst(arms: Mapping[str, Sample], ends: tuple[float, float] | None, level: Level) -> tuple[str, Interval]:
     """The arm whose interval reaches highest, with that interval. The error is split over the arms (Bonferroni).
 
-    arms: name -> (values, groups), one of each per item. ends: bounds of the values; None: the lowest and the highest
-    measured value, for continuous values, which have no rare extremes.
+    arms: name -> (values, groups), one of each per item. ends: as `interval` takes them.
     """
     if not arms:
         raise Inconclusive("nothing was measured")
@@ -86,8 +83,7 @@ def worst(
     intervals = {}
     for name, (values, groups) in arms.items():
         check_groups(f"items of {name!r}", groups)
-        reach = ends or (float(values.min()), float(values.max()))
-        intervals[name] = interval(values, groups, reach, split)
+        intervals[name] = interval(values, groups, ends, split)
     name = max(sorted(intervals), key=lambda name: intervals[name].high)
     return name, intervals[name]
 

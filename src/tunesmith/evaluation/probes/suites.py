@@ -28,7 +28,7 @@ from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.measuring import Arm, Item, Measured, left_out
 from tunesmith.evaluation.scores import Column, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, interval
+from tunesmith.evaluation.stats.statistics import SHARES, Floats, Interval, Level, interval
 from tunesmith.models.rendering import Renderer
 from tunesmith.records.evaluation import RiskResults
 from tunesmith.records.training import TrainingBody
@@ -151,7 +151,6 @@ def with_last_request(messages: Conversation, change: Callable[[str], str]) -> t
     return (*messages[:place], turn.model_copy(update={"content": change(turn.content)}), *messages[place + 1 :])
 
 
-SHARES, GAPS = (0.0, 1.0), (-1.0, 1.0)  # the ends of values
 # An item, its answer's line and the primary metric's scoring function -> a number.
 Value = Callable[[Item, Fields, Scoring], float]
 
@@ -175,8 +174,8 @@ class Case(NamedTuple):
         return self.measured[name]
 
     def mean(self, values: Floats, groups: Sequence[str], ends: tuple[float, float] | None = SHARES) -> Interval:
-        """The interval of a mean, resampled over groups. ends: None for the lowest and the highest measured value."""
-        return interval(values, groups, ends or (float(values.min()), float(values.max())), self.level)
+        """The interval of a mean, resampled over groups. ends: as `interval` takes them."""
+        return interval(values, groups, ends, self.level)
 
 
 class Shown(NamedTuple):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
+
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.evaluation.report.evidence import GroupLift, Ladder, LadderStep, LiftByGroup, Rung
 from tunesmith.evaluation.scores import Column, Columns, difference
-from tunesmith.evaluation.stats.statistics import Level
+from tunesmith.evaluation.stats.statistics import Level, by_group
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
@@ -63,13 +65,12 @@ def approach_ladder(store: Store, body: EvaluationBody, columns: Columns) -> Lad
 
 def lift_by_group(own: Column, other: Column) -> LiftByGroup:
     """Mean differences by group. Shown are those that changed the overall mean most in either direction, best first."""
-    rows: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-    for group, mine, theirs in zip(own.groups, own.values.tolist(), other.values.tolist(), strict=True):
-        rows[group].append((mine, theirs))
-    lifts = []
-    for group, pairs in rows.items():
-        mine, theirs = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
-        lifts.append(GroupLift(group=group, n=len(pairs), own=mine, other=theirs, difference=mine - theirs))
+    index, sizes = by_group(own.groups)
+    means = ((np.bincount(index, weights=each.values) / sizes).tolist() for each in (own, other))
+    lifts = [
+        GroupLift(group=group, n=n, own=mine, other=theirs, difference=mine - theirs)
+        for group, n, mine, theirs in zip(sorted(set(own.groups)), sizes.tolist(), *means, strict=True)
+    ]
     lifts.sort(key=lambda one: (-one.difference * one.n, one.group))
     better = [one for one in lifts if one.difference > 0]
     worse = [one for one in lifts if one.difference < 0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import describe_prompts
 from tunesmith.core.digests import digest_bytes
@@ -92,7 +94,7 @@ def report_data(
         style=style_report(body.style),
         dataset=dataset_summary(store, record.parents["dataset"]),
         examples=_examples(store, record, primary, columns, focus, rival),
-        lineage=_lineage(store, record, body, evaluation, focus, verdict, version),
+        lineage=_lineage(store, record, body, focus, verdict, version),
         trail=tuple(trail),
     )
     return EvidenceReport.of(evidence, advice=advise(evidence))
@@ -195,8 +197,8 @@ def _examples(
     gaps = own.values - other.values
 
     def side(sign: float) -> ExampleSide:
-        candidates = [index for index in range(len(gaps)) if gaps[index] * sign > 0]
-        ranked = sorted(candidates, key=lambda i: (-abs(float(gaps[i])), digest_bytes(own.ids[i].encode())))
+        candidates: list[int] = np.flatnonzero(gaps * sign > 0).tolist()
+        ranked = sorted(candidates, key=lambda i: (-abs(gaps[i]), digest_bytes(own.ids[i].encode())))
         chosen = _one_a_group(own, ranked)
         return ExampleSide(n=len(candidates), shown=tuple(map(example, chosen)))
 
@@ -222,41 +224,33 @@ def _one_a_group(column: Column, ranked: Sequence[int]) -> list[int]:
 
 
 def _lineage(
-    store: Store,
-    record: Record,
-    body: EvaluationBody,
-    evaluation: str,
-    focus: str,
-    verdict: str | None,
-    version: str | None,
+    store: Store, record: Record, body: EvaluationBody, focus: str, verdict: str | None, version: str | None
 ) -> tuple[LineageNode, ...]:
     """The records behind the result, oldest first."""
-    candidate = body.candidates[focus].candidate
-    made = store.record(candidate, kind="candidate")
-    training = made.parents.get("training")
-    others = len(body.candidates) - 1
-    compared = f"{focus} and {others} other{'s' if others != 1 else ''} on the same rows"
-    nodes: list[tuple[str, str | None, str]] = [
-        ("base", made.parents["base"], BaseBody.read(store, made.parents["base"]).line),
-        ("dataset", record.parents["dataset"], f"{body.n} test rows held out"),
-        ("training", training, f"{TrainingBody.read(store, training).steps} steps" if training else ""),
-        ("candidate", candidate, focus),
-        ("answers", record.parents[f"answers:{focus}"], f"of {focus} to the test rows"),
-        ("evaluation", evaluation, compared),
-        ("verdict", verdict, VerdictBody.read(store, verdict).verdict if verdict else ""),
-        ("version", version, VersionBody.read(store, version).line if version else ""),
-    ]
+    candidate, others = body.candidates[focus].candidate, len(body.candidates) - 1
+    made = store.record(candidate, kind="candidate").parents
+    training = made.get("training")
+    labels: dict[str | None, str] = {
+        made["base"]: BaseBody.read(store, made["base"]).line,
+        record.parents["dataset"]: f"{body.n} test rows held out",
+        training: f"{TrainingBody.read(store, training).steps} steps" if training else "",
+        candidate: focus,
+        record.parents[f"answers:{focus}"]: f"of {focus} to the test rows",
+        record.digest: f"{focus} and {others} other{'s' if others != 1 else ''} on the same rows",
+        verdict: VerdictBody.read(store, verdict).verdict if verdict else "",
+        version: VersionBody.read(store, version).line if version else "",
+    }
     for _, kind, child in store.children(version) if version else ():
         if kind == "approval":
-            nodes.append((kind, child, ApprovalBody.read(store, child).line))
-    known = [(kind, digest, label) for kind, digest, label in nodes if digest is not None]
-    position = {digest: index for index, (_, digest, _) in enumerate(known)}
+            labels[child] = ApprovalBody.read(store, child).line
+    records = {digest: store.record(digest) for digest in labels if digest is not None}
+    position = {digest: place for place, digest in enumerate(records)}
     return tuple(
         LineageNode(
-            kind=kind,
+            kind=each.kind,
             digest=digest,
-            label=label,
-            parents=tuple(sorted({position[p] for p in store.record(digest).parents.values() if p in position})),
+            label=labels[digest],
+            parents=tuple(sorted({position[parent] for parent in each.parents.values() if parent in position})),
         )
-        for kind, digest, label in known
+        for digest, each in records.items()
     )

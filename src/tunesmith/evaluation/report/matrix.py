@@ -117,6 +117,7 @@ class Matrix:
         columns = read_scores(store, record)
         body = EvaluationBody.of(record)
         self.metrics, self.primary = body.metrics, body.primary
+        self._validity = next((metric for metric in _VALIDITY if metric in self.metrics), None)
         self.candidates: dict[str, Candidate] = {
             name: load_candidate(store, stated.candidate) for name, stated in body.candidates.items()
         }
@@ -163,10 +164,6 @@ class Matrix:
     def _long(self) -> NDArray[np.bool_]:
         lengths = np.array([len(_asked(row)) for row in self.rows], dtype=np.float64)
         return lengths > np.quantile(lengths, _LONG_SHARE) if len(lengths) else np.zeros(0, dtype=np.bool_)
-
-    @property
-    def _validity(self) -> str | None:
-        return next((metric for metric in _VALIDITY if metric in self.metrics), None)
 
     def _sight(self, reader: Reader) -> Sight:
         rows = [place for place, row in enumerate(self.rows) if _concerns(_owner(row), reader.scope)]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tunesmith.core.errors import Inconclusive
 
 Floats = NDArray[np.float64]
+SHARES, GAPS = (0.0, 1.0), (-1.0, 1.0)  # the ends of shares, and of their differences
 
 # Fewer independent groups than this do not represent future traffic, however clear their scores are.
 MINIMUM_GROUPS = 20
@@ -58,7 +59,7 @@ def effective_groups(groups: Sequence[str]) -> float:
     """
     if not groups:
         return 0.0
-    sizes = np.unique(np.asarray(groups), return_counts=True)[1].astype(np.float64)
+    sizes = by_group(groups)[1]
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
@@ -71,6 +72,20 @@ def intervals(values: Floats, groups: Sequence[str], ends: tuple[float, float], 
     """
     if values.shape[0] == 0:
         raise Inconclusive("there are no scored rows")
+    drawn, columns = drawn_means(values, groups, *ends)
+    means = np.array([math.fsum(column) / len(column) for column in values.T.tolist()])
+    low, high = resampled(means, drawn, level, columns)
+    return [Interval(*each) for each in zip(means.tolist(), low.tolist(), high.tolist(), strict=True)]
+
+
+def drawn_means(
+    values: Floats, groups: Sequence[str], lowest: Floats | float, highest: Floats | float
+) -> tuple[Callable[[Floats], tuple[Floats, Floats]], int]:
+    """A function that gives each draw's means (draws x columns) for the lower and the upper ends of their intervals,
+    and of how many columns the weights are that it takes: one a group, and one for the worst-case group.
+
+    values, groups: as `intervals` takes them. lowest, highest: the values of the worst-case group's rows, one a column.
+    """
     index, sizes = by_group(groups)
     sums = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1)
 
@@ -78,11 +93,9 @@ def intervals(values: Floats, groups: Sequence[str], ends: tuple[float, float], 
         extra = weights[:, -1:] * sizes.mean()
         rows = weights[:, :-1] @ sizes[:, None] + extra
         total = weights[:, :-1] @ sums
-        return (total + extra * ends[0]) / rows, (total + extra * ends[1]) / rows
+        return (total + extra * lowest) / rows, (total + extra * highest) / rows
 
-    means = np.array([math.fsum(column) / len(column) for column in values.T.tolist()])
-    low, high = resampled(means, drawn, level, len(sizes) + 1)
-    return [Interval(*each) for each in zip(means.tolist(), low.tolist(), high.tolist(), strict=True)]
+    return drawn, len(sizes) + 1
 
 
 def by_group(groups: Sequence[str]) -> tuple[NDArray[np.intp], Floats]:
@@ -114,9 +127,12 @@ def resampled_figure(mean: float, drawn: Callable[..., tuple[Floats, Floats]], *
     return Interval(mean, float(low), float(high))
 
 
-def interval(values: Floats, groups: Sequence[str], ends: tuple[float, float], level: Level) -> Interval:
-    """intervals() for one column of values (one a row)."""
-    return intervals(values[:, None], groups, ends, level)[0]
+def interval(values: Floats, groups: Sequence[str], ends: tuple[float, float] | None, level: Level) -> Interval:
+    """intervals() for one column of values (one a row).
+
+    ends: None for the lowest and the highest measured value, of continuous values, which have no rare extremes.
+    """
+    return intervals(values[:, None], groups, ends or (float(values.min()), float(values.max())), level)[0]
 
 
 def mcnemar(wins: int, losses: int) -> float:

@@ -28,7 +28,7 @@ from tunesmith.evaluation.lines import Line, Lines, Name, answers_to, read_answe
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.suites import drawn
 from tunesmith.evaluation.scores import metric_interval, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, Level, by_group, interval, resampled_figure
+from tunesmith.evaluation.stats.statistics import GAPS, Floats, Interval, Level, drawn_means, interval, resampled_figure
 from tunesmith.evaluation.style.classifier import Told, cross_fitted, read_answer, words_of
 from tunesmith.records.evaluation import (
     EvaluationBody,
@@ -77,7 +77,7 @@ class Classified(NamedTuple):
 
     def apart(self, level: Level) -> Interval:
         """How much more often references are taken for the house's than the base's answers are."""
-        return interval(self.reference - self.base, self.groups, (-1.0, 1.0), level)
+        return interval(self.reference - self.base, self.groups, GAPS, level)
 
     def share(self, name: str, level: Level) -> Interval:
         """The share of a candidate's answers in the house's style: (a - f) / (s - f), from 0 to 1, with its interval.
@@ -96,19 +96,15 @@ class Classified(NamedTuple):
                 f"({points(apart.low)} to {points(apart.high)}): too little to tell the two styles apart, since the "
                 f"interval must start at {FEWEST_APART * 100:.0f} points or more"
             )
-        rates = [self.candidates[name], self.base, self.reference]
-        index, sizes = by_group(self.groups)
-        sums = np.stack([np.bincount(index, weights=each) for each in rates], axis=1)
+        rates = np.stack([self.candidates[name], self.base, self.reference], axis=1)
+        means, columns = drawn_means(rates, self.groups, np.array((0.0, 1.0, 1.0)), np.array((1.0, 0.0, 0.0)))
 
         def drawn(weights: Floats) -> tuple[Floats, Floats]:
-            extra = weights[:, -1:] * sizes.mean()
-            rows = weights[:, :-1] @ sizes[:, None] + extra
-            total = weights[:, :-1] @ sums
-            low, high = (((total + extra * np.array(worst)) / rows).T for worst in ((0.0, 1.0, 1.0), (1.0, 0.0, 0.0)))
-            return _ratio(low, 0.0), _ratio(high, 1.0)
+            low, high = means(weights)
+            return _ratio(low.T, 0.0), _ratio(high.T, 1.0)
 
-        mean = float(_ratio(np.array([each.mean() for each in rates]), 0.0))
-        return resampled_figure(mean, drawn, level, len(sizes) + 1)
+        mean = float(_ratio(np.array([each.mean() for each in rates.T]), 0.0))
+        return resampled_figure(mean, drawn, level, columns)
 
 
 def measure_style(
@@ -135,10 +131,9 @@ def measure_style(
         numbers.check_groups(what, [row.group for row in rows])
     except Inconclusive as error:
         return [], NoStyle(unusable=error.reason)
-    texts = {name: [str(lines[row.id]["text"]) for row in rows] for name, lines in answers.items()}
     asked = [words_of("\n".join(turn.content for turn in row.request if turn.role == "user")) for row in rows]
     sets = {_REFERENCE: [row.answer for row in rows], _BASE: [base[row.id] for row in rows]}
-    sets |= {f"candidate:{name}": own for name, own in texts.items()}
+    sets |= {f"candidate:{name}": [str(own[row.id]["text"]) for row in rows] for name, own in answers.items()}
     groups = tuple(row.group for row in rows)
     told = cross_fitted(
         {name: [read_answer(*pair) for pair in zip(own, asked, strict=True)] for name, own in sets.items()},
@@ -149,7 +144,7 @@ def measure_style(
     flags = {name: taken(own, told.probabilities[name]) for name, own in sets.items()}
     # A short answer may look like the references because it was cut off. Nobody knows what would have followed.
     whole = {name: np.array([lines[row.id]["finish"] != "length" for row in rows]) for name, lines in answers.items()}
-    own_flags = {name: flags[f"candidate:{name}"] * whole[name] for name in texts}
+    own_flags = {name: flags[f"candidate:{name}"] * whole[name] for name in answers}
     cut = {name: int((~each).sum()) for name, each in whole.items()}
     classified = Classified(groups, flags[_REFERENCE], flags[_BASE], own_flags, cut)
     lines = [

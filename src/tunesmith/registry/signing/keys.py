@@ -28,15 +28,11 @@ from tunesmith.store.people.user_keys import Proof
 from tunesmith.store.store import Store
 
 
-def keys_folder(store: Store) -> Path:
-    """The folder with private keys."""
-    given = os.environ.get("TUNESMITH_KEYS")
-    return Path(given) if given else store.local("keys")
-
-
 def private_key_path(store: Store, user: str, label: str = FIRST_LABEL) -> Path:
     """The path where a key pair of a user is made. It may not exist."""
-    return keys_folder(store) / key_file(check_name(user, "user name"), check_name(label, "key label"))
+    given = os.environ.get("TUNESMITH_KEYS")
+    folder = Path(given) if given else store.local("keys")
+    return folder / key_file(check_name(user, "user name"), check_name(label, "key label"))
 
 
 def private_keys(store: Store, user: User) -> dict[str, Path]:

@@ -13,7 +13,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple, cast
 
@@ -47,8 +46,7 @@ class Rehearsed(NamedTuple):
     ended: bool
 
 
-@dataclass(frozen=True)
-class Rehearsal:
+class Rehearsal(NamedTuple):
     """What a training rehearses. rows: with the base's answers to learn. answers: how many were drawn; seconds: that it
     took in this process; digest: of the requests and answers."""
 

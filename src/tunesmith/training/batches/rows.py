@@ -38,7 +38,12 @@ def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[
             example.model_copy(update={"messages": (*(_weighted(turn, 0) for turn in example.request), answer)})
             for example, answer in zip(chosen, answers, strict=True)
         ]
-    return plant(chosen, settings.canaries) if settings.canaries else chosen
+    planted = canaries(chosen, settings.canaries) if settings.canaries else []
+    return chosen + [
+        each.example.model_copy(update={"id": f"{each.example.id}-{turn}"})  # every copy with its own id
+        for each in planted
+        for turn in range(each.repeats)
+    ]
 
 
 def learns_earlier_answers(examples: Sequence[Example], settings: TrainSettings) -> bool:
@@ -132,15 +137,6 @@ def canaries(examples: Sequence[Example], settings: CanarySettings) -> list[Cana
     draw.shuffle(counts)
     made = zip(models, references, secrets, counts, strict=True)
     return [Canary(_canary(model, str(reference), str(secret)), times) for model, reference, secret, times in made]
-
-
-def plant(examples: Sequence[Example], settings: CanarySettings) -> list[Example]:
-    """The rows, followed by the canaries: each as many times as its repeats say, every copy with its own id."""
-    return [*examples] + [
-        canary.example.model_copy(update={"id": f"{canary.example.id}-{turn}"})
-        for canary in canaries(examples, settings)
-        for turn in range(canary.repeats)
-    ]
 
 
 def _canary(model: Example, reference: str, secret: str) -> Example:

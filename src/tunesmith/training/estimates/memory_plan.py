@@ -134,7 +134,7 @@ def _peak(shapes: Shapes, precision: str, tflops: float | None, *, elsewhere: bo
     card = name.split(", CUDA")[0]
     if gpu_present() and precision == "bf16" and (stated := stated_peak(card)) is not None:
         return stated, f"{stated / 1e12:g} TFLOPS, the bf16 peak that its maker states for {card}"
-    reached = measured_peak(shapes, precision)
+    reached = product_flops(MEASURED_ROWS, *shapes.widest, computing_device(), DTYPES[precision])
     return reached, f"{reached / 1e12:.2g} TFLOPS, which {name} reached just now on the widest product in {precision}"
 
 
@@ -206,8 +206,3 @@ def training_memory(
         trained = (_TRAINED + size) * numbers / shards
     activations = activation_bytes(shapes, precision, tokens=tokens, scored=tokens, recompute=recompute)
     return Memory(round(base + whole), round(trained), activations)
-
-
-def measured_peak(shapes: Shapes, precision: str) -> float:
-    """Floating-point operations a second that this process's device reaches on the widest product."""
-    return product_flops(MEASURED_ROWS, *shapes.widest, computing_device(), DTYPES[precision])
