@@ -41,19 +41,17 @@ class Progress(Protocol):
         """
 
 
-class _SilentTask:
+class Silent:
+    """A Progress, and its tasks, that show nothing."""
+
+    def task(self, title: str, total: float) -> AbstractContextManager[Task]:
+        return nullcontext(self)
+
     def advance(self, amount: float = 1.0) -> None:
         return None
 
     def note(self, text: str) -> None:
         return None
-
-
-class Silent:
-    """A Progress that shows nothing."""
-
-    def task(self, title: str, total: float) -> AbstractContextManager[Task]:
-        return nullcontext(_SilentTask())
 
     def say(self, text: str) -> None:
         return None

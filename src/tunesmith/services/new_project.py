@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from pydantic import Field
 from tunesmith.candidates.grammars.drafted_prompts import long_prompt, short_prompt
 from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, json_objects
 from tunesmith.core.errors import NextStep, TunesmithError, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Conversation
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.reading.strict_json import json_in
@@ -489,7 +489,7 @@ class RowFindings:
         self.held_groups = effective_groups([each for each, at in zip(groups, splits, strict=True) if at == "test"])
 
 
-def _tokens(conversation: Sequence[Message]) -> float:
+def _tokens(conversation: Conversation) -> float:
     """About how many tokens a conversation has: one for four letters of English, and one for each that is not ASCII."""
     texts = "".join(turn.content for turn in conversation)
     ascii_letters = len(texts.encode("ascii", errors="ignore"))
@@ -511,7 +511,7 @@ class ControlTokens:
     def __init__(self, base: str, root: Path, progress: Progress) -> None:
         self._base, self._root, self._progress = base, root, progress
 
-    def reason(self, messages: Sequence[Message]) -> str | None:
+    def reason(self, messages: Conversation) -> str | None:
         """Why `data build` removes or refuses a row; None for a row without control tokens."""
         if not any(_MARK.search(text) for turn in messages for text in turn.shown_texts()):
             return None

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import second
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, Turns
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.values import Omitted, Page, ScopedView, View
@@ -167,7 +167,7 @@ class ShownDecision(View):
     reviewer: str
     decision: str
     reason: str
-    messages: tuple[Message, ...]
+    messages: Turns
     settles: bool
     at: str
 
@@ -181,7 +181,7 @@ class ReviewItem(ReviewLine):
     """
 
     dataset: str
-    messages: tuple[Message, ...]
+    messages: Turns
     revision: int
     decisions: tuple[ShownDecision, ...]
     may: bool
@@ -284,7 +284,7 @@ def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
     with store.reading() as session:
         row, _ = queue.get_item(session, number)
     messages, more = _text(store, row)
-    edited: tuple[Message, ...] = ()
+    edited: Turns = ()
     if asked.decision == "edit":
         edited = _edited(row, messages, asked.contents)
     elif asked.decision == "accept" and not more.get("expected", True):
@@ -399,7 +399,7 @@ def _waiting(session: Session, acting: Acting) -> list[int]:
     return queue.waiting_for(session, acting.actor, "steward" in acting.user.roles)
 
 
-def _text(store: Store, row: ReviewItemRow) -> tuple[tuple[Message, ...], dict[str, Any]]:
+def _text(store: Store, row: ReviewItemRow) -> tuple[Turns, dict[str, Any]]:
     """An item's turns, and what else is known of a kept request."""
     if row.kind == "row":
         return queue.messages_of(row.messages), {}
@@ -416,7 +416,7 @@ def _case(store: Store, request: str) -> Case:
     return case
 
 
-def _edited(row: ReviewItemRow, messages: tuple[Message, ...], contents: Sequence[str] | None) -> tuple[Message, ...]:
+def _edited(row: ReviewItemRow, messages: Turns, contents: Sequence[str] | None) -> Turns:
     if contents is None or len(contents) != len(messages):
         raise UsageError(f"an edit states the text of all {len(messages)} turns", fix="show the item again")
     texts = [_lines(text) for text in contents]  # a browser's form sends other line ends
@@ -510,7 +510,7 @@ class HeldAnswerView(HeldView):
     completion: the chat.completion object, once the answer may leave.
     """
 
-    messages: Omitted[tuple[Message, ...]] = None
+    messages: Omitted[Turns] = None
     answer: Omitted[str] = None
     edited: Omitted[str] = None
     completion: Omitted[JsonObject] = None

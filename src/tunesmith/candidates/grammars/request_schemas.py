@@ -51,7 +51,7 @@ def check_schema(schema: Any, *, strict: bool) -> None:
     strict: also for one beyond the subset that OpenAI takes with `strict: true`.
     """
     counted = dict.fromkeys(("properties", "enum values", "letters"), 0)
-    parts = list(_parts(schema, "schema", 0))
+    parts = list(_parts(schema))
     checked = frozenset(id(part) for _, part, _ in parts)
     for place, part, level in parts:
         _check_part(part, place, strict)
@@ -71,9 +71,9 @@ def check_schema(schema: Any, *, strict: bool) -> None:
         raise ValueError("strict: the schema's own type must be 'object', without anyOf")
 
 
-def _parts(schema: Any, place: str, level: int) -> Iterator[tuple[str, JsonObject, int]]:
+def _parts(schema: Any) -> Iterator[tuple[str, JsonObject, int]]:
     """(place, part, level) of a schema and every schema in it. Raises ValueError for what is not a schema."""
-    waiting: list[tuple[str, Any, int]] = [(place, schema, level)]
+    waiting: list[tuple[str, Any, int]] = [("schema", schema, 0)]
     while waiting:
         place, part, level = waiting.pop()
         if isinstance(part, bool) and place != "schema":

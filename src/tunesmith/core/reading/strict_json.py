@@ -83,7 +83,7 @@ def values_in(value: Any, *keys: str | int) -> Iterator[tuple[tuple[str | int, .
         yield from values_in(each, *keys, key)
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     """The object of these pairs. Raises ValueError for a key that occurs twice."""
     keyed = dict(pairs)
     if len(keyed) != len(pairs):

@@ -12,7 +12,7 @@ from typing import Final
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import Fields, NotJson, parse_json
-from tunesmith.data.formats.tool_calls import given
+from tunesmith.data.formats.tool_calls import given, object_of
 
 LEAST_EXAMPLES: Final = 10
 _MOST_FUNCTIONS: Final = 128
@@ -37,9 +37,8 @@ def require_openai(fields: Fields, where: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise UsageError("messages must be a list of at least one message", where=f"{where}, messages")
     for place, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise UsageError("a message must be an object", where=f"{where}, messages[{place}]")
-        _require_message(message, f"{where}, messages[{place}]")
+        at = f"{where}, messages[{place}]"
+        _require_message(object_of(message, "message", at), at)
     if messages[-1]["role"] != "assistant":
         raise UsageError(
             f"the last message must be from the assistant, not {messages[-1]['role']}",
@@ -57,7 +56,6 @@ def require_openai(fields: Fields, where: str) -> None:
 
 
 def _require_message(message: Fields, where: str) -> None:
-    message = given(message)
     role = message.get("role")
     if role not in _NEEDED:
         raise UsageError(f"there is no role {role!r}", where=f"{where}.role", fix=f"one of {', '.join(_NEEDED)}")

@@ -17,7 +17,7 @@ from tunesmith.core.messages import Conversation, Message, Role, ToolCall, with_
 from tunesmith.core.reading.strict_json import Fields
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.row_readers import SourceRow
-from tunesmith.data.formats.tool_calls import given, made_id, parsed, read_call, read_calls, read_tools, sound
+from tunesmith.data.formats.tool_calls import made_id, object_of, parsed, read_call, read_calls, read_tools, sound
 
 AUTO: Final = "auto"
 OPENAI: Final = "openai"
@@ -340,10 +340,8 @@ def _entries(fields: Fields, key: str, where: str) -> list[tuple[str, Fields]]:
     if not isinstance(entries, list):
         what = f"{key} is a {type(entries).__name__}, not a list of turns"
         raise UsageError(what, where=f"{where}, {key}", fix="write the rows as JSONL: CSV holds no lists")
-    for place, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise UsageError("a turn must be an object", where=f"{where}, {key}[{place}]")
-    return [(f"{where}, {key}[{place}]", given(entry)) for place, entry in enumerate(entries)]
+    places = [f"{where}, {key}[{place}]" for place in range(len(entries))]
+    return [(place, object_of(entry, "turn", place)) for place, entry in zip(places, entries, strict=True)]
 
 
 _ROLES: Final = {role: role for role in get_args(Role)}

@@ -26,15 +26,20 @@ def read_tools(value: Any, where: str) -> list[JsonObject]:
     return parsed(_written(tools, where), where)  # type: ignore[no-any-return]
 
 
+def object_of(entry: Any, what: str, where: str) -> JsonObject:
+    """What is given of a turn, a tool or a call. Raises UsageError where it is no object."""
+    if not isinstance(entry, dict):
+        raise UsageError(f"a {what} must be an object", where=where)
+    return given(entry)
+
+
 def given(entry: Fields) -> JsonObject:
     """The keys of a turn, a tool or a call that are not null: null stands for a key that is not there."""
     return {key: value for key, value in entry.items() if value is not None}
 
 
 def _tool(entry: Any, where: str) -> JsonObject:
-    if not isinstance(entry, dict):
-        raise UsageError("a tool must be an object", where=where)
-    entry = given(entry)
+    entry = object_of(entry, "tool", where)
     function = entry.get("function", entry)
     kind = entry.get("type", "function")
     if kind != "function" or not isinstance(function, dict):
@@ -55,9 +60,7 @@ def read_calls(value: Any, where: str, first: int) -> tuple[ToolCall, ...]:
 
 def read_call(entry: Any, where: str, number: int) -> ToolCall:
     """One call: {"name", "arguments"}, itself or under `function`. Raises UsageError for anything else."""
-    if not isinstance(entry, dict):
-        raise UsageError("a call must be an object", where=where)
-    entry = given(entry)
+    entry = object_of(entry, "call", where)
     function = entry.get("function", entry)
     if not isinstance(function, dict) or entry.get("type", "function") != "function":
         raise UsageError("a call must have a function with a name and arguments", where=where)

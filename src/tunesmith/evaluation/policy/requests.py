@@ -10,7 +10,7 @@ from pydantic import ConfigDict, ValidationError
 
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Conversation, Message
+from tunesmith.core.messages import Conversation, Message, Turns
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.core.values import Frozen
@@ -26,7 +26,7 @@ _VARIANTS: Final = ("typos", "capitals", "reworded")
 
 
 # A request's place, group and messages.
-_Placed = tuple[str, str | None, tuple[Message, ...]]
+_Placed = tuple[str, str | None, Turns]
 
 
 class PolicyItem(Asked):
@@ -38,7 +38,7 @@ class PolicyItem(Asked):
 
     check: str
     group: str
-    request: tuple[Message, ...]
+    request: Turns
 
 
 class _Row(Frozen):
@@ -130,7 +130,7 @@ def _line(line: str, where: str) -> _Row:
     return row
 
 
-def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
+def _messages(turns: Sequence[Any], where: str) -> Turns:
     """The messages of turns: a text is what the user says. Raises UsageError for turns that cannot be answered."""
     try:
         messages = tuple(

@@ -16,7 +16,7 @@ from tunesmith.candidates.composing import Composer, compose
 from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Inconclusive, UsageError
-from tunesmith.core.messages import Conversation, Message
+from tunesmith.core.messages import Conversation, Message, Turns
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.text.wording import percent, points
@@ -36,8 +36,8 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import Canary, canaries, training_rows
 from tunesmith.training.settings import recorded_settings
 
-Put = Callable[[Example, Conversation], tuple[Message, ...]]
-Asked = Callable[[Conversation], tuple[Message, ...]]
+Put = Callable[[Example, Conversation], Turns]
+Asked = Callable[[Conversation], Turns]
 
 
 class ProbeContext(NamedTuple):
@@ -92,7 +92,7 @@ def probe_context(
     planted: Sequence[Canary] = ()
     last_alone = False
 
-    def put(row: Example, request: Conversation) -> tuple[Message, ...]:
+    def put(row: Example, request: Conversation) -> Turns:
         changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
         return compose(candidate, request, composer.retrieved_without_group(changed))
 
@@ -144,7 +144,7 @@ def drawn(rows: Sequence[Example], many: int) -> list[Example]:
     return sampled(sorted(rows, key=attrgetter("id")), many)
 
 
-def with_last_request(messages: Conversation, change: Callable[[str], str]) -> tuple[Message, ...]:
+def with_last_request(messages: Conversation, change: Callable[[str], str]) -> Turns:
     """The messages with their last user turn changed."""
     place = max(place for place, turn in enumerate(messages) if turn.role == "user")
     turn = messages[place]
