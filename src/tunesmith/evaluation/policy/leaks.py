@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
@@ -16,11 +15,13 @@ from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.data.duplicates import learned_parts, near_text, request_text
-from tunesmith.data.similarity_join import similar_pairs
 from tunesmith.evaluation.policy.requests import PolicyItem, compared_text, unchanged_id
 from tunesmith.store.store import Store
 
-_TOGETHER = 2_000  # requests, and rows, that are compared at the same time: of equal texts every pair is found
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+_TOGETHER = 2_000  # rows that are compared at the same time
 NEAR = 0.8  # Jaccard similarity of trigrams, as for near duplicates of rows
 _FEWEST_WORDS = 3  # of a request that is found in a prompt or passage; shorter ones may be a topic that it names
 # Words; of scripts without spaces between them two characters.
@@ -44,12 +45,17 @@ def leaked(store: Store, candidate: Candidate, items: Sequence[PolicyItem]) -> f
 
 def near_any(texts: Sequence[str], others: Sequence[str]) -> NDArray[np.bool_]:
     """For each text, whether one of the others is equal, or near: at least NEAR in Jaccard similarity of trigrams."""
+    own = [_trigrams(text) for text in texts]
+    numbers = {gram: number for number, gram in enumerate(frozenset[str]().union(*own))}
     near = np.zeros(len(texts), dtype=bool)
-    for first, start in product(range(0, len(texts), _TOGETHER), range(0, len(others), _TOGETHER)):
-        own = texts[first : first + _TOGETHER]
-        pairs = similar_pairs([*own, *others[start : start + _TOGETHER]], NEAR, sys.maxsize)
-        across = (pairs[:, 0] < len(own)) & (pairs[:, 1] >= len(own))
-        near[first + pairs[across, 0]] = True
+    if not numbers or not others:
+        return near
+    wanted, sizes = _matrix(own, numbers), _sizes(own)
+    for start in range(0, len(others), _TOGETHER):
+        theirs = [_trigrams(text) for text in others[start : start + _TOGETHER]]
+        shared = (wanted @ _matrix(theirs, numbers).T).tocoo()
+        union = sizes[shared.row] + _sizes(theirs)[shared.col] - shared.data
+        near[shared.row[shared.data >= NEAR * union]] = True
     return near
 
 
@@ -81,3 +87,20 @@ def _learned(store: Store, candidate: Candidate) -> list[tuple[Message, ...]]:
         datasets.add(candidate.dataset)
     rows = [row.messages for digest in sorted(datasets) for row in load_dataset(store, digest).examples("train")]
     return [*rows, *candidate.shots]
+
+
+def _sizes(sets: Sequence[frozenset[str]]) -> NDArray[np.int64]:
+    return np.array([len(grams) for grams in sets], dtype=np.int64)
+
+
+def _trigrams(text: str) -> frozenset[str]:
+    return frozenset(text[place : place + 3] for place in range(max(1, len(text) - 2)))
+
+
+def _matrix(sets: Sequence[frozenset[str]], numbers: dict[str, int]) -> csr_array:
+    from scipy.sparse import csr_array
+
+    columns = [sorted(numbers[gram] for gram in grams if gram in numbers) for grams in sets]
+    ends = np.cumsum([0, *map(len, columns)])
+    flat = np.array([place for each in columns for place in each], dtype=np.int64)
+    return csr_array((np.ones(len(flat), dtype=np.int64), flat, ends), shape=(len(sets), len(numbers)))
