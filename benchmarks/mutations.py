@@ -21,6 +21,7 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -302,18 +304,24 @@ def run_one(change: dict, tests: list[str], tree: Path, seconds: float = SECONDS
         path.write_text("".join(lines))
     (tree / "chosen.txt").write_text("\n".join(tests))
     command = [str(tree / ".venv/bin/python"), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0"]
+    log = tree.parent / "output.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen([*command, "@chosen.txt"], cwd=tree, stdout=out, stderr=out, start_new_session=True,
+                                   env={**os.environ, "CI": "true"})  # fmt: skip
     try:
-        done = subprocess.run([*command, "@chosen.txt"], cwd=tree, capture_output=True, text=True, check=False,
-                              timeout=seconds, env={**os.environ, "CI": "true"})  # fmt: skip
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         return "hangs"
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with all that its tests started
+        process.wait()
         for path, text in before.items():
             path.write_text(text)
-    if done.returncode not in (0, 1, 2):  # pytest itself failed, which says nothing of the change
-        print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
+    if code not in (0, 1, 2):  # pytest itself failed, which says nothing of the change
+        print(log.read_text()[-4000:], file=sys.stderr)
         return "not run"
-    return "missed" if done.returncode == 0 else "caught"
+    return "missed" if code == 0 else "caught"
 
 
 def run(changes: list[dict], traced: dict, tree: Path, output: Path, workers: int) -> None:

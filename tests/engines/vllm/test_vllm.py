@@ -110,6 +110,9 @@ def test_answers_equal_those_of_the_native_engine(
     assert engine.generate(_requests(), "a") != engine.generate(_requests())
     assert 1 < fake.busiest <= 3, "as many at once as the settings say"
     assert (engine.base, engine.context_length) == (here.base, here.context_length)
+    fake.faults = ["page"]
+    with pytest.raises(TunesmithError, match="not a JSON object"):
+        engine.generate(_requests())
 
 
 def test_requests_set_every_option(engine: VllmEngine, fake: FakeVllm) -> None:
@@ -119,8 +122,8 @@ def test_requests_set_every_option(engine: VllmEngine, fake: FakeVllm) -> None:
     )
     engine.generate([request])
     path, body = fake.heard[-1]
-    assert path == "/v1/completions"
-    assert body["prompt"] == engine._renderer.prompt(request.messages), "rendered here, sent as ids"
+    rendered = engine._renderer.prompt(request.messages)  # here, and sent as ids
+    assert (path, body["prompt"]) == ("/v1/completions", rendered)
     wanted = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["\n"], "stop_token_ids": [1]}
     plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     assert body.items() >= (wanted | plain).items()

@@ -181,16 +181,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(401, {"error": "Unauthorized"})
         if fault == "busy":
             return self._send(503, {"error": {"message": "overloaded"}})
+        if fault == "page":
+            return self._send(200, "<html>")
         if fault == "fail":
             return self._send(500, {"error": {"message": "EngineCore encountered an issue.", "code": 500}})
-        if fault == "drop":
+        if fault in ("drop", "stall"):
+            if fault == "stall":
+                self.rfile.read(1)  # until the client leaves
             self.close_connection = True
-            self.connection.close()
-            return None
-        if fault == "stall":
-            self.rfile.read(1)  # until the client leaves
-            self.close_connection = True
-            return None
+            return self.connection.close()
         if body and body.get("stream"):
             return self._stream(body, fault)
         return self._send(*fake.answer(self.path, body))

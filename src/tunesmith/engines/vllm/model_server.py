@@ -114,7 +114,11 @@ class ModelServer:
         if body.get("stream"):
             events = self._http.stream(_COMPLETIONS, named, returned)
         else:
-            events = iter([self._http.ask(_COMPLETIONS, named, returned)])
+            answer = self._http.ask(_COMPLETIONS, named, returned)
+            if not isinstance(answer, dict):
+                what = "the vLLM server, or what stands before it, gave an answer that is not a JSON object"
+                raise Unavailable(what, where=self.url, fix="look at the server's own log")
+            events = iter([answer])
         for event in events:
             for choice in event.get("choices", ()):
                 if (finish := choice.get("finish_reason") or finish) is not None:
