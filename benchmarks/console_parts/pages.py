@@ -39,7 +39,7 @@ def _pages(made: Made) -> dict[str, str]:
         "one evaluation": evaluation,
         "its findings, kept": f"{evaluation}/findings",
         "its matrix, kept": f"{evaluation}/matrix",
-        "100 rows of it": f"{evaluation}/rows?first=5000&most=100",
+        "100 rows of it": f"{evaluation}/matrix?page=50",
         "versions": "/console/versions",
         "versions by a part of the name": "/console/versions?q=task-01",
         "versions by state": "/console/versions?state=serving",

@@ -293,6 +293,7 @@ def test_users_make_list_and_revoke_their_own_tokens_and_admins_everybodys(serve
     with served.http(admin) as http:
         assert http.delete(f"/api/tokens/{OPERATOR}/given").status_code == 200
         assert http.delete(f"/api/tokens/{OPERATOR}/none").json()["error"]["code"] == "token_not_found"
+        assert http.get("/api/drift").json()["error"]["code"] == "no_project"
 
 
 @pytest.mark.attack("people", "a leaked token makes itself a wider or longer one")

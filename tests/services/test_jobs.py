@@ -14,7 +14,7 @@ from tunesmith.core.text.names import Scope
 from tunesmith.jobs import queue
 from tunesmith.jobs.arguments import project_of
 from tunesmith.project import Project
-from tunesmith.services import jobs
+from tunesmith.services import datasets, jobs
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.training.settings import TrainSettings
 
@@ -62,13 +62,12 @@ def test_what_cannot_be_queued(project: Project, asked: dict[str, Any], said: st
 def test_a_candidate_means_a_forecast_and_a_key_one_job(project: Project) -> None:
     kinds = [do(project, jobs.add, **asked).kind for asked in ({}, {"candidate": "tuned"}, {"kind": "forecast"})]
     assert kinds == ["run", "forecast", "forecast"]
-    first = do(project, jobs.add, key="nightly")
-    assert do(project, jobs.add, key="nightly").job == first.job
+    assert len({do(project, jobs.add, key="nightly").job for _ in range(2)}) == 1
 
 
 def test_jobs_of_others_are_not_there(project: Project) -> None:
     store, owner = project.store, ensure_owner(project.store).name
-    amy = looking(store, add_user(store, "amy", ["engineer", "operator"], actor=owner, scope=Scope("acme")).name)
+    amy = looking(store, add_user(store, "amy", ["steward", "operator"], actor=owner, scope=Scope("acme")).name)
     own, others = (
         queue.add(store, "run", {}, project="p", actor=owner, scope=Scope(tenant)).id for tenant in ("acme", "globex")
     )
@@ -81,7 +80,8 @@ def test_jobs_of_others_are_not_there(project: Project) -> None:
     assert [each.job for each in jobs.list_jobs(amy).jobs] == [own]
     assert tuple(jobs.list_jobs(each).total for each in (amy, looking(store))) == (1, 2)
     assert do(store, jobs.pause, actor="amy", job=own).state == "paused"
-    with pytest.raises(Forbidden, match="all tenants"):
-        do(project, jobs.add, actor="amy")
+    for about_all in (lambda: do(project, jobs.add, actor="amy"), lambda: datasets.list_rows(amy, "any")):
+        with pytest.raises(Forbidden, match="all tenants"):
+            about_all()
     with pytest.raises(UsageError, match="not a state"):
         jobs.list_jobs(amy, states=["done"])

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -218,7 +218,7 @@ class PlainRoute(APIRoute):
 class Call(Acting):
     """Who calls, and the server."""
 
-    token: Token
+    token: Token = field()  # always there
     serving: Serving
 
     @classmethod

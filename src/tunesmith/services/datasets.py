@@ -315,6 +315,7 @@ def list_rows(
     in the source's name. Raises Forbidden for who may not read rows, UsageError for an unknown split.
     """
     acting.user.require("row.read")
+    acting.user.require_everything()
     loaded = load_dataset(acting.store, dataset)
     rows: Sequence[Example | RemovedRow]
     if split == "removed":
@@ -332,6 +333,7 @@ def list_rows(
 def rows_by_id(acting: Acting, dataset: str, ids: Collection[str]) -> dict[str, FoundRow]:
     """Id -> row, for those of the ids that a dataset version holds. Raises Forbidden for who may not read rows."""
     acting.user.require("row.read")
+    acting.user.require_everything()
     loaded, wanted = load_dataset(acting.store, dataset), {name.encode() for name in ids}
     rows: dict[str, FoundRow] = {}
     for split in SPLITS if wanted else ():

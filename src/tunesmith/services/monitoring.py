@@ -183,9 +183,9 @@ def drift(acting: Acting) -> Drift:
 
     With kept requests as examples of what moved, for who may review rows.
     """
-    texts = acting.permits("rows") and acting.user.may("row.review")
+    project, texts = acting.project, acting.permits("rows") and acting.user.may("row.review")
     try:
-        report, label = monitor(acting.project)
+        report, label = monitor(project)
         examples = _examples(acting.store, report) if texts and report.verdict == "drift" else []
     except TunesmithError as error:
         return Drift(version="", report=None, problem=error.what, examples=())
