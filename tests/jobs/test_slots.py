@@ -77,7 +77,7 @@ def test_a_slot_is_held_until_the_jobs_process_has_ended_too() -> None:
     """A worker that ends first does not free what its job still computes on; kill -9 of the job does."""
     spawn, held = multiprocessing.get_context("spawn"), taken(LEFT)
     ready = spawn.Event()
-    child = spawn.Process(target=keep, args=(held, ready))
+    child = spawn.Process(target=keep, args=(held, ready), daemon=True)  # a test that fails ends it
     child.start()
     assert ready.wait(120)
     held.release()
