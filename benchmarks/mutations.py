@@ -314,7 +314,7 @@ def run_one(change: dict, tests: list[str], tree: Path, seconds: float = SECONDS
         return "hangs"
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with all that its tests started
+            os.killpg(process.pid, signal.SIGKILL)  # with what its tests started
         process.wait()
         for path, text in before.items():
             path.write_text(text)

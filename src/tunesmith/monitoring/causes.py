@@ -160,7 +160,7 @@ class RetrainingSettings(Settings):
     runs_in_30_days: int = Field(default=4, ge=1, description="most runs that causes queue in 30 days")
 
 
-# A file -> its state, and the digest of its bytes then.
+# A file's name and path -> its state, and the digest of its bytes then.
 _KNOWN: dict[tuple[str, Path | None], tuple[object, str]] = {}
 
 
@@ -169,15 +169,16 @@ def _digest_of(file: SourceFile, at: datetime) -> str:
     downloaded once a day where its server states none."""
     from tunesmith.data.sources import remote
 
+    place = file.name, file.path
     try:
         if file.path is None:
             state: object = remote.state_of(file.name) or f"{at:%F}"
         else:
             stat = file.path.stat()
             state = stat.st_size, stat.st_mtime_ns, stat.st_ino
-        known = _KNOWN.get(file[:2])
+        known = _KNOWN.get(place)
         if known is None or known[0] != state:
-            known = _KNOWN[file[:2]] = state, file.digest() if file.path is None else digest_file(file.path)
+            known = _KNOWN[place] = state, file.digest() if file.path is None else digest_file(file.path)
         return known[1]
     except OSError:
         return file.digest()  # says what is wrong

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from tunesmith.core.access import Name, OptionalName
+from tunesmith.core.text.names import version_label
 from tunesmith.core.values import Digest, Frozen
 from tunesmith.records.body import Body, Part
 from tunesmith.records.candidate import StoredFile
@@ -84,7 +85,7 @@ class VersionBody(Body):
     @property
     def line(self) -> str:
         """Its label."""
-        return f"{self.name}@v{self.number}"
+        return version_label(self.name, self.number)
 
 
 class ApprovalBody(Body):

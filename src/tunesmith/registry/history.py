@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.text.names import version_label
 from tunesmith.records.version import ApprovalBody, VersionBody
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
@@ -58,7 +59,7 @@ def lost_signatures(store: Store, fingerprints: Collection[str]) -> tuple[list[s
             signature = row.detail.get("signature", {})
             if row.action == "version.register":
                 version = row.detail["version"]
-                labels[version["digest"]] = f"{version['name']}@v{version['number']}"
+                labels[version["digest"]] = version_label(version["name"], version["number"])
             key = keys.get(signature.get("key"))
             if key is not None and not key.counts_for(signature["digest"]):
                 subject = signature["digest"] if row.action == "version.register" else row.subject
@@ -109,7 +110,7 @@ def _replay(session: Session) -> State:
                 state["token", f"{token.get('name')} of {row.subject}"] = token
         elif row.action == "version.register" and isinstance(detail.get("version"), dict):
             version = detail["version"]
-            state["version", f"{version.get('name')}@v{version.get('number')}"] = version
+            state["version", version_label(version.get("name"), version.get("number"))] = version
         elif row.action == "alias.set":
             place = "/".join(str(detail.get(part, "")) for part in ("tenant", "region"))
             state["alias", f"{row.subject} for {place}"] = detail
@@ -124,7 +125,7 @@ def _actual(session: Session) -> State:
     for token in session.scalars(select(TokenRow)):
         state["token", f"{token.name} of {token.user}"] = identities.token_state(token)
     for version in session.scalars(select(VersionRow)):
-        state["version", f"{version.name}@v{version.number}"] = _columns(version)
+        state["version", version.label] = _columns(version)
     for alias in session.scalars(select(AliasRow)):
         state["alias", f"{alias.name}@{alias.alias} for {alias.tenant}/{alias.region}"] = _columns(alias)
     return state

@@ -62,7 +62,7 @@ def version_of(store: Store, row: VersionRow) -> Version:
     stated = (version.name, version.number, version.tenant, version.region)
     if stated != (row.name, row.number, row.tenant, row.region):
         raise Refused(
-            f"the database says {row.name}@v{row.number}, the version's record says {version.label}",
+            f"the database says {row.label}, the version's record says {version.label}",
             where="database, table versions",
             fix=NextStep("check the audit log", "audit verify"),
         )

@@ -312,7 +312,7 @@ def list_rows(
     """Rows of a split, or with split "removed" those that were left out.
 
     reason: only rows left out for it. search: only rows with this text in a turn, whatever the case; for rows left out,
-    in the source's name. Raises Forbidden for who may not read rows, UsageError for an unknown split.
+    in the source's name. Raises Forbidden for people who may not read rows, UsageError for an unknown split.
     """
     acting.user.require("row.read")
     acting.user.require_everything()
@@ -331,7 +331,7 @@ def list_rows(
 
 
 def rows_by_id(acting: Acting, dataset: str, ids: Collection[str]) -> dict[str, FoundRow]:
-    """Id -> row, for those of the ids that a dataset version holds. Raises Forbidden for who may not read rows."""
+    """Id -> row, for those of the ids that a dataset version holds. Raises Forbidden as `list_rows` does."""
     acting.user.require("row.read")
     acting.user.require_everything()
     loaded, wanted = load_dataset(acting.store, dataset), {name.encode() for name in ids}

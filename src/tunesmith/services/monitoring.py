@@ -181,7 +181,7 @@ def monitor(
 def drift(acting: Acting) -> Drift:
     """Whether the requests to the project's champion drifted.
 
-    With kept requests as examples of what moved, for who may review rows.
+    With kept requests as examples of what moved, for people who may review rows.
     """
     project, texts = acting.project, acting.permits("rows") and acting.user.may("row.review")
     try:

@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Float, Index, String, Text, UniqueConst
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.text.names import Scope
+from tunesmith.core.text.names import Scope, version_label
 
 # Raise it with each new file in migrations/versions.
 HEAD_REVISION = "0012"
@@ -216,7 +216,7 @@ class VersionRow(ForScope, Table):
     @property
     def label(self) -> str:
         """NAME@v3."""
-        return f"{self.name}@v{self.number}"
+        return version_label(self.name, self.number)
 
 
 CHAMPION = "champion"  # the alias that rollouts set

@@ -87,7 +87,12 @@ class VersionRef:
         return cls(match["name"], int(match["number"]))
 
     def __str__(self) -> str:
-        return f"{self.name}@v{self.number}"
+        return version_label(self.name, self.number)
+
+
+def version_label(name: object, number: object) -> str:
+    """What people call a version: NAME@v3."""
+    return f"{name}@v{number}"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -31,7 +31,7 @@ from tunesmith.registry.signing.signatures import (
     check_in_time,
     verify_signature,
 )
-from tunesmith.store.people.roles import ACTIONS
+from tunesmith.store.people.roles import permits
 from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
@@ -158,7 +158,7 @@ def check_owner(key: TrustedKey, version: Version, may: Literal["sign", "approve
     fix = f"have an active user with the role {role} of that tenant and region do it"
     if not key.active:
         raise Untrusted(f"{done} by {key.user}, who is deactivated", where=where, fix=fix)
-    if set(ACTIONS[action]).isdisjoint(key.roles):
+    if not permits(key.roles, action):
         roles = ", ".join(key.roles)
         raise Untrusted(f"{key.user} may not {may} versions: their roles are {roles}", where=where, fix=fix)
     if not key.scope.covers(version.scope):

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from tunesmith.core.values import Frozen
 from tunesmith.server import limits
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
-from tunesmith.server.api.routing import CHANGE, ApiRouter, Asked, Number, Text
+from tunesmith.server.api.routing import CHANGE, ApiRouter, Number, Position, Text
 from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import unknown_request
 from tunesmith.server.openapi import answers, body
@@ -37,7 +37,7 @@ _MOST_JOBS, _MOST_ENTRIES = 100, 1000  # of an answer
 
 @routes.shows("/jobs", "read", "jobs")
 def job_list(
-    call: Calling, before: Asked | None = None, most: Annotated[int, Query(ge=1)] = _MOST_JOBS
+    call: Calling, before: Position | None = None, most: Annotated[int, Query(ge=1)] = _MOST_JOBS
 ) -> jobs.JobList:
     """The jobs of the caller's tenant and region, newest first. before: only those with a lower number; most: how many,
     100 by default and at most."""
@@ -52,7 +52,7 @@ def job(call: Calling, number: Number) -> jobs.JobView:
 
 
 @routes.shows(_JOB + "/log", "read", "jobs")
-def log(call: Calling, number: Number, after: Asked = 0) -> jobs.JobLog:
+def log(call: Calling, number: Number, after: Position = 0) -> jobs.JobLog:
     """The lines of a job's log, oldest first. after: only those with a higher number. Tracebacks and paths of the
     server are shown to its engineers, operators and admins, and not to those of one tenant or region."""
     return jobs.log(call, number, after=after)

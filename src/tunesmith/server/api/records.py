@@ -11,7 +11,7 @@ from fastapi import Query
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from tunesmith.core.values import View
-from tunesmith.server.api.routing import ApiRouter, Asked, Digest, Name, Number, Page, Text
+from tunesmith.server.api.routing import ApiRouter, Digest, Name, Number, Page, Position, Text
 from tunesmith.server.serving import Calling
 from tunesmith.services import answers, datasets, evaluations, lineage, review
 from tunesmith.services import versions as service
@@ -134,7 +134,7 @@ def review_items(call: Calling, state: State = "waiting", page: Page = 1) -> rev
 
 
 @routes.shows("/review/next", "rows", whole=True, permission="row.review")
-def following(call: Calling, after: Asked = 0) -> NextItem:
+def following(call: Calling, after: Position = 0) -> NextItem:
     """The number of the next item that waits for the caller. after: the number to begin behind."""
     return NextItem(item=review.next_item(call, after))
 

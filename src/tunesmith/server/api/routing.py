@@ -28,7 +28,7 @@ Look = TypeVar("Look", bound=Callable[..., Any])
 Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Path(min_length=1, max_length=200)]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
-Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]  # 0 where none is meant
+Position = Annotated[int, Query(ge=0, le=2**31 - 1)]  # the number behind or before which a list goes on
 Page = Annotated[int, Query(ge=1, le=1_000_000)]
 Text = Annotated[str, Query(max_length=300)]
 READ = (400, 401, 403, 404, 409, 429, 503)

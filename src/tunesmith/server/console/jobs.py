@@ -22,7 +22,7 @@ routes = Pages()
 _PAGE = 50  # jobs on a page
 _LINES = 100  # of a log on a page
 Number = Annotated[int, Path(ge=1, le=999_999_999)]
-Asked = Annotated[int, Query(ge=1, le=999_999_999)]
+LineNumber = Annotated[int, Query(ge=1, le=999_999_999)]
 
 
 @routes.shows("/console/jobs")
@@ -65,7 +65,7 @@ def start(viewer: Looking) -> Response:
 
 
 @routes.shows("/console/jobs/{number}")
-def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
+def run(viewer: Looking, number: Number, lines: LineNumber | None = None) -> Response:
     """One job. lines: the log's lines before this one instead of the newest."""
     job, curves = jobs.show(viewer, number), jobs.curves(viewer, number)
     return viewer.page(

@@ -23,7 +23,7 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope, check_name, check_new_name
 from tunesmith.core.values import ScopedView, View
 from tunesmith.store import audit
-from tunesmith.store.people.roles import ACTIONS, ROLES, Role, chosen
+from tunesmith.store.people.roles import ACTIONS, ROLES, Role, chosen, permits
 from tunesmith.store.people.trust import (
     FIRST_LABEL,
     KeyStatus,
@@ -80,7 +80,7 @@ class User(ScopedView):
 
     def may(self, action: str) -> bool:
         """Whether the user is active and one of their roles permits an action."""
-        return self.active and not set(self.roles).isdisjoint(ACTIONS.get(action, ()))
+        return self.active and permits(self.roles, action)
 
     def require_everything(self) -> None:
         """Raise Forbidden for a user of one tenant or region: the same, whatever there is."""

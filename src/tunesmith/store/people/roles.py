@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -56,3 +56,8 @@ ACTIONS: Mapping[str, tuple[Role, ...]] = MappingProxyType(
         "store.copy": ("admin",),
     }
 )
+
+
+def permits(roles: Collection[str], action: str) -> bool:
+    """Whether one of these roles permits an action."""
+    return any(role in roles for role in ACTIONS.get(action, ()))

@@ -17,7 +17,7 @@ from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.text.names import check_name
 from tunesmith.store import audit
 from tunesmith.store.people.identities import User, add_key, changing, get_user, state, user_row
-from tunesmith.store.people.roles import ACTIONS
+from tunesmith.store.people.roles import permits
 from tunesmith.store.people.trust import KeyStatus
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
@@ -136,7 +136,7 @@ def _require_proof(session: Session, row: UserRow, actor: str, proof: Proof | No
     if proof is not None:
         if not any(key.fingerprint == proof.key and key.status == "active" for key in row.keys):
             raise Refused(f"the proof is not by an active key of {row.name}", where=row.name, fix=_ASK)
-    elif set(ACTIONS["user.change"]).isdisjoint(user_row(session, actor).roles):
+    elif not permits(user_row(session, actor).roles, "user.change"):
         raise Refused(f"{row.name} did not prove to hold an active key", where=row.name, fix=_ASK)
 
 
