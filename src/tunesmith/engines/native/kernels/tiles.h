@@ -91,31 +91,63 @@ struct Tiles {
     ~Tiles() {}
 };
 
+// Intel's products of bf16 pairs take twice as long as two products of floats, of which there are two units.
+[[maybe_unused]] static bool slow_pairs() {
+    static const bool slow = __builtin_cpu_is("intel");
+    return slow;
+}
+
+static inline __m512 widened(const bf16* from) {
+    __m512i both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+}
+
 // Adds a product to the sums of ROWS rows of `a`: columns 0-15 in `one`, 16-31 in `other`. The sums stay in 2 * ROWS of
-// the 32 registers. Each step prefetches `lines` cache lines from `next` on.
-template <int64_t ROWS>
+// the 32 registers. Each step prefetches `lines` cache lines from `next` on. PAIRS: by products of bf16 pairs; else the
+// numbers are widened to floats.
+template <int64_t ROWS, bool PAIRS>
 static inline void add_steps(const Factors& f, const bf16* a, const char* next, int64_t lines, __m512* one,
                              __m512* other) {
     const bf16 *left = f.left, *right = f.right;
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    alignas(64) float wide[PAIRS ? 1 : ROWS][32];
     for (int64_t n = 0; n < f.steps; ++n, a += f.step, left += f.step_b, right += f.step_b) {
         for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+        if (!PAIRS)
+            for (int64_t r = 0; r < ROWS; ++r)
+                for (int64_t half = 0; half < 32; half += 16)
+                    _mm512_store_ps(wide[r] + half, widened(a + r * f.stride + half));
         for (int64_t pair = 0; pair < 16; ++pair) {
-            __m512bh first = (__m512bh)_mm512_loadu_si512((const void*)(left + pair * f.stride_b));
-            __m512bh second = (__m512bh)_mm512_loadu_si512((const void*)(right + pair * f.stride_b));
+            __m512i first = _mm512_loadu_si512((const void*)(left + pair * f.stride_b));
+            __m512i second = _mm512_loadu_si512((const void*)(right + pair * f.stride_b));
+            if (PAIRS) {
 #pragma GCC unroll 8
-            for (int64_t r = 0; r < ROWS; ++r) {
-                int32_t both;
-                std::memcpy(&both, a + r * f.stride + pair * 2, 4);
-                __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
-                one[r] = _mm512_dpbf16_ps(one[r], spread, first);
-                other[r] = _mm512_dpbf16_ps(other[r], spread, second);
+                for (int64_t r = 0; r < ROWS; ++r) {
+                    int32_t both;
+                    std::memcpy(&both, a + r * f.stride + pair * 2, 4);
+                    __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
+                    one[r] = _mm512_dpbf16_ps(one[r], spread, (__m512bh)first);
+                    other[r] = _mm512_dpbf16_ps(other[r], spread, (__m512bh)second);
+                }
+                continue;
+            }
+#pragma GCC unroll 2
+            for (int64_t each = 0; each < 2; ++each) {
+                __m512 x = (__m512)(each ? _mm512_and_si512(first, upper) : _mm512_slli_epi32(first, 16));
+                __m512 y = (__m512)(each ? _mm512_and_si512(second, upper) : _mm512_slli_epi32(second, 16));
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < ROWS; ++r) {
+                    __m512 spread = _mm512_set1_ps(wide[r][pair * 2 + each]);
+                    one[r] = _mm512_fmadd_ps(spread, x, one[r]);
+                    other[r] = _mm512_fmadd_ps(spread, y, other[r]);
+                }
             }
         }
     }
 }
 
 // The sums of ROWS rows from `row` on, at `to`. next, lines: as in add_steps.
-template <int64_t ROWS>
+template <int64_t ROWS, bool PAIRS>
 static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, const Factors& one, const Factors* other,
                             const char* next, int64_t lines) {
     __m512 left[ROWS], right[ROWS];
@@ -125,8 +157,8 @@ static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, con
         right[r] = add ? _mm512_loadu_ps(to + r * width + 16) : _mm512_setzero_ps();
     }
     auto from = [row](const Factors& f) { return (row < 16 ? f.upper : f.lower) + row % 16 * f.stride; };
-    add_steps<ROWS>(one, from(one), next, lines, left, right);
-    if (other) add_steps<ROWS>(*other, from(*other), nullptr, 0, left, right);
+    add_steps<ROWS, PAIRS>(one, from(one), next, lines, left, right);
+    if (other) add_steps<ROWS, PAIRS>(*other, from(*other), nullptr, 0, left, right);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < ROWS; ++r) {
         _mm512_storeu_ps(to + r * width, left[r]);
@@ -144,10 +176,9 @@ static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, con
         end = row + (rows - row > 4 ? 8 : 4);
         int64_t lines = one.lines * std::min(rows, end) / rows - one.lines * row / rows;
         float* to = sums + row * width;
-        if (end - row == 8)
-            sum_rows<8>(to, width, add, row, one, other, next, lines);
-        else
-            sum_rows<4>(to, width, add, row, one, other, next, lines);
+        auto rows_of = slow_pairs() ? (end - row == 8 ? sum_rows<8, false> : sum_rows<4, false>)
+                                    : (end - row == 8 ? sum_rows<8, true> : sum_rows<4, true>);
+        rows_of(to, width, add, row, one, other, next, lines);
         next += lines * one.steps * 64;
     }
 }
