@@ -214,6 +214,12 @@ def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSe
             trained = [each for each, settings in project.candidates.items() if settings.train]
             known = f"they are {', '.join(trained)}" if trained else "none is"
             raise ValueError(f"candidates.{name}.weights: {candidate.weights!r} is not trained here; {known}")
+    if candidate.prompt_of is not None:
+        named = project.candidates.get(candidate.prompt_of)
+        if named is None or named.optimise is None:
+            raise ValueError(
+                f"candidates.{name}.prompt_of: {candidate.prompt_of!r} has no optimise: name a candidate that does"
+            )
     if candidate.retrieve is not None and candidate.retrieve.from_ == "documents" and project.documents is None:
         raise ValueError(f"candidates.{name}.retrieve: from: documents needs `documents:` in the project file")
 

@@ -26,9 +26,8 @@ from tunesmith.candidates.asking import _confidence, ask_rows
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, compose, count_prompts, describe_prompts, prompt_used
-from tunesmith.candidates.prompt_search import plan_tries
 from tunesmith.candidates.retrieval import Embed, Index, PassageIndex, Vectors, choose_shots, draw_shots
-from tunesmith.candidates.settings import CandidateSettings, Search, Shots
+from tunesmith.candidates.settings import CandidateSettings, Shots
 from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
@@ -317,16 +316,6 @@ def test_as_many_as_asked_and_none_twice(count: int, rows: int, how: str) -> Non
     assert len(chosen) == min(count, rows) == len({one.id for one in chosen})
 
 
-@given(
-    st.lists(st.sampled_from("abcd"), min_size=1, max_size=4),
-    st.lists(st.integers(0, 8), min_size=1, max_size=4),
-    st.integers(2, 40),
-)
-def test_a_search_keeps_its_budget(prompts: list[str], shots: list[int], tries: int) -> None:
-    planned = plan_tries(Search(shots=tuple(shots), tries=tries), prompts)
-    assert len(set(planned)) == len(planned) == (tries if any(shots) else min(tries, len(set(prompts))))
-
-
 def test_fused_ranks_what_both_find_above_what_one_finds() -> None:
     texts = ["alpha beta", "alpha gamma", "delta"]
     vectors = {"alpha beta": [0.6, 0.8], "alpha gamma": [1.0, 0.0], "delta": [0.9, 0.44], "alpha": [1.0, 0.0]}
@@ -344,6 +333,7 @@ def test_fused_ranks_what_both_find_above_what_one_finds() -> None:
 
 
 URL = {"url": "http://h/v1", "model": "m"}
+PRICED = {**URL, "price": {"prompt": 1, "answer": 2}}
 
 
 @pytest.mark.parametrize(
@@ -354,10 +344,15 @@ URL = {"url": "http://h/v1", "model": "m"}
         ({"prompt": "p", "endpoint": URL, "train": {}}, "remove train"),
         ({"prompt": "p", "weights": "x", "train": {}}, "remove train"),
         ({"prompt": "p", "endpoint": URL, "constrain": {"copy": ["a"]}}, "cannot say"),
-        ({"prompt": "p", "search": {}, "shots": 4}, "remove shots"),
+        ({"prompt": "p", "optimise": {}, "train": {}}, "remove train"),
+        ({"prompt": "p", "optimise": {}, "prompt_of": "x"}, "remove optimise and prompt"),
+        ({"optimise": {"rewriter": URL}}, "a rewriter needs `prompt`"),
+        ({"prompt": "p", "optimise": {"cost": 1}}, "belong together"),
+        ({"prompt": "p", "optimise": {"cost": 1, "rewriter": URL}, "endpoint": PRICED}, "belong together"),
+        ({"prompt": "p", "optimise": {}, "endpoint": PRICED}, "belong together"),
         ({"prompt": "p", "shots": 65}, "64"),
         ({"prompt": "p", "shots": {"count": 4, "choose": "test"}}, "diverse"),
-        ({"prompt": "p", "search": {"tries": 1}}, "2"),
+        ({"prompt": "p", "optimise": {"calls": 99, "rows": 25}}, "four calls for each"),
     ],
 )
 def test_contradicting_settings_are_refused(settings: dict[str, Any], said: str) -> None:

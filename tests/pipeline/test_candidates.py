@@ -23,6 +23,8 @@ from tunesmith.data.documents import Documents
 from tunesmith.pipeline.candidates import answerer
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import parse_settings
+from tunesmith.records.candidate import Retrieve
+from tunesmith.records.training import SearchBody
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
@@ -50,7 +52,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Pro
         "plain": plain,
         "nearest": {"method": "nearest"},
         "diverse": {**plain, "shots": {"count": 2, "choose": "diverse"}},
-        "searched": {**plain, "search": {"prompts": ["other.txt"], "shots": [0, 1], "tries": 5, "rows": 6}},
+        "searched": {**plain, "retrieve": {"k": 1}, "optimise": {"prompts": ["other.txt"], "calls": 150, "rows": 32}},
         "docs": {**plain, "retrieve": {"from": "documents", "k": 1}},
         "tuned": {**plain, "retrieve": {"k": 1}, "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16}},
         "held": {"prompt": "prompt.txt", "weights": "tuned", "constrain": True, "max_tokens": 40},
@@ -59,7 +61,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Pro
     folder.mkdir()
     (folder / "other.txt").write_text("Reply in JSON, nothing else.\n")
     (folder / "rooms.md").write_text(DOCUMENT)
-    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.3, "group_by": "template"}}
+    data = {**settings()["data"], "split": {"validation": 0.3, "test": 0.3, "group_by": "template"}}
     write_project(folder, candidates=candidates, documents={"paths": ["*.md"], "licence": "CC0-1.0"}, data=data)
     loaded = Project.load(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -104,16 +106,25 @@ def test_all_are_measured_on_the_same_rows(project: Project) -> None:
 def test_a_search_states_its_budget_and_stays_off_the_test_rows(project: Project) -> None:
     candidate = _candidate(project, "searched")
     record = project.store.record(candidate.search, kind="search")
-    body = record.body
-    lines = project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()
-    assert body["budget"] == 5 * body["rows"] == len(lines)
+    body = SearchBody.of(record)
+    lines = [json.loads(line) for line in project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
+    too_long = [one for one in body.tries if one.why]
+    assert 150 - 16 < body.budget == len(lines) + 16 * len(too_long) <= 150
+    assert all("context" in one.why and one.rows == 0 for one in too_long if one.why)
+    assert body.ended == "calls"
     dataset = load_dataset(project.store, record.parents["dataset"])
     train, validation = ({row.id for row in dataset.examples(split)} for split in ("train", "validation"))
-    assert {json.loads(line)["id"] for line in lines} <= validation
-    assert all(set(one["shots"]) <= train for one in body["tries"])
-    best = body["tries"][body["best"]]
-    assert best["mean"] == max(one["mean"] for one in body["tries"])
-    assert (candidate.prompt, len(candidate.shots)) == (best["prompt"], len(best["shots"]))
+    assert {line["id"] for line in lines} <= validation
+    assert all(set(one.shots) <= train for one in body.tries)
+    first, best = body.tries[0], body.tries[body.best]
+    assert (first.prompt, first.shots, first.retrieve, first.rows) == ("Answer with JSON.", (), Retrieve(k=1), 32)
+    whole = [one for one in body.tries if one.rows == 32]
+    assert best.mean == max(one.mean for one in whole)
+    assert len(whole) < len(body.tries), "most are given up early"
+    assert len({(one.prompt, one.shots, one.retrieve) for one in body.tries}) == len(body.tries) > 3
+    assert {one.retrieve.by for one in body.tries if one.retrieve} == {"bm25", "dense", "fused"}
+    assert (candidate.prompt, len(candidate.shots), candidate.retrieve) == (best.prompt, len(best.shots), best.retrieve)
+    assert (candidate.embedder is None) == (candidate.retrieve.by == "bm25")
 
 
 def test_the_key_is_kept_nowhere(project: Project, server: ChatServer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fabricate import put_recall
-from tests.tiny_project import write_project
+from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused
 from tunesmith.data.documents import Documents
@@ -106,14 +106,15 @@ def test_a_recalled_document_does_not_come_back(folder: Path) -> None:
 
 
 def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, search = {"prompt": "prompt.txt", "max_tokens": 4}, {"shots": [0], "tries": 2, "rows": 2}
+    plain, search = {"prompt": "prompt.txt", "max_tokens": 4}, {"calls": 8, "rows": 2}
     candidates = {
         "tuned": {**CANDIDATES["tuned"], "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16}},
         "reused": {**plain, "weights": "tuned"},
-        "found": {**plain, "retrieve": {"from": "documents", "k": 1}, "search": search},
+        "found": {**plain, "retrieve": {"from": "documents", "k": 1}, "optimise": search},
         "plain": plain,
     }
-    write_project(folder, candidates=candidates, documents=DOCUMENTS)
+    data = {**settings()["data"], "split": {"validation": 0.3, "test": 0.1, "group_by": "template"}}
+    write_project(folder, candidates=candidates, documents=DOCUMENTS, data=data)
     context = PipelineContext(Project.load(folder))
     store = context.store
     made = {name: candidate(context, name) for name in ("reused", "found")}

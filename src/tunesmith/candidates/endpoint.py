@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.candidates.grammars.request_schemas import check_schema
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import httpx
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_UNFIT = frozenset({400, 413, 422})  # the request itself is at fault, as where it is longer than the context
 _LONGEST_WAIT = 30.0  # seconds between two tries, also where the endpoint asks for more
 _LARGEST_ANSWER = 16 << 20
 
@@ -77,10 +78,11 @@ class Endpoint(Responder):
         return self._read(self._posted(body))
 
     def _posted(self, body: JsonObject) -> Any:
-        """The endpoint's response. Retries where it is busy or the connection breaks."""
+        """The endpoint's response. Retries where it is busy or the connection breaks. Raises UsageError where it takes
+        other requests, but not this one."""
         import httpx
 
-        reason = ""
+        reason, kind = "", TunesmithError
         for turn in range(self._settings.retries + 1):
             wait = min(2.0**turn * 0.25, _LONGEST_WAIT)
             try:
@@ -92,11 +94,13 @@ class Endpoint(Responder):
                     return data
                 reason = f"status {status}: {self._shown(data)}"
                 if status not in _AGAIN:
+                    kind = UsageError if status in _UNFIT else TunesmithError
                     break
                 wait = max(wait, _asked_wait(headers.get("retry-after")))
             if turn < self._settings.retries:
                 time.sleep(min(wait, _LONGEST_WAIT))
-        raise self._failed(reason, "check the endpoint, then run the same command again: finished answers are kept")
+        fix = "check the endpoint, then run the same command again: finished answers are kept"
+        raise self._failed(reason, fix, kind)
 
     def _once(self, body: JsonObject) -> tuple[int, httpx.Headers, bytes]:
         """One attempt: status, headers and body. Raises TunesmithError for a body over the size limit."""
@@ -142,9 +146,9 @@ class Endpoint(Responder):
             text = text.replace(self._key, "[key]")
         return " ".join(text.split())[:300]
 
-    def _failed(self, reason: str, fix: str) -> TunesmithError:
+    def _failed(self, reason: str, fix: str, kind: type[TunesmithError] = TunesmithError) -> TunesmithError:
         where = f"{self._settings.url}, model {self._settings.model}"
-        return TunesmithError(f"the endpoint gave no answer: {reason}", where=where, fix=fix)
+        return kind(f"the endpoint gave no answer: {reason}", where=where, fix=fix)
 
 
 def _strict(schema: Any) -> bool:

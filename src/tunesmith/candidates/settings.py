@@ -21,6 +21,10 @@ class TokenPrice(Settings):
     prompt: float = Field(ge=0, le=HIGHEST_PRICE, description="money per million prompt tokens")
     answer: float = Field(ge=0, le=HIGHEST_PRICE, description="money per million answer tokens")
 
+    def of(self, prompt: float, answer: float) -> float:
+        """What so many tokens cost."""
+        return (prompt * self.prompt + answer * self.answer) / 1e6
+
 
 class EndpointSettings(Settings):
     """A model behind an OpenAI-compatible URL. Its key is read from the environment and stored nowhere.
@@ -73,19 +77,33 @@ class Shots(Settings):
     )
 
 
-class Search(Settings):
-    """Try prompts and shots on validation rows; the best by the primary metric wins. It asks tries x rows requests."""
+class Optimise(Settings):
+    """Search on validation rows for shots (how many, which, in which order), for `k` and `by` of `retrieve` and, with a
+    rewriter, for the prompt. What is written is tried first; the best by the primary metric answers."""
 
-    prompts: tuple[str, ...] = Field(
-        default=(),
-        description="further prompt files; `prompt` is always tried (without it: each row's own system turn)",
+    calls: int = Field(
+        default=800, ge=1, le=1_000_000, description="the most answers that it asks for, the rewriter's among them"
     )
-    shots: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
-        default=(0, 4, 8), min_length=1, description="numbers of shots to try; the shots are chosen in several ways"
+    cost: float | None = Field(
+        default=None,
+        gt=0,
+        le=HIGHEST_PRICE,
+        description="the most money that it spends, where endpoints have a `price`: it ends there with the best so far",
     )
-    tries: int = Field(default=8, ge=2, le=256, description="how many combinations are tried")
-    rows: int = Field(default=64, ge=1, le=4096, description="validation rows that each is tried on")
-    seed: int = Field(default=0, ge=0, description="of the random choice of shots and rows")
+    rows: int = Field(default=100, ge=1, le=4096, description="validation rows that the best tries are asked")
+    prompts: tuple[str, ...] = Field(default=(), description="further prompt files to try")
+    rewriter: EndpointSettings | None = Field(
+        default=None,
+        description="a model that rewrites the prompt (GEPA), with half of the calls; needs `tunesmith[gepa]`. It is "
+        "sent validation rows with their answers",
+    )
+    seed: int = Field(default=0, ge=0, description="of the choice of rows, shots and settings")
+
+    @model_validator(mode="after")
+    def _enough_calls(self) -> Optimise:
+        if self.calls < 4 * self.rows:
+            raise ValueError("a search takes at least four calls for each of its rows: raise calls, or lower rows")
+        return self
 
 
 class Constrain(Settings):
@@ -120,7 +138,12 @@ class CandidateSettings(Settings):
     shots: Annotated[int, Field(ge=0, le=64)] | Shots = Field(
         default=0, description="training examples shown before every request: a number, or count and choose"
     )
-    search: Search | None = Field(default=None, description="find prompt and shots on the validation rows")
+    optimise: Optimise | None = Field(
+        default=None, description="find shots, retrieval and prompt on the validation rows; `{}` takes the defaults"
+    )
+    prompt_of: str | None = Field(
+        default=None, description="name of a candidate with `optimise`, whose prompt this one uses"
+    )
     retrieve: Retrieve | None = Field(
         default=None, description="examples or passages that are retrieved for each request and put into the prompt"
     )
@@ -191,10 +214,21 @@ class CandidateSettings(Settings):
             if self.copied:
                 raise ValueError("an endpoint takes a JSON Schema only, which cannot say copy: write constrain: true")
         if self.weights is not None:
-            _none_of(given & {"train", "search"}, "weights: uses another candidate's adapter")
-        if self.search is not None:
-            _none_of(given & {"train", "shots"}, "a search chooses the shots")
+            _none_of(given & {"train"}, "weights: uses another candidate's adapter")
+        if self.prompt_of is not None:
+            _none_of(given & {"prompt", "optimise"}, "prompt_of: uses another candidate's prompt")
+        if self.optimise is not None:
+            _none_of(given & {"train", "weights"}, "a search is for untuned candidates; see prompt_of")
+            self._check_cost(self.optimise)
         return self
+
+    def _check_cost(self, optimise: Optimise) -> None:
+        """Raise ValueError where what the search may cost is not stated, or cannot be counted."""
+        if optimise.rewriter is not None and (self.prompt is None or optimise.rewriter.logprobs):
+            raise ValueError("a rewriter needs `prompt`, which it rewrites, and has no logprobs")
+        priced = {each.price is not None for each in (self.endpoint, optimise.rewriter) if each is not None}
+        if priced not in ((set[bool](), {False}) if optimise.cost is None else ({True},)):
+            raise ValueError("optimise.cost and the `price` of each endpoint belong together: state all, or none")
 
 
 def _none_of(keys: set[str], why: str) -> None:

@@ -24,7 +24,7 @@ def price_of(
     prompt, completion, spent = (rounded(1000.0 / n * each) for each in took)
     money = None
     if remote and tokens is not None:
-        money = rounded((prompt * tokens.prompt + completion * tokens.answer) / 1e6)
+        money = rounded(tokens.of(prompt, completion))
     elif not remote and prices is not None:
         money = rounded(spent / 3600.0 * prices.machine_hour)
     return AnswerPrice(

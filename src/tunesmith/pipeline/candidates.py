@@ -11,9 +11,19 @@ from typing import Any
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
 from tunesmith.candidates.grammars.copying import check_constraint, copied_fields
-from tunesmith.candidates.prompt_search import found_choice, search_prompts, with_choice
+from tunesmith.candidates.optimise import (
+    Asker,
+    Spent,
+    choose,
+    described,
+    keep_search,
+    searched,
+    tried_rows,
+    with_choice,
+)
 from tunesmith.candidates.retrieval import choose_shots
-from tunesmith.candidates.settings import CandidateSettings, Search
+from tunesmith.candidates.rewriting import Rewriter
+from tunesmith.candidates.settings import CandidateSettings, Optimise
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.system.files import write_atomic
@@ -22,6 +32,7 @@ from tunesmith.evaluation.answers import seen_answers
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import (
     Repeated,
+    decoding_inputs,
     leading_inputs,
     leading_scores,
     named_documents,
@@ -31,6 +42,7 @@ from tunesmith.pipeline.training import (
 )
 from tunesmith.pipeline.training_search import search_settings
 from tunesmith.records.candidate import RemoteModel
+from tunesmith.records.training import SearchBody
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import resolve
 from tunesmith.store.records import recalled
@@ -55,12 +67,12 @@ def candidate(context: PipelineContext, name: str, restart: bool = False) -> str
 def trained_candidate(context: PipelineContext, name: str) -> Candidate | None:
     """A candidate with trained weights as it will be, if nothing has to run for it any more; else None.
 
-    For one that searches its prompt or retrieves, this is not known before its stages run.
+    For one whose prompt a search finds or that retrieves, this is not known before its stages run.
     """
     settings = context.settings_of(name)
     of = settings.weights or name
     own = context.settings_of(of)
-    if own.train is None or any(each.search or each.retrieve for each in (settings, own)):
+    if own.train is None or any(each.prompt_of or each.retrieve for each in (settings, own)):
         return None
     inputs = training_inputs(context, of, untrained_candidate(context, of, own), own.train)
     trained = context.stages.known("train", inputs)
@@ -159,7 +171,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         )
     from_documents = retrieve is not None and retrieve.from_ == "documents"
     # Tuned candidates too: drift monitoring compares requests with their training rows.
-    named = shots or settings.adapted or settings.search or (retrieve is not None and not from_documents)
+    named = shots or settings.adapted or settings.optimise or (retrieve is not None and not from_documents)
     made = Candidate(
         name=name,
         base=base,
@@ -176,10 +188,14 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
     )
     if endpoint is None and context.project.settings.server is None:  # servers read schemas in their own ways
         check_constraint(made)
-    if settings.search is not None:
-        return _searched(context, made, settings.search)
     chosen = choose_shots(context.dataset.examples("train"), shots.count, shots.choose) if shots else []
-    return with_choice(made, made.prompt, chosen)
+    made = with_choice(made, made.prompt, chosen)
+    if settings.optimise is not None:
+        return _optimised(context, made, settings, settings.optimise)
+    if settings.prompt_of is not None:
+        found = untrained_candidate(context, settings.prompt_of, context.settings_of(settings.prompt_of))
+        made = made.model_copy(update={"prompt": found.prompt, "search": found.search})
+    return made
 
 
 def _refuse_recalled_base(context: PipelineContext) -> None:
@@ -229,38 +245,71 @@ def _prompt(context: PipelineContext, name: str, file: str) -> str:
     return prompt
 
 
-def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Candidate:
-    """The candidate with the best prompt and shots of a search on validation rows."""
-    prompts = [bare.prompt, *(_prompt(context, bare.name, file) for file in settings.prompts)]
+def _optimised(
+    context: PipelineContext, written: Candidate, settings: CandidateSettings, optimise: Optimise
+) -> Candidate:
+    """The candidate with the best shots, retrieval and prompt of a search on validation rows."""
+    name, endpoint, rewriter = written.name, settings.endpoint, optimise.rewriter
+    price = endpoint.price if endpoint is not None else None
+    prompts = [written.prompt, *(_prompt(context, name, file) for file in optimise.prompts)]
+    embedder = context.embedder if settings.retrieve is not None else None
     inputs = {
-        "candidate": bare.model_dump(mode="json", by_alias=True, exclude={"name"}),
+        "candidate": written.model_dump(mode="json", by_alias=True, exclude={"name"}),
         "prompts": prompts,
-        "settings": settings.model_dump(mode="json"),
+        "settings": optimise.model_dump(mode="json", exclude={"rewriter"}),
+        "rewriter": rewriter and rewriter.model_dump(mode="json", include={"url", "model", "price"}),
+        "price": price and price.model_dump(mode="json"),
+        "embedder": embedder,
         "metric": leading_inputs(context),
-        "engine": context.engine_of(bare),
-        **named_documents(bare),
+        "engine": context.engine_of(written),
+        **decoding_inputs(context, written),
+        **named_documents(written),
     }
 
     def find(work: Path) -> str:
-        by_leading = leading_scores(context)
+        held, where = context.without_test_rows(), f"candidates.{name}.optimise"
+        train, validation = (held.dataset.examples(split) for split in ("train", "validation"))
+        rows, by_leading = tried_rows(validation, optimise, where), leading_scores(held)
 
-        def scored(tried: Candidate, rows: Sequence[Example], lines: Sequence[Mapping[str, Any]]) -> list[float]:
+        def score(tried: Candidate, some: Sequence[Example], lines: Sequence[Mapping[str, Any]]) -> list[float]:
             # As in the evaluation: with the texts that were retrieved for each row.
             by_id = {line["id"]: line for line in lines}
-            return by_leading(seen_answers(context.store, context.dataset, tried, by_id, rows), rows)
+            return by_leading(seen_answers(held.store, held.dataset, tried, by_id, some), some)
 
-        return search_prompts(
-            context.store,
-            settings,
-            bare,
-            prompts,
-            context.dataset,
-            lambda each: answerer(context, each),
-            scored,
-            work,
-            context.progress,
-        )
+        for asked in filter(None, (endpoint, rewriter)):
+            context.progress.say(f"{name}: sending validation rows to {asked.url}")
+        with context.progress.task(f"{name}: at most {optimise.calls} answers", optimise.calls) as task:
+            asker = Asker(
+                settings=optimise,
+                price=price,
+                answerer=lambda each: answerer(context, each),
+                score=score,
+                work=work,
+                task=task,
+                limit=optimise.calls // 2 if rewriter else optimise.calls,
+            )
+            rewriting = Rewriter(asker, rewriter, f"{where}.rewriter") if rewriter else None
+            ended = "choices"
+            try:
+                choose(asker, written, settings.wanted_shots, prompts, train, rows, embedder)
+            except Spent as spent:
+                ended = str(spent)
+            if rewriting is not None and ended != "cost":
+                asker.limit, ended = optimise.calls, "calls"
+                try:
+                    rewriting.rewrite(list(asker.tried.values())[asker.best(len(rows))], rows)
+                except Spent as spent:
+                    ended = str(spent)
+        body = searched(asker, len(rows), ended)
+        context.progress.say(f"{name}: {described(body)}")
+        return keep_search(held.store, body, asker, written, held.dataset)
 
-    digest = context.stages.run(f"search {bare.name}", "search", inputs, find)
-    chosen = with_choice(bare, *found_choice(context.store, digest, context.dataset))
-    return chosen.model_copy(update={"search": digest})
+    digest = context.stages.run(f"optimise {name}", "search", inputs, find)
+    body = SearchBody.read(context.store, digest)
+    best = body.tries[body.best]
+    by_id = {example.id: example for example in context.dataset.examples("train")}
+    chosen = with_choice(written, best.prompt, [by_id[shot] for shot in best.shots])
+    by = best.retrieve and best.retrieve.by
+    return chosen.model_copy(
+        update={"retrieve": best.retrieve, "embedder": None if by in (None, "bm25") else embedder, "search": digest}
+    )

@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue
 
 from tunesmith.core.values import Omitted
 from tunesmith.records.body import Body, Part
+from tunesmith.records.candidate import Retrieve
 
 Several = Annotated[int, Field(exclude_if=lambda number: number == 1)]
 
@@ -174,10 +175,10 @@ class TrainingBody(TrainingFigures, Body):
 
 
 class PromptTry(Part):
-    """A prompt with shots, tried on validation rows.
+    """A prompt with shots and retrieval, tried on validation rows.
 
-    shots: ids of training rows. how: they were chosen: fixed, diverse, drawn N or none. mean: of the scores. tokens and
-    seconds: of all its answers.
+    shots: ids of training rows. how: they were chosen: fixed, diverse, drawn N or none. rows: that it answered before
+    it was given up. why: it could not answer more. mean: of the scores. tokens and seconds: of all its answers.
     """
 
     prompt: str
@@ -187,13 +188,16 @@ class PromptTry(Part):
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    retrieve: Retrieve | None = None
+    rows: int | None = None
+    why: str | None = None
 
 
 class SearchBody(Body):
-    """Every prompt and choice of shots that was tried on validation rows.
+    """Every prompt and choice of shots and retrieval that was tried on validation rows.
 
-    settings: the project file's. rows: how many were asked in each try. budget: answers in all. best: the place of the
-    best try among the tries.
+    settings: the project file's. rows: how many were asked in each whole try. budget: answers in all. best: the place
+    of the best try among the tries. cost: of the endpoints' answers. ended: what was used up: calls, cost or choices.
     """
 
     kind: ClassVar = "search"
@@ -205,10 +209,12 @@ class SearchBody(Body):
     seconds: float
     tries: tuple[PromptTry, ...]
     best: int
+    cost: float = 0.0
+    ended: str = "choices"
 
     @property
     def line(self) -> str:
-        return f"{len(self.tries)} tries of {self.rows} validation rows"
+        return f"{len(self.tries)} tries of up to {self.rows} validation rows"
 
 
 class SettingsTrial(Part):

@@ -44,7 +44,7 @@ KINDS: Mapping[str, RecordKind] = {
     "quality": RecordKind("data/quality/flags.py", ("dataset",), ("flags.jsonl",)),
     "documents": RecordKind("data/documents.py", (), ("passages.jsonl",)),
     "training": RecordKind("training/train.py", ("base", "dataset", "documents"), _WEIGHTS),
-    "search": RecordKind("candidates/prompt_search.py", ("base", "dataset", "documents"), ("answers.jsonl",)),
+    "search": RecordKind("candidates/optimise.py", ("base", "dataset", "documents"), ("answers.jsonl",)),
     "training_search": RecordKind("pipeline/training_search.py", ("base", "dataset", "documents"), ("trials.jsonl",)),
     "candidate": RecordKind("candidates/candidate.py", ("base", "dataset", "training", "documents", "search"), ()),
     "answers": RecordKind(

@@ -133,7 +133,8 @@ def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) 
         parts.append(f"endpoint, {candidate.endpoint.model} (cannot be released)")
     if candidate.search is not None:
         search = SearchBody.read(store, candidate.search)
-        parts.append(f"best of {len(search.tries)} combinations on {search.rows} validation rows")
+        what = "prompt of the best" if candidate.tuned else "best"
+        parts.append(f"{what} of {len(search.tries)} combinations on {search.rows} validation rows")
     if candidate.training is not None:
         settings = TrainingBody.read(store, candidate.training).settings
         parts.append("tuned weights" + (f" (LoRA, rank {settings.rank})" if settings.rank else ""))
