@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from claims import claimed
 from leakage import Row
 from learning_parts.kept import append_line, machine, read_lines
-from learning_parts.ours import VALIDATED, core_seconds
+from learning_parts.ours import SHORT_TASKS, VALIDATED, core_seconds
 from task_training import Loaded, answers, load, scores, train_task
 from tasks import FOLDER, Task, tasks
 from tunesmith.core.digests import digest_of
@@ -105,6 +105,7 @@ KINDS = ("snips", "banking77", "personal", "wording")  # a task of each kind; to
 def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     slots = ("snips", "home", "music")
+    yield from _of_epochs()
     yield from (Trial(task, 200, 10, rank=64, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield from (Trial(task, 200, 10, rank=4, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield Trial("personal", 200, 10, rank=64, b_rate=4.0)
@@ -147,6 +148,18 @@ def plan() -> Iterator[Trial]:
     yield from (Trial(task, 1000, 3, b_rate=b_rate, seed=1) for task in KINDS for b_rate in (1.0, 4.0))
 
 
+def _of_epochs() -> Iterator[Trial]:
+    """How often to read so many rows, where the rate falls in time for the last step: the fewest epochs that pay."""
+    for rows, epochs, batch in _EPOCHS:
+        for task in ("music", "banking77") if epochs > 5 or (rows, batch) == (1000, 16) else SHORT_TASKS:
+            yield Trial(task, rows, epochs, batch=batch, decay=0.9, b_rate=4.0)
+
+
+# Rows, epochs and rows a step, the most informative for their time first.
+_EPOCHS = (
+    (1000, 3, 8), (300, 10, 8), (100, 20, 8), (300, 5, 8), (1000, 5, 8), (100, 10, 8), (300, 10, 16), (100, 20, 16),
+    (1000, 3, 16), (100, 5, 8), (3000, 3, 8), (3000, 2, 8),
+)  # fmt: skip
 _OF_FEW = ((3e-3, 1.0), (1e-3, 4.0), (2e-3, 4.0))  # rate, and that of B as a multiple
 
 

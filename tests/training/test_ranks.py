@@ -183,7 +183,7 @@ def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> Non
 def test_all_ranks_answer_and_rank_0_decides(tmp_path: Path) -> None:
     """Within a budget and with scores of generated answers: the answers are those of the adapter in one process, the
     score decides, and no clock but rank 0's is read."""
-    spec = make(tmp_path, rows=4, epochs=None, budget="10m", validations=3)
+    spec = make(tmp_path, rows=4, budget="10m", validations=3)
     decisions = together(spec, 2, None, True).body.decisions
     assert decisions is not None
     assert [each.reason for each in decisions.decays] == ["all epochs are done"]

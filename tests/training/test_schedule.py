@@ -29,7 +29,9 @@ from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
 from tunesmith.training.train import run_training
 
-SETTINGS = TrainSettings(rank=4, batch=4, budget="40s", learning_rate=0.01, checkpoint_seconds=1e-9)  # type: ignore[arg-type]
+SETTINGS = TrainSettings(
+    rank=4, batch=4, epochs=20, budget=40.0, decay=0.25, learning_rate=0.01, checkpoint_seconds=1e-9
+)
 BEFORE = Decisions(warmup=2, validate_every=5, scored_rows=0, seconds=0.0)
 
 
@@ -150,10 +152,14 @@ def test_a_budget_is_spent_and_overrun_by_five_percent_at_most() -> None:
         schedule, state = _annealed(before, 1000.0, lambda now: 1.0 if now.seconds < 760 else slower)  # noqa: B023
         assert 1000 <= state.seconds <= 1050 + 2 * slower
         assert len(schedule.decisions.decays) <= 3
-    # Three quarters of what measuring left at a constant rate, and the fall in the last one.
+    # A tenth of what measuring left at a constant rate, and the fall in the rest.
     schedule, _ = _annealed(before.model_copy(update={"seconds": 46.0}), 60.0, lambda _: 1.0)
     (decay,) = schedule.decisions.decays
-    assert (decay.start, decay.stop) == (11, 15)
+    assert (decay.start, decay.stop) == (2, 14)
+    slow = before.model_copy(update={"validate_every": 150})
+    schedule, state = _annealed(slow, 1000.0, lambda now: 1.0 if (now.step + 1) % 150 else 51.0)
+    assert 950 <= state.seconds <= 1050, "validations are foreseen after the first one"
+    assert [each.stop for each in schedule.decisions.decays] == [1000, 750]
     _, state = _annealed(before, 1e6, lambda _: 1.0, steps=30)
     assert (state.step, state.ended) == (30, "all epochs are done")
 
@@ -166,18 +172,12 @@ def _scores(values: Iterator[float]) -> AnswerScore:
     return AnswerScore("exact_match", 40, score)
 
 
-def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
-    values = itertools.chain([0.1, 0.5, 0.7, 0.5, 0.7, 0.55, 0.6, 0.5, 0.6], itertools.repeat(0.9))
-    said = SaidAndNoted()
-    before = BEFORE.model_copy(update={"scored_rows": 40})
+def test_the_weights_of_the_best_score_are_kept(tmp_path: Path) -> None:
+    values = itertools.chain([0.1, 0.5, 0.9], itertools.repeat(0.2))
+    said, before = SaidAndNoted(), BEFORE.model_copy(update={"scored_rows": 40})
     done = train(spec(tmp_path), stepping(0.1), before=before, score=_scores(values), progress=said)
-    assert done.body.decisions is not None
-    # The probability decides among near scores, and rises here: 0.7 at step 25 is better than 0.7 at step 15.
-    (decay,) = done.body.decisions.decays
-    assert decay.reason == "no better score in 4 validations"
-    best = [each.score for each in done.body.validation].index(0.9)
-    assert done.body.kept >= done.body.validation[best].step
-    assert any("validation score 70.0%" in line for line in said.lines)
+    assert done.body.kept == done.body.validation[2].step < done.body.steps
+    assert any("validation score 90.0%" in line for line in said.lines)
     assert done.body.score == ValidationScore(metric="exact_match", rows=40)
 
 
@@ -240,11 +240,11 @@ def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decis
 
 
 def test_what_is_decided_beforehand(tmp_path: Path) -> None:
-    """Sixteen validations in all, where all epochs take less than the budget, too; fewer where they would take more
-    than 0.15 of it. Where a few answers show that none will be scored, no more are measured; a budget of which they
-    take more than half is refused."""
-    for budget, answer, steps in ((1_600.0, 0.001, 100), (100_000.0, 0.001, 625), (100_000.0, 1.0, 625),
-                                  (16_000.0, 1.0, 833)):  # fmt: skip
+    """Six validations in all, where all epochs take less than the budget, too; fewer where they would take more than
+    0.2 of the steps' time. Where a few answers show that none will be scored, no more are measured; a budget of which
+    they take more than half is refused."""
+    for budget, answer, steps in ((1_800.0, 0.001, 300), (100_000.0, 0.001, 1667), (100_000.0, 1.0, 1667),
+                                  (100_000.0, 2.0, 2000)):  # fmt: skip
         made, asked = _decide(tmp_path / f"{budget} {answer}", TrainSettings(budget=budget), answer)
         assert (asked, made.scored_rows, made.validate_every) == ([4, 32], 200, steps)
     for share, steps in ((0.2, 2000), (0.05, 100), (0.001, 10)):
@@ -262,8 +262,8 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
     made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), SaidAndNoted()
     monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
     done = train(made, stepping(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
-    assert any("within this budget 5 answers" in line for line in said.lines)
-    assert any("fewer than 30 answers fit into 2.5% of the budget" in notice for notice in done.body.notices)
+    assert any("within this budget 8 answers" in line for line in said.lines)
+    assert any("fewer than 30 answers fit into 4.0% of the budget" in notice for notice in done.body.notices)
     assert done.body.score is None
     assert all(each.score is None for each in done.body.validation)
 

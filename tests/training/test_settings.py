@@ -14,24 +14,22 @@ from pydantic import ValidationError
 from tests.evaluation.probing import row
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.values import changed
 from tunesmith.data.dataset import Example
 from tunesmith.engines.settings import TARGETS, match_layers
 from tunesmith.pipeline.training import _of_control
 from tunesmith.training.batches.rows import row_count, training_rows
 from tunesmith.training.estimates.estimate import subset_settings, too_few_numbers
-from tunesmith.training.settings import TrainSettings, changed_training, fit_to_rows, recorded_settings
+from tunesmith.training.settings import TrainSettings, fit_to_rows
 
 
-def test_epochs_and_a_budget_replace_each_other_with_all_that_came_with_it() -> None:
-    within, stated = TrainSettings(budget=900, batch=8), TrainSettings(budget=900, schedule="wsd", patience=2)
-    assert (within.epochs, within.schedule, within.validations, within.patience) == (20, "wsd", 16, 4)
-    assert changed_training(within, {"epochs": 2}, "here") == TrainSettings(epochs=2, batch=8)
-    assert changed_training(stated, {"epochs": 2}, "here") == TrainSettings(epochs=2, schedule="wsd", patience=2)
-    assert changed_training(within, {"batch": 4}, "here") == TrainSettings(budget=900, batch=4)
-    read = TrainSettings(epochs=3, batch=8)
-    assert changed_training(read, {"budget": "10m"}, "here") == TrainSettings(budget=600, batch=8)
-    with pytest.raises(UsageError, match="set either budget or epochs"):
-        changed_training(read, {"budget": "10m", "epochs": 2}, "here")
+def test_a_budget_bounds_epochs_and_brings_its_own_defaults() -> None:
+    within = TrainSettings(budget=900, batch=8)
+    assert (within.schedule, within.decay, within.validations) == ("wsd", 0.9, 6)
+    assert changed(within, {"epochs": 2}, "here") == TrainSettings(budget=900, epochs=2, batch=8)
+    assert changed(TrainSettings(epochs=2), {"budget": "10m"}, "here") == TrainSettings(epochs=2, budget=600)
+    with pytest.raises(UsageError, match="less than or equal to 100"):
+        changed(within, {"epochs": 200}, "here")
 
 
 @given(rank=st.integers(1, 1024), each=st.integers(1, 10_000), labels=st.integers(1, 10**9))
@@ -74,7 +72,6 @@ def test_unknown_layer_is_refused(wrong: str) -> None:
         ({"budget": True}, "not true or false"),
         ({"budget": "999999h"}, "less than or equal to"),
         ({"budget": "5m", "decay": 0.99999}, "less than or equal to 0.9"),
-        ({"budget": "5m", "epochs": 2}, "set either budget or epochs"),
         ({"budget": "5m", "schedule": "cosine"}, "a budget needs schedule: wsd"),
         ({"rehearse": True}, "rehearse"),
         ({"learning_rate": 3}, "less than 1"),
@@ -94,8 +91,6 @@ def test_what_is_read_and_what_follows() -> None:
         settings = TrainSettings(budget=text)  # type: ignore[arg-type]
         assert settings.budget == seconds
         assert TrainSettings(**settings.model_dump()) == settings
-    earlier = {"budget": 300, "epochs": 40, "rank": 8}  # a budget's most epochs were 40
-    assert recorded_settings(earlier) == TrainSettings(budget=300, rank=8)
     full = TrainSettings(method="full")
     assert TrainSettings().learning_rate == pytest.approx(10 * full.learning_rate)
     assert TrainSettings(method="full", learning_rate=0.5).learning_rate == 0.5
@@ -122,8 +117,9 @@ def test_b_gets_four_times_the_default_rate_of_small_bases_where_it_was_measured
 
 def test_few_rows_are_read_more_often_where_the_epochs_are_left_open() -> None:
     read = [fit_to_rows(TrainSettings(), rows, 576).epochs for rows in (1, 200, 300, 600, 1000, 13_000)]
-    assert read == [10, 10, 10, 5, 3, 3]
-    for stated in (TrainSettings(epochs=1), TrainSettings(epochs=3), TrainSettings(budget=60)):
+    assert read == [20, 15, 10, 5, 3, 3]
+    assert fit_to_rows(TrainSettings(), 200, 576, sentences=True).epochs == 5
+    for stated in (TrainSettings(epochs=1), TrainSettings(epochs=3), TrainSettings(budget=60, epochs=7)):
         assert fit_to_rows(stated, 50, 576).epochs == stated.epochs
 
 

@@ -193,7 +193,7 @@ def _validated(done: TrainingSummary) -> Iterator[tuple[str, str]]:
     if done.decisions is not None and done.decisions.decays:
         yield "ended because", done.decisions.decays[-1].reason
     if done.more_time is not None:
-        yield "more time", done.more_time.text
+        yield "more time", done.more_time
 
 
 def _draw_repeated(done: Repeated) -> Drawn:

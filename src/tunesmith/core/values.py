@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
@@ -111,10 +111,9 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
 
 
-def changed(part: Part, changes: Mapping[str, Any], where: str, without: Collection[str] = ()) -> Part:
-    """Settings with other values, checked. without: settings that count as not stated. Raises UsageError, where: as
-    given."""
-    given = {name: getattr(part, name) for name in part.model_fields_set if name not in without}
+def changed(part: Part, changes: Mapping[str, Any], where: str) -> Part:
+    """Settings with other values, checked. Raises UsageError, where: as given."""
+    given = {name: getattr(part, name) for name in part.model_fields_set}
     try:
         return type(part).model_validate({**given, **changes})
     except ValidationError as error:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.core.errors import NextStep, UsageError
+from tunesmith.core.values import changed
 from tunesmith.project import Project
 from tunesmith.store.tables import JobRow
-from tunesmith.training.settings import changed_training
 
 # What a run may change, by candidate: values of keys of `train:`. A text that states a number is that number.
 Changes = Mapping[str, Mapping[str, int | float | str]]
@@ -45,7 +45,7 @@ def with_changes(project: Project, changes: Changes) -> Project:
                 fix=f"change one of {', '.join(CHANGEABLE)}; the project file has the other settings",
             )
         stated = {key: _value_of(value) for key, value in values.items()}
-        update = {"train": changed_training(train, stated, where)}
+        update = {"train": changed(train, stated, where)}
         candidates[name] = candidates[name].model_copy(update=update)
     return project.with_settings(candidates=candidates)
 

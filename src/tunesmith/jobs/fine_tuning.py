@@ -29,7 +29,7 @@ from tunesmith.store import uploads
 from tunesmith.store.store import Store
 from tunesmith.store.tables import CHAMPION, FINE_TUNING, FileRow, JobRow
 from tunesmith.store.uploads import FileGone
-from tunesmith.training.settings import TrainSettings, changed_training
+from tunesmith.training.settings import TrainSettings
 
 PREFIX = "ft:"  # of the names of models
 _LONGEST_NAME = 63
@@ -157,7 +157,7 @@ def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
     rate = None if multiplier is None else train.learning_rate * multiplier
     given = {"epochs": asked.n_epochs, "batch": asked.batch_size, "learning_rate": rate, "seed": arguments.seed}
     changes = {key: value for key, value in given.items() if value is not None}
-    return changed_training(train, changes, "hyperparameters")
+    return changed(train, changes, "hyperparameters")
 
 
 def model_name(job: JobRow) -> str:

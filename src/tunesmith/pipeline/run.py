@@ -20,19 +20,19 @@ from tunesmith.project import Project
 from tunesmith.records.training import TrainingBody, TrainingFigures
 from tunesmith.registry.registration import register
 from tunesmith.store.store import Store
-from tunesmith.training.estimates.more_time import MoreTime, more_time
+from tunesmith.training.schedule import more_time
 
 
 class TrainingSummary(TrainingFigures, View):
     """A finished training. training: its record's digest; adapter: path of its weights; weights: their digest.
 
-    more_time: what twice the time would bring, by the slope of the validations; null where nothing was validated.
+    more_time: which budget would hold all epochs; null where this one did.
     """
 
     training: str
     adapter: str
     weights: str
-    more_time: MoreTime | None
+    more_time: str | None
 
 
 class RunVersion(View):

@@ -30,12 +30,13 @@ from tunesmith.evaluation.metrics.declared import (
     make_scoring,
     metric_of,
 )
+from tunesmith.evaluation.metrics.scorers import OF_SENTENCES
 from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.records.training import Decisions, TrainingBody
 from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
-from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, UNSCORED, MetricsSettings, TrainSettings, fit_to_rows
+from tunesmith.training.settings import LEAST_SCORED, UNSCORED, MetricsSettings, TrainSettings, fit_to_rows
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion, Generation
@@ -173,7 +174,7 @@ def training_spec(
         dataset=context.dataset.digest,
         rows=rows,
         validation=validation,
-        settings=settings,
+        settings=fitted(context, settings),
         work=work / _CHECKPOINTS,
         name=name,
         engine=context.training_engine(settings),
@@ -332,7 +333,9 @@ def _of_control(dataset: Dataset, settings: TrainSettings) -> dict[str, str]:
 def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:
     """The settings as the training will have them: what they leave open depends on the rows and on the base."""
     rows = row_count(context.dataset.splits["train"], settings)
-    return fit_to_rows(settings, rows, model_width(context.base))
+    scorer = _leading(context)
+    sentences = isinstance(scorer, JudgeScorer) or metric_of(scorer) in OF_SENTENCES
+    return fit_to_rows(settings, rows, model_width(context.base), sentences=sentences)
 
 
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
@@ -351,8 +354,7 @@ def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list
 def validation_notices(context: PipelineContext, settings: TrainSettings) -> list[str]:
     """What people should know of a training's validation, unless the settings say so."""
     if not validation_rows(context):
-        ends = f"it ends with the budget or after {MOST_EPOCHS} epochs, and " if settings.budget is not None else ""
-        return [f"no validation rows: {ends}the last weights are kept"]
+        return ["no validation rows: the last weights are kept"]
     _rows, reason = scored_rows(context, settings)
     return [] if reason is None else [f"{UNSCORED}: {reason}"]
 

@@ -1,10 +1,11 @@
 """How a training has gone so far; when the learning rate rises and falls, when it validates, and when it ends.
 
 `Schedule` knows the number of steps from the start. `Annealed` keeps the rate constant until it decides that the rate
-should fall: the steps or the time run out, or validation no longer improves. The schedule is warm-up, stable, decay
-(Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed
-Training Durations"), with a linear fall to zero. A decision that depends on a clock is written to disk before it acts,
-so that a training that is killed and resumed takes the same steps, and a finished one can be repeated.
+should fall, so that it is zero when the epochs are done or the budget is used, whichever comes first. The schedule is
+warm-up, stable, decay (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024, "Scaling Laws and Compute-Optimal
+Training Beyond Fixed Training Durations"), with a linear fall to zero. A decision that depends on a clock is written to
+disk before it acts, so that a training that is killed and resumed takes the same steps, and a finished one can be
+repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from tunesmith.core.system.files import write_atomic
-from tunesmith.records.training import Decay, Decisions, Overfit
+from tunesmith.core.text.wording import duration
+from tunesmith.records.training import Decay, Decisions, Overfit, TrainingBody
 from tunesmith.training.settings import MOST_WARMUP, WARMUP, TrainSettings
 
 
@@ -61,21 +63,6 @@ class TrainerState:
                 best = place
         return best
 
-    def exhausted(self, patience: int | None) -> str | None:
-        """Why validation says to stop: the last `patience` validations brought no higher score, and no better weights.
-        None where it does not.
-
-        Better weights alone would stop a training whose score rises slowly, within its error, while the probability of
-        its labels falls.
-        """
-        if patience is None or self.best is None:
-            return None
-        values = [_value(each) for each in self.validation]
-        if len(values) - 1 - max(self.best, values.index(max(values))) < patience:
-            return None
-        what = "better score" if "score" in self.validation[-1] else "higher probability of the expected answers"
-        return f"no {what} in {patience} validations"
-
     @property
     def overfitting(self) -> list[Overfit]:
         """The validations with a higher loss than the lowest before them, although the training loss has fallen since.
@@ -111,7 +98,7 @@ def _value(validation: Mapping[str, float]) -> float:
 # where steps vary it would be shortened again and again.
 _OVERRUN, _SHORTENED = 0.05, 0.04
 DECISIONS = "decisions.json"  # in a training's work folder
-ALL_EPOCHS = "all epochs are done"  # why a rate fell
+ALL_EPOCHS, BUDGET_USED = "all epochs are done", "the budget is used"  # why a rate fell
 _RECENT = 10  # steps that say how long one takes now
 
 
@@ -145,13 +132,10 @@ class Schedule:
         """Whether to validate after so many steps."""
         return step in self._validated
 
-    def decide(self, state: TrainerState) -> str | None:
+    def decide(self, _state: TrainerState) -> str | None:
         """Decide after a step and its validation what follows; returns what to tell the user. Sets state.ended where
-        the training ends: here, where patience is exhausted."""
-        if not self.validates(state.step) or (reason := state.exhausted(self._settings.patience)) is None:
-            return None
-        state.ended = reason
-        return f"stopping at step {state.step}: {reason}"
+        the training ends before its last step: never here."""
+        return None
 
 
 class Annealed(Schedule):
@@ -194,10 +178,12 @@ class Annealed(Schedule):
         if last is not None and step < last.start:
             return None  # resumed, and decided before: the clock of this run counts for nothing until then
         if last is None:
-            reason = self._due(state)
-            return None if reason is None else self._fall(step, step + self._falling_steps(step), reason)
+            if (reason := self._due(state)) is None:
+                return None
+            return self._fall(step, step + self._affordable(state, self._falling_steps(step)), reason)
         planned = last.stop - step
-        if (left := self._affordable(state, planned)) == planned:
+        late = self._budget is not None and state.seconds + self.decisions.seconds > self._budget
+        if not (late or self.validates(step)) or (left := self._affordable(state, planned)) == planned:
             return None
         return self._fall(step, step + left, "the budget was used before the learning rate had fallen as planned")
 
@@ -213,18 +199,24 @@ class Annealed(Schedule):
         if self._budget is not None:
             for_steps = self._budget - self.decisions.seconds
             if state.seconds >= (1 - self._settings.decay) * for_steps:
-                return "the budget is used"
-        return state.exhausted(self._settings.patience) if self.validates(state.step) else None
+                return BUDGET_USED
+        return None
 
     def _affordable(self, state: TrainerState, planned: int) -> int:
-        """How many of the planned steps are left: fewer once the budget is overrun, where these would take too long."""
-        spent = state.seconds + self.decisions.seconds
-        if self._budget is None or spent <= self._budget:
+        """How many of the planned steps are left: fewer where they would overrun the budget.
+
+        Within the budget all steps so far say how long one takes, so that the time of validations is spread over them;
+        past it, the last few do.
+        """
+        if self._budget is None:
             return planned
-        recent = max(1e-9, median(each["seconds"] for each in state.curve[-_RECENT:]))
-        if spent + planned * recent <= (1 + _OVERRUN) * self._budget:
+        most, each = self._budget, state.seconds / state.step
+        if (spent := state.seconds + self.decisions.seconds) > self._budget:
+            most *= 1 + _SHORTENED
+            each = median(each["seconds"] for each in state.curve[-_RECENT:])
+        if spent + planned * each <= (1 + _OVERRUN) * self._budget:
             return planned
-        return min(planned, max(1, math.floor(((1 + _SHORTENED) * self._budget - spent) / recent)))
+        return min(planned, max(1, math.floor((most - spent) / max(1e-9, each))))
 
     def _fall(self, start: int, stop: int, reason: str) -> str:
         """Write the decision down, then act by it."""
@@ -233,6 +225,20 @@ class Annealed(Schedule):
         if self._kept is not None:
             keep_decisions(self._kept, self.decisions)
         return f"the learning rate falls from step {decay.start} to the end at step {decay.stop}: {reason}"
+
+
+def more_time(training: TrainingBody) -> str | None:
+    """Which budget would have held all epochs; None where this one did, or where there was none."""
+    budget, epochs = training.settings.budget, training.settings.epochs
+    decays = training.decisions.decays if training.decisions else ()
+    if budget is None or not decays or (decays[0].reason == ALL_EPOCHS and decays[-1].stop == decays[0].stop):
+        return None
+    measured = training.decisions.seconds if training.decisions else 0.0
+    needed = measured + training.seconds * epochs / training.epochs
+    return (
+        f"The budget held {training.epochs:.1f} of {epochs} epochs; all of them take about {duration(needed)}: set "
+        f"train.budget."
+    )
 
 
 def warmup_steps(settings: TrainSettings, steps: float) -> int:

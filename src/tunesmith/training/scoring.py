@@ -24,8 +24,8 @@ from tunesmith.training.steps import validation_fit
 _TIMED = 32  # rows whose answers are timed before the first step, where a budget is to be divided
 _FEW = 4  # rows whose answers are timed before those, and for the estimate alone
 _MOST_MEASURED = 0.5  # of the budget
-_ONE_SHARE = 0.025  # of the budget, for the answers of one validation
-_ALL_SHARE = 0.15  # of the budget, for all validations
+_ONE_SHARE = 0.04  # of the steps' time, for the answers of one validation
+_ALL_SHARE = 0.2  # of the steps' time, for all validations
 
 
 class BudgetTooShort(Refused):
@@ -156,10 +156,11 @@ def decide_beforehand(
         loss, answer = validation.seconds(budget)
         measured = rehearsal.seconds + validation.clock() - began
         _check_budget(budget, measured, measured + 4 * expected.step_seconds + loss, validation, rehearsal)
-        rows = _scored_within(budget, answer, validation, progress)
-        steps = min(steps, budget / max(expected.step_seconds, 1e-9))  # few rows are read often before a budget ends
+        step = max(expected.step_seconds, 1e-9)
+        steps = min(steps, budget / step)  # few rows are read often before a budget ends
+        rows = _scored_within(budget, steps * step, answer, validation, progress)
         each = max(loss + rows * answer, 1e-9)
-        every = round(steps / min(settings.validations, max(1.0, _ALL_SHARE * budget / each)))
+        every = round(steps / min(settings.validations, max(1.0, _ALL_SHARE * steps * step / each)))
     made = Decisions(
         warmup=warmup_steps(settings, steps),
         validate_every=max(1, min(len(plan), every)),
@@ -208,15 +209,16 @@ def _check_budget(budget: float, measured: float, least: float, validation: Vali
     )
 
 
-def _scored_within(budget: float, answer: float, validation: Validation, progress: Progress) -> int:
-    """How many rows each validation answers; 0 where the budget has time for too few. answer: seconds of one."""
+def _scored_within(budget: float, seconds: float, answer: float, validation: Validation, progress: Progress) -> int:
+    """How many rows each validation answers; 0 where the budget has time for too few. seconds: of all steps; answer:
+    seconds of one."""
     if validation.score is None:
         return 0
-    rows = min(validation.score.rows, int(_ONE_SHARE * budget / max(answer, 1e-9)))
-    if rows >= LEAST_SCORED:
-        return rows
+    most, each = validation.score.rows, max(answer, 1e-9)
+    if (affordable := min(most, int(_ONE_SHARE * budget / each))) >= LEAST_SCORED:
+        return max(LEAST_SCORED, min(most, int(_ONE_SHARE * seconds / each)))
     progress.say(
-        f"{UNSCORED}: within this budget {rows} answers of {answer:.2g} s could be scored each time, and fewer than "
+        f"{UNSCORED}: within this budget {affordable} answers of {answer:.2g} s could be scored each time, and fewer than "
         f"{LEAST_SCORED} say too little"
     )
     return 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.core.reading.strict_json import Fields
-from tunesmith.core.values import Duration, Settings, changed
+from tunesmith.core.values import Duration, Settings
 from tunesmith.engines.settings import WeightSettings
 
 LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
@@ -16,12 +14,11 @@ LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
 LEAST_SCORED = 30
 PROBABILITY = "the probability of the expected answers"
 UNSCORED = f"validating by {PROBABILITY}"
-MOST_EPOCHS = 20  # within a budget: of 50 rows, 40 made answers worse (`python benchmarks/study.py --table`)
 WARMUP = 0.05  # share of the steps, by default
 MOST_WARMUP = 100  # steps of that share within a budget: most trainings end long before the most steps that fit in
 LONGEST_BUDGET = 30 * 24 * 3600  # seconds
 # Defaults of trainings that have a budget. They do not count as stated: epochs that replace a budget leave them behind.
-_WITH_BUDGET = {"epochs": MOST_EPOCHS, "schedule": "wsd", "validations": 16, "patience": 4}
+_WITH_BUDGET = {"schedule": "wsd", "decay": 0.9, "validations": 6}
 _RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -106,17 +103,17 @@ class TrainSettings(WeightSettings):
         default=None,
         gt=0,
         le=LONGEST_BUDGET,
-        description="train for this long, such as 20m or 1h30m, instead of a number of epochs: until "
-        "validation no longer improves or all but the time for `decay` is used, then the learning rate falls to "
-        "zero. It counts steps, validations, checkpoints, and before the first step the answers that are timed and "
-        "those to rehearse, but neither loading nor the three steps from which the estimate is made",
+        description="train for at most this long, such as 20m or 1h30m. Where not all epochs fit, there are fewer "
+        "steps, and the learning rate still falls to zero by the last one. It counts steps, validations, checkpoints, "
+        "and before the first step the answers that are timed and those to rehearse, but neither loading nor the three "
+        "steps from which the estimate is made",
     )
     epochs: int = Field(
         default=3,
         ge=1,
         le=100,
-        description="passes over the training rows. Default: 3, and up to 10 for fewer than 1,000 rows. Not with a "
-        f"budget, which makes at most {MOST_EPOCHS}",
+        description="passes over the training rows. Default: 3, and up to 20 for fewer than 1,000 rows, or up to 5 "
+        "where the primary metric compares sentences",
     )
     batch: int = Field(default=16, ge=1, le=4096, description="rows per step")
     tokens: int = Field(
@@ -149,7 +146,7 @@ class TrainSettings(WeightSettings):
     max_length: int = Field(default=1024, ge=16, description="most tokens of a training row, prompt included")
     validate_by: Literal["score", "loss"] = Field(
         default="score",
-        description="what better means for keep and patience. score: the primary metric over generated "
+        description="what better means for keep. score: the primary metric over generated "
         "answers to the validation rows; where it is within one standard error of the highest, a higher "
         "probability of the expected answers' tokens counts as better, too. loss: no answers are generated; that "
         "probability, which is computed with the loss, decides alone, as it does where the validation rows are too "
@@ -161,13 +158,6 @@ class TrainSettings(WeightSettings):
         le=100,
         description="how many times to validate, about. Default with a budget: "
         f"{_WITH_BUDGET['validations']}, or fewer where they take long",
-    )
-    patience: int | None = Field(
-        default=None,
-        ge=1,
-        description="stop after this many validations that are no better than the best one before; with schedule "
-        f"wsd the learning rate begins to fall then. Default: never stop early, or {_WITH_BUDGET['patience']} with "
-        "a budget",
     )
     keep: Literal["best", "last"] = Field(
         default="best", description="keep the weights of the best validation, or those of the last step"
@@ -182,11 +172,8 @@ class TrainSettings(WeightSettings):
     @model_validator(mode="before")
     @classmethod
     def _one_length(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("budget") is not None:
-            if given.get("epochs") not in (None, MOST_EPOCHS):
-                raise ValueError("set either budget or epochs")
-            if given.get("schedule", "wsd") != "wsd":
-                raise ValueError("a budget needs schedule: wsd, which can end at any step: leave schedule out")
+        if isinstance(given, dict) and given.get("budget") is not None and given.get("schedule", "wsd") != "wsd":
+            raise ValueError("a budget needs schedule: wsd, which can end at any step: leave schedule out")
         return given
 
     @model_validator(mode="after")
@@ -197,42 +184,30 @@ class TrainSettings(WeightSettings):
         return self
 
 
-def recorded_settings(stated: Fields) -> TrainSettings:
-    """The settings that a training's record states, without the number of epochs: beside a budget, earlier records have
-    one that is refused now."""
-    return TrainSettings.model_validate({key: stated[key] for key in stated.keys() - {"epochs"}})
-
-
-def changed_training(train: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:
-    """Training settings with other values, checked: epochs replace a budget, and a budget replaces epochs.
-
-    Raises UsageError as `changed` does.
-    """
-    without = [key for key, other in (("epochs", "budget"), ("budget", "epochs")) if changes.get(other) is not None]
-    return changed(train, changes, where, without)
-
-
 # Measured on a base of width 576 (`python benchmarks/study.py --table`): with four times the rate for B, which starts
 # at zero (LoRA+), 1,000 rows of slots give 7 points more.
 _B_RATE = 4.0
 _WIDEST = 1024  # wider bases want lower rates, and were not measured
-# The same table: one epoch leaves most of 200 rows unlearned, and ten learn them. On 1,000 rows three do.
+# The same table: how often rows are read before more epochs bring no more than chance.
 _READ = 3000  # rows to read in all
-_LEAST_EPOCHS, _MOST_EPOCHS = 3, 10
+_LEAST_EPOCHS, _MOST_EPOCHS = 3, 20
+_SENTENCE_EPOCHS = 5  # at most, where answers are sentences
 
 
-def fit_to_rows(settings: TrainSettings, rows: int, width: int | None) -> TrainSettings:
+def fit_to_rows(settings: TrainSettings, rows: int, width: int | None, *, sentences: bool = False) -> TrainSettings:
     """The settings with the epochs for so many rows and the rate of B for the base, where they state none.
 
-    Without a budget, rows are read three times, and fewer than 1,000 more often, up to ten times. B has four times the
-    rate. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults, and so they are for
-    adapters that were not measured: PiSSA, rsLoRA, DoRA. Canaries are among the rows but do not count: a training with
-    them shows what the training without them memorises. width: of the base's hidden states, None where it is not known.
+    Rows are read three times, and fewer than 1,000 more often, up to twenty times, or five where answers are sentences.
+    B has four times the rate. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults, and
+    so they are for adapters that were not measured: PiSSA, rsLoRA, DoRA. Canaries are among the rows but do not count:
+    a training with them shows what the training without them memorises. width: of the base's hidden states, None where
+    it is not known. sentences: whether the primary metric compares sentences.
     """
     if settings.canaries:
         rows -= settings.canaries.added
-    if settings.budget is None and "epochs" not in settings.model_fields_set:
-        epochs = round(min(_MOST_EPOCHS, max(_LEAST_EPOCHS, _READ / rows)))
+    if "epochs" not in settings.model_fields_set:
+        most = _SENTENCE_EPOCHS if sentences else _MOST_EPOCHS
+        epochs = round(min(most, max(_LEAST_EPOCHS, _READ / rows)))
         settings = settings.model_copy(update={"epochs": epochs})
     stated = settings.model_fields_set & {"learning_rate", "b_rate"}
     plain = settings.method == "lora" and (settings.start, settings.scaling, settings.dora) == ("zero", "rank", False)

@@ -24,7 +24,7 @@ from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF, is_native
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
-from tunesmith.models.base import Base, check_base, model_width, require_context_length
+from tunesmith.models.base import Base, check_base, require_context_length
 from tunesmith.models.rendering import Renderer
 from tunesmith.records.training import (
     Decisions,
@@ -53,7 +53,7 @@ from tunesmith.training.estimates.estimate import (
 from tunesmith.training.objectives import Objective, objective_of
 from tunesmith.training.schedule import DECISIONS, Annealed, Schedule, TrainerState
 from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
-from tunesmith.training.settings import MetricsSettings, TrainSettings, fit_to_rows
+from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import follower
 from tunesmith.training.spec import TrainingResult, TrainingSpec, write_rows
 from tunesmith.training.trainer import Trainer
@@ -82,7 +82,7 @@ def make_spec(
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
-    What the settings leave open is made to fit the rows and the base. engine: which trains, by default the one that
+    engine: which trains, by default the one that
     `engine: {train: auto}` takes for one process. splits: of the dataset version, that could be read. decisions: to
     repeat. notices, documents: see TrainingSpec.
     Raises Refused or UsageError for rows that cannot be trained on.
@@ -90,7 +90,6 @@ def make_spec(
     renderer, context = Renderer(base.folder), require_context_length(base)
     checked = validation[: settings.validation_rows]
     rendered = [render_rows(renderer, some, settings, context) for some in (rows, checked)]
-    settings = fit_to_rows(settings, len(rows), model_width(base))
     return TrainingSpec(
         name=name,
         engine=engine or training_engine(base.family, settings),

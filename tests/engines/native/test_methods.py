@@ -123,15 +123,11 @@ def _kept(work: Path) -> set[str]:
     return {name.partition(".")[2] for name in written}
 
 
-def test_last_weights_and_patience(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+def test_last_weights(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
     course, loss, _ = _over_trained(folder, rows, tmp_path / "last", keep="last", checkpoint_seconds=1e-9)
     assert loss == pytest.approx(course.validation[-1]["loss"], rel=1e-6)
     assert _kept(tmp_path / "last") == {"parameter", "exp_avg", "exp_avg_sq"}
-    course, loss, _ = _over_trained(folder, rows, tmp_path / "w", patience=2)
-    assert course.step < 60
-    assert "2 validations" in str(course.ended)
-    assert course.best == len(course.validation) - 3
-    again, same, _ = _over_trained(folder, rows, tmp_path / "w", patience=2)
+    again, same, _ = _over_trained(folder, rows, tmp_path / "last", keep="last", checkpoint_seconds=1e-9)
     assert (again.step, same) == (course.step, pytest.approx(loss, rel=1e-6)), "nothing more is trained"
 
 

@@ -100,6 +100,8 @@ SCORERS: dict[str, Scorer] = {
     "chrf": chrf,
     "bleu": bleu,
 }
+# Scorers of how much of a sentence is right.
+OF_SENTENCES = frozenset({"rouge1", "rouge2", "rougeL", "chrf", "bleu"})
 # Scorers that an answer which is not JSON cannot be the reference of.
 NEED_JSON = frozenset({"json_valid", "field_precision", "field_recall", "field_f1"})
 

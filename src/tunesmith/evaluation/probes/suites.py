@@ -34,7 +34,7 @@ from tunesmith.records.evaluation import RiskResults
 from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import Canary, canaries, training_rows
-from tunesmith.training.settings import recorded_settings
+from tunesmith.training.settings import TrainSettings
 
 Put = Callable[[Example, Conversation], Turns]
 Asked = Callable[[Conversation], Turns]
@@ -98,7 +98,8 @@ def probe_context(
 
     if candidate.training is not None:
         stated = TrainingBody.read(store, candidate.training).settings.model_dump()
-        settings = recorded_settings(stated)
+        known = stated.keys() & TrainSettings.model_fields.keys()  # earlier records have settings that are gone
+        settings = TrainSettings.model_validate({key: stated[key] for key in known})
         trained = training_rows(dataset.examples("train"), settings.model_copy(update={"canaries": None}))
         planted = canaries(trained, settings.canaries) if settings.canaries else ()
         last_alone = settings.loss_on == "last"

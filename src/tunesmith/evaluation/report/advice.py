@@ -268,9 +268,8 @@ def _cautions(data: Evidence) -> list[str]:
                 f"The judge of {metric} often changed its verdict with the order of the answers. "
                 f"It gave the same verdict in both orders for: {shares}."
             )
-    more = data.training.more_time if data.training else None
-    if more is not None and more.gain is not None and more.gain.low > 0:
-        cautions.append(f"{data.focus} was not trained to the end. {more.text}")
+    if data.training and data.training.more_time:
+        cautions.append(f"{data.focus} was not trained to the end. {data.training.more_time}")
     cautions += policy_cautions(data)
     cautions += data.verdict.cautions if data.verdict else ()
     if conflicts := data.dataset.conflicts.requests:

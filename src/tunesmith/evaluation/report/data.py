@@ -41,7 +41,7 @@ from tunesmith.records.training import SearchBody, TrainingBody
 from tunesmith.records.version import ApprovalBody, Requirement, VersionBody
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.estimates.more_time import more_time
+from tunesmith.training.schedule import more_time
 
 _SHOWN_EXAMPLES = 6
 _BASELINES = {"nearest": "the answer of the most similar training example", "classifier": "TF-IDF, logistic regression"}

@@ -22,7 +22,6 @@ from tunesmith.records.evaluation import (
     StyleAccount,
 )
 from tunesmith.records.training import BreakEven, RecordedSettings, TrainedStep, TrainingFigures
-from tunesmith.training.estimates.more_time import MoreTime
 
 PAGE = Path(__file__).parent / "page"  # the templates and style sheets that show it
 
@@ -70,7 +69,7 @@ class ReportedTraining(TrainingFigures, View):
     settings: RecordedSettings
     threads: int
     curve: tuple[TrainedStep, ...]
-    more_time: MoreTime | None
+    more_time: str | None
 
 
 class Rung(View):

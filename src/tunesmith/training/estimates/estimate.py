@@ -230,6 +230,6 @@ def subset_settings(settings: TrainSettings, rows: int, whole: int) -> TrainSett
     """
     batch = max(min(_LEAST_BATCH, settings.batch), round(settings.batch * math.sqrt(rows / whole)))
     budget = None if settings.budget is None else settings.budget * rows / whole
-    changes = {"rows": rows, "budget": budget, "batch": batch, "rehearse": 0.0, "keep": "last", "patience": None,
+    changes = {"rows": rows, "budget": budget, "batch": batch, "rehearse": 0.0, "keep": "last",
                "validate_by": "loss", "validations": 1, "validation_rows": 1}  # fmt: skip
     return TrainSettings.model_validate({**settings.model_dump(exclude_unset=True), **changes})
