@@ -220,9 +220,11 @@ def test_broken_answers_are_counted_and_do_not_hide_the_schema(happened: Happene
     [
         (lambda n: f"Dear {_words(n, 8)}, good bye.", "chrf", "exact_match chrf"),
         (lambda n: _json(kind=n % 2, reply=f"Dear {_words(n, 8)}"), "field_f1", "json_valid exact_match field_f1"),
+        (lambda n: f"grep -c '{n}' {_words(n, 1)}.log", "chrf", "exact_match chrf"),
         (_words, "exact_match", "exact_match"),
+        (lambda n: f"{n} Main St., {_words(n, 1)}", "exact_match", "exact_match"),
     ],
-    ids=["sentences", "sentences in JSON", "words of the request"],
+    ids=["sentences", "sentences in JSON", "commands", "words of the request", "addresses"],
 )
 def test_a_draft_measures_what_a_real_gain_can_pass(
     tmp_path: Path, answer: Callable[[int], str], metric: str, scorers: str

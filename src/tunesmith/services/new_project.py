@@ -266,7 +266,7 @@ _TOO_MANY = 1.5  # times as many held-out rows as planned
 
 
 def primary(findings: RowFindings) -> str:
-    """The metric that decides. No two people write the same sentence: then parts of an answer count."""
+    """The metric that decides. No two people write the same sentence or command: then parts of an answer count."""
     answers = findings.answers
     if not answers.sentences:
         return "exact_match"
@@ -408,8 +408,8 @@ def _on_answers(findings: RowFindings) -> Iterator[str]:
         )
     if primary(findings) != "exact_match":
         yield (
-            "most answers hold a sentence of their own, which is seldom repeated word for word: exact_match does not "
-            "decide. A judge in task.scorers compares what answers mean"
+            "most answers hold a sentence or a command of their own, which is seldom repeated word for word: exact_match "
+            "does not decide. A judge in task.scorers compares what answers mean"
         )
     if answers.others:
         yield (

@@ -218,8 +218,8 @@ def _scored_within(budget: float, seconds: float, answer: float, validation: Val
     if (affordable := min(most, int(_ONE_SHARE * budget / each))) >= LEAST_SCORED:
         return max(LEAST_SCORED, min(most, int(_ONE_SHARE * seconds / each)))
     progress.say(
-        f"{UNSCORED}: within this budget {affordable} answers of {answer:.2g} s could be scored each time, and fewer than "
-        f"{LEAST_SCORED} say too little"
+        f"{UNSCORED}: within this budget {affordable} answers of {answer:.2g} s could be scored each time, and fewer "
+        f"than {LEAST_SCORED} say too little"
     )
     return 0
 

@@ -276,7 +276,8 @@ def _kinds(values: Sequence[Any]) -> list[str]:
 
 
 _UNSAID, _SAME = 0.02, 0.8  # shares of a field's values, and of those that no request says
-_SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
+_SENTENCE, _BEGINNING = 4, 200  # words, and the characters that are searched for them
+_CODE = re.compile(r"[|\\=<>(){}\[\]*&$;`]|(?:^|\s)--?[A-Za-z]|/\w")
 
 
 class AnswerFindings:
@@ -289,7 +290,7 @@ class AnswerFindings:
     calls: rows that end in calls of tools. others: answers before a row's last one that are no JSON objects, where the
     last ones are. objects, lists: without a schema, how many rows end in a JSON object, with or without a code fence,
     or in a JSON list. not_object: the first answer without one. labels: the answers, if they are a few
-    labels. sentences: whether most answers hold a sentence of their own.
+    labels. sentences: whether most answers hold a sentence or code of their own.
     """
 
     def __init__(self, conversations: Sequence[Turns], *, json_objects: bool) -> None:
@@ -362,7 +363,9 @@ def _free_texts(schema: Schema | None, pairs: AnsweredRows) -> tuple[dict[str, s
 
 
 def _is_sentence(text: str) -> bool:
-    return sum(piece[0].isalpha() for piece in pieces([text[:_BEGINNING]])) >= _SENTENCE
+    """Whether people would word it in several ways: it has four words, or it is a command or code of two."""
+    words = sum(piece[0].isalpha() for piece in pieces([text[:_BEGINNING]]))
+    return words >= (2 if _CODE.search(text[:_BEGINNING]) else _SENTENCE)
 
 
 def _most_tokens(answer: str) -> int:
