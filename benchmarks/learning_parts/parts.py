@@ -11,7 +11,7 @@ from learning_parts.demo import demo
 from learning_parts.few import few, few_trl
 from learning_parts.kept import Figures
 from learning_parts.keys import keys
-from learning_parts.memory import memory
+from learning_parts.memory import frontier, memory
 from learning_parts.ours import RECIPE, Bench, defaults, project, short_tasks, trained
 from learning_parts.peers import RECIPES, peer
 from learning_parts.shown import NOT_YET, mean_of
@@ -148,6 +148,7 @@ PARTS: Mapping[str, Callable[[Bench], list[Line]]] = {
     "quality": quality,
     "few": few,
     "memory": memory,
+    "frontier": frontier,
     "shared": shared,
     "few-trl": few_trl,
 }
