@@ -31,6 +31,7 @@ from learning_parts.kept import append_line, machine, read_lines
 from learning_parts.ours import SHORT_TASKS, VALIDATED, core_seconds
 from task_training import Loaded, answers, load, scores, train_task
 from tasks import FOLDER, Task, tasks
+from tricks import TRICKS, applied, prepare
 from tunesmith.core.digests import digest_of
 from tunesmith.training.settings import TrainSettings
 
@@ -64,6 +65,7 @@ class Trial:
     method: str = "lora"
     minutes: float = 0.0  # of a budget, instead of epochs
     seed: int = 0
+    trick: str = ""  # of tricks.py
 
     def settings(self) -> TrainSettings:
         """As a candidate would have them: warm-up, stable, decay. With epochs the weights of the last step are kept,
@@ -106,6 +108,10 @@ def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     slots = ("snips", "home", "music")
     yield from _of_epochs()
+    for trick in TRICKS:  # swapped rows are twice as many
+        for task in ("music", "banking77", "wording"):
+            epochs = 5 if trick == "swapped" else 10
+            yield Trial(task, 300, epochs, batch=8, decay=0.9, b_rate=4.0, trick=trick)
     yield from (Trial(task, 200, 10, rank=64, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield from (Trial(task, 200, 10, rank=4, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield Trial("personal", 200, 10, rank=64, b_rate=4.0)
@@ -165,7 +171,8 @@ _OF_FEW = ((3e-3, 1.0), (1e-3, 4.0), (2e-3, 4.0))  # rate, and that of B as a mu
 
 def key_of(trial: Trial, task: Task) -> str:
     """Names a trial with everything that its score depends on, apart from the machine."""
-    return digest_of({"revision": _revision(trial), "answered": ANSWERED, "task": task.digest, **asdict(trial)})
+    stated = {name: value for name, value in asdict(trial).items() if name != "trick" or value}
+    return digest_of({"revision": _revision(trial), "answered": ANSWERED, "task": task.digest, **stated})
 
 
 def _revision(trial: Trial) -> int:
@@ -185,9 +192,12 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
     few = _few_of_each(task, split.held)
     asked, others = few[:ANSWERED], few[ANSWERED:]
     held = tuple(others[:VALIDATED] if trial.minutes else asked)
-    trained = train_task(loaded, task, split._replace(held=held), trial.settings(), work, clock=core_seconds)
+    made = prepare(trial.trick, task, split._replace(held=held), asked)
+    steps = trial.epochs * math.ceil(len(made.split.train) / trial.batch)
+    with applied(trial.trick, steps) as watch:
+        trained = train_task(loaded, made.task, made.split, trial.settings(), work, clock=core_seconds, watch=watch)
     began, body = time.perf_counter(), trained.body
-    found = scores(task, asked, answers(loaded, task, asked, trained.folder))
+    found = scores(task, asked, answers(loaded, made.task, made.asked, trained.folder))
     answering = time.perf_counter() - began
     shutil.rmtree(work)
     return {

@@ -24,6 +24,7 @@ from tunesmith.evaluation.metrics.scorers import OF_SENTENCES, SCORERS
 from tunesmith.models.base import Base, model_width, resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import TrainingRow
+from tunesmith.training.schedule import TrainerState
 from tunesmith.training.scoring import AnswerScore, Score, mean_score
 from tunesmith.training.settings import TrainSettings, fit_to_rows
 from tunesmith.training.spec import TrainingResult
@@ -54,11 +55,12 @@ def train_task(
     progress: Progress = SILENT,
     constrain: bool = True,
     clock: Callable[[], float] = time.perf_counter,
+    watch: Callable[[TrainerState, TrainableModel], None] | None = None,
 ) -> TrainingResult:
     """Train on split.train, validating on split.held by the task's metric, in a work folder that it resumes from.
 
     The adapter's files are in the result's folder. `settings.validation_rows` bounds the rows that are validated on.
-    clock: that a budget is counted by.
+    clock: that a budget is counted by. watch: as in run_training.
     """
     validated, sentences = split.held[: settings.validation_rows], task.metric in OF_SENTENCES
     spec = make_spec(
@@ -86,7 +88,7 @@ def train_task(
         return mean_score(scores(task, validated[:count], texts), groups[:count])
 
     scored = AnswerScore(task.metric, len(validated), score_first) if settings.validate_by == "score" else None
-    return run_training(spec, progress, model=loaded.model, score=scored, clock=clock)
+    return run_training(spec, progress, model=loaded.model, score=scored, clock=clock, watch=watch)
 
 
 def answers(
