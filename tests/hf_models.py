@@ -43,6 +43,44 @@ FAMILIES: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
     "mamba": lambda **k: transformers.MambaConfig(
         hidden_size=32, state_size=4, num_hidden_layers=2, max_position_embeddings=256, **k
     ),
+    # Families of 2026 (LFM2.5 has LFM2's class, Granite 4 the third): layers with a running state or a window.
+    "qwen3_5_text": lambda **k: transformers.Qwen3_5TextConfig(
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        **_SIZES,
+        **k,
+    ),
+    "lfm2": lambda **k: transformers.Lfm2Config(
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, **_SIZES, **k
+    ),
+    "granitemoehybrid": lambda **k: transformers.GraniteMoeHybridConfig(
+        num_key_value_heads=2,
+        num_local_experts=0,
+        shared_intermediate_size=48,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        logits_scaling=3.0,
+        **_SIZES,
+        **k,
+    ),
+    "gemma4_text": lambda **k: transformers.Gemma4TextConfig(
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        vocab_size_per_layer_input=k["vocab_size"],
+        hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=32,
+        **_SIZES,
+        **k,
+    ),
     # Mixtures of experts, which transformers keeps in fused parameters.
     "mixtral": lambda **k: transformers.MixtralConfig(
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, head_dim=8, **_SIZES, **k
@@ -59,6 +97,9 @@ FAMILIES: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
     ),
     "bert": lambda **k: transformers.BertConfig(**_SIZES, **k),  # its tokens see later ones
 }
+
+
+OF_2026 = ("qwen3_5_text", "lfm2", "granitemoehybrid", "gemma4_text")
 
 
 def write_hf_model(folder: Path, family: str = "gpt2", seed: int = 0, template: str = TEMPLATE) -> Path:

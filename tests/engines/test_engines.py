@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.hf_models import base_of_family, change_adapter
+from tests.hf_models import OF_2026, base_of_family, change_adapter
 from tests.said import Said
 from tests.schemas import SWITCH
 from tunesmith.core.errors import Refused, UsageError
@@ -38,7 +38,7 @@ from tunesmith.models.base import _LOADING, Base
 from tunesmith.models.rendering import Rendered
 
 NATIVE = "qwen3"
-FAMILIES = (NATIVE, "gpt2", "opt", "falcon", "phi3", "cohere", "mamba")
+FAMILIES = (NATIVE, *OF_2026, "gpt2", "opt", "falcon", "phi3", "cohere", "mamba")
 SYSTEM = Message(role="system", content="You are a very brief assistant that turns on the kitchen light.")
 TEXTS = ["turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please", "off"]
 Opened = tuple[Base, Any]

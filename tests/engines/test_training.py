@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.hf_models import base_of_family, change_adapter, write_hf_model
+from tests.hf_models import OF_2026, base_of_family, change_adapter, write_hf_model
 from tests.tiny import FAMILIES, ROWS, WIDE, row
 from tests.trained import batch_loss, gradients, reference_loss, saved, validation_loss
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -170,6 +170,7 @@ def test_an_adapter_learns_as_in_peft(
         ("native", "llama", {"targets": ["q_proj", "v_proj", "down_proj"]}),
         ("native", "llama", {"layers": 2, "targets": ["v_proj", "down_proj"], "scaling": "root", "alpha": 3.0}),
         ("native", "llama", {"layers": 1}),
+        *(("hf", family, {}) for family in OF_2026),
     ],
     ids=str,
 )

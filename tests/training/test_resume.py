@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.forked import run_elsewhere
-from tests.hf_models import write_hf_model
+from tests.hf_models import OF_2026, write_hf_model
 from tests.said import SaidAndNoted
 from tests.tiny import WIDE, row, write_model
 from tunesmith.core.digests import digest_file
@@ -312,14 +312,18 @@ def test_what_is_no_longer_part_of_a_training_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"start": "pissa", "dora": True, "b_rate": 4.0}, {"quantize": "4bit"}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gpt2", {"start": "pissa", "dora": True, "b_rate": 4.0}), ("", {"quantize": "4bit"}), *((f, {}) for f in OF_2026)],
+    ids=str,
+)
 def test_resumed_on_the_hf_engine_it_ends_in_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
 ) -> None:
     settings = SETTINGS.model_copy(update=changes)
     for name in ("whole", "stopped"):
         folder = tmp_path / name / "model"
-        write_model(folder, sizes=WIDE) if "quantize" in changes else write_hf_model(folder, "gpt2")
+        write_model(folder, sizes=WIDE) if "quantize" in changes else write_hf_model(folder, family)
     with pytest.raises(Stopped):
         run(tmp_path / "stopped", settings, progress=StoppedAfter(20))
     assert run(tmp_path / "stopped", settings) == run(tmp_path / "whole", settings)
