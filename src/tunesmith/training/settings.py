@@ -115,7 +115,7 @@ class TrainSettings(WeightSettings):
         description="passes over the training rows. Default: 3, and up to 20 for fewer than 1,000 rows, or up to 5 "
         "where the primary metric compares sentences",
     )
-    batch: int = Field(default=16, ge=1, le=4096, description="rows per step")
+    batch: int = Field(default=8, ge=1, le=4096, description="rows per step")
     tokens: int = Field(
         default=4096,
         ge=LEAST_TOKENS,
