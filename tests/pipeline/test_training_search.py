@@ -210,8 +210,7 @@ def _notices(rows: int, scorer: Any = "exact_match", **settings: Any) -> list[st
 def test_it_says_what_validation_rows_are_missing() -> None:
     judge = {"name": "quality", "judge": {"url": "http://127.0.0.1:9/v1", "model": "judge"}}
     for found, said in (
-        (_notices(0, budget=60), "no validation rows: it ends with the budget or after 20 epochs, and the last"),
-        (_notices(0, epochs=3), "no validation rows: the last weights are kept"),
+        (_notices(0, budget=60), "no validation rows: the last weights are kept"),
         (_notices(29, budget=60), "29 validation rows are too few to choose by exact_match"),
         (_notices(40, judge, budget=60), "quality is a judge: a model scores it, not a function"),
     ):
