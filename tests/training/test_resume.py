@@ -314,7 +314,11 @@ def test_what_is_no_longer_part_of_a_training_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("gpt2", {"start": "pissa", "dora": True, "b_rate": 4.0}), ("", {"quantize": "4bit"}), *((f, {}) for f in OF_2026)],
+    [
+        ("gpt2", {"start": "pissa", "dora": True, "b_rate": 4.0}),
+        ("", {"quantize": "4bit"}),
+        *((f, {}) for f in OF_2026),
+    ],
     ids=str,
 )
 def test_resumed_on_the_hf_engine_it_ends_in_the_same_bytes(
