@@ -172,6 +172,11 @@ class ProjectSettings(Settings):
         return [name for name, each in self.candidates.items() if each.train and not each.train.permute_answers]
 
     @property
+    def untuned(self) -> list[str]:
+        """Names of the candidates without trained weights. A registered version may have them."""
+        return [name for name, each in self.candidates.items() if not (each.adapted or each.version)]
+
+    @property
     def server(self) -> VllmSettings | None:
         """The server that answers; None where this process does."""
         return self.engine if isinstance(self.engine, VllmSettings) else None

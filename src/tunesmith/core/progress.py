@@ -37,7 +37,8 @@ class Progress(Protocol):
     def measured(self, name: str, values: Mapping[str, float]) -> None:
         """Report numbers of the training with this name, for its curves.
 
-        values: what is predicted, under names that begin with `expected_`; or what was measured after its step `step`.
+        values: what is predicted, under names that begin with `expected_`, and the score `beside:NAME` of an untuned
+        candidate; or what was measured after its step `step`.
         """
 
 

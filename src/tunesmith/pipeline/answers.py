@@ -18,18 +18,24 @@ from tunesmith.evaluation.metrics.declared import JudgeScorer, make_scoring, met
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import decoding_inputs, forbidden_answers
+from tunesmith.pipeline.training import decoding_inputs, forbidden_answers, in_turns
 
 _MOST_LABELS = 64
 
 
 def answers(context: PipelineContext, name: str, split: str = "test") -> str:
     """Digest of a candidate's answers to the rows of a split."""
-    return answers_of(context, candidate(context, name), split)
+    given = answers_of(context, candidate(context, name), split)
+    if split == "test":
+        context.answered[name] = given
+    return given
 
 
-def answers_of(context: PipelineContext, digest: str, split: str, title: str | None = None) -> str:
-    """Digest of the answers of a candidate record to the rows of a split. title: names it; by default its name."""
+def answers_of(
+    context: PipelineContext, digest: str, split: str, title: str | None = None, first: int | None = None
+) -> str:
+    """Digest of the answers of a candidate record to the rows of a split. title: names it; by default its name. first:
+    only to so many rows, in turns."""
     asked = load_candidate(context.store, digest)
     endpoint, named = context.settings_of(asked.name).endpoint, title or asked.name
     choices = _choices(context) if asked.asks_base else ()
@@ -45,17 +51,20 @@ def answers_of(context: PipelineContext, digest: str, split: str, title: str | N
         **({} if endpoint is None else {"tools": True, "refusals": True}),
         **decoding_inputs(context, asked),
         **({"labels": "bare"} if choices else {}),  # before, a label's confidence depended on its case
+        **({} if first is None else {"first": first}),
     }
 
     def answer(work: Path) -> str:
         if split == "test":
             _show_plan(context)
         rows = context.dataset.examples(split)
+        if first is not None:
+            rows = in_turns(rows)[:first]
         if asked.endpoint is not None:
             context.progress.say(f"{named}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
         counted = count_prompts(asked, (row.request for row in rows))
         context.progress.say(f"{named}: system prompt: {describe_prompts(counted)}")
-        forbidden, notices = forbidden_answers(context, asked, split)
+        forbidden, notices = forbidden_answers(context, asked, split) if first is None else ({}, [])
         for notice in notices:
             context.progress.say(f"{named}: {notice}")
         likelihoods = _likelihoods(context, asked, choices) if choices else None
@@ -65,6 +74,7 @@ def answers_of(context: PipelineContext, digest: str, split: str, title: str | N
         return keep_answers(context.store, parents, given.lines, body)
 
     stage = f"answer {named}" if split == "test" else f"answer {named} {split}"
+    stage += "" if first is None else f", {first} rows"
     return context.stages.run(stage, "answer", inputs, answer)
 
 

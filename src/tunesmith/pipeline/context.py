@@ -6,6 +6,7 @@ Every stage is a function that takes a `PipelineContext`. A stage calls the stag
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.examine import RowRules
 from tunesmith.data.building.outside_sets import outside_sources
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
-from tunesmith.data.dataset import Dataset, load_dataset
+from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import Withdrawn, load_withdrawn
 from tunesmith.data.review.decisions import applied_settings, read_reviewed
@@ -52,7 +53,12 @@ if TYPE_CHECKING:
     from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
     from tunesmith.models.base import Base
     from tunesmith.models.rendering import LossOn, Renderer
+    from tunesmith.training.beside import Rival
     from tunesmith.training.settings import TrainSettings
+
+# Takes the validation rows that a training scores, a list that always has the scores of its last answers to them, and
+# the training's work folder.
+Beside = Callable[[Sequence[Example], Sequence[float], Path], "Rival | None"]
 
 
 @dataclass
@@ -65,6 +71,9 @@ class PipelineContext:
     scope: Scope = field(default_factory=Scope)  # whom they are run for
     shards: ShardRunner = field(default_factory=LocalRunner)  # runs the data build; does not change its result
     together: Ranks | None = None  # the processes that train together, of which this is rank 0; None: this one alone
+    # Shows the best untuned candidate beside a training that scores answers; None: no training is compared.
+    beside: Callable[[PipelineContext, str, TrainSettings], Beside | None] | None = None
+    answered: dict[str, str] = field(default_factory=dict, init=False)  # answers to the test rows by candidate, so far
     _models: dict[LocalEngine, LoadedModel] = field(default_factory=dict, init=False)  # by the engine that computes
     plan_shown: bool = field(default=False, init=False)  # whether the power of the gates was shown already
 

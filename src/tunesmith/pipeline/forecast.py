@@ -108,19 +108,15 @@ def _sizes(context: PipelineContext, whole: int, largest: int | None) -> list[in
 
 def lift_gate(project: ProjectSettings) -> Lift | None:
     """The first gate that asks for a lift of the primary metric over an untuned candidate."""
-    untuned = (BEST_UNTUNED, *_untuned(project))
+    untuned = (BEST_UNTUNED, *project.untuned)
     lifts = (gate for gate in project.gates.values() if isinstance(gate, Lift) and gate.metric == project.task.leading)
     return next((gate for gate in lifts if gate.over in untuned), None)
-
-
-def _untuned(project: ProjectSettings) -> list[str]:
-    return [name for name, each in project.candidates.items() if not (each.adapted or each.version)]
 
 
 def _rivals(project: ProjectSettings) -> list[str]:
     """Names of the candidates that a training has to beat: the one that the lift gate names, or all untuned ones."""
     gate = lift_gate(project)
-    return _untuned(project) if gate is None or gate.over == BEST_UNTUNED else [gate.over]
+    return project.untuned if gate is None or gate.over == BEST_UNTUNED else [gate.over]
 
 
 def _tokens(project: ProjectSettings) -> dict[str, TokenPrice | None]:

@@ -12,6 +12,7 @@ from tunesmith.core.text.names import Scope
 from tunesmith.core.values import Omitted, View
 from tunesmith.data.dataset import DatasetSummary, dataset_summary
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
+from tunesmith.pipeline.beside import best_untuned
 from tunesmith.pipeline.candidates import training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
@@ -76,7 +77,7 @@ def run(
     scope: whom the version is for.
     """
     store, signer = project.store, project.actor(actor)
-    context = PipelineContext(project, progress, signer, scope)
+    context = PipelineContext(project, progress, signer, scope, beside=best_untuned)
     decided = verdict(context)
     gate = verdict_summary(store, decided)
     trained = {

@@ -32,7 +32,7 @@ from tunesmith.evaluation.metrics.declared import (
 )
 from tunesmith.evaluation.metrics.scorers import OF_SENTENCES
 from tunesmith.models.base import model_width
-from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.context import Beside, PipelineContext
 from tunesmith.project import Project
 from tunesmith.records.training import Decisions, TrainingBody
 from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion, Generation
     from tunesmith.engines.ranks import Ranks
     from tunesmith.engines.training_protocol import TrainableModel
+    from tunesmith.training.beside import Rival
     from tunesmith.training.scoring import AnswerScore
     from tunesmith.training.spec import TrainingSpec
 
@@ -88,9 +89,10 @@ def _train(context: PipelineContext, name: str, candidate: Candidate, settings: 
     from tunesmith.training.launchers import begin
     from tunesmith.training.train import record_training, run_training
 
+    beside = None if context.beside is None else context.beside(context, name, settings)
     context = context.without_test_rows()
     spec = training_spec(context, name, candidate, settings, work)
-    score = _answer_score(context, candidate, settings, work)
+    score = _answer_score(context, candidate, settings, work, beside)
     ranks = context.together or ALONE
     begin(ranks, spec, score)
     done = run_training(spec, context.progress, model=context.trained_model(settings), score=score, ranks=ranks)
@@ -187,21 +189,26 @@ def training_spec(
 
 
 def _answer_score(
-    context: PipelineContext, candidate: Candidate, settings: TrainSettings, work: Path
+    context: PipelineContext, candidate: Candidate, settings: TrainSettings, work: Path, beside: Beside | None = None
 ) -> AnswerScore | None:
     """Scores a candidate's answers to validation rows while it is trained, as its evaluation will; None where no
-    answers are scored."""
+    answers are scored. beside: shows an untuned candidate beside it."""
     from tunesmith.training.scoring import AnswerScore, Score, mean_score
 
     rows, _reason = scored_rows(context, settings)
     if not rows:
         return None
     scores, groups = row_scores(context, candidate, rows, work), [row.group for row in rows]
+    newest = list[float]()
 
     def score(model: TrainableModel | None, count: int) -> Score:
-        return mean_score(scores(model, count), groups[:count])
+        newest[:] = scores(model, count)
+        return mean_score(newest, groups[:count])
 
-    return AnswerScore(context.project.settings.task.leading, len(rows), score)
+    def rival(count: int) -> Rival | None:
+        return None if beside is None else beside(rows[:count], newest, work / _CHECKPOINTS)
+
+    return AnswerScore(context.project.settings.task.leading, len(rows), score, rival)
 
 
 def row_scores(

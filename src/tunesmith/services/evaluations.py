@@ -36,6 +36,7 @@ from tunesmith.evaluation.summary import (
     verdict_summary,
 )
 from tunesmith.pipeline.answers import plan as plan_gates
+from tunesmith.pipeline.beside import best_untuned
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
@@ -73,12 +74,12 @@ def plan(
 
 def evaluate(project: Project, names: Sequence[str] | None = None, *, progress: Progress = SILENT) -> EvaluationSummary:
     """Measure candidates, by default all, on the same held-out rows."""
-    return evaluation_summary(project.store, evaluation(PipelineContext(project, progress), names))
+    return evaluation_summary(project.store, evaluation(PipelineContext(project, progress, beside=best_untuned), names))
 
 
 def gate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> VerdictSummary:
     """Apply the gates to a candidate, by default to the one that the project would release."""
-    return verdict_summary(project.store, verdict(PipelineContext(project, progress), name))
+    return verdict_summary(project.store, verdict(PipelineContext(project, progress, beside=best_untuned), name))
 
 
 def compare_candidates(project: Project, first: str, second: str) -> Comparison:

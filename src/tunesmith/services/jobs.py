@@ -42,6 +42,7 @@ from tunesmith.services.monitoring import look_again
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
 from tunesmith.store.tables import FINE_TUNING, FINE_TUNING_JOB, FileRow, JobEventRow, JobRow, JobState
+from tunesmith.training.beside import BESIDE, GAP, standing
 from tunesmith.webhooks.sending import delivering, secrets_of
 
 KINDS = tuple(kinds.KINDS)
@@ -277,7 +278,8 @@ def _reads_all(reader: User) -> bool:
 
 class CurvePoint(View):
     """A step. loss: on its training rows; validation_loss, score: on the validation rows, None where it was not
-    validated, and where answers were not scored."""
+    validated, and where answers were not scored. difference: of the score to the rival's on the same rows, with the
+    ends of its interval; None where there is none."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -285,12 +287,17 @@ class CurvePoint(View):
     loss: float
     validation_loss: float | None = None
     score: Annotated[float | None, Field(validation_alias="validation_score")] = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
 
 
 class TrainingCurve(View):
     """A training of a job. name: the candidate's. metric: what the score is, "" where that is not known yet.
 
     earlier: it was not trained by this job, which took the result of an earlier training of the same inputs.
+    rival: the best untuned candidate, with its score on the validation rows that are scored, "" and None where none is
+    compared; standing: since when the training is better or worse than it, in a sentence, "" where neither is known.
     expected_seconds, expected_memory_bytes: predicted before its first step; memory_bytes: the most that it used. None
     where they are not known. points: at most a few hundred of its steps, and every validated one.
     """
@@ -298,6 +305,9 @@ class TrainingCurve(View):
     name: str
     metric: str
     earlier: bool
+    rival: str
+    rival_score: float | None
+    standing: str
     expected_seconds: float | None
     expected_memory_bytes: float | None
     memory_bytes: float | None
@@ -328,14 +338,21 @@ def curves(acting: Acting, number: int) -> JobCurves:
 
 def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -> TrainingCurve:
     """summary: of the training, {} where it has not ended."""
+    points = tuple(CurvePoint.model_validate(each) for each in curve.points)
+    beside = {key.removeprefix(BESIDE): score for key, score in curve.expected.items() if key.startswith(BESIDE)}
+    rival, score = next(iter(beside.items()), ("", None))
+    gaps = {int(each["step"]): (each[GAP[0]], each[GAP[1]], each[GAP[2]]) for each in curve.points if GAP[0] in each}
     return TrainingCurve(
         name=name,
         metric=(summary.get("score") or {}).get("metric", ""),
         earlier=earlier,
+        rival=rival,
+        rival_score=score,
+        standing=standing(rival, gaps)[1],
         expected_seconds=curve.expected.get("expected_seconds"),
         expected_memory_bytes=curve.expected.get("expected_memory_bytes"),
         memory_bytes=curve.memory_bytes or None,
-        points=tuple(CurvePoint.model_validate(each) for each in curve.points),
+        points=points,
     )
 
 

@@ -19,6 +19,7 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.arguments import CHANGEABLE, Changes, run_arguments, with_changes
 from tunesmith.jobs.kinds import run_project
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.pipeline.beside import best_untuned
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.run import RunSummary, TrainingSummary, training_summary
@@ -76,7 +77,7 @@ def train(
 
     restart: train again from the start.
     """
-    context = PipelineContext(project, progress)
+    context = PipelineContext(project, progress, beside=best_untuned)
     return training_summary(project.store, training(context, name or only_tuned(project), restart))
 
 

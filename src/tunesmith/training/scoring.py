@@ -17,6 +17,7 @@ from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.records.training import Decisions, Estimate, ValidationScore
 from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.batches.rehearsal import Rehearsal
+from tunesmith.training.beside import Rival
 from tunesmith.training.schedule import keep_decisions, read_decisions, warmup_steps
 from tunesmith.training.settings import LEAST_SCORED, UNSCORED, TrainSettings
 from tunesmith.training.steps import validation_fit
@@ -48,12 +49,13 @@ class AnswerScore(NamedTuple):
 
     metric: the score's name. rows: how many there are. score: of a model's answers to the first so many rows; None asks
     the untrained base for answers as long as the expected ones, to see how much time they take. Raises TunesmithError
-    where answers cannot be scored.
+    where answers cannot be scored. rival: the untuned candidate that is shown beside the first so many rows, if any.
     """
 
     metric: str
     rows: int
     score: Callable[[TrainableModel | None, int], Score]
+    rival: Callable[[int], Rival | None] = lambda _rows: None
 
 
 def mean_score(scores: Sequence[float], groups: Sequence[str]) -> Score:

@@ -39,6 +39,7 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_validation, step_tokens
 from tunesmith.training.batches.rehearsal import Rehearsal, prepare_rehearsal
 from tunesmith.training.batches.rows import TrainingRow, render_rows
+from tunesmith.training.beside import BESIDE
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimates.estimate import (
     check_disk,
@@ -148,12 +149,12 @@ def run_training(
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
     notices = [*spec.notices, *([notice] if notice else []), *rehearsal.notices()]
     _announce(ready, len(rows), expected, notices)
-    memory = DeviceMemory(trained.device)
-    memory.reset_peak()
     schedule = _schedule(ready, expected)
-    progress.measured(
-        spec.name, {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
-    )
+    rival = score.rival(validation.rows) if score is not None and validation.rows else None
+    memory = DeviceMemory(trained.device)
+    memory.reset_peak()  # after the rival's answers, which are no part of the training
+    predicted = {"expected_seconds": expected.seconds, "expected_memory_bytes": float(expected.peak_memory_bytes)}
+    progress.measured(spec.name, predicted if rival is None else {**predicted, f"{BESIDE}{rival.name}": rival.score})
     # The same training again has the same curves and is one run; one within a budget is another each time.
     measured_first = schedule.decisions.seconds if schedule.decisions else 0.0
     run = checkpoints.identity | ({"measured": measured_first} if measured_first else {})
@@ -168,6 +169,7 @@ def run_training(
             scored = validated.get(each["step"], {})
             values = {"step": each["step"], "loss": each["loss"], "memory_bytes": peak}
             values |= {f"validation_{key}": scored[key] for key in ("loss", "score") if key in scored}
+            values |= {} if rival is None else rival.numbers(int(each["step"]))
             progress.measured(spec.name, values)
         reported = len(state.curve)
         if watch is not None:
@@ -186,6 +188,7 @@ def run_training(
         progress=progress,
         clock=now,
         ranks=ranks,
+        rival=rival,
     ).run()
     curves.finish()
     folder, made_by = spec.work / "result", environment(trained, ranks)

@@ -17,6 +17,7 @@ from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
+from tunesmith.training.beside import Rival
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import Objective
 from tunesmith.training.schedule import Schedule, TrainerState
@@ -48,6 +49,7 @@ class Trainer:
         progress: Progress = SILENT,
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks = ALONE,
+        rival: Rival | None = None,
     ) -> None:
         """Continues from the newest complete checkpoint, if there is one.
 
@@ -55,14 +57,14 @@ class Trainer:
         now: a `loss`, of which lower is better, and where answers are scored a `score`, of which higher is better;
         called when the schedule says so. on_checkpoint, on_step: called with the state after each checkpoint or step,
         and once at the start of a resumed training. clock: seconds since some moment, the same on all ranks. ranks:
-        compute each step together; each has its own part of the plan's steps.
+        compute each step together; each has its own part of the plan's steps. rival: what lines say beside each score.
         Raises Refused where the checkpoints belong to another training.
         """
         self.model, self.plan, self.settings, self.progress = model, plan, settings, progress
         self._schedule = schedule or Schedule(len(plan), settings)
         self._objective, self._validate, self._checkpoints = objective, validate, checkpoints
         self._on_checkpoint, self._on_step = on_checkpoint, on_step
-        self._clock, self._ranks = clock, ranks
+        self._clock, self._ranks, self._rival = clock, ranks, rival
         self._parameters = parameters(model)
         self._optimizer = make_optimizer(model, settings)
         self._best: list[Tensor] | None = None
@@ -147,6 +149,7 @@ class Trainer:
             {"step": state.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": seconds}
         )
         if validates:
+            self._say_validation()
             self._warn_of_overfitting()
         if (decided := self._schedule.decide(state)) is not None:
             self.progress.say(decided)
@@ -201,11 +204,18 @@ class Trainer:
         if not math.isfinite(measured["loss"]):
             raise self._not_finite(f"the validation loss became {measured['loss']}", state.step)
         state.validation.append({"step": state.step, **measured})
-        chosen_by = "validation score" if "score" in measured else "probability of the expected answers"
-        value = measured.get("score", measured["probability"])
-        self.progress.say(f"step {state.step}: {chosen_by} {value:.1%}, loss {measured['loss']:.4f}")
         if state.best == len(state.validation) - 1 and self.settings.keep == "best":
             self._best = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _say_validation(self) -> None:
+        """Say what the last validation measured. Its comparison with the rival does not count as training."""
+        step, measured = self.state.step, self.state.validation[-1]
+        chosen_by = "validation score" if "score" in measured else "probability of the expected answers"
+        value = measured.get("score", measured["probability"])
+        beside, sentence = ("", "") if self._rival is None else self._rival.said(step)
+        self.progress.say(f"step {step}: {chosen_by} {value:.1%}, loss {measured['loss']:.4f}{beside}")
+        if sentence:
+            self.progress.say(sentence)
 
     def _warn_of_overfitting(self) -> None:
         """Say that overfitting begins, at the first validation after the lowest that shows it."""
