@@ -38,13 +38,15 @@ def claimed(store: Store) -> Lease:
 
 
 def curve(steps: int, slope: float = 28.0) -> dict[str, Curve]:
-    """A training of so many steps, validated and scored at every tenth."""
-    made = Curve({"expected_seconds": 95.0, "expected_memory_bytes": 1.6e9})
+    """A training of so many steps, validated and scored at every tenth, beside a candidate with 60%."""
+    made = Curve({"expected_seconds": 95.0, "expected_memory_bytes": 1.6e9, "beside:rag": 0.6})
     for step in range(1, steps + 1):
         loss = 0.08 + 2.0 * 2.718 ** (-step / slope)
         values = {"step": step, "loss": loss * (1 + 0.05 * (step % 3)), "memory_bytes": 1.7e9}
         if step % 10 == 0:
-            values |= {"validation_loss": loss * 1.1, "validation_score": 1 - 0.9 * 2.718 ** (-step / slope)}
+            score = 1 - 0.9 * 2.718 ** (-step / slope)
+            values |= {"validation_loss": loss * 1.1, "validation_score": score, "difference": score - 0.6}
+            values |= {"difference_low": score - 0.68, "difference_high": score - 0.52}
         made.add(values)
     return {"tuned": made}
 
@@ -98,14 +100,21 @@ def test_the_list_and_one_run_while_it_trains(served: Served, login: Login) -> N
     expect(page.get_by_text("tuned: score on validation rows")).to_be_visible()
     expect(page.locator(".charts canvas")).to_have_count(2)
     expect(page.locator(".charts")).to_contain_text("at step 30.")
+    expect(page.locator(".charts")).to_contain_text("rag, untuned: 60.0% at step 0, 60.0% at step 30.")
+    expect(page.locator("#beside")).to_contain_text(
+        "From step 30 on the tuned model is better than rag: the interval of the difference is above zero. tuned at "
+        "step 30: 69.2%; rag, the best untuned candidate, on the same validation rows: 60.0%. Difference in points: "
+        "+9.2 [1.2, 17.2]."
+    )
     expect(page.locator(".log li").first).to_contain_text("more")
     leases.log(store, lease, "half of it is done")
     leases.renew(store, lease, progress(61.0), curve(60))
     expect(page.locator(".log li").first).to_contain_text("half of it is done")
     expect(page.locator(".charts")).to_contain_text("at step 60.")
+    expect(page.locator("#beside")).to_contain_text("tuned at step 60: 89.4%")
     expect(page.get_by_text("training 51%")).to_be_visible()
     page.get_by_text("The numbers").click()
-    expect(page.get_by_role("row").filter(has_text="60")).to_have_count(1)
+    expect(page.get_by_role("row").filter(has_text="60")).to_contain_text("+29.4 [21.4, 37.4]")
     check_page(page)
     follow(page.get_by_role("link", name="Older lines"))
     expect(page.locator(".log li").last).to_contain_text("started by host:1")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.acting import looking
 from tests.commands import printed
+from tests.said import Said
 from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.building.signoff import sign_off
-from tunesmith.services import evaluations, training
+from tunesmith.services import evaluations, jobs, training
 from tunesmith.store.people import identities
+from tunesmith.training.beside import standing
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +200,72 @@ def test_forms_of_answers_that_do_not_fit_are_refused(
     engine = {"engine": {"kind": "vllm", "url": "http://127.0.0.1:1"}} if "server" in said else {}
     with pytest.raises(UsageError, match=said):
         Project.load(write_project(tmp_path, task=task, candidates={"c": candidate}, gates={}, **engine))
+
+
+class Ended(BaseException):
+    """The process ends."""
+
+
+class SaidUpTo(Said):
+    """Keeps what a run says, and ends the process where that begins like this."""
+
+    end = "nowhere"
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if text.startswith(self.end):
+            raise Ended
+
+
+def test_a_training_is_shown_beside_the_best_untuned_candidate(tmp_path: Path) -> None:
+    """Each validation names the score of the best one, also after a kill; its weights are the same without."""
+    data = {**settings()["data"], "split": {"validation": 0.3, "test": 0.3, "group_by": "template"}}
+    train = {"epochs": 2, "rank": 2, "batch": 8, "checkpoint_seconds": 1e-9}
+    some = {name: settings()["candidates"][name] for name in ("plain", "held", "tuned")}
+    tuned = {**some["tuned"], "train": train}
+    task = {"schema": "schema.json", "scorers": ["json_valid"]}
+    folder = write_project(tmp_path / "p", data=data, task=task, candidates={**some, "tuned": tuned})
+    shutil.copytree(folder, tmp_path / "alone")
+    alone = Said()
+    without = training.train(Project.load(tmp_path / "alone"), progress=alone)
+    assert any("none has been evaluated on this dataset version" in line for line in alone.lines)
+
+    said, project = SaidUpTo(), Project.load(folder)
+    said.end = "step 9:"
+    with pytest.raises(Ended):
+        training.run_here(project, progress=said)
+    (answers,) = [line for line in said.lines if line.startswith("beside tuned: held, the best untuned candidate")]
+    assert "the 38 validation rows that are scored" in answers
+    killed, said.end, said.lines = said.lines, "nowhere", []
+    summary = training.run_here(project, progress=said)
+    gap = "; held has 100% on the same 38 rows: −100.0 points [−100.0, −81.5]"
+    told = [line for line in [*killed, *said.lines] if re.match(r"(from )?step \d", line)]
+    turned = "from step 3 on the tuned model is worse than held: the interval of the difference is below zero"
+    steps = [f"step {step}: validation score 0.0%" for step in (3, 6, 9, 9, 12)]
+    assert [line.split(", loss")[0] for line in told] == [steps[0], turned, *steps[1:]]
+    assert all(line.endswith(gap) for line in told if line != turned)
+    assert "answer held validation: unchanged, skipped" in said.lines
+    assert summary.train["tuned"].weights == without.weights
+    (curve,) = jobs.curves(looking(project), 2).trainings
+    assert [each.step for each in curve.points if each.difference == -1.0] == [3, 6, 9, 12]
+    assert (curve.rival, curve.rival_score, curve.standing) == ("held", 1.0, turned)
+
+    # Without a run, the last evaluation says which one is best.
+    nothing = "no untuned candidate is shown beside the training of tuned: validate_by: loss scores no answers"
+    for change, said.end in ({"validate_by": "loss"}, nothing), ({"rank": 3}, turned):
+        changed = {**some, "tuned": {**tuned, "train": {**train, **change}}}
+        with pytest.raises(Ended):
+            training.train(Project.load(write_project(folder, data=data, task=task, candidates=changed)), progress=said)
+
+
+def test_it_is_said_since_when_the_interval_has_been_off_zero() -> None:
+    gaps = {1: (0.0, -0.1, 0.1), 2: (0.2, 0.1, 0.3), 3: (0.3, 0.2, 0.4)}
+    assert standing("rag", {1: gaps[1]}) == (0, "")
+    above = "from step 2 on the tuned model is better than rag: the interval of the difference is above zero"
+    assert standing("rag", gaps) == (2, above)
+    gaps |= {4: gaps[1], 5: gaps[1]}
+    back = "from step 4 on the tuned model is no longer better than rag: the interval of the difference holds zero"
+    assert standing("rag", gaps) == (4, back)
 
 
 def test_nothing_is_trained_before_a_steward_signed(tmp_path: Path) -> None:

@@ -299,8 +299,8 @@ Point = dict[str, float]
 
 @dataclass
 class Curve:
-    """A training's numbers. expected: its estimates, and the score of the untuned candidate beside it. memory_bytes: the
-    most memory used. points: step and loss, and of validated steps validation_loss, validation_score and how that
+    """A training's numbers. expected: its estimates, and the score of the untuned candidate beside it. memory_bytes:
+    the most used. points: step and loss, and of validated steps validation_loss, validation_score and how that
     differs from the other. Once there are too many points, every second step is kept."""
 
     expected: dict[str, float] = field(default_factory=dict)

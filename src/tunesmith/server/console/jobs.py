@@ -134,7 +134,7 @@ def beside(training: TrainingCurve) -> list[str]:
     return [
         f"{capital(standing)}.",
         f"{training.name} at step {now.step}: {percent(now.score)}; {rival}, the best untuned candidate, on the same "
-        f"validation rows: {percent(training.rival_score)}. Difference: {over(now)} points.",
+        f"validation rows: {percent(training.rival_score)}. Difference in points: {over(now)}.",
     ]
 
 
