@@ -63,7 +63,7 @@ def _best(context: PipelineContext, train: TrainSettings) -> str | None:
     answered, untuned = context.answered, sorted(context.project.settings.untuned)
     if not answered and (digest := latest(context.project, "evaluation", context.scope)) is not None:
         parents = context.store.record(digest, kind="evaluation").parents
-        if parents["dataset"] == context.dataset.digest:
+        if parents.get("dataset") == context.dataset.digest:
             answered = {name: parents[f"answers:{name}"] for name in untuned if f"answers:{name}" in parents}
     given = [answered[name] for name in untuned if name in answered]
     if not given:
