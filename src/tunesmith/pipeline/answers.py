@@ -10,7 +10,9 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import count_prompts, describe_prompts
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Question
+from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.gates.settings import Lift, Retain
 from tunesmith.evaluation.gates.test_set_uses import nameless, used_candidates
 from tunesmith.evaluation.metrics.answer_judge import judge_answers
@@ -18,7 +20,7 @@ from tunesmith.evaluation.metrics.declared import JudgeScorer, make_scoring, met
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import decoding_inputs, forbidden_answers, in_turns
+from tunesmith.pipeline.training import decoding_inputs, forbidden_answers, leading_scores
 
 _MOST_LABELS = 64
 
@@ -32,10 +34,10 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
 
 
 def answers_of(
-    context: PipelineContext, digest: str, split: str, title: str | None = None, first: int | None = None
+    context: PipelineContext, digest: str, split: str, title: str | None = None, first: Sequence[Example] = ()
 ) -> str:
     """Digest of the answers of a candidate record to the rows of a split. title: names it; by default its name. first:
-    only to so many rows, in turns."""
+    only to these, which are the first ones in turns."""
     asked = load_candidate(context.store, digest)
     endpoint, named = context.settings_of(asked.name).endpoint, title or asked.name
     choices = _choices(context) if asked.asks_base else ()
@@ -51,20 +53,18 @@ def answers_of(
         **({} if endpoint is None else {"tools": True, "refusals": True}),
         **decoding_inputs(context, asked),
         **({"labels": "bare"} if choices else {}),  # before, a label's confidence depended on its case
-        **({} if first is None else {"first": first}),
+        **({"first": len(first)} if first else {}),
     }
 
     def answer(work: Path) -> str:
         if split == "test":
             _show_plan(context)
-        rows = context.dataset.examples(split)
-        if first is not None:
-            rows = in_turns(rows)[:first]
+        rows = first or context.dataset.examples(split)
         if asked.endpoint is not None:
             context.progress.say(f"{named}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
         counted = count_prompts(asked, (row.request for row in rows))
         context.progress.say(f"{named}: system prompt: {describe_prompts(counted)}")
-        forbidden, notices = forbidden_answers(context, asked, split) if first is None else ({}, [])
+        forbidden, notices = ({}, []) if first else forbidden_answers(context, asked, split)
         for notice in notices:
             context.progress.say(f"{named}: {notice}")
         likelihoods = _likelihoods(context, asked, choices) if choices else None
@@ -74,8 +74,15 @@ def answers_of(
         return keep_answers(context.store, parents, given.lines, body)
 
     stage = f"answer {named}" if split == "test" else f"answer {named} {split}"
-    stage += "" if first is None else f", {first} rows"
+    stage += f", {len(first)} rows" if first else ""
     return context.stages.run(stage, "answer", inputs, answer)
+
+
+def scores_of(context: PipelineContext, given: str, split: str, rows: Sequence[Example] = ()) -> list[float]:
+    """Scores by the primary metric of answers to a split's rows, or to these of them, in their order. given: digest of
+    the answers. Raises UsageError where the metric is a judge."""
+    rows = rows or context.dataset.examples(split)
+    return leading_scores(context)(read_answers(context.store, given, context.dataset, rows, split).seen, rows)
 
 
 def judged(context: PipelineContext, name: str, given: str, scorer: JudgeScorer) -> str:

@@ -17,13 +17,12 @@ from tunesmith.core.errors import Inconclusive, TunesmithError
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.wording import duration
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.scores import CONFIDENCE, rounded
 from tunesmith.evaluation.stats.statistics import GAPS, Level, interval
-from tunesmith.pipeline.answers import answers_of
+from tunesmith.pipeline.answers import answers_of, scores_of
 from tunesmith.pipeline.context import Beside, PipelineContext
-from tunesmith.pipeline.training import leading_scores, scored_rows
+from tunesmith.pipeline.training import scored_rows
 from tunesmith.pipeline.verdicts import latest
 from tunesmith.records.evaluation import AnswersBody
 from tunesmith.training.beside import Gap, Rival
@@ -45,35 +44,25 @@ def best_untuned(context: PipelineContext, name: str, train: TrainSettings) -> B
             context.progress.say(f"no untuned candidate is shown beside the training of {name}: {error.what}")
             return None
 
-    if name not in context.project.settings.tuned:
-        return None  # a control
-    if (given := unless(partial(_best, context, train))) is None:
+    said = train.validate_by == "score" and not scored_rows(context, train)[0]  # that no answers are scored, and why
+    if said or name not in context.project.settings.tuned or (given := unless(partial(_best, context, train))) is None:
         return None
     inside = context.without_test_rows()
     return lambda rows, newest, work: unless(partial(_answered, inside, name, given, rows, newest, work))
 
 
-def _best(context: PipelineContext, train: TrainSettings) -> str | None:
-    """Digest of the best untuned candidate's answers to the test rows; None where it was said that no answers to
-    validation rows are scored. Raises Inconclusive where there is none for another reason."""
+def _best(context: PipelineContext, train: TrainSettings) -> str:
+    """Digest of the best untuned candidate's answers to the test rows. Raises Inconclusive where there is none."""
     if train.validate_by == "loss":
         raise Inconclusive("validate_by: loss scores no answers")
-    if not scored_rows(context, train)[0]:
-        return None
     answered, untuned = context.answered, sorted(context.project.settings.untuned)
     if not answered and (digest := latest(context.project, "evaluation", context.scope)) is not None:
         parents = context.store.record(digest, kind="evaluation").parents
         if parents.get("dataset") == context.dataset.digest:
-            answered = {name: parents[f"answers:{name}"] for name in untuned if f"answers:{name}" in parents}
-    given = [answered[name] for name in untuned if name in answered]
-    if not given:
+            answered = {role[8:]: each for role, each in parents.items() if role.startswith("answers:")}
+    if not (given := [answered[name] for name in untuned if name in answered]):
         raise Inconclusive("none has been evaluated on this dataset version yet")
-    test, scores = context.dataset.examples("test"), leading_scores(context)
-
-    def mean(digest: str) -> float:
-        return rounded(fmean(scores(read_answers(context.store, digest, context.dataset, test).seen, test)))
-
-    return max(given, key=mean)
+    return max(given, key=lambda each: rounded(fmean(scores_of(context, each, "test"))))
 
 
 def _answered(
@@ -81,19 +70,18 @@ def _answered(
 ) -> Rival:
     """The best untuned candidate after it has answered the rows that are scored. given: its answers to the test rows.
     newest, work: see Beside."""
-    store, groups = context.store, [row.group for row in rows]
+    groups = [row.group for row in rows]
     check_groups("validation rows", groups)
-    record = store.record(given, kind="answers")
+    record = context.store.record(given, kind="answers")
     body, asked = AnswersBody.of(record), record.parents["candidate"]
-    rival = load_candidate(store, asked).name
+    rival = load_candidate(context.store, asked).name
     context.progress.say(
         f"beside {name}: {rival}, the best untuned candidate on the test rows, answers the {len(rows)} validation rows "
         f"that are scored, once and in about {duration(body.seconds / body.n * len(rows))}"
     )
-    every = len(rows) == context.dataset.splits["validation"]
-    digest = answers_of(context, asked, "validation", first=None if every else len(rows))
-    seen = read_answers(store, digest, context.dataset, rows, "validation").seen
-    scores = np.array(leading_scores(context)(seen, rows))
+    some = rows if len(rows) < context.dataset.splits["validation"] else ()
+    digest = answers_of(context, asked, "validation", first=some)
+    scores = np.array(scores_of(context, digest, "validation", rows))
     kept = work / f"beside-{short(digest)}.json"
     gaps = _KEPT.validate_json(kept.read_bytes()) if kept.exists() else {}
 

@@ -17,13 +17,12 @@ from tunesmith.candidates.candidate import Candidate, load_candidate, put_candid
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.answers import read_answers
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED, Lift
 from tunesmith.evaluation.learning_curve import CONFIDENCE, Measured, extrapolate
 from tunesmith.evaluation.prices import break_even, price_of
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, effective_groups
-from tunesmith.pipeline.answers import answers, answers_of
+from tunesmith.pipeline.answers import answers, answers_of, scores_of
 from tunesmith.pipeline.candidates import untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import fitted, leading_inputs, leading_scores, train_candidate
@@ -124,12 +123,6 @@ def _tokens(project: ProjectSettings) -> dict[str, TokenPrice | None]:
     return {name: each.endpoint.price for name, each in project.candidates.items() if each.endpoint}
 
 
-def validation_scores(context: PipelineContext, given: str) -> list[float]:
-    """Scores by the primary metric of answers to the validation rows, in their order. given: digest of the answers."""
-    rows = context.dataset.examples("validation")
-    return leading_scores(context)(read_answers(context.store, given, context.dataset, rows, "validation").seen, rows)
-
-
 def _forecast(
     context: PipelineContext,
     name: str,
@@ -140,8 +133,8 @@ def _forecast(
 ) -> ForecastBody:
     """given: the untuned candidates' answers. whole: settings of the training on all rows."""
     project, rows = context.project.settings, context.dataset.examples("validation")
-    untuned = {each: validation_scores(context, digest) for each, digest in given.items()}
-    scores = {size: validation_scores(context, digest) for size, (_, digest) in subsets.items()}
+    untuned = {each: scores_of(context, digest, "validation") for each, digest in given.items()}
+    scores = {size: scores_of(context, digest, "validation") for size, (_, digest) in subsets.items()}
     measured = Measured(list(scores), _columns(scores, rows), _columns(untuned, rows), [row.group for row in rows])
     said = extrapolate(measured, whole["rows"], context.dataset.splits["test"], goal, whole["seed"])
     means = {who: rounded(fmean(values)) for who, values in untuned.items()}

@@ -278,8 +278,7 @@ def _reads_all(reader: User) -> bool:
 
 class CurvePoint(View):
     """A step. loss: on its training rows; validation_loss, score: on the validation rows, None where it was not
-    validated, and where answers were not scored. difference: of the score to the rival's on the same rows, with the
-    ends of its interval; None where there is none."""
+    validated, and where answers were not scored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -287,9 +286,6 @@ class CurvePoint(View):
     loss: float
     validation_loss: float | None = None
     score: Annotated[float | None, Field(validation_alias="validation_score")] = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
 
 
 class TrainingCurve(View):
@@ -338,7 +334,6 @@ def curves(acting: Acting, number: int) -> JobCurves:
 
 def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -> TrainingCurve:
     """summary: of the training, {} where it has not ended."""
-    points = tuple(CurvePoint.model_validate(each) for each in curve.points)
     beside = {key.removeprefix(BESIDE): score for key, score in curve.expected.items() if key.startswith(BESIDE)}
     rival, score = next(iter(beside.items()), ("", None))
     gaps = {int(each["step"]): (each[GAP[0]], each[GAP[1]], each[GAP[2]]) for each in curve.points if GAP[0] in each}
@@ -352,7 +347,7 @@ def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -
         expected_seconds=curve.expected.get("expected_seconds"),
         expected_memory_bytes=curve.expected.get("expected_memory_bytes"),
         memory_bytes=curve.memory_bytes or None,
-        points=points,
+        points=tuple(CurvePoint.model_validate(each) for each in curve.points),
     )
 
 

@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 from tunesmith.core.text.wording import percent, points
 
-BESIDE = "beside:"  # what is reported of a training: `beside:NAME` is the untuned candidate's score
-GAP = ("difference", "difference_low", "difference_high")  # what is reported of a step whose answers were compared
+BESIDE = "beside:"  # `beside:NAME` is reported of a training: the untuned candidate's score
+GAP = ("difference", "difference_low", "difference_high")  # reported of a step: its gap
 Gap = tuple[float, float, float]
+_SAID = {
+    1: "is better than {}: the interval of the difference is above zero",
+    -1: "is worse than {}: the interval of the difference is below zero",
+    0: "is no longer better or worse than {}: the interval of the difference holds zero",
+}
 
 
 class Rival(NamedTuple):
@@ -31,24 +36,16 @@ class Rival(NamedTuple):
         self.compare(step)
         since, sentence = standing(self.name, {each: gap for each, gap in self.gaps.items() if each <= step})
         mean, low, high = map(points, self.gaps[step])
-        ends = f"[{low.removeprefix('+')}, {high.removeprefix('+')}]"
-        line = f"; {self.name} has {percent(self.score)} on the same {self.rows} rows: {mean} points {ends}"
+        line = f"; {self.name} has {percent(self.score)} on the same {self.rows} rows: {mean} points "
+        line += f"[{low.removeprefix('+')}, {high.removeprefix('+')}]"
         return line, sentence if since == step else ""
-
-    def numbers(self, step: int) -> dict[str, float]:
-        """The gap of a step as it is reported; {} where nothing was compared."""
-        return dict(zip(GAP, self.gaps.get(step, ()), strict=False))
 
 
 def standing(rival: str, gaps: Mapping[int, Gap]) -> tuple[int, str]:
-    """Whether the model that is trained is better or worse than the rival, in a sentence, and since which step; 0 and
-    "" where the interval of the difference has always held zero."""
-    since, now, before = 0, 0, 0
+    """Since which step the model that is trained has been better or worse than the rival, or no longer is, and that in
+    a sentence; 0 and "" where the interval of the difference has always held zero."""
+    since, now = 0, 0
     for step, (_, low, high) in sorted(gaps.items()):
         if (side := (low > 0) - (high < 0)) != now:
-            since, now, before = step, side, now
-    if not since:
-        return 0, ""
-    word = "better" if (now or before) > 0 else "worse"
-    how, place = (f"{word} than", "is above" if now > 0 else "is below") if now else (f"no longer {word} than", "holds")
-    return since, f"from step {since} on the tuned model is {how} {rival}: the interval of the difference {place} zero"
+            since, now = step, side
+    return since, f"from step {since} on the tuned model {_SAID[now].format(rival)}" if since else ""

@@ -39,7 +39,7 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_validation, step_tokens
 from tunesmith.training.batches.rehearsal import Rehearsal, prepare_rehearsal
 from tunesmith.training.batches.rows import TrainingRow, render_rows
-from tunesmith.training.beside import BESIDE
+from tunesmith.training.beside import BESIDE, GAP
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimates.estimate import (
     check_disk,
@@ -169,7 +169,8 @@ def run_training(
             scored = validated.get(each["step"], {})
             values = {"step": each["step"], "loss": each["loss"], "memory_bytes": peak}
             values |= {f"validation_{key}": scored[key] for key in ("loss", "score") if key in scored}
-            values |= {} if rival is None else rival.numbers(int(each["step"]))
+            if rival is not None:
+                values |= zip(GAP, rival.gaps.get(int(each["step"]), ()), strict=False)
             progress.measured(spec.name, values)
         reported = len(state.curve)
         if watch is not None:

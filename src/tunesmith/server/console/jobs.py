@@ -10,9 +10,8 @@ from urllib.parse import urlencode
 from fastapi import Path, Query, Response
 
 from tunesmith.core.errors import Forbidden
-from tunesmith.core.text.wording import points
 from tunesmith.server.api.routing import Page
-from tunesmith.server.console.rendering import Chart, Line, chart, pages, percent
+from tunesmith.server.console.rendering import Chart, Line, chart, pages
 from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import capital
 from tunesmith.services import jobs, training
@@ -79,8 +78,6 @@ def run(viewer: Looking, number: Number, lines: LineNumber | None = None) -> Res
         may=viewer.user.may("job.change"),
         paged=lines is not None,
         numbers=numbers,
-        beside=beside,
-        over=over,
     )
 
 
@@ -111,38 +108,15 @@ def charts(curves: JobCurves) -> list[Chart]:
             drawn.append(chart(f"{each.name}: loss", filled, x="step", y="loss"))
         if scores.points:
             title = f"{each.name}: {metric} on validation rows"
-            lines = [scores]
-            if each.rival_score is not None:
-                ends = (0.0, float(each.points[-1].step))
-                lines.append(Line(f"{each.rival}, untuned", dict.fromkeys(ends, each.rival_score), 2, dashed=True))
-            drawn.append(chart(title, lines, x="step", y=metric, scale="share"))
+            ends = dict.fromkeys((0.0, float(each.points[-1].step)), each.rival_score)
+            beside = [Line(f"{each.rival}, untuned", ends, 2, dashed=True)] if each.rival else []
+            drawn.append(chart(title, [scores, *beside], x="step", y=metric, scale="share"))
     return drawn
 
 
 def _line(label: str, training: TrainingCurve, field: str, colour: int) -> Line:
     points = {float(point.step): y for point in training.points if (y := getattr(point, field)) is not None}
     return Line(label, points, colour, dashed=colour > 1)
-
-
-def beside(training: TrainingCurve) -> list[str]:
-    """How a training compares with the untuned candidate beside it, in sentences; [] before the first comparison."""
-    compared = [point for point in training.points if point.difference is not None]
-    if not compared:
-        return []
-    now, rival = compared[-1], training.rival
-    standing = training.standing or f"the interval of the difference between the tuned model and {rival} holds zero"
-    return [
-        f"{capital(standing)}.",
-        f"{training.name} at step {now.step}: {percent(now.score)}; {rival}, the best untuned candidate, on the same "
-        f"validation rows: {percent(training.rival_score)}. Difference in points: {over(now)}.",
-    ]
-
-
-def over(point: CurvePoint) -> str:
-    """How many points a training's score is above the untuned candidate's, with the interval; a dash for none."""
-    ends = (point.difference, point.difference_low, point.difference_high)
-    mean, low, high = ("" if end is None else points(end) for end in ends)
-    return f"{mean} [{low.removeprefix('+')}, {high.removeprefix('+')}]" if mean else "–"
 
 
 def numbers(points: Sequence[CurvePoint], most: int = 30) -> list[CurvePoint]:
