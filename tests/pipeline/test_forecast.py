@@ -164,7 +164,7 @@ def test_subsets_double_up_to_half_of_the_rows(rows: int, largest: int | None, s
 
 def test_a_subset_is_trained_by_the_recipe_of_the_whole() -> None:
     made = subset_settings(TrainSettings(budget=900, rehearse=0.02), 100, 1600)
-    assert (made.budget, made.rows, made.batch, made.rehearse) == (56.25, 100, 4, 0.0)
+    assert (made.budget, made.rows, made.batch, made.rehearse) == (56.25, 100, 2, 0.0)
     assert (made.schedule, made.keep, made.validate_by, made.validations) == ("wsd", "last", "loss", 1)
     assert "epochs" not in subset_settings(TrainSettings(rank=2), 50, 1600).model_fields_set, "they fit the subset"
     assert subset_settings(TrainSettings(epochs=7, batch=1), 50, 1600).batch == 1
