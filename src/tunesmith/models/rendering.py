@@ -80,7 +80,7 @@ class Renderer:
             raise Refused(
                 "the base has no chat template, so a conversation cannot be rendered",
                 where=str(folder),
-                fix="use an instruction-tuned model, or add chat_template.jinja to its folder",
+                fix="use an instruction-tuned model; or copy the folder, add chat_template.jinja, and name the copy",
             )
         if not self.tokenizer.is_fast:
             raise Refused("the base has no fast tokenizer", where=str(folder), fix="add tokenizer.json to its folder")
