@@ -170,6 +170,15 @@ class ProjectSettings(Settings):
         return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold", "login"})
 
     @property
+    def bases(self) -> list[str]:
+        """The bases that candidates answer with, as the file names them; the project's own first."""
+        return list(dict.fromkeys([self.base, *filter(None, (each.base for each in self.candidates.values()))]))
+
+    def base_of(self, name: str) -> str:
+        """The base of a candidate, as the file names it."""
+        return self.candidates[name].base or self.base
+
+    @property
     def tuned(self) -> list[str]:
         """Names of the candidates that are trained, without the controls whose answers are shuffled."""
         return [name for name, each in self.candidates.items() if each.train and not each.train.permute_answers]
@@ -194,6 +203,7 @@ class ProjectSettings(Settings):
             raise ValueError(f"release: {self.release!r} is a version that is registered already")
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
+        _check_bases(self)
         _check_fine_tuning(self)
         _check_jobs(self)
         _check_hold(self)
@@ -205,6 +215,20 @@ class ProjectSettings(Settings):
         except UsageError as error:
             raise ValueError(f"{error.where}: {error.what}") from error
         return self
+
+
+def _check_bases(project: ProjectSettings) -> None:
+    """Raise ValueError for a base that no candidate uses, and for several that could not be loaded together."""
+    if len(project.bases) == 1:
+        return
+    if not any(each.asks_base and each.base is None for each in project.candidates.values()):
+        raise ValueError(
+            f"base: no candidate uses {project.base}: write there the base of one, and not at that candidate"
+        )
+    place = "engine.ray" if project.server is None else "engine"
+    if project.server is not None or project.engine.ray is not None:
+        named = next(name for name, each in project.candidates.items() if each.base not in (None, project.base))
+        raise ValueError(f"candidates.{named}.base: {place} runs one base only: leave {place} out, or this base")
 
 
 def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSettings) -> None:
@@ -222,6 +246,12 @@ def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSe
             trained = [each for each, settings in project.candidates.items() if settings.train]
             known = f"they are {', '.join(trained)}" if trained else "none is"
             raise ValueError(f"candidates.{name}.weights: {candidate.weights!r} is not trained here; {known}")
+        if project.base_of(candidate.weights) != project.base_of(name):
+            raise ValueError(
+                f"candidates.{name}.weights: {candidate.weights!r} is trained on {project.base_of(candidate.weights)}, "
+                f"and {name!r} answers with {project.base_of(name)}: write candidates.{name}.base: "
+                f"{project.base_of(candidate.weights)}"
+            )
     if candidate.prompt_of is not None:
         named = project.candidates.get(candidate.prompt_of)
         if named is None or named.optimise is None:
@@ -338,7 +368,10 @@ class Project:
         return self.with_settings(engine=self.settings.engine.model_copy(update={"ray": None}))
 
     def on_base(self, model: str) -> Project:
-        """This project on the base that a name of `fine_tuning.models` means. Raises UsageError for an unknown name."""
+        """This project with all candidates on the base that a name of `fine_tuning.models` means.
+
+        Raises UsageError for an unknown name.
+        """
         known = {} if self.settings.fine_tuning is None else self.settings.fine_tuning.models
         if model not in known:
             raise UsageError(
@@ -346,7 +379,8 @@ class Project:
                 where="tunesmith.yaml",
                 fix=f"name one of {', '.join(known)}" if known else "add fine_tuning: {models: {...}}",
             )
-        return self.with_settings(base=known[model] or self.settings.base)
+        others = {name: each.model_copy(update={"base": None}) for name, each in self.settings.candidates.items()}
+        return self.with_settings(base=known[model] or self.settings.base, candidates=others)
 
     def actor(self, name: str | None = None) -> str:
         """The name of the person who acts: name, else $TUNESMITH_USER, else the store's owner."""

@@ -95,7 +95,7 @@ def test_recalls_of_a_version_and_of_a_base(scene: Scene, versions: dict[int, Ve
         assert why(scene, versions[number].digest) is None
         with verified_copy(scene.store, versions[number]):
             pass
-    assert withdraw(scene, "base", scene.base) == (CHAIN | {"base"}) - {"dataset"}
+    assert withdraw(scene, "base", scene.base) == {"base", "training", "candidate", "version", "approval"}
     assert why(scene, versions[1].digest) == "asked to"
 
 

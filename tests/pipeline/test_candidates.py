@@ -165,7 +165,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     with verified_copy(project.store, version) as loaded:
         assert loaded.candidate.name == name
     # As the server answers it: what was measured is what serves.
-    answerer = ReadyVersions(project.store, PipelineContext(project).engine).answerer(version)
+    answerer = ReadyVersions(project.store, PipelineContext(project).of().engine).answerer(version)
     dataset = load_dataset(project.store, project.store.record(version.evaluation).parents["dataset"])
     asked = [answerer.generation(example.request, ANYONE) for example in dataset.examples("test")[:8]]
     served = [each.text for each in answerer.responder.generate(asked, answerer.candidate.training)]

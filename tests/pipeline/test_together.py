@@ -28,6 +28,7 @@ from tunesmith.core.progress import Progress
 from tunesmith.engines.protocol import Question
 from tunesmith.engines.ranks import ALONE
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
+from tunesmith.pipeline.bases import ProjectBase
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.run import run
 from tunesmith.project import Project
@@ -110,9 +111,9 @@ def _check_same(alone: Project, other: Project) -> None:
         with alone.store.scratch() as folder:
             for name, blob in _training(each).blobs.items():
                 (folder / name).write_bytes(each.store.read_blob(blob))
-            context.engine.load_adapter(str(each.root), folder)
-        found.append([sums[0] for sums in context.engine.choose(asked, str(each.root))])
-    base = [sums[0] for sums in context.engine.choose(asked)]
+            context.of().engine.load_adapter(str(each.root), folder)
+        found.append([sums[0] for sums in context.of().engine.choose(asked, str(each.root))])
+    base = [sums[0] for sums in context.of().engine.choose(asked)]
     assert found[1] == pytest.approx(found[0], abs=1e-2)
     assert max(abs(one - before) for one, before in zip(found[0], base, strict=True)) > 1, "training changed nothing"
 
@@ -202,7 +203,7 @@ def test_rank_0_on_ray_trains_on_the_rows_of_a_fine_tuning_job(tmp_path: Path, m
         return found
 
     monkeypatch.setattr(launchers, "run_on_ray", here)
-    monkeypatch.setattr(PipelineContext, "on_ray", None)
+    monkeypatch.setattr(ProjectBase, "on_ray", None)
     project = Project.load(write_project(tmp_path, engine={"ray": {"workers": 1}}))
     (tmp_path / "rows.jsonl").rename(tmp_path / "uploaded.jsonl")
     (source,) = project.settings.data.sources

@@ -72,10 +72,10 @@ def test_rows_are_built_on_a_base_without_weights(folder: Path) -> None:
             asks()
     (folder / "kept").rename(weights)
     after = _build(folder)
-    assert context.base.digest != after.base.digest
+    assert context.of().digest != after.of().digest
     assert (context.dataset.digest, context.documents) == (after.dataset.digest, after.documents)
     assert all(stage.skipped for stage in after.stages.done if stage.name in ("data", "documents"))
-    base = Cause(kind="base", value=after.base.digest)
+    base = Cause(kind="base", value=after.of().digest)
     recall(after.store, base, reason="its licence ended", actor=after.stages.acting)
     with pytest.raises(Refused, match="the base model was recalled: its licence ended"):
         training(after, "tuned")

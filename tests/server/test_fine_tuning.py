@@ -339,7 +339,7 @@ def test_a_candidate_that_is_the_champion_is_the_one_that_serves_the_jobs_tenant
 
     def used(scope: Scope) -> str:
         context = PipelineContext(derived(project, arguments, rows, scope=scope), scope=scope)
-        context.base = SimpleNamespace(digest=scene.base)  # type: ignore[assignment]
+        context.bases = [SimpleNamespace(digest=scene.base)]  # type: ignore[list-item]
         version = context.settings_of("old").version
         assert version is not None
         made = scene.store.record(candidate(context, "old"))

@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -15,7 +16,7 @@ import pytest
 from tests.commands import Forked, first_line, started
 from tests.fabricate import NAME, OPERATOR, OWNER, build_scene
 from tests.own_cache import own_cache
-from tests.tiny import write_model
+from tests.tiny import TEMPLATE, write_model
 from tunesmith.cli import serve as cli_serve
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
@@ -27,24 +28,30 @@ from tunesmith.store.people.tokens import issue_token
 pytestmark = pytest.mark.slow
 
 SERVE = ("serve", "--json", "--no-worker")
+OTHER = TEMPLATE.replace("<|im_start|>", "<|im_start|>\n", 1)
 PROJECT = f"""
 name: {NAME}
 base: ./model
 data: {{sources: [{{path: rows.jsonl, licence: Apache-2.0}}]}}
-candidates: {{plain: {{prompt: prompt.txt}}}}
+candidates: {{plain: {{prompt: prompt.txt}}, other: {{base: ./other, prompt: prompt.txt}}}}
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with a champion that answers with the base alone."""
+    """A project with two champions; each answers with a base of its own alone."""
     monkeypatch.setenv("TUNESMITH_USER", OWNER)
     monkeypatch.setenv("TUNESMITH_CACHE", own_cache(tmp_path / "cache"))
     write_model(tmp_path / "model")
+    write_model(tmp_path / "other", "qwen2", template=OTHER)
     (tmp_path / "tunesmith.yaml").write_text(PROJECT)
-    scene = build_scene(tmp_path / ".tunesmith", base=PipelineContext(Project.load(tmp_path)).base.digest)
-    version = scene.version(None)
-    start(scene.store, name=NAME, version=version, steps=DEFAULT_STEPS, actor=OPERATOR)
+    first, second = (each.digest for each in PipelineContext(Project.load(tmp_path)).bases)
+    scene = build_scene(tmp_path / ".tunesmith", base=first)
+    for name, version in (
+        (NAME, scene.version(None)),
+        ("other", replace(scene, base=second).version(None, name="other")),
+    ):
+        start(scene.store, name=name, version=version, steps=DEFAULT_STEPS, actor=OPERATOR)
     (tmp_path / "token").write_text(issue_token(scene.store, OPERATOR, actor=OPERATOR))
     scene.store.engine.dispose()
     return tmp_path
@@ -58,7 +65,7 @@ def test_a_project_is_served_until_it_is_told_to_stop(folder: Path) -> None:
     process = started(folder, *SERVE, "--port", "0", stdout=subprocess.PIPE)
     try:
         document = first_line(process)
-        assert document["models"] == [f"{NAME}@champion"]
+        assert document["models"] == [f"{NAME}@champion", "other@champion"]
         assert document["url"].startswith("http://127.0.0.1:")
         client = openai.OpenAI(base_url=document["url"], api_key=(folder / "token").read_text(), timeout=120)
         asked = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -67,6 +74,10 @@ def test_a_project_is_served_until_it_is_told_to_stop(folder: Path) -> None:
         assert whole.model == f"{NAME}@v1"
         assert 0 < whole.usage.completion_tokens <= 8
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
+        other = client.chat.completions.create(**{**asked, "model": "other"})  # type: ignore[call-overload]
+        assert other.model == "other@v1"
+        assert other.choices[0].message.content != whole.choices[0].message.content
+        assert other.usage.prompt_tokens == whole.usage.prompt_tokens + 2, "its own template writes a line more a turn"
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tunesmith.core.values import Settings
+from tunesmith.core.values import Omitted, Settings
 from tunesmith.records.candidate import Method, Retrieve
 from tunesmith.training.settings import TrainSettings
 
@@ -125,6 +125,9 @@ class Constrain(Settings):
 class CandidateSettings(Settings):
     """One entry of `candidates:`."""
 
+    base: Omitted[str] = Field(
+        default=None, description="the base model that answers; by default the project's `base:`"
+    )
     prompt: str | None = Field(
         default=None,
         description="file with the system prompt, which replaces the system turn of rows and requests; "
@@ -210,7 +213,7 @@ class CandidateSettings(Settings):
         if self.version is not None:
             _none_of(given - {"version"}, "a version answers as it was registered")
         if self.endpoint is not None:
-            _none_of(given & {"train", "weights"}, "an endpoint answers with its own weights")
+            _none_of(given & {"base", "train", "weights"}, "an endpoint answers with its own weights")
             if self.copied:
                 raise ValueError("an endpoint takes a JSON Schema only, which cannot say copy: write constrain: true")
         if self.weights is not None:

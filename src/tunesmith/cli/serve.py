@@ -76,10 +76,10 @@ def serve(
     telemetry.enter_context(sending())
     answering = project if base_of is None else project.on_base(base_of)
     context = PipelineContext(answering.in_this_process(), Terminal())
+    served, *others = [(each.engine, each.renderer) for each in context.bases]
     serving = Serving(
         project.store,
-        context.engine,
-        context.renderer,
+        *served,
         ServerSettings(
             region=region,
             grace_seconds=grace,
@@ -94,6 +94,7 @@ def serve(
         project=project,
         keeper=services.review.case_keeper(project),
         holder=services.review.answer_holder(project),
+        others=others,
     )
     app = create_app(serving)
     address, chosen = listening.getsockname()[:2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -20,8 +20,18 @@ from tunesmith.evaluation.scores import GENERAL, Column, column
 from tunesmith.store.store import Store
 
 _FEW_WORDS, _SHORT, _NEAR = 3, 16, 300  # words; characters of a request; characters between a request and its answer
-# The name, in probes, of the weights before tuning.
+# The name, in probes, of the weights before tuning: the project's own base.
 BASE = "base"
+
+
+def of_base(name: str) -> str:
+    """The name, in probes, of a candidate's weights before tuning where its base is not the project's own."""
+    return f"{BASE} of {name}"
+
+
+def before_tuning(name: str, measured: Container[str]) -> str:
+    """The name of a tuned candidate's weights before tuning, of all that were measured."""
+    return of_base(name) if of_base(name) in measured else BASE
 
 
 class Answers(NamedTuple):
@@ -153,15 +163,12 @@ def _around(text: str, asked: str, near: int) -> Iterator[str]:
 
 
 def read_probe(
-    store: Store, digest: str, name: str, questions: Mapping[str, GeneralQuestion], given: Mapping[str, Answers]
+    store: Store, digest: str, name: str, questions: Mapping[str, GeneralQuestion], base: str, training: str | None
 ) -> Column:
-    """The right choice's probability for each question. name: BASE or a tuned candidate. Raises Inconclusive."""
+    """The right choice's probability for each question. base, training: of the weights that were asked. Raises
+    Inconclusive for answers of others."""
     where = f"general probe of {name!r}"
-    bases = {answers.candidate.base for answers in given.values()}
-    training = None if name == BASE else given[name].candidate.training
-    if len(bases) != 1:
-        raise Inconclusive("the candidates answer with several bases", where=where)
-    record, _ = answers_to(store, digest, GENERAL, where, base=bases.pop(), training=training)
+    record, _ = answers_to(store, digest, GENERAL, where, base=base, training=training)
     lines = read_answer_lines(store, record, questions, where)
     cells = {each: (each, right_share(lines[each].get("scores"), question)) for each, question in questions.items()}
     return column(name, GENERAL, cells)

@@ -15,7 +15,7 @@ from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import Example, load_dataset
-from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe
+from tunesmith.evaluation.answers import BASE, Answers, before_tuning, check_held_out, read_answers, read_probe
 from tunesmith.evaluation.lines import Line, encode_lines
 from tunesmith.evaluation.metrics.answer_judge import read_judged
 from tunesmith.evaluation.metrics.classification import Labelled, LabelLine, calibration, classes, label_rows
@@ -70,7 +70,8 @@ def evaluate(
     parents: the record's, role -> digest. A gate without its evidence is inconclusive.
         dataset: the dataset version whose test rows were answered.
         answers:NAME, judged:METRIC:NAME: a candidate's answers to them, and a judge's replies about these.
-        probe:NAME: answers to the general suite, of "base" and of tuned candidates.
+        probe:NAME: answers to the general suite, of tuned candidates, of "base" and of "base of NAME", where the base
+            of NAME is not the project's own.
         risk:SUITE:NAME, before:SUITE:NAME: answers to a risk probe, by the candidate's weights and by the base's.
         policy:NAME, policy-judged:CHECK:NAME: answers to the policy's requests, and a judge's replies about these.
         style: the bare base model's answers to the test rows.
@@ -259,20 +260,24 @@ def _stated(
 def _probed(
     store: Store, probes: Mapping[str, str], given: Mapping[str, Answers], level: Level
 ) -> tuple[list[Column], dict[str, GeneralSuite]]:
-    """The general suite's columns (the base first), and the record's account of them."""
+    """The general suite's columns (a base before its candidates), and the record's account of them."""
     if not probes:
         return [], {}
-    tuned = {name for name, answers in given.items() if answers.candidate.tuned}
-    if BASE not in probes or not set(probes) - {BASE} <= tuned or BASE in tuned:
+    tuned = sorted(name for name, answers in given.items() if answers.candidate.tuned and name in probes)
+    before = {name: before_tuning(name, probes) for name in tuned}
+    if {*tuned, *before.values()} != set(probes) or not before.keys().isdisjoint(before.values()):
         raise UsageError(
             f"the general suite needs answers of {BASE!r} and of tuned candidates, not of {', '.join(sorted(probes))}",
             fix=f"ask the base weights too, and name no tuned candidate {BASE!r}",
         )
     questions = {question.id: question for question in general_questions()}
-    names = [BASE, *sorted(set(probes) - {BASE})]
-    columns = {name: read_probe(store, probes[name], name, questions, given) for name in names}
+    columns = dict[str, Column]()
+    for name in tuned:
+        candidate = given[name].candidate
+        for title, training in ((before[name], None), (name, candidate.training)):
+            columns[title] = read_probe(store, probes[title], title, questions, candidate.base, training)
     shares = {name: interval(each.values, each.groups, SHARES, level) for name, each in columns.items()}
     scores = {name: metric_interval(share) for name, share in shares.items()}
-    drops = {name: metric_interval(drop(columns[BASE], columns[name], level)) for name in names[1:]}
+    drops = {name: metric_interval(drop(columns[before[name]], columns[name], level)) for name in tuned}
     stated = GeneralSuite(suite=general_digest(), n=len(questions), scores=scores, drops=drops)
     return list(columns.values()), {GENERAL: stated}

@@ -61,7 +61,31 @@ class RowCounter:
         return _renderer(self.folder, self.fingerprint).count_row(messages, most, self.loss_on)
 
 
-@lru_cache(maxsize=2)
+@dataclass(frozen=True, slots=True)
+class CountForAll:
+    """Counts the tokens of training rows for several bases. counters: by the base's spec."""
+
+    counters: Mapping[str, RowCounter]
+
+    def __call__(self, messages: Conversation, most: int | None = None) -> int:
+        """Tokens for the first base, so that a further one changes no dataset; for another where that has too many.
+
+        Of several bases, an error names the one.
+        """
+        first = None
+        for spec, count in self.counters.items():
+            try:
+                length = count(messages, most)
+            except TunesmithError as error:
+                error.what += f" (base {spec})" if len(self.counters) > 1 else ""
+                raise
+            first = length if first is None else first
+            if most is not None and length > most:
+                return length
+        return first or 0
+
+
+@lru_cache(maxsize=8)
 def _renderer(folder: Path, _fingerprint: str) -> Renderer:
     return Renderer(folder)
 

@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
     store: Store
     root: Path
-    base: str
+    bases: Sequence[str]
     sources: Sequence[Source]
     monitoring: MonitoringSettings
     settings: RetrainingSettings
@@ -92,15 +92,15 @@ def rows(seen: Seen) -> Due | None:
     return Due(f"files {short(digest_of(present))}", f"changed since {seen.champion.label} was trained: {named}")
 
 
-@cause("`base` names another model than the champion's")
+@cause("no `base` names the champion's model")
 def base(seen: Seen) -> Due | None:
     from tunesmith.models.base import resolve_base
 
     candidate = seen.store.record(seen.champion.candidate, kind="candidate")
-    present = resolve_base(seen.store, seen.base, seen.root).digest
-    if candidate.parents.get("base", present) == present:
+    present = [resolve_base(seen.store, spec, seen.root).digest for spec in seen.bases]
+    if candidate.parents.get("base", present[0]) in present:
         return None
-    return Due(f"base {short(present)}", f"{seen.base} is not the base of {seen.champion.label}")
+    return Due(f"base {short(present[0])}", f"{seen.bases[0]} is not the base of {seen.champion.label}")
 
 
 @cause("the champion was recalled")

@@ -55,9 +55,9 @@ from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, AuditRow, RecallRow
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
-# What the recall of a version follows from its weights: to every candidate and version that uses them. Evaluations and
-# verdicts are not reached, since they stay valid for the other candidates that they measured.
-_BY_WEIGHTS = {"training": "candidate", "candidate": "version"}
+# What the recall of a version follows from its weights, and that of a base: to every candidate and version that uses
+# them. Evaluations and verdicts are not reached, since they stay valid for the other candidates that they measured.
+_BY_WEIGHTS = {"base": ("training", "candidate"), "training": ("candidate",), "candidate": ("version",)}
 _LONGEST = 256  # characters of a cause's label: what the tables' columns hold
 
 
@@ -172,9 +172,9 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
     # A row has the same id before and after its licence is corrected, so the version counts from which it was queued.
     items = items_of_rows(session, rows, digests if cause.kind in ("source", "licence") else None)
     for parent in reached:  # which grows meanwhile
-        wanted = _BY_WEIGHTS.get(parent.kind) if cause.kind == "version" else None
+        wanted = _BY_WEIGHTS.get(parent.kind) if cause.kind in ("version", "base") else None
         for _, kind, child in store.children(parent.digest):
-            if child not in digests and wanted in (None, kind):
+            if child not in digests and (wanted is None or kind in wanted):
                 digests.add(child)
                 reached.append(_reached(store, kind, child))
     pointing = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
@@ -400,13 +400,13 @@ def _read(store: Store, digest: str) -> tuple[Version, VersionBody]:
 
 
 def _causes(version: Version, statement: VersionBody, by_cause: dict[str, list[str]]) -> list[str]:
-    """The recalls that reached a version. A recall of another version reaches it only through its weights."""
-    own = {version.digest, version.candidate}
+    """The recalls that reached a version. Those of another version and of a base reach it only through its weights."""
+    own = {version.digest, version.candidate, statement.base}
     everything = {*own, *statement.records, *statement.blobs}
     return [
         cause
         for cause, digests in by_cause.items()
-        if not (own if cause.startswith("version ") else everything).isdisjoint(digests)
+        if not (own if cause.startswith(("version ", "base ")) else everything).isdisjoint(digests)
     ]
 
 

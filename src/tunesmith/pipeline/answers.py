@@ -165,7 +165,7 @@ def _choices(context: PipelineContext) -> tuple[str, ...]:
 
 def _likelihoods(context: PipelineContext, asked: Candidate, choices: Sequence[str]) -> Likelihoods:
     """A function that gives, for each conversation, the log-probability of each choice as its answer."""
-    engine = context.engine
+    engine = context.on(asked.base).engine
 
     def likelihoods(conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
         questions = [Question(tuple(turns), tuple(choices)) for turns in conversations]

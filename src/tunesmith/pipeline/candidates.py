@@ -29,6 +29,7 @@ from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
+from tunesmith.pipeline.bases import ProjectBase
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import (
     Repeated,
@@ -119,13 +120,14 @@ def _trained(context: PipelineContext, name: str) -> tuple[Candidate, TrainSetti
 def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
     """A candidate that is ready to answer, with its adapter loaded."""
     settings = context.project.settings.candidates.get(asked.name)
-    engine, renderer = (context.engine, context.renderer) if asked.asks_base else (None, None)
+    own = context.on(asked.base)
+    engine, renderer = (own.engine, own.renderer) if asked.asks_base else (None, None)
     load_adapter(context, asked.training)
     return Answerer(context.store, engine, asked, settings.endpoint if settings else None, renderer)
 
 
 def load_adapter(context: PipelineContext, trained: str | None) -> str | None:
-    """Load a training's adapter into the engine; returns the adapter's name there."""
+    """Load a training's adapter into the engine of its base; returns the adapter's name there."""
     if trained is None:
         return None
     store = context.store
@@ -133,7 +135,7 @@ def load_adapter(context: PipelineContext, trained: str | None) -> str | None:
     folder = store.local("work", f"adapter-{trained.removeprefix('sha256:')[:24]}")
     for name, blob in record.blobs.items():
         write_atomic(folder / name, store.read_blob(blob))
-    context.engine.load_adapter(trained, folder)
+    context.on(record.parents["base"]).engine.load_adapter(trained, folder)
     shutil.rmtree(folder)
     return trained
 
@@ -149,8 +151,9 @@ def _no_training(context: PipelineContext, name: str) -> UsageError:
 
 def untrained_candidate(context: PipelineContext, name: str, settings: CandidateSettings) -> Candidate:
     """A candidate of the project file before its training: prompt, shots and what it retrieves from."""
-    base, most = context.base.digest, settings.max_tokens
-    _refuse_recalled_base(context)
+    own, most = context.of(settings.base), settings.max_tokens
+    _refuse_recalled_base(context, own)
+    base = own.digest
     if settings.method != "model":
         dataset = context.dataset.digest
         return Candidate(name=name, base=base, max_tokens=most, method=settings.method, dataset=dataset)
@@ -198,13 +201,13 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
     return made
 
 
-def _refuse_recalled_base(context: PipelineContext) -> None:
-    """Raise Refused where the project's base was recalled, before anything is trained on it or asked of it."""
+def _refuse_recalled_base(context: PipelineContext, own: ProjectBase) -> None:
+    """Raise Refused where a candidate's base was recalled, before anything is trained on it or asked of it."""
     with context.store.reading() as session:
-        reason = recalled(session, context.base.digest)
+        reason = recalled(session, own.digest)
     if reason is not None:
         raise Refused(
-            f"the base {context.base.spec} was recalled: {reason}",
+            f"the base {own.spec} was recalled: {reason}",
             where="base",
             fix="name another base in tunesmith.yaml",
         )
@@ -225,7 +228,7 @@ def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
     with store.reading() as session:
         may_load(session, version, context.scope).require(version.label)
     served = load_candidate(store, version.candidate)
-    if served.base != context.base.digest:
+    if served.base not in (each.digest for each in context.bases):
         raise Refused(
             f"{version.label} was made from another base, which is not loaded here",
             where=where,

@@ -1,11 +1,10 @@
-"""What all stages share: the project, its base model, the engine, the dataset version. Each is loaded on first use.
+"""What all stages share: the project, its bases with their engines, the dataset version. Each is loaded on first use.
 
 Every stage is a function that takes a `PipelineContext`. A stage calls the stages whose results it needs.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -29,30 +28,17 @@ from tunesmith.data.governance.withdrawn import Withdrawn, load_withdrawn
 from tunesmith.data.review.decisions import applied_settings, read_reviewed
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files
-from tunesmith.engines.factory import (
-    LocalEngine,
-    answering_engine,
-    check_weight_settings,
-    engine_kind,
-    load_model,
-    load_sharded,
-    open_engine,
-    training_engine,
-)
-from tunesmith.engines.settings import RaySettings, WeightSettings
+from tunesmith.engines.settings import RaySettings
 from tunesmith.evaluation.metrics.declared import References
 from tunesmith.evaluation.metrics.scorers import nearest
-from tunesmith.pipeline.stages import Stage, Stages
+from tunesmith.pipeline.bases import ProjectBase
+from tunesmith.pipeline.stages import Stages
 from tunesmith.project import Project
 from tunesmith.store.store import Store
 
 if TYPE_CHECKING:
-    from tunesmith.engines.on_ray import RayEngine
-    from tunesmith.engines.protocol import Engine
     from tunesmith.engines.ranks import Ranks
-    from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
-    from tunesmith.models.base import Base
-    from tunesmith.models.rendering import LossOn, Renderer
+    from tunesmith.models.rendering import LossOn
     from tunesmith.training.beside import Rival
     from tunesmith.training.settings import TrainSettings
 
@@ -74,7 +60,6 @@ class PipelineContext:
     # Shows the best untuned candidate beside a training that scores answers; None: no training is compared.
     beside: Callable[[PipelineContext, str, TrainSettings], Beside | None] | None = None
     answered: dict[str, str] = field(default_factory=dict, init=False)  # answers to the test rows by candidate, so far
-    _models: dict[LocalEngine, LoadedModel] = field(default_factory=dict, init=False)  # by the engine that computes
     plan_shown: bool = field(default=False, init=False)  # whether the power of the gates was shown already
 
     @property
@@ -88,52 +73,26 @@ class PipelineContext:
         return Stages(self.project, self.progress, self.actor, self.scope)
 
     @cached_property
-    def base(self) -> Base:
-        """The base model, found and pinned."""
-        from tunesmith.models.base import resolve_base
+    def bases(self) -> list[ProjectBase]:
+        """The bases that candidates answer with, the project's own first."""
+        shared = self.stages, self.progress, self.together
+        return [ProjectBase(self.project, spec, *shared) for spec in self.project.settings.bases]
 
-        began = time.perf_counter()
-        base = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
-        self.stages.done.append(Stage("base", time.perf_counter() - began, skipped=False))
-        engine = self.project.settings.engine
-        for name, settings in self.project.settings.candidates.items():
-            if settings.train:  # so that a wrong setting is reported before any slow stage
-                where = f"candidates.{name}.train"
-                check_weight_settings(base.family, settings.train, where, engine, ranks=self._ranks)
-        return base
+    def of(self, spec: str | None = None) -> ProjectBase:
+        """The base that a candidate names; by default the project's own."""
+        return next(each for each in self.bases if each.spec == (spec or self.project.settings.base))
 
-    @cached_property
-    def renderer(self) -> Renderer:
-        """The base's tokenizer and chat template. Needs neither weights nor a running server."""
-        from tunesmith.models.rendering import Renderer
-
-        return Renderer(self.base.folder)
-
-    @cached_property
-    def model(self) -> LoadedModel:
-        """The base model's weights in this process that answer."""
-        return self.sharded or self._loaded(answering_engine(self.base.family, self.project.settings.engine))
-
-    def trained_model(self, settings: WeightSettings) -> LoadedModel:
-        """The base model's weights in this process that candidates train on, one after another: those that answer,
-        unless another engine trains."""
-        return self.sharded or self._loaded(self.training_engine(settings))
-
-    def training_engine(self, settings: WeightSettings) -> LocalEngine:
-        """The name of the engine that trains with these settings."""
-        return training_engine(self.base.family, settings, self.project.settings.engine, ranks=self._ranks)
-
-    def _loaded(self, engine: LocalEngine) -> LoadedModel:
-        if engine not in self._models:
-            self._models[engine] = load_model(self.base, engine, self.progress)
-        return self._models[engine]
-
-    @property
-    def _ranks(self) -> int:
-        """How many processes train together."""
-        if self.together is not None:
-            return self.together.size
-        return 1 if self.ray is None else self.ray.workers
+    def on(self, digest: str) -> ProjectBase:
+        """The base of this digest. Raises Refused where no candidate of the project names it."""
+        for each in self.bases:
+            if each.digest == digest:
+                return each
+        raise Refused(
+            f"this was made on the base {short(digest)}, which is none of the project's: "
+            f"{', '.join(self.project.settings.bases)}",
+            where="base",
+            fix="name that base in tunesmith.yaml",
+        )
 
     def require_one_process(self) -> None:
         """Raise UsageError where settings say that a Ray cluster's workers train."""
@@ -146,54 +105,12 @@ class PipelineContext:
 
     @property
     def ray(self) -> RaySettings | None:
-        """The cluster that trains and answers evaluations; None where this process does.
-
-        Raises UsageError where torchrun started this process too.
-        """
-        ray = self.project.settings.engine.ray
-        if ray is not None and self.together is not None:
-            raise UsageError(
-                "torchrun and engine.ray would both start the processes of a training",
-                where="engine.ray",
-                fix="start the command without torchrun, or leave engine.ray out",
-            )
-        return ray
-
-    @cached_property
-    def sharded(self) -> ShardedModel | None:
-        """The base model's weights where several processes train on them together; None where this one trains alone."""
-        return None if self.together is None else load_sharded(self.base, self.together)
-
-    @cached_property
-    def engine(self) -> Engine:
-        """The engine that answers, opened on first need. In this process it shares the weights of trainings."""
-        server = self.project.settings.server
-        if server is not None:
-            return open_engine(self.base, server, self.progress)
-        return self.on_ray or self.model.engine()
-
-    @cached_property
-    def on_ray(self) -> RayEngine | None:
-        """The engine whose workers answer on a Ray cluster; None where a server or this process answers."""
-        if self.ray is None or self.project.settings.server is not None:
-            return None
-        from tunesmith.engines.on_ray import RayEngine
-
-        return RayEngine(self.base, self._kind_on_ray(self.ray), self.ray, self.progress)
-
-    @property
-    def engine_kind(self) -> str:
-        """The engine's name in records and in the inputs of stages."""
-        if self.ray is None or self.project.settings.server is not None:
-            return engine_kind(self.base, self.project.settings.engine)
-        return self._kind_on_ray(self.ray)
-
-    def _kind_on_ray(self, ray: RaySettings) -> LocalEngine:
-        return answering_engine(self.base.family, self.project.settings.engine, gpu="GPU" in ray.resources)
+        """As `ProjectBase.ray`."""
+        return self.of().ray
 
     def engine_of(self, candidate: Candidate) -> str | None:
         """The name of the engine that answers for a candidate; None for baselines and endpoints."""
-        return self.engine_kind if candidate.asks_base else None
+        return self.on(candidate.base).engine_kind if candidate.asks_base else None
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -210,33 +127,38 @@ class PipelineContext:
         reviewed = read_reviewed(data.review, project.root, project.store)
         held = [each for each in project.settings.candidates.values() if each.constrain and each.endpoint is None]
         respell = schema is not None and bool(held)
+        renderings = sorted({each.base.fingerprint for each in self.bases})
         inputs = {
             "withdrawn": withdrawn.as_json(),
             "settings": _without_paths_of_named(applied_settings(data, reviewed)),
             "files": {file.name: file.digest() for file in sources},
             "schema": schema,
             "references": references.as_json(),
-            "rendering": self.base.fingerprint,
+            "rendering": renderings[0],
             "room": self._row_tokens,
+            **({"renderings": renderings} if len(renderings) > 1 else {}),
             **({"review": reviewed.digest, "logged": reviewed.logged} if reviewed.rows else {}),
             **({"respell": True} if respell else {}),
         }
 
         def build(work: Path) -> str:
-            from tunesmith.models.rendering import RowCounter
+            from tunesmith.models.rendering import CountForAll, RowCounter
 
             # Where every training learns the last answer alone, no other has to be found in the template's text.
             learned = {train.loss_on for train in self._trainings}
             loss_on: LossOn = "last" if learned == {"last"} else "assistant"
+            tokens = self._control_tokens
             built = build_dataset(
                 project.store,
                 RowRules(
                     data,
-                    count_tokens=RowCounter(self.base.folder, self.base.fingerprint, loss_on),
+                    count_tokens=CountForAll(
+                        {each.spec: RowCounter(each.base.folder, each.base.fingerprint, loss_on) for each in self.bases}
+                    ),
                     max_tokens=self._row_tokens,
                     answer_schema=schema,
                     unscorable=references,
-                    control_tokens=self.renderer.control_tokens,
+                    control_tokens=tokens if len(self.bases) > 1 else list(tokens),
                     withdrawn=withdrawn,
                     respell=respell,
                 ),
@@ -267,7 +189,7 @@ class PipelineContext:
 
     def without_test_rows(self) -> PipelineContext:
         """This context, with a dataset whose test rows cannot be read. Both share the models."""
-        _ = self.sharded  # before the copy, so that it has the same one: several ranks train one model only
+        _ = self.bases  # before the copy, so that it has the same ones: their weights are loaded once
         dataset = self.dataset.without_test_rows()
         made = copy(self)
         made.dataset = dataset
@@ -275,10 +197,17 @@ class PipelineContext:
 
     @property
     def _row_tokens(self) -> int:
-        """The most tokens of a row: the smallest max_length of all trainings, at most the base's context length."""
+        """The most tokens of a row: the smallest max_length of all trainings, at most the bases' context lengths."""
         from tunesmith.models.base import require_context_length
 
-        return min([require_context_length(self.base), *(train.max_length for train in self._trainings)])
+        lengths = [require_context_length(each.base) for each in self.bases]
+        return min([*lengths, *(train.max_length for train in self._trainings)])
+
+    @property
+    def _control_tokens(self) -> dict[str, str]:
+        """The tokens by which the bases' chat templates mark turns, each with the base."""
+        written = {token: each.spec for each in reversed(self.bases) for token in each.renderer.control_tokens}
+        return {token: written[token] for token in sorted(written)}
 
     @property
     def _trainings(self) -> list[TrainSettings]:
@@ -290,14 +219,14 @@ class PipelineContext:
         project, settings = self.project, self.project.settings.documents
         if settings is None:
             raise UsageError("the project has no documents to retrieve from", where="documents", fix="add documents:")
-        privacy, tokens = project.settings.data.privacy, self.renderer.control_tokens
+        privacy, tokens = project.settings.data.privacy, list(self._control_tokens)
         withdrawn = self._withdrawn
         recalled = {kind: sorted(withdrawn.values.get(kind, ())) for kind in ("source", "licence")}
         inputs = {
             "settings": settings.model_dump(mode="json"),
             "files": {file.name: file.digest() for file in document_files(settings, project.root)},
             "privacy": privacy.model_dump(mode="json"),
-            "tokens": list(tokens),
+            "tokens": tokens,
             **({"withdrawn": recalled} if any(recalled.values()) else {}),
         }
 

@@ -59,7 +59,7 @@ def forecast(context: PipelineContext, name: str, *, rows: int | None = None, go
     plain = untrained_candidate(context, name, settings)
     subsets = {size: _subset(context, name, plain, subset_settings(train, size, whole)) for size in sizes}
     goal = goal if goal is not None else gate.at_least if gate is not None else 0.0
-    whole_training = {**fitted(context, train).model_dump(include={"budget", "epochs", "seed"}), "rows": whole}
+    whole_training = {**fitted(context, plain, train).model_dump(include={"budget", "epochs", "seed"}), "rows": whole}
     inputs = {
         "untuned": given,
         "subsets": {str(size): digest for size, (_, digest) in subsets.items()},

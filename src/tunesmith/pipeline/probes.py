@@ -11,7 +11,7 @@ from tunesmith.candidates.candidate import Candidate, load_candidate, put_candid
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.digests import digest_bytes
 from tunesmith.engines.protocol import Question
-from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.answers import BASE, of_base
 from tunesmith.evaluation.gates.settings import Forgetting, Probe, Style
 from tunesmith.evaluation.lines import ITEMS, encode_lines
 from tunesmith.evaluation.policy.outcomes import SUITE, judge_policy
@@ -30,22 +30,25 @@ from tunesmith.records.evaluation import AnswersBody
 
 
 def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
-    """The general suite's answers where a gate needs them, of the base and tuned candidates, by the parent's role."""
+    """The general suite's answers where a gate needs them, of tuned candidates and their bases, by parent's role."""
     settings = context.project.settings
     if not any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
         return {}
     tuned = [name for name in names if settings.candidates[name].adapted]
-    return {f"probe:{name or BASE}": probe(context, name) for name in (None, *tuned)} if tuned else {}
+    bare = {name: BASE if settings.base_of(name) == settings.base else of_base(name) for name in tuned}
+    asked = [(each, name, each != name) for name in tuned for each in (bare[name], name)]
+    return {f"probe:{title}": probe(context, title, name, bare=untuned) for title, name, untuned in asked}
 
 
-def probe(context: PipelineContext, name: str | None) -> str:
-    """Digest of the answers to the general suite under a candidate's weights. name: None for the base's weights."""
-    trained = None if name is None else training(context, name)
+def probe(context: PipelineContext, title: str, name: str, *, bare: bool) -> str:
+    """Digest of the answers to the general suite under a candidate's weights. bare: under its base's weights. title: of
+    the stage."""
+    trained, own = None if bare else training(context, name), context.of(context.settings_of(name).base)
     inputs = {
-        "base": context.base.digest,
+        "base": own.digest,
         "training": trained,
         "suite": general_digest(),
-        "engine": context.engine_kind,
+        "engine": own.engine_kind,
     }
 
     def measure(_work: Path) -> str:
@@ -53,14 +56,14 @@ def probe(context: PipelineContext, name: str | None) -> str:
         questions = general_questions()
         began = time.perf_counter()
         asked = [Question(question.messages, question.choices) for question in questions]
-        scores = context.engine.choose(asked, adapter, context.progress)
+        scores = own.engine.choose(asked, adapter, context.progress)
         seconds = time.perf_counter() - began
         lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
-        parents = {"base": context.base.digest} | ({"training": trained} if trained else {})
-        body = AnswersBody(suite=GENERAL, n=len(lines), seconds=seconds, engine=context.engine_kind)
+        parents = {"base": own.digest} | ({"training": trained} if trained else {})
+        body = AnswersBody(suite=GENERAL, n=len(lines), seconds=seconds, engine=own.engine_kind)
         return keep_answers(context.store, parents, lines, body)
 
-    return context.stages.run(f"probe {name or BASE}", "probe", inputs, measure, for_all=name is None)
+    return context.stages.run(f"probe {title}", "probe", inputs, measure, for_all=bare)
 
 
 def check_probes(context: PipelineContext) -> None:
@@ -94,7 +97,7 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
     digest = candidate(context, name)
     asked = load_candidate(store, digest)
     path = None if gate.path is None else context.project.root / gate.path
-    parents = {"base": context.base.digest}
+    parents = {"base": asked.base}
     if suite.own:  # its items are rows, put as the candidate's prompt puts them
         parents |= {"dataset": dataset.digest, "candidate": digest}
     trained = None if before else asked.training
@@ -116,8 +119,9 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
         probed = probe_context(store, dataset, asked, ready.composer, gate.rows, path, privacy)
         items = suite.items(probed)
         began = time.perf_counter()
-        scorer = context.engine if asked.asks_base else None
-        lines = ask(ready.responder, scorer, context.renderer, trained, items, asked, context.progress)
+        own = context.on(asked.base)
+        scorer = own.engine if asked.asks_base else None
+        lines = ask(ready.responder, scorer, own.renderer, trained, items, asked, context.progress)
         body = AnswersBody(
             suite=gate.suite,
             engine=engine,
@@ -208,16 +212,16 @@ def style(context: PipelineContext) -> dict[str, str]:
     store, dataset, most = context.store, context.dataset, max(gate.rows for gate in gates)
     asking = [each for each in settings.candidates.values() if each.asks_base] or settings.candidates.values()
     room = max(each.max_tokens for each in asking)
-    bare = Candidate(name=BASE, base=context.base.digest, max_tokens=room)
+    bare, own = Candidate(name=BASE, base=context.of().digest, max_tokens=room), context.of()
     digest = put_candidate(store, bare)
     parents = {"candidate": digest, "dataset": dataset.digest}
-    inputs = {**parents, "rows": most, "engine": context.engine_kind, "together": TOGETHER}
+    inputs = {**parents, "rows": most, "engine": own.engine_kind, "together": TOGETHER}
 
     def ask(work: Path) -> str:
         rows = drawn(dataset.examples("test"), most)
         title = f"the bare base model answers {len(rows)} rows"
         answers = ask_rows(answerer(context, bare), rows, work, title, context.progress)
-        body = answers.body(shares.SUITE, engine=context.engine_kind, rows=most)
+        body = answers.body(shares.SUITE, engine=own.engine_kind, rows=most)
         return keep_answers(store, parents, answers.lines, body)
 
     return {"style": context.stages.run("style", "style", inputs, ask)}

@@ -32,6 +32,7 @@ from tunesmith.evaluation.metrics.declared import (
 )
 from tunesmith.evaluation.metrics.scorers import OF_SENTENCES
 from tunesmith.models.base import model_width
+from tunesmith.pipeline.bases import ProjectBase
 from tunesmith.pipeline.context import Beside, PipelineContext
 from tunesmith.project import Project
 from tunesmith.records.training import Decisions, TrainingBody
@@ -67,8 +68,8 @@ def train_candidate(
             return _train(context, name, candidate, settings, work)
         from tunesmith.training.launchers import run_on_ray
 
-        if context.on_ray is not None:
-            context.on_ray.release()
+        if (answering := context.on(candidate.base).on_ray) is not None:
+            answering.release()
         given = {
             "project": str(context.project.root),
             "settings": context.project.settings,  # a fine-tuning job's are not those of the file
@@ -91,11 +92,15 @@ def _train(context: PipelineContext, name: str, candidate: Candidate, settings: 
 
     beside = None if context.beside is None else context.beside(context, name, settings)
     context = context.without_test_rows()
+    for each in context.bases:
+        if each.digest != candidate.base:
+            each.release()
     spec = training_spec(context, name, candidate, settings, work)
     score = _answer_score(context, candidate, settings, work, beside)
     ranks = context.together or ALONE
     begin(ranks, spec, score)
-    done = run_training(spec, context.progress, model=context.trained_model(settings), score=score, ranks=ranks)
+    model = context.on(candidate.base).trained_model(settings)
+    done = run_training(spec, context.progress, model=model, score=score, ranks=ranks)
     return record_training(context.store, spec, done)
 
 
@@ -148,7 +153,8 @@ def repeat_decided(
         try:
             spec = training_spec(context, name, candidate, settings, work, decisions=body.decisions)
             score = _answer_score(context, candidate, settings, work)
-            done = run_training(spec, context.progress, model=context.trained_model(settings), score=score)
+            model = context.on(candidate.base).trained_model(settings)
+            done = run_training(spec, context.progress, model=model, score=score)
             weights = {path.name: digest_file(path) for path in sorted(done.folder.iterdir())}
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -167,19 +173,20 @@ def training_spec(
 ) -> TrainingSpec:
     from tunesmith.training.train import make_spec
 
+    own = context.on(candidate.base)
     rows, validation = composed_rows(context, candidate, settings)
     notices = validation_notices(context, settings)
     if decisions is None:
         notices += forbidden_answers(context, candidate, "train", earlier=settings.loss_on != "last")[1]
     return make_spec(
-        base=context.base,
+        base=own.base,
         dataset=context.dataset.digest,
         rows=rows,
         validation=validation,
-        settings=fitted(context, settings),
+        settings=fitted(context, candidate, settings),
         work=work / _CHECKPOINTS,
         name=name,
-        engine=context.training_engine(settings),
+        engine=own.training_engine(settings),
         splits=context.dataset.readable,
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
@@ -217,7 +224,8 @@ def row_scores(
     """A function that scores a model's answers to the first so many rows as the candidate's evaluation will. None
     stands for the untrained base, which is asked to see how long answers take: they are cut where the expected ones
     end. work: a folder for the model's files."""
-    by_leading, sharded, engine = leading_scores(context), context.sharded, context.model.engine()
+    own = context.on(candidate.base)
+    by_leading, sharded, engine = leading_scores(context), own.sharded, own.model.engine()
     answerer = Answerer(context.store, engine, candidate)
     asked_as = answerer.composer.asked_as
     asked = [answerer.generation(row.request, asked_as) for row in rows]
@@ -226,7 +234,7 @@ def row_scores(
     def answers(model: TrainableModel | None, count: int) -> list[Completion]:
         some = asked[:count]
         if model is None:
-            some = [_cut(context, one, row) for one, row in zip(some, rows[:count], strict=True)]
+            some = [_cut(own, one, row) for one, row in zip(some, rows[:count], strict=True)]
         if sharded is not None:
             return sharded.answer_together(some, model)
         if model is None:
@@ -243,7 +251,7 @@ def row_scores(
 
     def scores(model: TrainableModel | None, count: int) -> list[float]:
         given = zip(rows[:count], asked[:count], answers(model, count), retrieved[:count], strict=True)
-        read = context.renderer.comparable
+        read = own.renderer.comparable
         lines = {
             row.id: {"text": read(request.messages, row.call, answer.text), "retrieved": ids}
             for row, request, answer, ids in given
@@ -253,11 +261,11 @@ def row_scores(
     return scores
 
 
-def _cut(context: PipelineContext, request: Generation, row: Example) -> Generation:
+def _cut(own: ProjectBase, request: Generation, row: Example) -> Generation:
     """A row's request, whose answer ends at the latest where the row's own answer does."""
     from tunesmith.engines.batch import label_count
 
-    expected = context.renderer.conversation((*request.messages, row.messages[-1]), "last")
+    expected = own.renderer.conversation((*request.messages, row.messages[-1]), "last")
     return replace(request, max_tokens=min(request.max_tokens, label_count(expected)))
 
 
@@ -310,11 +318,11 @@ def training_inputs(
         require_signed(context.store, context.dataset.digest)
     return {
         **candidate.model_dump(mode="json", by_alias=True, include={"retrieve", "documents", "embedder"}),
-        "base": context.base.digest,
+        "base": candidate.base,
         "engine": context.project.settings.engine.train,
         "dataset": context.dataset.digest,
         "prompt": candidate.prompt,
-        "settings": fitted(context, settings).model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "settings": fitted(context, candidate, settings).model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "validation": _validated_by(context, candidate, settings),
         **_of_control(context.dataset, settings),
         **({"canaries": "in texts, with tools"} if settings.canaries else {}),  # before, calls held them, without tools
@@ -337,12 +345,12 @@ def _of_control(dataset: Dataset, settings: TrainSettings) -> dict[str, str]:
     return {}
 
 
-def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:
+def fitted(context: PipelineContext, candidate: Candidate, settings: TrainSettings) -> TrainSettings:
     """The settings as the training will have them: what they leave open depends on the rows and on the base."""
     rows = row_count(context.dataset.splits["train"], settings)
-    scorer = _leading(context)
+    scorer, width = _leading(context), model_width(context.on(candidate.base).base)
     sentences = isinstance(scorer, JudgeScorer) or metric_of(scorer) in OF_SENTENCES
-    return fit_to_rows(settings, rows, model_width(context.base), sentences=sentences)
+    return fit_to_rows(settings, rows, width, sentences=sentences)
 
 
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
@@ -387,7 +395,7 @@ def decoding_inputs(context: PipelineContext, asked: Candidate) -> dict[str, str
     return {
         **({"rules": "2"} if held and asked.answer_schema else {}),
         **({"words": "2"} if asked.copied else {}),
-        **({"ends": "all"} if held and len(context.renderer.stop_ids) > 1 else {}),
+        **({"ends": "all"} if held and len(context.on(asked.base).renderer.stop_ids) > 1 else {}),
     }
 
 

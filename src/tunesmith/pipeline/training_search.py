@@ -61,7 +61,7 @@ def search_settings(
         spec = training_spec(held, name, candidate, settings, work)
         done = search(
             spec,
-            held.trained_model(settings),
+            held.on(candidate.base).trained_model(settings),
             work,
             trials=trials,
             within=within,
@@ -84,7 +84,7 @@ def search_settings(
         per_row = [{**each.model_dump(mode="json", include=_PER_ROW), "number": each.number} for each in done]
         lines = [{"rows": [row.id for row in checked]}, *per_row]
         blob = b"".join(canonical(line) + b"\n" for line in lines)
-        parents = {"base": held.base.digest, "dataset": held.dataset.digest, **candidate.documents_parent}
+        parents = {"base": candidate.base, "dataset": held.dataset.digest, **candidate.documents_parent}
         blobs = {"trials.jsonl": held.store.put_bytes(blob)}
         return held.store.put_record(body.record(parents, blobs))
 

@@ -13,6 +13,7 @@ from tunesmith.records.body import Body, Part
 
 Method = Literal["model", "nearest", "classifier"]
 PromptSource = Literal["candidate", "request", "none"]
+_LONGEST_TITLE = 60
 
 
 class StoredFile(Part):
@@ -38,6 +39,11 @@ class BaseBody(Body):
     def line(self) -> str:
         """How a project file names it."""
         return self.spec
+
+    @property
+    def title(self) -> str:
+        """The same, short enough for a table."""
+        return self.spec if len(self.spec) <= _LONGEST_TITLE else f"{self.spec[:_LONGEST_TITLE]}…"
 
 
 class Retrieve(Settings):

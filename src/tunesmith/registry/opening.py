@@ -91,7 +91,7 @@ def current_signer(session: Session, version: Version, fingerprint: str) -> Trus
 def recall_of(session: Session, version: Version, statement: VersionBody) -> tuple[str, str] | None:
     """The version, record or blob that was recalled of a version and what it was made from, and why; None if none."""
     digests = (version.digest, *statement.records, *statement.blobs)
-    return first_recalled(session, digests, own=(version.digest, version.candidate))
+    return first_recalled(session, digests, own=(version.digest, version.candidate, statement.base))
 
 
 def check_not_recalled(session: Session, version: Version, statement: VersionBody) -> None:

@@ -211,10 +211,12 @@ def _evidence(
 def _check_not_recalled(session: Session, parents: Mapping[str, str], records: Mapping[str, Record]) -> None:
     """Raise Refused if a record that a version would be made from was recalled.
 
-    A recall of another version counts if it has the same candidate or weights, and not if it was only compared with.
+    A recall of another version or of a base counts if the candidate or its weights are of it, and not if it was only
+    compared with one.
     """
     candidate = parents["candidate"]
-    own = [candidate, records[candidate].parents.get("training", candidate)]
+    made = records[candidate].parents
+    own = [candidate, made["base"], made.get("training", candidate)]
     if (recall := first_recalled(session, records, own)) is not None:
         digest, reason = recall
         raise Refused(

@@ -11,7 +11,7 @@ import inspect
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,20 +82,28 @@ class Serving:
         project: Project | None = None,
         keeper: CaseKeeper | None = None,
         holder: Holder | None = None,
+        others: Sequence[tuple[Engine, Prompts]] = (),
     ) -> None:
         """Make the parts. prompts: the base's Renderer. scorers: the task's, as `served_scorers` sorts them.
 
         keeper: keeps requests for a review where callers ask for it; None: no text is kept. holder: says which answers
-        wait for a reviewer; None: none does.
+        wait for a reviewer; None: none does. others: engine and Renderer of further bases.
         """
         self.store, self.settings, self.project = store, settings, project
         self.holding = None if holder is None else holder.settings
         self.metrics = Metrics()
-        self.versions = ReadyVersions(store, engine)
+        served = [(engine, prompts), *others]
+        self.versions = ReadyVersions(store, *(each for each, _ in served))
         self.router = Router(store, settings.region, self.versions)
         self.recorder = Recorder(store, self.metrics, settings, scorers, keeper)
         self.worker = AnsweringThreads(
-            self.versions, self.router, self.recorder, settings, partial(give_up, store), prompts, holder
+            self.versions,
+            self.router,
+            self.recorder,
+            settings,
+            partial(give_up, store),
+            {each.base: its_prompts for each, its_prompts in served},
+            holder,
         )
         self.metrics.watch_queue(self.worker.waiting)
         self.arriving, self.rates = Arriving(settings), Rates(settings)

@@ -8,7 +8,7 @@ kept.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 
 from sqlalchemy import select
@@ -338,9 +338,9 @@ def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterat
     if "@" not in who and not is_digest("sha256:" + who.removeprefix("sha256:").ljust(64, "0")):
         context.settings_of(who)  # raises an error that lists the candidates
     with verified_copy(project.store, resolve(project.store, who)) as loaded:
-        if loaded.adapter is not None and loaded.candidate.training is not None:
-            context.engine.load_adapter(loaded.candidate.training, loaded.adapter)
-        engine = context.engine if loaded.candidate.asks_base else None
+        engine = context.on(loaded.candidate.base).engine if loaded.candidate.asks_base else None
+        if engine is not None and loaded.adapter is not None and loaded.candidate.training is not None:
+            engine.load_adapter(loaded.candidate.training, loaded.adapter)
         yield Answerer(project.store, engine, loaded.candidate)
 
 
@@ -368,15 +368,15 @@ def ask(
     return ChatAnswer(answer=last.text, finish=last.finish, candidate=to.candidate.name, sources=sources)
 
 
-def choices(acting: Acting, base: str, evaluation: str) -> tuple[Choice, ...]:
-    """The candidates of an evaluation. base: the server's. Expects that the user may see the evaluation."""
+def choices(acting: Acting, bases: Collection[str], evaluation: str) -> tuple[Choice, ...]:
+    """The candidates of an evaluation. bases: the server's. Expects that the user may see the evaluation."""
     measured = EvaluationBody.read(acting.store, evaluation).candidates
-    return tuple(_choice(acting, base, name, one.candidate) for name, one in measured.items())
+    return tuple(_choice(acting, bases, name, one.candidate) for name, one in measured.items())
 
 
-def _choice(acting: Acting, base: str, name: str, digest: str) -> Choice:
+def _choice(acting: Acting, bases: Collection[str], name: str, digest: str) -> Choice:
     store, candidate = acting.store, load_candidate(acting.store, digest)
-    version, why = None, _why_not(candidate, base)
+    version, why = None, _why_not(candidate, bases)
     if why is None:
         version, why = _loadable(store, acting.caller.scope, digest)
     if version is None and why is None:
@@ -387,10 +387,10 @@ def _choice(acting: Acting, base: str, name: str, digest: str) -> Choice:
     return Choice(name=name, digest=digest, version=version, refused=why)
 
 
-def _why_not(candidate: Candidate, base: str) -> str | None:
+def _why_not(candidate: Candidate, bases: Collection[str]) -> str | None:
     if candidate.endpoint is not None:
         return "it is an endpoint of somebody else, which only evaluations ask"
-    if candidate.asks_base and candidate.base != base:
+    if candidate.asks_base and candidate.base not in bases:
         return "it was made for another base model than this server runs"
     return None
 

@@ -409,15 +409,16 @@ def _project(directory: Path) -> Check:
 
 
 def _base(directory: Path) -> Check:
-    """Which engine runs a base in a local folder. Downloads nothing."""
+    """Which engine runs each base in a local folder. Downloads nothing."""
     from tunesmith.engines.settings import SLOW, is_native
 
-    project = Project.load(directory)
-    config = project.root / project.settings.base / "config.json"
-    if not config.is_file():
-        return _check("base", project.settings.base)
-    family = str(json.loads(config.read_bytes()).get("model_type"))
-    return _check("base", f"{family}, on the native engine" if is_native(family) else f"{family}, which {SLOW}")
+    project, said = Project.load(directory), list[str]()
+    for spec in project.settings.bases:
+        config = project.root / spec / "config.json"
+        family = str(json.loads(config.read_bytes()).get("model_type")) if config.is_file() else None
+        runs = "on the native engine" if is_native(family or "") else f"which {SLOW}"
+        said.append(spec if family is None else f"{family}, {runs}")
+    return _check("base", "; ".join(said))
 
 
 def _store(directory: Path) -> Check:

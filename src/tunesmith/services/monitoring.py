@@ -486,7 +486,7 @@ def look(
     if champion is None:
         return Retraining(version="", causes=())
     stated, causes = project.settings, list[DueCause]()
-    place = project.store, project.root, stated.base, stated.data.sources, stated.monitoring
+    place = project.store, project.root, stated.bases, stated.data.sources, stated.monitoring
     seen = Seen(*place, settings, champion, clock())
     runs, errors = _runs(project), dict[RetrainCause, TunesmithError]()
     for cause in settings.causes:

@@ -146,12 +146,12 @@ def blobs_of(records: Iterable[Record]) -> set[str]:
 def recalls_of(session: Session, digests: Collection[str], *, as_evidence: bool = True) -> dict[str, str]:
     """Digest -> why a record was recalled, the oldest reason if there are several; only those that were. One query.
 
-    as_evidence: ignore recalls of a version. A candidate that was only compared with that version does not contain its
-    weights.
+    as_evidence: ignore recalls of a version and of a base. A candidate that was only compared with that version, or
+    with one on that base, does not contain its weights.
     """
     query = select(RecallRow.digest, RecallRow.reason).where(RecallRow.digest.in_(digests))
     if as_evidence:
-        query = query.where(~RecallRow.cause.startswith("version "))
+        query = query.where(~RecallRow.cause.startswith("version "), ~RecallRow.cause.startswith("base "))
     newest_first = query.order_by(RecallRow.at.desc(), RecallRow.cause.desc())
     return {digest: reason for digest, reason in session.execute(newest_first)}  # noqa: C416 - rows are no pairs
 
@@ -164,7 +164,7 @@ def recalled(session: Session, digest: str) -> str | None:
 def first_recalled(session: Session, digests: Collection[str], own: Collection[str]) -> tuple[str, str] | None:
     """The first of some records that was recalled as evidence, and why; None if none was.
 
-    own: those of them for which recalls of a version count, too.
+    own: those of them for which recalls of a version and of a base count, too.
     """
     reasons = recalls_of(session, digests) | recalls_of(session, own, as_evidence=False)
     return next(((digest, reasons[digest]) for digest in digests if digest in reasons), None)

@@ -96,7 +96,8 @@ def build_dataset(
             staging.add(piece.kept, piece.removed)
             account.merge(piece.account)
         if settings.control_tokens == "refuse":
-            refuse_control_tokens(staging.removed_for(HAS_CONTROL), "set data.control_tokens to drop")
+            tokens = rules.control_tokens if isinstance(rules.control_tokens, Mapping) else {}
+            refuse_control_tokens(staging.removed_for(HAS_CONTROL), "set data.control_tokens to drop", tokens)
         staging.drop_copies(account.withdrawn - rules.withdrawn.contents)
         staging.drop_repeats(held_out)
         conflicts = staging.conflicts(_SHOWN_CONFLICTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -45,21 +45,23 @@ from tunesmith.data.splitting.groups import wording_group
 _SHOWN_ROWS = 5  # of those that are refused together
 
 
-def refuse_control_tokens(rows: Sequence[tuple[str, str]], otherwise: str) -> None:
-    """Raise Refused where rows hold control tokens. rows: (place, reason). otherwise: what leaves these rows out."""
+def refuse_control_tokens(rows: Sequence[tuple[str, str]], otherwise: str, bases: Mapping[str, str] = {}) -> None:
+    """Raise Refused where rows hold control tokens. rows: (place, reason). otherwise: what leaves these rows out.
+    bases: token -> the base that it is of, where a project has several."""
     if rows:
         more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
         count = "1 row holds" if len(rows) == 1 else f"{len(rows)} rows hold"
         held = {reason.removeprefix(f"{HAS_CONTROL} ").removesuffix(f" {EDITED}") for _, reason in rows}
+        shown = ", ".join(f"{token} of {bases[token]}" if token in bases else token for token in sorted(held))
         raise Refused(
-            f"{count} a control token of the base's chat template ({', '.join(sorted(held))}), which a model reads as "
+            f"{count} a control token of the base's chat template ({shown}), which a model reads as "
             "the start or end of a turn",
             where="; ".join(place for place, _ in rows[:_SHOWN_ROWS]) + more,
             fix=f"remove the tokens from these rows, or leave the rows out: {otherwise}",
         )
 
 
-def control_token(messages: Conversation, tokens: Sequence[str]) -> str | None:
+def control_token(messages: Conversation, tokens: Collection[str]) -> str | None:
     """Why a row with one of these tokens is removed; None for other rows."""
     held = next(filter(None, (turn.control_token(tokens) for turn in messages)), None) if tokens else None
     return held and f"{HAS_CONTROL} {held}"
@@ -70,17 +72,17 @@ class RowRules(NamedTuple):
 
     count_tokens, max_tokens: the limit of a row's tokens; where either is None, no length is checked, and the record
     says so. answer_schema: JSON Schema that every answer must satisfy. control_tokens: those of the base's chat
-    template, which no row may hold. withdrawn: recalled rows, which are left out. outside: wordings of outside test
-    sets. formats: a source's path -> its row format. unscorable: answer -> why the task's scorers cannot score against
-    it, or None; such rows are removed and counted. reviewed: what reviewers decided. respell: whether JSON answers are
-    written as constrained decoding writes them.
+    template, which no row may hold; of several bases, each token with its base. withdrawn: recalled rows, which are
+    left out. outside: wordings of outside test sets. formats: a source's path -> its row format. unscorable: answer ->
+    why the task's scorers cannot score against it, or None; such rows are removed and counted. reviewed: what reviewers
+    decided. respell: whether JSON answers are written as constrained decoding writes them.
     """
 
     settings: DataSettings
     count_tokens: CountTokens | None = None
     max_tokens: int | None = None
     answer_schema: Schema | None = None
-    control_tokens: Sequence[str] = ()
+    control_tokens: Mapping[str, str] | Sequence[str] = ()
     withdrawn: Withdrawn = Withdrawn()
     outside: Set[str] = frozenset()
     formats: Mapping[str, row_formats.RowFormat] = {}

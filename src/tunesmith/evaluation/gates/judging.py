@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.text.wording import percent, points
-from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.answers import BASE, before_tuning
 from tunesmith.evaluation.gates.settings import (
     BEST_UNTUNED,
     Forgetting,
@@ -171,7 +171,8 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> JudgedGate:
     stated: dict[str, Any] = {"metric": GENERAL, "over": BASE}
     if (reason := evidence.untouched()) is not None:
         return _judged(gate, "pass", _NOTHING, reason, **stated)
-    before, after = evidence.columns.get((BASE, GENERAL)), evidence.columns.get((evidence.candidate, GENERAL))
+    suite = {name: each for (name, metric), each in evidence.columns.items() if metric == GENERAL}
+    before, after = suite.get(before_tuning(evidence.candidate, suite)), suite.get(evidence.candidate)
     if before is None or after is None:
         raise Inconclusive("general ability was not measured before and after tuning")
     level = evidence.level(gate.confidence)

@@ -30,6 +30,7 @@ def advise(data: Evidence) -> Advice:
         summary=" ".join([_measured(data), _difference(data), _costs(data), _risked(data)]),
         reasons=(
             *_gates(data),
+            *([data.bases.sentence] if data.bases else []),
             *_ladder(data),
             *_price(data),
             *_forgotten(data),

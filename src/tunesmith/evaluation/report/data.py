@@ -11,12 +11,13 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import describe_prompts
 from tunesmith.core.digests import digest_bytes
 from tunesmith.data.dataset import dataset_summary, load_dataset
-from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.answers import before_tuning
 from tunesmith.evaluation.compare import compare, side_of_candidate
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
+from tunesmith.evaluation.report.bases import compared_bases
 from tunesmith.evaluation.report.behaviour import policy_report, risks, style_report
 from tunesmith.evaluation.report.evidence import (
     AreaScores,
@@ -84,6 +85,7 @@ def report_data(
         training=_training(store, load_candidate(store, own.candidate)),
         currency=body.prices.currency if body.prices else None,
         break_even=repaid,
+        bases=compared_bases(store, body, columns),
         ladder=approach_ladder(store, body, columns),
         by_group=by_group,
         classes=body.by_candidate("classes"),
@@ -116,10 +118,13 @@ def _takes(risk: Requirement) -> str:
 
 def _candidates(store: Store, body: EvaluationBody, focus: str, rival: str | None) -> tuple[ReportedCandidate, ...]:
     """One row for each candidate, the best by the primary metric first."""
-    rows = []
+    rows, candidates = [], {name: load_candidate(store, stated.candidate) for name, stated in body.candidates.items()}
+    several = len({candidate.base for candidate in candidates.values() if candidate.asks_base}) > 1
     for name, stated in sorted(body.candidates.items(), key=lambda one: (-body.mean(one[0]), one[0])):
-        candidate = load_candidate(store, stated.candidate)
+        candidate = candidates[name]
         how, role = _how(store, candidate, stated.system_prompts), {focus: "focus", rival: "rival"}.get(name, "")
+        if several and candidate.asks_base:
+            how = f"{BaseBody.read(store, candidate.base).title}, {how}"
         rows.append(ReportedCandidate.of(stated, name=name, kind=candidate.kind, how=how, role=role))
     return tuple(rows)
 
@@ -166,7 +171,8 @@ def _forgetting(columns: Columns, body: EvaluationBody, focus: str) -> Forgettin
     stated = body.probes.get(GENERAL)
     if stated is None or focus not in stated.drops:
         return None
-    before, after = columns[BASE, GENERAL], columns[focus, GENERAL]
+    bare = before_tuning(focus, stated.scores)
+    before, after = columns[bare, GENERAL], columns[focus, GENERAL]
     places: defaultdict[str, list[int]] = defaultdict(list)
     for place, identifier in enumerate(before.ids):
         places[identifier.rpartition("-")[0]].append(place)
@@ -174,7 +180,7 @@ def _forgetting(columns: Columns, body: EvaluationBody, focus: str) -> Forgettin
         area: AreaScores(n=len(own), before=before.values[own].mean(), after=after.values[own].mean())
         for area, own in sorted(places.items())
     }
-    scores = {"before": stated.scores[BASE], "after": stated.scores[focus]}
+    scores = {"before": stated.scores[bare], "after": stated.scores[focus]}
     return Forgetting(n=stated.n, drop=stated.drops[focus], areas=areas, **scores)
 
 

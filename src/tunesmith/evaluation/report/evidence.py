@@ -88,6 +88,33 @@ class LadderStep(Rung):
     difference: MetricInterval
 
 
+class MeasuredBase(View):
+    """A base, with the best of its candidates by the primary metric. size: bytes of its weights' files.
+
+    memory: the most bytes that a training on it needed; None where nothing was trained. per_second: answers.
+    difference: of its best candidate to the best of all bases.
+    """
+
+    base: str
+    digest: str
+    size: int
+    memory: int | None
+    candidate: str
+    score: MetricInterval
+    per_second: float
+    difference: MetricInterval
+    not_worse: bool
+
+
+class ComparedBases(View):
+    """The bases from the smallest to the largest. smallest: digest of the first that is not worse; sentence: that, with
+    the rule."""
+
+    bases: tuple[MeasuredBase, ...]
+    smallest: str
+    sentence: str
+
+
 class Ladder(View):
     """The approaches from simple to elaborate, and what each adds on the same rows."""
 
@@ -280,8 +307,9 @@ class Evidence(View):
     """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
 
     rival_gate: the gate that names the rival, None where it is the best untuned candidate. evaluation: its record's
-    digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift by group of rows; style:
-    shares of answers in the references' style; examples: rows where the two differ; trail: the oldest entry first.
+    digest; n, groups: its held-out rows. bases: where there are several. ladder: what each approach adds; by_group: the
+    lift by group of rows; style: shares of answers in the references' style; examples: rows where the two differ;
+    trail: the oldest entry first.
     """
 
     evaluation: str
@@ -301,6 +329,7 @@ class Evidence(View):
     training: ReportedTraining | None
     currency: str | None
     break_even: BreakEven | None
+    bases: ComparedBases | None
     ladder: Ladder
     by_group: LiftByGroup | None
     classes: Mapping[str, Mapping[str, ClassResults]]

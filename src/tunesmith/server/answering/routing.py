@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.answering import Answerer
-from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.text.names import Scope, check_name
@@ -306,14 +306,14 @@ class Retries:
 
 
 class ReadyVersions:
-    """The versions that are verified and loaded into the engine. Thread-safe: loads one at a time.
+    """The versions that are verified and loaded into the engine of their base. Thread-safe: loads one at a time.
 
     Whether they may serve is the Router's to decide, for every request. failed: digests of those that could not be
     verified and loaded when they were last needed.
     """
 
-    def __init__(self, store: Store, engine: Engine) -> None:
-        self._store, self._engine = store, engine
+    def __init__(self, store: Store, *engines: Engine) -> None:
+        self._store, self._engines = store, {engine.base: engine for engine in engines}
         self.failed: set[str] = set()
         self._ready: dict[str, Answerer] = {}
         self._retries = Retries()
@@ -342,20 +342,24 @@ class ReadyVersions:
 
     def _without_weights(self, candidate: str) -> Answerer:
         """A candidate that has no weights of its own, registered or not, by its record's digest."""
-        return Answerer(self._store, self._engine, load_candidate(self._store, candidate))
+        return self._answerer(load_candidate(self._store, candidate))
+
+    def _answerer(self, candidate: Candidate) -> Answerer:
+        return Answerer(self._store, self._engines.get(candidate.base) or next(iter(self._engines.values())), candidate)
 
     @property
-    def base(self) -> str:
-        """Digest of the base that the engine runs."""
-        return self._engine.base
+    def bases(self) -> Collection[str]:
+        """Digests of the bases that the engines run."""
+        return self._engines.keys()
 
     def _open(self, version: Version) -> Answerer:
         with verified_copy(self._store, version) as loaded:
-            answerer = Answerer(self._store, self._engine, loaded.candidate)
+            answerer = self._answerer(loaded.candidate)
             if loaded.adapter is not None and answerer.candidate.training is not None:
-                self._engine.load_adapter(answerer.candidate.training, loaded.adapter)
+                self._engines[answerer.candidate.base].load_adapter(answerer.candidate.training, loaded.adapter)
         return answerer
 
     def _held(self, answerer: Answerer) -> bool:
         """Whether the engine still has its weights. The engine unloads fully trained models to free memory."""
-        return answerer.candidate.training is None or self._engine.holds(answerer.candidate.training)
+        asked = answerer.candidate
+        return asked.training is None or self._engines[asked.base].holds(asked.training)

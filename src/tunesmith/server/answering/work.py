@@ -72,8 +72,8 @@ class AnsweringThreads:
     """Answers up to settings.together jobs at once.
 
     router: checks a job's caller and chooses its version once more when its turn comes, since both may have changed.
-    give_up: called with (rollout, reason) if a canary can never be loaded. prompts: the base's Renderer. holder: says
-    which answers wait for a reviewer; None: none does.
+    give_up: called with (rollout, reason) if a canary can never be loaded. prompts: the Renderer of each base, by
+    digest. holder: says which answers wait for a reviewer; None: none does.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class AnsweringThreads:
         recorder: Recorder,
         settings: ServerSettings,
         give_up: Callable[[int, str], object],
-        prompts: Prompts,
+        prompts: Mapping[str, Prompts],
         holder: Holder | None = None,
     ) -> None:
         self._prompts, self._holder = prompts, holder
@@ -239,7 +239,7 @@ class AnsweringThreads:
         room = answerer.responder.context_length
         letters = sum(len(text) for message in messages for text in message.texts())
         if answerer.candidate.asks_base and letters > _CHARACTERS_A_TOKEN * room:
-            self._require_room(messages, room)  # before anything else reads so much text
+            self._require_room(answerer, messages)  # before anything else reads so much text
         scored = request.scored
         if scored is None and answerer.candidate.asks_base and self._holder is not None and self._holder.needs_scores:
             scored = 0
@@ -262,7 +262,7 @@ class AnsweringThreads:
             generation = self._with_calls(job, answerer, generation)
         if generation.max_tokens < answerer.candidate.max_tokens:
             job.most_tokens = generation.max_tokens
-        job.prompt_tokens = self._require_room(generation.messages, room) if answerer.candidate.asks_base else 0
+        job.prompt_tokens = self._require_room(answerer, generation.messages) if answerer.candidate.asks_base else 0
         job.sources = answerer.composer.retrieved(messages, caller).sources
         job.prompt_used = prompt_used(answerer.candidate, messages)
         try:
@@ -277,17 +277,18 @@ class AnsweringThreads:
         """The engine's input for a request that offers tools. Raises ApiError 400 where the base does not know them."""
         answerer.require_calls()
         try:
-            form = self._prompts.call_format
+            form = self._prompts[answerer.candidate.base].call_format
         except Refused as error:
             raise bad_request(f"{error.what} ({error.fix})", "tools") from error
         job.shaped, job.answer = True, ToolAnswer(form, frozenset(each.name for each in job.request.callable))
         grammar = job.request.grammar_of_calls(form)
         return generation if grammar is None else replace(generation, grammar=grammar, constrained_by="tools")
 
-    def _require_room(self, messages: Sequence[Message], room: int) -> int:
+    def _require_room(self, answerer: Answerer, messages: Sequence[Message]) -> int:
         """The prompt's tokens. Raises ApiError 400 where they leave no room for an answer."""
+        room = answerer.responder.context_length
         try:
-            tokens = self._prompts.count_prompt(messages, room)
+            tokens = self._prompts[answerer.candidate.base].count_prompt(messages, room)
         except Refused as error:
             brought = any(each.tools or each.tool_calls or each.role == "tool" for each in messages)
             if error.where != "chat_template" or not brought:

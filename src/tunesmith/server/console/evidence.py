@@ -199,7 +199,7 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
 def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:
     viewer.user.require(READ_PERMISSION)
     evaluation = shown(viewer, digest).summary.evaluation
-    return answers.choices(viewer, viewer.serving.versions.base, evaluation)
+    return answers.choices(viewer, viewer.serving.versions.bases, evaluation)
 
 
 def _ask_all(viewer: Viewer, chosen: Sequence[Choice], question: str, trial: Trial) -> None:
