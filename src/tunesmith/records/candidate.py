@@ -41,6 +41,11 @@ class BaseBody(Body):
         return self.spec
 
     @property
+    def weight_bytes(self) -> int:
+        """The size of the weights' files."""
+        return sum(file.bytes for path, file in self.files.items() if path.endswith(".safetensors"))
+
+    @property
     def title(self) -> str:
         """The same, short enough for a table."""
         return self.spec if len(self.spec) <= _LONGEST_TITLE else f"{self.spec[:_LONGEST_TITLE]}…"

@@ -151,7 +151,8 @@ class MeasuredCandidate(Part):
 
 
 class GeneralSuite(Part):
-    """General ability. suite: digest of its n questions. scores: "base" and tuned candidates; drops: since the base."""
+    """General ability. suite: digest of its n questions. scores: tuned candidates, "base", and "base of NAME" where the
+    base of NAME is not the project's own; drops: since the candidate's base."""
 
     suite: str
     n: int

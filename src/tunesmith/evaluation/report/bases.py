@@ -33,18 +33,20 @@ def compared_bases(store: Store, body: EvaluationBody, columns: Columns) -> Comp
     if len(by_base) < 2:
         return None
     best = {base: max(own, key=body.mean) for base, own in by_base.items()}
-    leading, level = max(best.values(), key=body.mean), Level(body.confidence, body.seed)
-    rows = []
+    records = {base: BaseBody.read(store, base) for base in by_base}
+    sizes = {base: record.weight_bytes for base, record in records.items()}
+    leading = best[max(best, key=lambda base: (body.mean(best[base]), -sizes[base]))]
+    level, rows = Level(body.confidence, body.seed), []
     for base, own in by_base.items():
-        stated, name, record = body.candidates[best[base]], best[base], BaseBody.read(store, base)
+        stated, name = body.candidates[best[base]], best[base]
         gap = difference(columns[name, body.primary], columns[leading, body.primary], level).difference
         trained = {each.training for each in own.values() if each.training is not None}
         peaks = [TrainingBody.read(store, digest).peak_memory_bytes for digest in trained]
         rows.append(
             MeasuredBase(
-                base=record.title,
+                base=records[base].title,
                 digest=base,
-                size=sum(file.bytes for path, file in record.files.items() if path.endswith(".safetensors")),
+                size=sizes[base],
                 memory=max(peaks, default=None),
                 candidate=name,
                 score=stated.metrics[body.primary],
@@ -55,12 +57,9 @@ def compared_bases(store: Store, body: EvaluationBody, columns: Columns) -> Comp
         )
     rows.sort(key=lambda row: (row.size, row.base))
     chosen = next(row for row in rows if row.not_worse)
-    rule = (
-        f"the whole {body.confidence:.0%} interval of its difference to {leading}, request by request, is above "
-        f"{points(-MARGIN)} points"
-    )
     said = (
         f"{chosen.base} is the smallest base whose best candidate is not worse: {chosen.candidate}, with "
-        f"{percent(chosen.score.mean)}. Not worse means that {rule}."
+        f"{percent(chosen.score.mean)}. Not worse: the whole {body.confidence:.0%} interval of its difference to "
+        f"{leading}, request by request, is above {points(-MARGIN)} points."
     )
     return ComparedBases(bases=tuple(rows), smallest=chosen.digest, sentence=said)
