@@ -1,7 +1,7 @@
 """How strong the rivals without tuning are, on public data that is read from where it lies.
 
     python benchmarks/rivals.py FOLDER
-    python benchmarks/rivals.py FOLDER --optimise WORK    # about 40 minutes of one core; goes on where it was stopped
+    python benchmarks/rivals.py FOLDER --optimise WORK    # about an hour of one core; goes on where it was stopped
 
 FOLDER holds xquad_en/xquad.en.json (Artetxe et al. 2020, CC-BY-SA-4.0) and banking77/banking_data_{train,test}.csv
 (Casanueva et al. 2020, CC-BY-4.0). Retrieval: how often the paragraph that holds the answer is among the k found, by
