@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from operator import not_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -28,6 +29,7 @@ from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.monitoring.causes import RetrainingSettings
 from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings
+from tunesmith.records.version import Paper
 from tunesmith.registry.risk import RiskSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store.people.login_settings import LoginSettings
@@ -133,6 +135,9 @@ class ProjectSettings(Settings):
     risk: RiskSettings | None = Field(
         default=None,
         description="the risk class, which says how many approvers a version takes; without it one approves",
+    )
+    papers: Annotated[tuple[Paper, ...], Field(exclude_if=not_)] = Field(
+        default=(), description="papers about a version that must be written before anybody approves it: [card, bom]"
     )
     hold: HoldSettings | None = Field(
         default=None,

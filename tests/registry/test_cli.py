@@ -40,7 +40,7 @@ PROJECT = (
 
 def run(store: Store, *words: str, risk: str = "null", project: str = PROJECT) -> Result:
     folder = store.root
-    if words[0] == "register":  # it reads the project's risk class
+    if words[0] in ("register", "papers"):  # they read the project
         folder = store.root.parent
         (folder / "tunesmith.yaml").write_text(project.replace("RISK", risk))
         if not (folder / ".tunesmith").exists():

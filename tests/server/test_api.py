@@ -179,6 +179,27 @@ def test_what_pages_show_is_answered_as_documented(world: World, document: dict[
             assert answer.status_code == 400, (wrong, answer.text)
 
 
+def test_papers_are_written_and_read(world: World, document: dict[str, Any]) -> None:
+    with world.served.http(world.token("amy")) as http:
+        at = f"/api/versions/{ACME}/1"
+        assert http.get(f"{at}/documents/card.md").status_code == 409, "nobody wrote it yet"
+        written = http.post("/api/papers", json={"version": f"{ACME}@v1", "papers": ["card", "bom"]})
+        assert written.status_code == 200, written.text
+        check(document, "/api/papers", "post", written)
+        for file in ("card.md", "bom.json"):
+            answer = http.get(f"{at}/documents/{file}")
+            check(document, "/api/versions/{name}/{number}/documents/{document}", "get", answer)
+        shown = http.get(at).json()["papers"]
+        assert [each["by"] for each in shown] == ["amy", "amy", "", ""]
+    with plain(world.served, cookie_of(world.served, "amy")) as http:
+        form = {"csrf": csrf(http.get("/").text), "version": f"{ACME}@v1", "next": f"/console/versions/{ACME}/1"}
+        done = http.post("/console/do/papers", data=form)
+        assert (done.status_code, done.headers.get("location")) == (303, form["next"]), done.text
+        page = http.get(form["next"]).text
+        assert f'href="/console/versions/{ACME}/1/ai-act.md"' in page
+        assert "a person must fill in" in page
+
+
 def test_changes_count(world: World) -> None:
     with world.served.http(world.token(STEWARD)) as http:
         done = http.post("/api/review/2/decide", json={"decision": "reject", "reason": "no", "revision": 0})
@@ -216,6 +237,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/keys/{user}/confirm": {"fingerprint": "0" * 64},
     "/api/keys/{user}/reject": {"fingerprint": "0" * 64},
     "/api/held/{identifier}/decide": {"decision": "refuse", "reason": "why"},
+    "/api/papers": {"version": f"{ACME}@v1"},
     "/api/decisions/prepare": {"version": f"{ACME}@v1", "decision": "refuse", "reason": "why"},
     "/console/evidence/{digest}/playground": {"question": "x", "candidate": "a"},
 }

@@ -1,4 +1,4 @@
-"""`register`, `approve`, `refuse`, `verify`, `show`, `export` and `notice`: versions and the evidence for them."""
+"""`register`, `approve`, `refuse`, `verify`, `show`, `export`, `notice` and `papers`: versions and their evidence."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from tunesmith.core.errors import UsageError
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+    from tunesmith.registry.papers.writing import PaperState
     from tunesmith.registry.risk import Approvals
     from tunesmith.registry.verification import Verification
     from tunesmith.services.lineage import Node
@@ -39,7 +40,7 @@ _NOTHING = "nothing is registered yet: tunesmith run, or tunesmith register"
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, approve, refuse, verify, show, export, notice, register=register_version)
+    add_commands(app, approve, refuse, verify, show, export, notice, papers, register=register_version)
 
 
 def register_version(
@@ -204,6 +205,41 @@ def notice(here: Here, version: str, *, tenant: Tenant = None, region: Region = 
     here.emit(made, printed_text(made.notice))
 
 
+def papers(
+    here: Acting,
+    version: str,
+    *,
+    papers: Annotated[list[str] | None, typer.Option("--for", metavar="card|bom|provenance|ai-act")] = None,
+    to: Path | None = None,
+    tenant: Tenant = None,
+    region: Region = None,
+) -> None:
+    """Write and sign papers about a version for people outside, from its records and papers.yaml.
+
+    version: NAME@v3, NAME@champion, or the start of a version's digest.
+    papers: A paper to write; may be repeated; by default all four.
+    to FOLDER: Also put every paper of the version here, each with the envelope that signs it.
+    """
+    done = here.do(services.versions.papers)
+    if to is not None:
+        services.versions.save_papers(here.store, done, to)
+    here.emit(done, _draw_papers)
+
+
+def _draw_papers(done: services.versions.WrittenPapers) -> Drawn:
+    yield from _papers(done.papers)
+    if done.asks:
+        yield "what nobody filled in; write it into papers.yaml, then write the papers again:"
+        yield table([(key, said) for key, said in done.asks.items()])
+
+
+def _papers(states: Sequence[PaperState]) -> Drawn:
+    for state in states:
+        lacks = f", {len(state.lacks)} entries of papers.yaml missing" if state.lacks else ""
+        said = f"signed by {state.by} on {state.at}{lacks}" if state.record else "missing"
+        yield f"paper {state.paper}: {said}" + (f" ({state.why})" if state.why else "")
+
+
 def _draw_registered(version: RegisteredVersion) -> Drawn:
     yield f"{version.label} is registered and signed by {version.signer}"
     if version.override is not None:
@@ -248,6 +284,7 @@ def _draw_lineage(node: Node) -> Drawn:
         yield f"  {name}  {blob}", "dim"
     if node.approvals is not None:
         yield from _draw_approvals(node.approvals)
+    yield from _papers(node.papers or ())
     for title, nodes in (("made from", node.parents), ("used for", node.children)):
         if nodes:
             trunk = Tree(title)

@@ -90,7 +90,10 @@ def run(
         began = time.perf_counter()
         with progress.task("registering", 1):  # the last step at which the run can be stopped
             risk = None if project.settings.risk is None else project.settings.risk.requirement
-            version = register(store, name=project.settings.name, verdict=decided, actor=signer, scope=scope, risk=risk)
+            version = register(
+                store, name=project.settings.name, verdict=decided, actor=signer, scope=scope, risk=risk,
+                papers=project.settings.papers,
+            )  # fmt: skip
         registered = RunVersion(version=version.label, digest=version.digest)
         context.stages.done.append(Stage("register", time.perf_counter() - began, skipped=False))
     return RunSummary(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -13,7 +13,7 @@ from tunesmith.core.text.names import version_label
 from tunesmith.core.values import Digest, Frozen
 from tunesmith.records.body import Body, Part
 from tunesmith.records.candidate import StoredFile
-from tunesmith.records.dataset import Duties
+from tunesmith.records.dataset import Duties, IfAny
 from tunesmith.records.evaluation import Outcome
 from tunesmith.store.audit import Head
 from tunesmith.store.people.roles import Role
@@ -21,6 +21,8 @@ from tunesmith.store.people.roles import Role
 MOST_APPROVERS = 20
 RiskClass = Literal["low", "limited", "high"]
 Decision = Literal["approve", "refuse"]
+Paper = Literal["card", "bom", "provenance", "ai-act"]
+PAPERS: tuple[Paper, ...] = get_args(Paper)
 Form = Literal["peft", "merged", "gguf"]
 Dtype = Literal["bf16", "fp32"]
 
@@ -59,7 +61,8 @@ class VersionBody(Body):
     override: why it was registered without a passing verdict. records, blobs: sorted digests of what it was made from.
     audit: the newest entry of the audit log when it was signed. duties: what the licences of its rows require
     of people who use it or pass it on; None if it was made from no dataset. marks: warnings for the people who serve
-    it. risk: the project's risk class and what it takes to serve; None takes one approver.
+    it. risk: the project's risk class and what it takes to serve; None takes one approver. papers: that must be written
+    before its approval.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -81,6 +84,7 @@ class VersionBody(Body):
     duties: Duties | None = None
     marks: tuple[str, ...] = ()
     risk: Requirement | None = None
+    papers: IfAny[tuple[Paper, ...]] = ()
 
     @property
     def line(self) -> str:
@@ -113,6 +117,37 @@ class ApprovalBody(Body):
     def line(self) -> str:
         """Who decided what."""
         return f"{self.decision} by {self.approver}"
+
+
+class PaperField(Part):
+    """Where a field of a paper comes from. kind, record, field: the record's kind, its digest, "" where the version was
+    made without one, and its field. A person's entry has the file's name and digest, and the entry's name."""
+
+    kind: str
+    record: str
+    field: str
+
+
+class PaperBody(Body):
+    """A paper about a version for people outside, and the predicate that its envelope signs.
+
+    by, at: who signed it, and when. fields: each field of the paper -> where it comes from. missing: entries of
+    papers.yaml that it needs and nobody made.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    kind: ClassVar = "paper"
+
+    paper: Paper
+    by: Name
+    at: Time
+    fields: Mapping[str, tuple[PaperField, ...]]
+    missing: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """Which one it is."""
+        return f"{self.paper} by {self.by}" + (f", {len(self.missing)} entries missing" if self.missing else "")
 
 
 class AdapterMoves(Part):

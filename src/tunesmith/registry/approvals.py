@@ -30,6 +30,7 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope
 from tunesmith.records.version import ApprovalBody, Decision
 from tunesmith.registry.opening import Verified, open_release, still_usable
+from tunesmith.registry.papers.writing import require_papers
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import decisions, may_serve, unmet
 from tunesmith.registry.signing.attestations import (
@@ -206,6 +207,7 @@ def _check_decidable(store: Store, version: Version, actor: str, reason: str, de
         for first in verify_version(store, version.label, keys=keys, whole_store=False).problems:
             fix = NextStep("list every problem", "verify", version=version.label)
             raise Refused(f"{version.label} does not verify: {first.reason}", where=first.path, fix=fix)
+        require_papers(store, version)
     return signer
 
 

@@ -36,7 +36,7 @@ from tunesmith.core.text.names import Scope, VersionRef, check_name
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import Duties
 from tunesmith.records.evaluation import VerdictBody
-from tunesmith.records.version import Requirement, VersionBody
+from tunesmith.records.version import Paper, Requirement, VersionBody
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.opening import current_signer, open_release
 from tunesmith.registry.signing import keys
@@ -74,6 +74,7 @@ class _Plan(NamedTuple):
     override: str | None
     expires_at: str | None
     risk: Requirement | None
+    papers: tuple[Paper, ...]
     parents: Mapping[str, str]
     records: Mapping[str, Record]
     blobs: Mapping[str, str]  # the weights' files and the notice
@@ -90,23 +91,25 @@ def register(
     override: str | None = None,
     expires_at: str | None = None,
     risk: Requirement | None = None,
+    papers: tuple[Paper, ...] = (),
     changed: Sequence[str] = (),
 ) -> Version:
     """Sign a judged candidate as the next version of a name.
 
-    The same verdict and risk again give the same version, unless another end is stated.
+    The same verdict, risk and papers again give the same version, unless another end is stated.
 
     verdict: a verdict record's digest. override: the reason to register it although it did not pass (admins only;
     the version states it). expires_at: ISO 8601 with a time zone. risk: what it takes to serve; None takes one
-    approver. changed: gates and policy checks that are others than the verdict's, whose pass then needs an override as
-    well. Raises Refused if the evidence, the adapter or the actor's roles do not allow it, or if something that the
+    approver. papers: that must be written before its approval. changed: gates and policy checks that are others than
+    the verdict's, whose pass then needs an override as well. Raises Refused if the evidence, the adapter or the actor's
+    roles do not allow it, or if something that the
     version would be made from was recalled; UsageError for bad names. If the call is killed, the next one carries on.
     """
     check_name(name, "version name")
     identities.require(store, actor, "version.register", scope=scope)
     override = _reason(override)
     expires_at = _expiry(expires_at)
-    plan = _Plan(name, scope, override, expires_at, risk, *_evidence(store, name, verdict, override, changed))
+    plan = _Plan(name, scope, override, expires_at, risk, papers, *_evidence(store, name, verdict, override, changed))
     if override is not None:
         identities.require(store, actor, "version.override", scope=scope)
     with _alone(store, name):
@@ -232,7 +235,9 @@ def _find_registered(store: Store, plan: _Plan) -> Version | None:
     Where the plan states an end, one with another end is a different version.
     """
     for version in list_versions(store, plan.name):
-        if (version.verdict, version.scope, version.risk) != (plan.parents["verdict"], plan.scope, plan.risk):
+        if (version.verdict, version.scope) != (plan.parents["verdict"], plan.scope):
+            continue
+        if (version.risk, version.papers) != (plan.risk, plan.papers):
             continue
         if plan.expires_at not in (None, version.expires_at):
             continue
@@ -276,6 +281,7 @@ def _record(plan: _Plan, number: int, signer: User, head: Head, at: str) -> Reco
         duties=plan.duties,
         marks=marks_of(plan.records, plan.parents["candidate"]),
         risk=plan.risk,
+        papers=plan.papers,
     )
     return statement.record(plan.parents, plan.blobs)
 

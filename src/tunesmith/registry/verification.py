@@ -22,6 +22,7 @@ from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DatasetBody
 from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.licence_duties import NOTICE, carried
+from tunesmith.registry.papers.writing import read_paper
 from tunesmith.registry.risk import missing
 from tunesmith.registry.signing.attestations import ENVELOPE, read_approval
 from tunesmith.registry.signing.release import (
@@ -88,9 +89,10 @@ def verify_version(
         _check_evidence(findings, release, records)
         _check_base(findings, records, release.statement.base, base_folder)
     if whole_store:
-        approvals = _sweep(findings)
+        decisions, papers = _sweep(findings)
         if release is not None:
-            _check_approvals(findings, release, approvals, known)
+            _check_approvals(findings, release, decisions, known)
+            _check_papers(findings, release, papers, known)
     return Verification(
         version=label,
         ok=not findings.problems,
@@ -218,9 +220,9 @@ def _check_base(findings: _Findings, records: Mapping[str, Record], digest: str,
     findings.notes.append(f"the base model's files were checked in {folder}")
 
 
-def _sweep(findings: _Findings) -> list[Record]:
-    """Verify every other blob and record of the store against its digest; returns the approvals."""
-    approvals: list[Record] = []
+def _sweep(findings: _Findings) -> tuple[list[Record], list[Record]]:
+    """Verify every other blob and record of the store against its digest; returns the approvals and the papers."""
+    found: dict[str, list[Record]] = {"approval": [], "paper": []}
     for kind, suffix in (("blobs", ""), ("records", ".json")):
         for key in findings.store.blobs.keys(f"{kind}/"):
             name = key.rsplit("/", 1)[-1]
@@ -237,11 +239,23 @@ def _sweep(findings: _Findings) -> list[Record]:
             with findings.about(where):
                 if kind == "records":
                     record = decode(b"".join(pieces), digest, where)
-                    approvals += [record] if record.kind == "approval" else []
+                    found.get(record.kind, []).append(record)
                 elif digest_pieces(pieces) != digest:
                     raise Refused("its bytes do not match its digest")
                 findings.checked += 1
-    return approvals
+    return found["approval"], found["paper"]
+
+
+def _check_papers(findings: _Findings, release: Release, papers: Sequence[Record], keys: Sequence[TrustedKey]) -> None:
+    """Add notes about the papers of this version. Without one its files are no worse."""
+    for record in papers:
+        if record.parents.get("version") == release.version.digest:
+            try:
+                body = read_paper(findings.store, record, release.version, keys)
+            except TunesmithError as error:
+                findings.notes.append(f"a paper does not count: {error.what}")
+            else:
+                findings.notes.append(f"paper {body.line}")
 
 
 def _check_approvals(

@@ -13,6 +13,7 @@ from tunesmith.core.values import Omitted, Page, View
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.records.body import bodies
 from tunesmith.records.dataset import DatasetBody, ReadSource
+from tunesmith.registry.papers.writing import PaperState, papers_of
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.versions import load_version, resolve
@@ -37,8 +38,8 @@ class Node(NamedRecord):
     """A record in a lineage. role: its role as a parent of the record below it.
 
     parents or children: the records further up or down; the first node has both, and body and blobs as well. seen:
-    the record also appears elsewhere in the tree, and its parents or children are listed only there. approvals: of the
-    first node, if it is a version.
+    the record also appears elsewhere in the tree, and its parents or children are listed only there. approvals, papers:
+    of the first node, if it is a version.
     """
 
     role: str
@@ -47,6 +48,7 @@ class Node(NamedRecord):
     body: Omitted[dict[str, Any]] = None
     blobs: Omitted[dict[str, str]] = None
     approvals: Omitted[Approvals] = None
+    papers: Omitted[tuple[PaperState, ...]] = None
     parents: Omitted[tuple[Node, ...]] = None
     children: Omitted[tuple[Node, ...]] = None
 
@@ -117,13 +119,15 @@ def tree(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
     """A version or any record, named by the start of its digest, with its lineage nested; a version's approvals too."""
     digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
     record = store.record(digest)
+    version = load_version(store, digest) if record.kind == "version" else None
     return Node(
         **_named(digest, record),
         role="",
         short=short(digest),
         body=dict(record.body),
         blobs=dict(record.blobs),
-        approvals=approvals_for(store, load_version(store, digest)) if record.kind == "version" else None,
+        approvals=None if version is None else approvals_for(store, version),
+        papers=None if version is None else papers_of(store, version),
         parents=_branch(store, digest, record, {digest}, "parents"),
         children=_branch(store, digest, record, {digest}, "children"),
     )

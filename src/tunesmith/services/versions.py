@@ -22,19 +22,30 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
+from tunesmith.core.reading.text_files import read_text_file
+from tunesmith.core.system.files import write_atomic
 from tunesmith.core.system.http_clients import is_private
 from tunesmith.core.text.names import Scope, VersionRef, is_number
 from tunesmith.core.values import Digest, Page, ScopedView, View
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.pipeline.verdicts import changed_since, latest
-from tunesmith.records.version import Decision, Dtype, ExportBody, Form, Requirement
+from tunesmith.records.version import PAPERS, Decision, Dtype, ExportBody, Form, Paper, Requirement
 from tunesmith.registry import registration, serving, versions
 from tunesmith.registry.approvals import RecordedApproval, prepare_approval, submit_approval
 from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.registry.papers.facts import ENTRIES, PERSON_FILE
+from tunesmith.registry.papers.writing import PaperState, paper_text, papers_of, write_papers
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import envelope_of, fingerprint_of, read_statement, seal, signed_bytes
+from tunesmith.registry.signing.attestations import (
+    ENVELOPE,
+    envelope_of,
+    fingerprint_of,
+    read_statement,
+    seal,
+    signed_bytes,
+)
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import Alias, list_aliases, resolve
@@ -50,7 +61,10 @@ LISTED = 100  # versions in a list, unless told otherwise
 PAGE = 50
 State = Literal["serving", "rolling out", "approved", "waiting", "refused", "recalled", "expired", "untrusted"]
 STATES: tuple[State, ...] = get_args(State)
-Document = Literal["report.html", "report.md", "datasheet.md", "NOTICE.md"]
+Document = Literal[
+    "report.html", "report.md", "datasheet.md", "NOTICE.md",
+    "card.md", "bom.json", "provenance.intoto.jsonl", "ai-act.md",
+]  # fmt: skip
 _REASONS: dict[str | None, State] = {
     None: "approved",
     "not_approved": "waiting",
@@ -119,7 +133,7 @@ class Decided(View):
 class VersionDetails(View):
     """One version. candidate, evaluation: digests. approvals: what it still takes; decisions: the newest
     first. may_decide: whether the person who looks may approve or refuse it; not_because: why not, if they are an
-    approver. notice: whether it has a NOTICE.md. dataset: of its rows, None without.
+    approver. notice: whether it has a NOTICE.md. dataset: of its rows, None without. papers: which were written.
     """
 
     listed: ListedVersion
@@ -132,6 +146,7 @@ class VersionDetails(View):
     not_because: str
     notice: bool
     dataset: str | None
+    papers: tuple[PaperState, ...]
 
 
 class Notice(View):
@@ -186,6 +201,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
         override=asked.override,
         expires_at=asked.expires_at,
         risk=None if risk is None else risk.requirement,
+        papers=project.settings.papers,
     )
     return registered(version)
 
@@ -280,6 +296,7 @@ def details(acting: Acting, version: Version) -> VersionDetails:
         may_decide=acting.user.may("version.approve") and not not_because,
         not_because=not_because,
         notice=NOTICE in store.record(version.digest).blobs,
+        papers=papers_of(store, version),
         dataset=_dataset(store, version),
     )
 
@@ -302,8 +319,10 @@ def document_of(acting: Acting, version: Version, document: Document) -> str:
     """A document of a version, as a user may see it. Raises Refused for one about rows where it was made from none."""
     if document == "NOTICE.md":
         return _notice(acting.store, version)
-    if document != "datasheet.md":
+    if document == "report.html" or document == "report.md":
         return evaluations.page_of(evaluations.version_report(acting, version), document)
+    if document != "datasheet.md":
+        return paper_text(acting.store, version, document).decode()
     dataset = _dataset(acting.store, version)
     if dataset is None:
         raise Refused(f"{version.label} was made from no rows", where=version.label)
@@ -378,6 +397,50 @@ def _fits(text: str) -> ColumnElement[bool]:
         return (VersionRow.name == name) & (VersionRow.number == int(number))
     start = f"sha256:{text.removeprefix('sha256:').lower()}"
     return or_(VersionRow.name.contains(text, autoescape=True), VersionRow.digest.startswith(start, autoescape=True))
+
+
+class WritePapers(ScopedRequest):
+    """Papers about a version to write and sign, from its records and the project's papers.yaml.
+
+    version: `NAME@v3`, an alias or the start of a digest. papers: by default all. tenant, region: the version's; by
+    default those of whoever writes them.
+    """
+
+    version: Named
+    papers: tuple[Paper, ...] = Field(default=PAPERS, min_length=1)
+
+
+class WrittenPapers(View):
+    """A version's papers. asks: each entry of papers.yaml that one of them misses -> what it is."""
+
+    version: str
+    papers: tuple[PaperState, ...]
+    asks: dict[str, str]
+
+
+@action(
+    "version.papers", says="wrote a paper about a version", permission="paper.write", tokens=("jobs",), at="/papers",
+    form=True, reads_files=True,
+)  # fmt: skip
+def papers(acting: Acting, asked: WritePapers) -> WrittenPapers:
+    """Write and sign papers about a version: model card, bill of materials, provenance, drafts for the EU AI Act."""
+    version, file = resolve(acting.store, asked.version, scope=acting.scope(asked)), acting.project.root / PERSON_FILE
+    person = read_text_file(file, PERSON_FILE).encode() if file.exists() else b""
+    chosen = tuple(dict.fromkeys(asked.papers))
+    write_papers(acting.store, version, chosen, person=person, where=str(file), actor=acting.actor)
+    states = papers_of(acting.store, version)
+    asks = {key: ENTRIES[key] for state in states for key in state.lacks}
+    return WrittenPapers(version=version.label, papers=states, asks=asks)
+
+
+def save_papers(store: Store, written: WrittenPapers, folder: Path) -> None:
+    """Write a version's papers into a folder, each with the envelope that signs it."""
+    version = resolve(store, written.version)
+    folder.mkdir(parents=True, exist_ok=True)
+    for state in written.papers:
+        if state.record is not None:
+            write_atomic(folder / state.file, paper_text(store, version, state.file))
+            write_atomic(folder / f"{state.file}.dsse.json", paper_text(store, version, state.file, kept=ENVELOPE))
 
 
 class ExportedVersion(ExportBody):

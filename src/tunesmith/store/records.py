@@ -73,6 +73,11 @@ KINDS: Mapping[str, RecordKind] = {
     "version": RecordKind("registry/registration.py", ("candidate", "evaluation", "verdict"), (*_WEIGHTS, "NOTICE.md")),
     "export": RecordKind("registry/export.py", ("version",), ()),
     "approval": RecordKind("registry/approvals.py", ("version",), ("envelope.json",)),
+    "paper": RecordKind(
+        "registry/papers/writing.py",
+        ("version",),
+        ("card.md", "bom.json", "provenance.intoto.jsonl", "ai-act.md", "papers.yaml", "envelope.json"),
+    ),
 }
 
 

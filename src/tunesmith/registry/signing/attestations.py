@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
@@ -35,7 +35,7 @@ _KEY_CHANGE = "urn:tunesmith:key-change:v1"
 
 def statement_of(version: Version, approval: ApprovalBody) -> JsonObject:
     """The in-toto statement: this approval or refusal is of exactly this digest."""
-    return _stated(version.label, version.digest, _APPROVAL, approval.model_dump(mode="json"))
+    return stated({version.label: version.digest}, _APPROVAL, approval.model_dump(mode="json"))
 
 
 def read_statement(statement: Any) -> tuple[str, str, ApprovalBody]:
@@ -44,7 +44,7 @@ def read_statement(statement: Any) -> tuple[str, str, ApprovalBody]:
         (subject,) = statement["subject"]
         label, digest = subject["name"], f"sha256:{subject['digest']['sha256']}"
         approval = ApprovalBody.model_validate(statement["predicate"])
-        if statement != _stated(label, digest, _APPROVAL, approval.model_dump(mode="json")):
+        if statement != stated({label: digest}, _APPROVAL, approval.model_dump(mode="json")):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise Refused("the statement is not an approval or refusal", fix=NextStep("decide again", "approve")) from error
@@ -53,16 +53,22 @@ def read_statement(statement: Any) -> tuple[str, str, ApprovalBody]:
 
 def key_statement(user: str, action: str, label: str, fingerprint: str) -> JsonObject:
     """The in-toto statement by which a user changes a key of theirs. action: user.key or user.key.retire."""
-    return _stated(label, fingerprint, _KEY_CHANGE, {"user": user, "action": action})
+    return stated({label: fingerprint}, _KEY_CHANGE, {"user": user, "action": action})
 
 
-def _stated(name: str, digest: str, kind: str, predicate: JsonObject) -> JsonObject:
+def stated(subjects: Mapping[str, str], kind: str, predicate: JsonObject) -> JsonObject:
+    """An in-toto statement. subjects: name -> digest of what it is about; kind: the predicate's type."""
     return {
         "_type": STATEMENT,
-        "subject": [{"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}],
+        "subject": [{"name": name, "digest": digest_set(digest)} for name, digest in subjects.items()],
         "predicateType": kind,
         "predicate": predicate,
     }
+
+
+def digest_set(digest: str) -> JsonObject:
+    """A digest as in-toto writes it."""
+    return {"sha256": digest.removeprefix("sha256:")}
 
 
 def public_pem(key: object) -> str:

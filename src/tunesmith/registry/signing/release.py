@@ -20,7 +20,7 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE,
 from tunesmith.records.candidate import BaseBody, CandidateBody
 from tunesmith.records.evaluation import EvaluationBody, VerdictBody
 from tunesmith.records.training import TrainingBody
-from tunesmith.records.version import Requirement, VersionBody
+from tunesmith.records.version import Paper, Requirement, VersionBody
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.signing.signatures import (
     FIX,
@@ -63,6 +63,7 @@ class Version(ScopedView):
     expires_at: str | None = None
     marks: tuple[str, ...] = ()
     risk: Requirement | None = None
+    papers: tuple[Paper, ...] = ()
 
     @property
     def ref(self) -> VersionRef:

@@ -26,6 +26,8 @@ Verdict = Annotated[str, Query(pattern="^(sha256:[0-9a-f]{64})?$")]
 _EVALUATION, _DATASET, _VERSION = "/evaluations/{digest}", "/datasets/{digest}", "/versions/{name}/{number}"
 # The report brings its own style and no script; a browser shows it as a page of nobody.
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
+# Of documents that are neither a page nor Markdown.
+MEDIA = {"bom.json": "application/vnd.cyclonedx+json", "provenance.intoto.jsonl": "application/jsonlines"}
 
 
 @routes.shows("/evaluations", "read")
@@ -188,11 +190,12 @@ def origins(
     return lineage.dataset_rows(call, version, digest, split=split, text=search, page=page)
 
 
-@routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html"))
+@routes.shows(_VERSION + "/documents/{document}", "read", written=("text/markdown", "text/html", *MEDIA.values()))
 def document(call: Calling, name: Name, number: Number, document: service.Document) -> Response:
-    """The evaluation report, the datasheet of the rows, or the notice of their licences."""
+    """The evaluation report, the datasheet of the rows, the notice of their licences, or a paper."""
     version = service.find_version(call, name, number)
     text = service.document_of(call, version, document)
     if document == "report.html":
         return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": REPORT_POLICY})
-    return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type="text/markdown")
+    kind = MEDIA.get(document, "text/markdown")
+    return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type=kind)

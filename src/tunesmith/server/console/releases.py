@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
-from tunesmith.server.api.records import REPORT_POLICY
+from tunesmith.server.api.records import MEDIA, REPORT_POLICY
 from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.evidence import lost
@@ -72,13 +72,13 @@ def record(
 
 @routes.shows(_VERSION + "/{document}")
 def document(viewer: Looking, name: Name, number: Number, document: versions.Document) -> Response:
-    """The evaluation report as a page of its own; or a file: the report, the datasheet of the rows, or their notice."""
+    """The evaluation report as a page of its own; or a file: the report, a paper, or what is said of the rows."""
     version = versions.find_version(viewer, name, number)
     text = versions.document_of(viewer, version, document)
     if document == "report.html":
         return HTMLResponse(text, headers={**PRIVATE, "Content-Security-Policy": REPORT_POLICY})
     headers = {**PRIVATE, "Content-Disposition": f'attachment; filename="{name}-v{number}-{document}"'}
-    return PlainTextResponse(text, headers=headers, media_type="text/markdown")
+    return PlainTextResponse(text, headers=headers, media_type=MEDIA.get(document, "text/markdown"))
 
 
 @dataclass(eq=False)

@@ -36,7 +36,7 @@ from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import AuditRow, KeyRow, TokenRow, UserRow
 
 # The actions whose audit entries record a signature, under the key of `signature_entry`.
-_SIGNING = ("version.register", "version.approve", "version.refuse")
+_SIGNING = ("version.register", "version.approve", "version.refuse", "version.papers")
 
 
 class UserKey(View):

@@ -39,6 +39,7 @@ ACTIONS: Mapping[str, tuple[Role, ...]] = MappingProxyType(
         "version.register": ("engineer",),
         "version.override": ("admin",),
         "version.approve": ("approver",),
+        "paper.write": ("engineer", "steward"),
         "answer.review": ("approver", "steward"),
         "version.export": ("operator", "engineer", "admin"),
         "rollout.start": ("operator", "engineer", "admin"),

@@ -1,0 +1,121 @@
+"""The bill of materials: CycloneDX 1.6, with a `modelCard`, which cyclonedx-python-lib validates but does not write."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from cyclonedx.contrib.license.factories import LicenseFactory
+from cyclonedx.model import HashAlgorithm, HashType, Property
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.model.license import License, LicenseExpression
+from cyclonedx.output.json import JsonV1Dot6
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from packageurl import PackageURL
+
+from tunesmith.core.errors import Refused
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
+from tunesmith.core.text.display import printable
+from tunesmith.registry.papers.card import label_of
+from tunesmith.registry.papers.facts import NOT_ADVICE, Draft
+
+_LIBRARIES = ("torch", "transformers", "peft")  # of a training's environment, what is a package
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def bom(draft: Draft) -> bytes:
+    """The bill of materials as JSON. Raises Refused where the library's validator objects."""
+
+    def component(kind: str, name: str, what: ComponentType, files: Mapping[str, str], **more: Any) -> Component:
+        """A component for a record of the version, with its files inside."""
+        return Component(
+            name=printable(name),
+            type=what,
+            bom_ref=f"{kind}:{draft.digest(kind)}",
+            components=[_file(f"{kind}:{draft.digest(kind)}", *each) for each in files.items()],
+            properties=[Property(name="tunesmith:record", value=draft.digest(kind))],
+            **more,
+        )
+
+    label, model, rows = label_of(draft), ComponentType.MACHINE_LEARNING_MODEL, ComponentType.DATA
+    root = component(
+        "version", label, model, draft.take("files", "version.blobs"), version=draft.digest("version"),
+        licenses=_licence(draft, "licence"), publisher=draft.ask("publisher", "legal_entity"),
+    )  # fmt: skip
+    inside = {name: file.digest for name, file in draft.take("files of the base", "base.files").items()}
+    tokenizer = {name: inside.pop(name) for name in _TOKENIZER if name in inside}
+    spec, licences = draft.take("base", "base.spec"), _licence(draft, "base_licence")
+    parts = [component("base", spec, model, inside, licenses=licences, purl=_hub(spec))]
+    parts += [_file(f"base:{draft.digest('base')}", *each) for each in tokenizer.items()]
+    joined = " AND ".join(f"({each})" for each in sorted(draft.take("licences of the rows", "dataset.licences") or ()))
+    for kind, licence in (("dataset", joined), ("documents", "")):
+        if (files := draft.take(f"files of {kind}", f"{kind}.blobs")) is not None:
+            stated = [LicenseExpression(licence)] if licence else ()
+            parts.append(component(kind, f"{kind} of {label}", rows, files, licenses=stated))
+    environment = draft.take("libraries", "training.environment")
+    for name in _LIBRARIES:
+        if (version := getattr(environment, name, None)) is not None:
+            url = PackageURL("pypi", None, name, version)
+            parts.append(Component(name=name, version=version, bom_ref=url.to_string(), purl=url))
+    made = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_URL, draft.digest("version")), components=parts)
+    made.metadata.timestamp = datetime.fromisoformat(draft.take("timestamp", "version.created_at"))
+    made.metadata.component = root
+    made.register_dependency(root, parts)
+    document = parse_json(JsonV1Dot6(made).output_as_string().encode())
+    document["metadata"]["component"]["modelCard"] = _model_card(draft)
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
+    wrong = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
+    if wrong is not None:
+        raise Refused(f"the bill of materials is not valid: {str(wrong.data)[:300]}", where=label)
+    return text.encode() + b"\n"
+
+
+def _licence(draft: Draft, key: str) -> list[License]:
+    """A licence that a person entered; empty where nobody did."""
+    entered = draft.ask(key, key)
+    return [] if entered is None else [LicenseFactory().make_from_string(entered)]
+
+
+def _hub(spec: str) -> PackageURL | None:
+    """The package URL of a base on the Hugging Face Hub; None for any other."""
+    if not spec.startswith("hf:"):
+        return None
+    repository, _, revision = spec.removeprefix("hf:").partition("@")
+    owner, _, name = repository.partition("/")
+    return PackageURL("huggingface", owner, name, revision)
+
+
+def _file(inside: str, name: str, digest: str) -> Component:
+    """A file with its SHA-256. inside: the reference of the component that it is a part of."""
+    hashed = HashType(alg=HashAlgorithm.SHA_256, content=digest.removeprefix("sha256:"))
+    return Component(name=printable(name), type=ComponentType.FILE, bom_ref=f"{inside}/{name}", hashes=[hashed])
+
+
+def _model_card(draft: Draft) -> JsonObject:
+    """CycloneDX's modelCard."""
+    level, use = draft.take("confidence", "evaluation.confidence"), draft.ask("useCases", "intended_use")
+    measured = [
+        {
+            "type": printable(metric), "value": str(one.mean), "slice": f"held-out rows, {level:g} intervals",
+            "confidenceInterval": {"lowerBound": str(one.low), "upperBound": str(one.high)},
+        }
+        for metric, one in draft.take("performance", "evaluation.candidates.*.metrics").items()
+    ]  # fmt: skip
+    parameters = {
+        "task": "text-generation", "architectureFamily": draft.take("family", "base.family"),
+        "inputs": [{"format": "text"}], "outputs": [{"format": "text"}],
+        **({"approach": {"type": "supervised"}} if draft.has("training") else {}),
+        **({"datasets": [{"ref": f"dataset:{draft.digest('dataset')}"}]} if draft.has("dataset") else {}),
+    }  # fmt: skip
+    missing = [{"name": "tunesmith:missing", "value": key} for key in draft.missing]
+    return {
+        "modelParameters": parameters,
+        "quantitativeAnalysis": {"performanceMetrics": measured},
+        "considerations": {} if use is None else {"useCases": [use]},
+        "properties": [{"name": "tunesmith:note", "value": NOT_ADVICE}, *missing],
+    }
