@@ -25,10 +25,14 @@ from typing import Any
 
 import httpx
 import openai
+from typer.testing import CliRunner
+
+from tunesmith.cli.main import app
 
 HERE = Path(__file__).parent
 NAME = "home-intents"
 BASELINE = "the baseline that serves today; it is measured in the same evaluation as its successor"
+BAD = "wrong-prompt"
 FORCED = "drill: show that a bad version is caught after its gate was overridden"
 CLIENTS = 8  # people who talk to their home at the same time
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -60,8 +64,8 @@ def main() -> None:
     if champion() != tuned:
         with served() as server:
             promote(server, tuned)
-    heading("6  a worse adapter, trained on answers dealt to the wrong requests")
-    shown("gate", "control", expect=(3,))
+    heading("6  a worse version: the base with a prompt that asks for a sentence")
+    shown("gate", BAD, expect=(3,))
     drill()
     heading("7  the evidence")
     shown("verify", tuned)
@@ -122,10 +126,11 @@ def promote(server: Server, version: str) -> None:
 
 
 def drill() -> None:
-    """Force the refused adapter into a canary and watch it being rolled back."""
-    verdict = asked("gate", "control", "--json", expect=(3,))["digest"]
+    """Force the refused candidate into a canary and watch it being rolled back."""
+    verdict = asked("gate", BAD, "--json", expect=(3,))["digest"]
     if all(version["verdict"] != verdict for version in asked("show", "--json")["versions"]):
         shown("register", verdict[:19], expect=(3,))
+        shown("register", verdict[:19], "--override", FORCED)
     worse = str(asked("register", verdict, "--override", FORCED, "--json")["version"])
     if any(entry["canary"]["version"] == worse and not live(entry) for entry in rollouts()):
         say(f"  {worse} was rolled back before; nothing is left to do")
@@ -272,11 +277,10 @@ def shown(*arguments: str, expect: tuple[int, ...] = (0,)) -> None:
 
 
 def asked(*arguments: str, expect: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """A command's JSON document."""
-    command = [sys.executable, "-m", "tunesmith", *arguments, "-C", str(HERE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode not in expect:
-        raise SystemExit(done.stderr or done.returncode)
+    """A command's JSON document. It runs in this process: to start one takes over a second."""
+    done = CliRunner().invoke(app, [*arguments, "-C", str(HERE)])
+    if done.exit_code not in expect:
+        raise done.exception or SystemExit(done.stderr)
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 

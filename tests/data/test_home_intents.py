@@ -32,4 +32,4 @@ def test_rows_are_the_same_each_time_compact_sorted_and_valid(monkeypatch: pytes
         intents.add(answer["intent"])
     assert intents == set(schema["properties"]["intent"]["enum"])
     text = (EXAMPLE / "tunesmith.yaml").read_text()
-    assert "control" in parse_settings(text, "tunesmith.yaml").candidates
+    assert "wrong-prompt" in parse_settings(text, "tunesmith.yaml").candidates
