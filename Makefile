@@ -92,7 +92,7 @@ $(DEMO): pyproject.toml
 	@echo "Installing Tunesmith and its libraries into $(VENV): one to five minutes, up to 6 GB with PyTorch's GPU build."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --editable ".[demo,documents,classifier,text]"
+	$(BIN)/python -m pip install --no-compile --editable ".[demo]"  # Python compiles what is imported
 	touch $(DEMO)
 
 $(VLLM)/.ready:
@@ -102,5 +102,5 @@ $(VLLM)/.ready:
 	touch $@
 
 $(READY): $(DEMO)
-	$(BIN)/python -m pip install --editable . --group dev
+	$(BIN)/python -m pip install --editable ".[demo,documents,classifier,text]" --group dev
 	touch $(READY)

@@ -46,7 +46,7 @@ def main() -> None:
     rows = HERE / "data" / "home_intents.jsonl"
     if not rows.is_file():
         subprocess.run([sys.executable, str(HERE / "make_rows.py")], check=True)
-    heading("2  before the training: will it pay? A tenth of its budget says so, with an interval")
+    heading("2  before the training: will it pay? Trainings of a tenth of its budget say so, with an interval")
     shown("forecast", "tuned", expect=(0, 3, 4))
     heading("3  the chain: seal, measure the untuned candidates, train, measure, judge, sign")
     shown("run")
@@ -61,12 +61,12 @@ def main() -> None:
         shown("rollout", "start", baseline)
     heading(f"5  from {baseline} ({rival}) to {tuned} (tuned), with real requests")
     approved(tuned, "every gate passed")
-    if champion() != tuned:
-        with served() as server:
+    with served() as server:
+        if champion() != tuned:
             promote(server, tuned)
-    heading("6  a worse version: the base with a prompt that asks for a sentence")
-    shown("gate", BAD, expect=(3,))
-    drill()
+        heading("6  a worse version: the base with a prompt that asks for a sentence")
+        shown("gate", BAD, expect=(3,))
+        drill(server)
     heading("7  the evidence")
     shown("verify", tuned)
     shown("audit", "show", "--action", "version.register")
@@ -125,7 +125,7 @@ def promote(server: Server, version: str) -> None:
         raise SystemExit(f"{version} was not promoted")
 
 
-def drill() -> None:
+def drill(server: Server) -> None:
     """Force the refused candidate into a canary and watch it being rolled back."""
     verdict = asked("gate", BAD, "--json", expect=(3,))["digest"]
     if all(version["verdict"] != verdict for version in asked("show", "--json")["versions"]):
@@ -135,10 +135,9 @@ def drill() -> None:
     if any(entry["canary"]["version"] == worse and not live(entry) for entry in rollouts()):
         say(f"  {worse} was rolled back before; nothing is left to do")
         return
-    with served() as server:
-        if not any(live(entry) for entry in rollouts()):
-            shown("rollout", "start", worse, "--override", FORCED)
-        server.send_until(lambda entry: not live(entry))
+    if not any(live(entry) for entry in rollouts()):
+        shown("rollout", "start", worse, "--override", FORCED)
+    server.send_until(lambda entry: not live(entry))
     shown("rollout", "status", str(rollouts()[0]["rollout"]))
 
 
@@ -293,6 +292,7 @@ def conclude(evaluation: dict[str, Any], rival: str, tuned: str, seconds: float)
     heading(f"done in {seconds / 60:.1f} minutes")
     say(f"{tuned} serves. {metric}: {rival} {before['mean']:.1%} -> tuned {after['mean']:.1%};")
     say(f"lift {lift['value']:+.1%}, 95% interval {lift['low']:+.1%} to {lift['high']:+.1%}.")
+    say("with a budget of 9m, 91.0% [83.2, 95.4] was measured on two cores of an AMD EPYC (Zen 4)")
     say(f"report: {HERE / 'report.html'}")
     say("\nthe second half needs no terminal: `make console`, then open, once and within ten minutes,")
     say(f"  {asked('login-link', '--json')['url']}")

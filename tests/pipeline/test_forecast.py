@@ -196,9 +196,9 @@ def test_what_cannot_be_forecast(tmp_path: Path, project: Project) -> None:
 
 def test_a_share_of_a_budget_may_be_too_short(tmp_path: Path) -> None:
     candidates = {"tuned": {"prompt": "prompt.txt", "train": {"rank": 2, "budget": 0.1}, "max_tokens": 8}}
-    with pytest.raises(Refused, match="12 rows: its share of the budget, ") as caught:
+    with pytest.raises(Refused, match="25 rows: its share of the budget, ") as caught:
         forecast(write_large(tmp_path / "p", candidates=candidates, gates={}))
-    assert caught.value.where == "the largest subset"
+    assert caught.value.where == "the largest subset", "the smallest of four was left out"
 
 
 def test_without_an_untuned_candidate_there_is_no_decision(tmp_path: Path) -> None:
