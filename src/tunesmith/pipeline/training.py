@@ -64,7 +64,8 @@ def train_candidate(
             shutil.rmtree(work / _CHECKPOINTS, ignore_errors=True)
         counted = count_prompts(candidate, (each.request for each in context.dataset.examples("train")))
         context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
-        if context.ray is None:
+        ray = context.of().ray
+        if ray is None:
             return _train(context, name, candidate, settings, work)
         from tunesmith.training.launchers import run_on_ray
 
@@ -79,7 +80,7 @@ def train_candidate(
             "inputs": digest_of(inputs),
             "work": str(work),
         }
-        return run_on_ray(_lead_on_ray, given, context.ray, work, context.progress)
+        return run_on_ray(_lead_on_ray, given, ray, work, context.progress)
 
     return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
 

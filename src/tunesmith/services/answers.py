@@ -331,7 +331,7 @@ def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterat
     who: a candidate's name, NAME@v1, an alias or the start of a digest. Raises UsageError where there is none.
     """
     training = PipelineContext(project, progress)
-    context = PipelineContext(project.in_this_process(), progress) if training.ray else training
+    context = PipelineContext(project.in_this_process(), progress) if training.of().ray else training
     if who in project.settings.candidates:
         yield answerer(context, load_candidate(project.store, candidate(training, who)))
         return
