@@ -513,9 +513,9 @@ class Scene:
         return version
 
 
-def build_scene(root: Path, base: str | None = None) -> Scene:
+def build_scene(root: Path, base: str | None = None, store: Store | None = None) -> Scene:
     """An installation with users, a base (a record's digest, else a fabricated one), 60 rows and no version."""
-    store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
+    store = store or Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
     ensure_owner(store)
     for name, roles in ((APPROVER, ["approver"]), (OPERATOR, ["operator"]), (STEWARD, ["steward"])):
         add_user(store, name, roles, actor=OWNER)

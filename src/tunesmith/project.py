@@ -343,10 +343,14 @@ class Project:
 
     @cached_property
     def store(self) -> Store:
-        """The project's store of records, blobs and versions."""
-        from tunesmith.store.store import Store
+        """The project's store of records, blobs and versions. Erasures that are not done in it are done first."""
+        from tunesmith.monitoring.erasure import resume
+        from tunesmith.store.store import ERASURES, Store
 
-        return Store(self.root / STORE)
+        store = Store(self.root / STORE)
+        if next(iter(store.blobs.keys(ERASURES)), None) is not None:
+            resume(store)
+        return store
 
     @property
     def schema(self) -> JsonObject | None:

@@ -186,6 +186,8 @@ def draw_verification(verification: DatasetVerification) -> Drawn:
     """The problems of a dataset version, and the outcome."""
     for problem in verification.problems:
         yield f"{problem.path}: {problem.reason}"
+    for name in verification.erased:
+        yield f"{name}: rows of it were erased; the record's counts were not compared"
     outcome = "is what its record says" if verification.ok else f"has {len(verification.problems)} problems"
     yield f"{short(verification.dataset)} {outcome} ({verification.checked} things checked)"
 

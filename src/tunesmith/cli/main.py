@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 from tunesmith.cli import (
     audit,
     data,
+    erasure,
     evaluation,
     jobs,
     monitoring,
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 for commands in (
     *(project, pipeline, jobs, data, evaluation, review, versions, users),
-    *(rollout, serve, monitoring, audit),
+    *(rollout, serve, monitoring, erasure, audit),
 ):
     commands.register(app)
 

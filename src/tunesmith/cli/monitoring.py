@@ -68,6 +68,7 @@ def recall(
     source: str | None = None,
     licence: str | None = None,
     subject: str | None = None,
+    tenant: str | None = None,
     version: str | None = None,
     base: str | None = None,
     dry_run: bool = False,
@@ -83,6 +84,7 @@ def recall(
     source: A source, as `data show` names it.
     licence: All rows whose licence needs this one.
     subject: All rows about a person.
+    tenant: All rows and documents of a tenant.
     version: NAME@v3 or the start of its digest.
     base: The start of a base record's digest.
     dry_run: Change nothing; show what a recall would reach.

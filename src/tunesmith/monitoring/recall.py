@@ -28,6 +28,8 @@ from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import ScopedView, View
+from tunesmith.data.dataset import read_lines
+from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.data.governance.licences import mentions
 from tunesmith.data.governance.withdrawn import (
     ROW_CAUSES,
@@ -53,7 +55,7 @@ from tunesmith.store.records import causes
 from tunesmith.store.store import Store
 from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, AuditRow, RecallRow, RequestRow, RolloutRow, VersionRow
 
-CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
+CauseKind = Literal["row", "source", "licence", "subject", "tenant", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
 # What the recall of a version follows from its weights, and that of a base: to every candidate and version that uses
 # them. Evaluations and verdicts are not reached, since they stay valid for the other candidates that they measured.
@@ -62,10 +64,17 @@ _LONGEST = 256  # characters of a cause's label: what the tables' columns hold
 
 
 class Cause(View):
-    """What to recall. value: a row's id, a source, licence or subject as its rows name it, or a record's digest."""
+    """What to recall. value: a row's id, a source, licence, subject or tenant as its rows name it, or a record's
+    digest."""
 
     kind: CauseKind
     value: str
+
+    @classmethod
+    def labelled(cls, label: str) -> Cause:
+        """The cause with a label."""
+        kind, _, value = label.partition(" ")
+        return cls.model_validate({"kind": kind, "value": value})
 
     @property
     def label(self) -> str:
@@ -161,6 +170,9 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
     done: whether the caller marks the records.
     """
     reached, rows, licences, near = _roots(store, session, cause)
+    if not reached:  # its rows may be erased
+        marked = recalled_values(session, cause.kind).get(same_name(cause.kind, cause.value), ())
+        reached = [_reached(store, store.record(digest).kind, digest) for digest in sorted(marked)]
     others = _other_licences(session, cause.value, licences)
     if not reached:
         only = f", only of {', '.join(others or near)}" if others or near else ""
@@ -238,9 +250,12 @@ def _roots(
         for digest, rows in traced.reached(cause.kind, cause.value).items()
     ]
     licences = traced.licences()
-    for digest in store.records_of("documents") if cause.kind in ("source", "licence") else ():
+    for digest in store.records_of("documents") if cause.kind in ("source", "licence", "tenant") else ():
         body = DocumentsBody.read(store, digest)
         stated = [file.path for file in body.files] if cause.kind == "source" else [body.settings.licence]
+        if cause.kind == "tenant":
+            passages = read_lines(store, store.record(digest), PASSAGES, Passage)
+            stated = [passage.labels.tenant for passage in passages]
         if any(reaches(cause.kind, cause.value, each) for each in stated):
             roots.append(Reached(kind="documents", digest=digest, label=short(digest)))
         if cause.kind == "licence":

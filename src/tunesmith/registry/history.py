@@ -12,13 +12,14 @@ from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.text.names import version_label
 from tunesmith.records.version import ApprovalBody, VersionBody
+from tunesmith.registry.erasures import CONFIRM, read_erasures
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
 from tunesmith.store import audit
 from tunesmith.store.audit import Pin
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, TokenRow, UserRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, ErasedRow, TokenRow, UserRow, VersionRow
 
 State = dict[tuple[str, ...], Mapping[str, Any]]
 
@@ -43,6 +44,7 @@ def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
         if not problems:
             problems += _differences(_replay(session), _actual(session))
             problems += _unproven(session)
+            problems += _unsigned_erasures(store, session)
     return problems
 
 
@@ -95,6 +97,21 @@ def _unproven(session: Session) -> list[str]:
         expected = key_statement(row.subject, row.action, str(detail.get("label")), str(detail.get("key")))
         if key.user != row.subject or statement != expected:
             problems.append(f"the proof in entry {row.seq} is not of this change of a key of {row.subject}")
+    return problems
+
+
+def _unsigned_erasures(store: Store, session: Session) -> list[str]:
+    """What the database says was erased and nobody signed, and statements that do not count or are missing."""
+    erasures = read_erasures(store.blobs, identities.trusted_keys(session))
+    signed = {each.digest for each in erasures.signed}
+    pairs = {(one.old, one.new) for each in erasures.signed for one in each.statement.replaced}
+    problems = [f"{key} does not count: {reason}" for key, reason in erasures.problems.items()]
+    for row in session.scalars(select(AuditRow).where(AuditRow.action == CONFIRM).order_by(AuditRow.seq)):
+        if row.detail["signature"]["digest"] not in signed:
+            problems.append(f"the statement of the erasure in entry {row.seq} is missing")
+    for erased in session.scalars(select(ErasedRow).order_by(ErasedRow.old)):
+        if (erased.old, erased.new) not in pairs:
+            problems.append(f"{short(erased.old)} is said to be erased, and nobody signed that")
     return problems
 
 

@@ -21,6 +21,7 @@ from tunesmith.models.base import known_folder
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DatasetBody
 from tunesmith.records.version import ApprovalBody
+from tunesmith.registry.erasures import Erasures, read_erasures
 from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.papers.writing import read_paper
 from tunesmith.registry.risk import missing
@@ -36,7 +37,7 @@ from tunesmith.registry.signing.release import (
 from tunesmith.registry.signing.signatures import RELEASE, private_copy
 from tunesmith.store.people.trust import TRUST_KEY, TrustedKey, read_trust
 from tunesmith.store.records import Record, blobs_of, decode
-from tunesmith.store.store import Store
+from tunesmith.store.store import ERASURES, Store, blob_key, record_key
 
 
 class Verification(View):
@@ -73,14 +74,19 @@ def verify_version(
     known: Sequence[TrustedKey] = ()
     folder = findings.store.version_folder(ref)
     try:
-        if not folder.is_dir():
+        if not folder.is_dir() and next(iter(store.blobs.keys(ERASURES)), None) is None:
             raise Refused(f"the store holds no version {label}", where=str(folder))
         known = keys if keys is not None else read_trust(trust or findings.store.blobs.path(TRUST_KEY))
-        with private_copy(folder) as copy:
-            release = check_release(copy, known)
-            findings.checked += len(list(copy.iterdir()))
-        if release.version.label != label:
-            raise Refused(f"this is {release.version.label} under another name", where=str(folder / RELEASE))
+        findings.know(read_erasures(store.blobs, known))
+        gone = [each.statement for each in findings.erasures.signed if label in each.statement.versions]
+        if gone and not (folder / RELEASE).is_file():
+            findings.notes.append(f"its folder was {gone[0].said}")
+        else:
+            with private_copy(folder) as copy:
+                release = check_release(copy, known)
+                findings.checked += len(list(copy.iterdir()))
+            if release.version.label != label:
+                raise Refused(f"this is {release.version.label} under another name", where=str(folder / RELEASE))
     except TunesmithError as error:
         findings.problem(error.where or str(folder), error.what)
     if release is not None:
@@ -107,7 +113,8 @@ class _Findings:
     """The findings so far. seen: digests whose files were read and are right."""
 
     def __init__(self, store: Store) -> None:
-        self.root, self.store = store.root, store
+        self.root, self.store = store.root, Store(store.root, store.url, store.blobs, erased={})
+        self.erasures = Erasures()
         self.checked = 0
         self.seen: set[str] = set()
         self.problems: list[Problem] = []
@@ -117,6 +124,29 @@ class _Findings:
         problem = Problem(path=str(path).removeprefix(f"{self.root}{os.sep}"), reason=reason)
         if problem not in self.problems:
             self.problems.append(problem)
+
+    def know(self, erasures: Erasures) -> None:
+        """Believe these erasures from here on: what they rewrote is not damaged."""
+        self.erasures = erasures
+        left = {old: one.new for old, (one, _) in erasures.replaced.items()}
+        self.store = Store(self.store.root, self.store.url, self.store.blobs, erased=left)
+        for key, reason in erasures.problems.items():
+            self.problem(self.store.blobs.where(key), reason)
+        for old, (one, erasure) in erasures.replaced.items():
+            key = record_key(old) if one.kind == "record" else blob_key(old)
+            if self.store.blobs.exists(key):
+                self.problem(self.store.blobs.where(key), f"it was {erasure.said}, and is back: {one.name}")
+
+    def left_of(self, digest: str) -> tuple[str, int]:
+        """The digest that a file must have now, and how many lines erasures left out of it. Adds a note of them."""
+        rows = 0
+        while digest in self.erasures.replaced:
+            one, erasure = self.erasures.replaced[digest]
+            what = f"{len(one.rows)} rows" if one.rows else f"{len(one.cut)} texts"
+            note = f"{one.kind} {short(digest)} ({one.name}): {what} {erasure.said}"
+            self.notes += [note] if note not in self.notes else []
+            digest, rows = one.new, rows + len(one.rows)
+        return digest, rows
 
     @contextlib.contextmanager
     def about(self, path: str | Path) -> Iterator[None]:
@@ -143,6 +173,7 @@ def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
             records[digest] = findings.store.record(digest, cached=False)
             findings.checked += 1
             findings.seen.add(digest)
+            findings.seen.add(findings.left_of(digest)[0])
             waiting += records[digest].parents.values()
     records.pop(release.version.digest, None)
     if not findings.problems:
@@ -160,11 +191,13 @@ def _check_blobs(findings: _Findings, records: Mapping[str, Record]) -> None:
     lines: dict[str, int] = {}
     for digest in sorted(blobs_of(records.values())):
         with findings.about(digest), findings.about(findings.store.blob_where(digest)):
-            actual, lines[digest] = _digest_and_lines(findings.store.blob_pieces(digest))
+            actual, count = _digest_and_lines(findings.store.blob_pieces(digest))
+            whole, erased = (digest, 0) if actual == digest else findings.left_of(digest)
+            lines[digest] = count + erased
             findings.checked += 1
-            if actual != digest:
+            if actual != whole:
                 raise Refused("its bytes do not match its digest")
-            findings.seen.add(digest)
+            findings.seen |= {digest, whole}
     for name, record in records.items():
         if record.kind == "dataset":
             where = findings.store.record_where(name)

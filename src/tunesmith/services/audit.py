@@ -20,6 +20,8 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import is_number
 from tunesmith.core.values import Omitted, Problem, View
+from tunesmith.monitoring.erasure import resume
+from tunesmith.registry.erasures import read_erasures
 from tunesmith.registry.history import verify_log
 from tunesmith.services.actions import Acting, Bare, Request, action
 from tunesmith.store import audit
@@ -37,7 +39,7 @@ from tunesmith.store.copying import (
     require_no_rows,
     write_archive,
 )
-from tunesmith.store.people.identities import acting, first_user, require
+from tunesmith.store.people.identities import acting, first_user, require, trusted_keys
 from tunesmith.store.store import DATABASE, Store
 from tunesmith.store.tables import AuditRow
 from tunesmith.store.uploads import without_bytes
@@ -177,6 +179,7 @@ def verify_audit(
     problems += [Problem(path="audit log", reason=reason) for reason in verify_log(store, pins)]
     with store.reading() as session:
         newest = audit.newest(session)
+        notes += [each.statement.noted for each in read_erasures(store.blobs, trusted_keys(session)).signed]
     return AuditVerification(
         ok=not problems,
         checked=newest.seq,
@@ -295,10 +298,14 @@ def restore(store: Store, file: Path, *, actor: str | None = None, progress: Pro
     """Fill an empty store from a file of backup. If the call is killed, the same one continues.
 
     Every byte of the file is compared with its digest before anything is written. actor: a user of the backup, by
-    default its owner. Raises Refused for a damaged file, and for a store that holds something.
+    default its owner. What was erased since the backup is erased again, where the store's place holds the statements.
+    Raises Refused for a damaged file, and for a store that holds something else.
     """
     with store.scratch() as folder, open_archive(file.absolute(), folder) as contents:
-        return _fill(store, contents, actor, "store.restore", file.name, progress)
+        restored = _fill(store, contents, actor, "store.restore", file.name, progress)
+    for line in resume(store):
+        progress.say(line)
+    return restored
 
 
 def migrate(root: Path, *, actor: str | None = None, progress: Progress = SILENT) -> StoreCopy:

@@ -1,7 +1,7 @@
 """Copies a whole store: its database's rows and its objects, into another store or through one file.
 
-The rows are read in one snapshot, before the objects are listed: records and blobs are never removed, so what a row
-names is among the objects. Only kept requests and uploaded files are deleted: a copy leaves out those that go
+The rows are read in one snapshot, before the objects are listed: an erasure alone removes records and blobs, so what a
+row names is among the objects. Only kept requests and uploaded files are deleted: a copy leaves out those that go
 meanwhile. A target gets its objects first and its rows in one transaction at the end. So a copy that was stopped has no
 rows, and the same command continues it.
 """
@@ -29,7 +29,7 @@ from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.core.system.scratch import SCRATCH, scratch_file
 from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore, named_digest
-from tunesmith.store.store import PREFIXES, RELEASE, Store
+from tunesmith.store.store import ERASURES, PREFIXES, RELEASE, Store
 from tunesmith.store.tables import HEAD_REVISION, HeldRow, LockRow, LoginLinkRow, SessionRow
 from tunesmith.store.tables import Table as Tables
 
@@ -102,17 +102,20 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
     """Write the objects into a store and read each one back; returns their number and bytes. Those that are there are
     kept. A kept request or an uploaded file that is deleted meanwhile is left out.
 
-    Raises Refused, before the first write, where the store has an object that is not among them, and for an object
-    whose bytes are not those that its key names.
+    Statements of erasures that are there stay: what they erased has to go again. Raises Refused, before the first
+    write, where the store has another object that is not among them, and for an object whose bytes are not those that
+    its key names.
     """
     count = total = 0
-    if strange := sorted(set(keys_of(store.blobs)) - set(contents.keys)):
+    erased = frozenset(store.blobs.keys(ERASURES))
+    if strange := sorted(set(keys_of(store.blobs)) - set(contents.keys) - erased):
         where, fix = store.blobs.where(strange[0]), "name an empty place: TUNESMITH_BLOBS_URL, or another folder"
         raise Refused(f"the store holds {len(strange)} objects already", where=where, fix=fix)
     with store.scratch() as folder, progress.task("copying objects", len(contents.keys)) as task:
         file = folder / "object"
         # A copy that was stopped may have written what is gone by now.
-        for key, digest, size in _spooled(contents.keys, contents.pieces, file, task, gone=store.blobs.delete):
+        wanted = [key for key in contents.keys if key not in erased]
+        for key, digest, size in _spooled(wanted, contents.pieces, file, task, gone=store.blobs.delete):
             count, total = count + 1, total + size
             if not store.blobs.exists(key) or digest_pieces(store.blobs.pieces(key)) != digest:
                 if key.startswith("cases/"):

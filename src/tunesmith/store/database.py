@@ -171,6 +171,24 @@ def empty_log(engine: Engine) -> None:
             connection.execute(f"PRAGMA busy_timeout={waits}")
 
 
+def scrub(engine: Engine, tables: Sequence[str]) -> None:
+    """Write the database's files anew, without what was deleted: of SQLite the whole file and its log, of PostgreSQL
+    these tables. Waits for other transactions. Raises TunesmithError where they keep SQLite's log in use."""
+    with _usable(engine), engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        if engine.dialect.name == "postgresql":
+            for table in tables:
+                connection.exec_driver_sql(f"VACUUM FULL {table}")
+    if engine.dialect.name == "sqlite":
+        with _direct(engine, statement := "VACUUM") as direct:
+            direct.execute(statement)
+            busy, *_ = direct.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            fix = "stop what reads it for long, then run the same command again"
+            raise TunesmithError(
+                "the database's log is in use and may hold deleted texts", where=str(engine.url), fix=fix
+            )
+
+
 def fenced(engine: Engine, fence: Callable[[Session], None]) -> Engine:
     """The same database, whose every write transaction calls fence first; what it raises ends the transaction."""
     return engine.execution_options(fence=fence)

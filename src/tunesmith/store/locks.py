@@ -61,6 +61,13 @@ def abandoned(engine: Engine, prefix: str) -> list[str]:
         return [row.name for row in held if not _alive(row)]
 
 
+def held_locks(engine: Engine) -> list[tuple[str, str]]:
+    """The name of each lock that is held now, and who holds it for what."""
+    with database.reading(engine) as session:
+        rows = session.scalars(select(LockRow).order_by(LockRow.name))
+        return [(row.name, f"process {row.pid} on {row.host} ({row.purpose})") for row in rows if _alive(row)]
+
+
 def _take(engine: Engine, name: str, purpose: str, owner: str) -> None:
     with database.writing(engine) as session:
         held = session.get(LockRow, name)

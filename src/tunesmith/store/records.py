@@ -112,9 +112,9 @@ class Record(Frozen):
         """Canonical bytes."""
         return canonical(self.model_dump(mode="json"))
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """The record's name."""
+        """The record's name: of the bytes that it was made with, also where an erasure rewrote it since."""
         return digest_bytes(self.encoded)
 
 

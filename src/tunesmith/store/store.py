@@ -1,9 +1,9 @@
 """The store: blobs, records and version folders under keys, and the database.
 
 Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`,
-`files/<file id>.jsonl`. They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by
-default. What belongs to this machine only (work folders, private keys, where bases were found, the cache of a bucket)
-is in folders that `local` names.
+`files/<file id>.jsonl`, `erasures/<number>.json`. They are in a BlobStore, by default the folder `root`. The database
+is `root/tunesmith.db` by default. What belongs to this machine only (work folders, private keys, where bases were
+found, the cache of a bucket) is in folders that `local` names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -27,15 +27,17 @@ from tunesmith.core.system.files import copy_durably, room_for
 from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.core.text.names import VersionRef
 from tunesmith.store import audit, database, locks
-from tunesmith.store.blobs import BlobStore
+from tunesmith.store.blobs import BlobStore, named_digest
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.records import Record, decode
-from tunesmith.store.tables import EdgeRow, MemoRow, RecordRow
+from tunesmith.store.tables import EdgeRow, ErasedRow, MemoRow, RecordRow
 
 # The file that makes a version's folder complete: it is written last.
 RELEASE = "release.json"
 # What every key begins with.
-PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/", "files/")
+PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/", "files/", "erasures/")
+# Of the signed statements of erasures.
+ERASURES = "erasures/"
 # The database's file, where it is SQLite.
 DATABASE = "tunesmith.db"
 
@@ -44,12 +46,20 @@ class Store:
     """Everything that one installation keeps. Cheap to create; the database opens on first use.
 
     root: a local folder. url: the database's SQLAlchemy URL; by default $TUNESMITH_DATABASE_URL, else SQLite in root.
-    blobs: by default the bucket of $TUNESMITH_BLOBS_URL, else the files in root.
+    blobs: by default the bucket of $TUNESMITH_BLOBS_URL, else the files in root. erased: digests of what erasures
+    rewrote -> of what they left, where no database says it.
     """
 
-    def __init__(self, root: Path, url: str | None = None, blobs: BlobStore | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        url: str | None = None,
+        blobs: BlobStore | None = None,
+        erased: Mapping[str, str] | None = None,
+    ) -> None:
         self.root = root
         self.blobs = blobs or _blobs(root)
+        self._erased = erased
         self.url = url or os.environ.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{root.absolute() / DATABASE}"
 
     @cached_property
@@ -106,30 +116,41 @@ class Store:
 
     # Blobs
 
+    def left_of(self, digest: str) -> str:
+        """The digest of what erasures left of a blob or record: its own where none rewrote it."""
+        while digest in (erased := self._erased if self._erased is not None else self._known_erased(digest)):
+            digest = erased[digest]
+        return digest
+
+    def _known_erased(self, digest: str) -> Mapping[str, str]:
+        with self.reading() as session:
+            new = session.scalar(select(ErasedRow.new).where(ErasedRow.old == digest))
+        return {digest: new} if new else {}
+
     def blob_path(self, digest: str) -> Path:
         """A local file with the blob's bytes. Raises Refused where it is missing, UsageError for no digest."""
-        self._require_blob(digest)
-        return self.blobs.path(_blob_key(digest))
+        return self.blobs.path(self._blob(digest))
 
     def blob_where(self, digest: str) -> str:
         """Where a blob is kept, for messages."""
-        return self.blobs.where(_blob_key(digest))
+        return self.blobs.where(blob_key(digest))
 
     def blob_pieces(self, digest: str) -> Iterator[bytes]:
         """The blob's bytes as the store itself keeps them, unchecked. Raises Refused where it is missing."""
-        self._require_blob(digest)
-        return self.blobs.pieces(_blob_key(digest))
+        return self.blobs.pieces(self._blob(digest))
 
-    def _require_blob(self, digest: str) -> None:
-        key = _blob_key(digest)
-        if not self.blobs.exists(key):
+    def _blob(self, digest: str) -> str:
+        """The key of a blob, or of what erasures left of it. Raises Refused where it is missing."""
+        key = blob_key(digest)
+        if not self.blobs.exists(key) and not self.blobs.exists(key := blob_key(self.left_of(digest))):
             what = f"blob {short(digest)} is missing from the store"
             raise Refused(what, where=self.blobs.where(key), fix="restore the file")
+        return key
 
     def put_bytes(self, data: bytes) -> str:
         """Keep bytes; returns their digest."""
         digest = digest_bytes(data)
-        key = _blob_key(digest)
+        key = blob_key(digest)
         if not self.blobs.exists(key):
             self.blobs.put(key, data)
         return digest
@@ -140,14 +161,14 @@ class Store:
             copy = folder / "blob"
             copy_durably(source, copy)
             digest = digest_file(copy)
-            self.blobs.put_file(_blob_key(digest), copy)
+            self.blobs.put_file(blob_key(digest), copy)
         return digest
 
     def read_blob(self, digest: str) -> bytes:
-        """The blob's bytes, compared with its digest. Raises Refused where they differ."""
-        self._require_blob(digest)
-        data = self.blobs.get(_blob_key(digest))
-        if digest_bytes(data) != digest:
+        """The blob's bytes, or what erasures left of them, compared with the digest. Raises Refused if they differ."""
+        key = self._blob(digest)
+        data = self.blobs.get(key)
+        if digest_bytes(data) != named_digest(key):
             raise Refused(
                 f"the bytes of blob {short(digest)} do not have that digest",
                 where=self.blob_where(digest),
@@ -159,11 +180,11 @@ class Store:
 
     def record_where(self, digest: str) -> str:
         """Where a record is kept, for messages, whether or not it exists."""
-        return self.blobs.where(_record_key(digest))
+        return self.blobs.where(record_key(digest))
 
     def has_record(self, digest: str) -> bool:
         """Whether the store holds a record."""
-        return self.blobs.exists(_record_key(digest))
+        return self.blobs.exists(record_key(digest)) or self.blobs.exists(record_key(self.left_of(digest)))
 
     def put_record(self, record: Record, session: Session | None = None) -> str:
         """Keep a record and index it; returns its digest. Its parents and blobs must be in the store already.
@@ -181,8 +202,8 @@ class Store:
             if not self.has_record(parent):
                 raise Refused(f"parent record {short(parent)} is not in the store", where=f"{record.kind} record")
         for blob in record.blobs.values():
-            self._require_blob(blob)
-        self.blobs.put(_record_key(record.digest), record.encoded)
+            self._blob(blob)
+        self.blobs.put(record_key(record.digest), record.encoded)
 
     def index_record(self, record: Record, session: Session) -> None:
         """Index a record whose bytes are kept, inside the caller's write transaction. Needs the database only."""
@@ -197,15 +218,25 @@ class Store:
 
         cached: a local copy of it will do.
         """
-        where, key = self.record_where(digest), _record_key(digest)
+        where, kept = self.record_where(digest), digest
         try:
-            data = self.blobs.get(key) if cached else b"".join(self.blobs.pieces(key))
+            data = self._record_bytes(kept, cached)
         except FileNotFoundError:
-            raise Refused(f"record {short(digest)} is not in the store", where=where, fix="restore the file") from None
-        record = decode(data, digest, where)
+            try:
+                data = self._record_bytes(kept := self.left_of(digest), cached)
+            except FileNotFoundError:
+                what = f"record {short(digest)} is not in the store"
+                raise Refused(what, where=where, fix="restore the file") from None
+        record = decode(data, kept, where)
+        if kept != digest:
+            vars(record)["digest"] = digest  # its name stays, for all that name it
         if kind is not None and record.kind != kind:
             raise UsageError(f"record {short(digest)} is a {record.kind}, not a {kind}")
         return record
+
+    def _record_bytes(self, digest: str, cached: bool) -> bytes:
+        key = record_key(digest)
+        return self.blobs.get(key) if cached else b"".join(self.blobs.pieces(key))
 
     def find_record(self, prefix: str) -> str:
         """The one record whose hex digest starts with prefix, with or without `sha256:`."""
@@ -324,11 +355,13 @@ def _blobs(root: Path) -> BlobStore:
     return S3Blobs(url, root / "cache", int(given) * 10**9)
 
 
-def _blob_key(digest: str) -> str:
+def blob_key(digest: str) -> str:
+    """Where a blob is kept."""
     return f"blobs/{_hex(digest)[:2]}/{_hex(digest)}"
 
 
-def _record_key(digest: str) -> str:
+def record_key(digest: str) -> str:
+    """Where a record is kept."""
     return f"records/{_hex(digest)[:2]}/{_hex(digest)}.json"
 
 

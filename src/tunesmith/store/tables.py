@@ -11,7 +11,7 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope, version_label
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0012"
+HEAD_REVISION = "0013"
 OLDEST_REVISION = "0012"  # from which these files lead to the newest one
 
 
@@ -477,6 +477,33 @@ class ReviewDecisionRow(Table):
     messages: Mapped[JsonObject]
     settles: Mapped[bool]
     at: Mapped[Str32]
+
+
+class ErasureRow(Table):
+    """An erasure (monitoring/erasure.py): planned by one person, confirmed by another, then carried out.
+
+    plan: what was shown to both. state: planned, running or done. statement: the digest of the signed statement, ""
+    while it is planned.
+    """
+
+    __tablename__ = "erasures"
+    id: Mapped[IntKey]
+    cause: Mapped[Str256]
+    reason: Mapped[Long]
+    planned_by: Mapped[Str128]
+    at: Mapped[Str32]
+    plan: Mapped[JsonObject]
+    state: Mapped[Str16] = mapped_column(default="planned")
+    confirmed_by: Mapped[Str128] = mapped_column(default="")
+    statement: Mapped[Digest] = mapped_column(default="")
+
+
+class ErasedRow(Table):
+    """A blob or record that an erasure rewrote (old), and the digest of what is left of it (new)."""
+
+    __tablename__ = "erased"
+    old: Mapped[DigestKey]
+    new: Mapped[Digest]
 
 
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority, JobRow.id)

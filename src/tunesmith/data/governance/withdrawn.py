@@ -27,7 +27,7 @@ from tunesmith.data.governance.licences import needs
 from tunesmith.store.records import causes
 from tunesmith.store.store import Store
 
-ROW_CAUSES: Final = ("row", "source", "licence", "subject")
+ROW_CAUSES: Final = ("row", "source", "licence", "subject", "tenant")
 _BY_CONTENT = ("row", "subject")
 _BY_NAME = ("source", "subject")
 _LONGEST, _SHOWN = 200, 100  # characters of a name; a longer one is compared by its digest

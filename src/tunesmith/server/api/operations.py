@@ -18,7 +18,7 @@ from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import unknown_request
 from tunesmith.server.openapi import answers, body
 from tunesmith.server.serving import Calling, document, needs, read
-from tunesmith.services import audit, home, jobs, monitoring, review, rollouts, users
+from tunesmith.services import audit, erasure, home, jobs, monitoring, review, rollouts, users
 
 if TYPE_CHECKING:
     from tunesmith.monitoring.recall import RecallStatus
@@ -152,6 +152,12 @@ def pending(call: Calling) -> monitoring.PendingRetrains:
 def recall_status(call: Calling, kind: Cause, value: Value) -> RecallStatus:
     """Whether something that was recalled is gone."""
     return monitoring.recall_status_of(call.store, kind, value)
+
+
+@routes.shows("/erasures", "read", whole=True)
+def erasures(call: Calling) -> erasure.ErasurePlans:
+    """What was erased, and the plans that wait for a second person, newest first."""
+    return erasure.list_erasures(call.store)
 
 
 @routes.shows("/impact", "read", whole=True)

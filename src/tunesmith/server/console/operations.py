@@ -11,7 +11,7 @@ from tunesmith.server.console.rendering import pages
 from tunesmith.server.console.routing import Looking, Pages, gone_to
 from tunesmith.server.control import parts_that_answer
 from tunesmith.server.errors import ApiError
-from tunesmith.services import audit, jobs, monitoring, review
+from tunesmith.services import audit, erasure, jobs, monitoring, review
 from tunesmith.services import home as service
 from tunesmith.services.monitoring import PartHealth
 from tunesmith.services.users import is_admin, list_keys, list_tokens, list_users, proposed_keys
@@ -50,6 +50,7 @@ def overview(viewer: Looking, request: Request) -> Response:
     return viewer.page(
         "operations.html.jinja",
         recalls=monitoring.list_recalls(viewer.store).recalls,
+        erasures=erasure.list_erasures(viewer.store).erasures,
         pending=monitoring.list_pending_retrains(viewer.store).pending_retrains,
         hooks=monitoring.list_webhooks(project) if project else None,
     )

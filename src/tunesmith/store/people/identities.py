@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 
-from sqlalchemy import select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
@@ -36,6 +36,7 @@ from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import AuditRow, KeyRow, TokenRow, UserRow
 
 # The actions whose audit entries record a signature, under the key of `signature_entry`.
+_ERASING = "erase.confirm"
 _SIGNING = ("version.register", "version.approve", "version.refuse", "version.papers")
 
 
@@ -283,17 +284,15 @@ def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
 
 
 def _signed_in_time(session: Session, ended: list[KeyRow]) -> dict[str, set[str]]:
-    """Fingerprint -> digests whose signature by that key the log recorded before the key was retired or revoked."""
+    """Fingerprint -> digests whose signature by that key the log recorded before the key was retired or revoked, and
+    those of erasures, which stand when their signer has another role."""
     until = {key.fingerprint: key.until or 0 for key in ended}
     signed: dict[str, set[str]] = {}
-    if not until:
-        return signed
-    entries = select(AuditRow.seq, AuditRow.detail).where(
-        AuditRow.action.in_(_SIGNING), AuditRow.seq < max(until.values())
-    )
-    for seq, detail in session.execute(entries):
+    ending = and_(AuditRow.action.in_(_SIGNING), AuditRow.seq < max(until.values(), default=0))
+    entries = select(AuditRow.seq, AuditRow.action, AuditRow.detail).where(or_(AuditRow.action == _ERASING, ending))
+    for seq, action, detail in session.execute(entries):
         signature = detail.get("signature")
-        if isinstance(signature, dict) and seq < until.get(str(signature.get("key")), 0):
+        if isinstance(signature, dict) and (action == _ERASING or seq < until.get(str(signature.get("key")), 0)):
             signed.setdefault(signature["key"], set()).add(str(signature.get("digest")))
     return signed
 

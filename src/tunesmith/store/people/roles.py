@@ -46,6 +46,8 @@ ACTIONS: Mapping[str, tuple[Role, ...]] = MappingProxyType(
         "rollout.change": ("operator", "engineer", "admin"),
         "rollout.override": ("admin",),
         "recall.start": ("steward", "admin"),
+        "erase.plan": ("steward",),
+        "erase.confirm": ("steward", "admin"),
         "job.add": ("engineer",),
         "job.change": ("operator", "engineer", "admin"),
         "webhook.retry": ("operator", "engineer", "admin"),

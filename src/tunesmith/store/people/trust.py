@@ -33,8 +33,8 @@ class TrustedKey(ScopedView):
 
     tenant, region: "" means all. active: whether the user is; a deactivated user's keys stay in the list, so that a
     message can name their owner. status: the key's own; signed: the digests of the versions, approvals and refusals
-    that a retired or revoked key signed in time. fingerprint: SHA-256 of the PEM text, the same number that
-    model-signing puts into a signature as its hint.
+    that a retired or revoked key signed in time, and of the erasures that any key signed. fingerprint: SHA-256 of
+    the PEM text, the same number that model-signing puts into a signature as its hint.
     """
 
     user: str

@@ -1,0 +1,191 @@
+"""Texts that are to be erased: how they are found elsewhere, and how a file or record is rewritten without them.
+
+A text is found by its sentences and lines, folded as the privacy scan folds, wherever one of at least `SHORTEST`
+characters stands. Shorter ones ("Yes.") say nothing about a person where they stand alone.
+
+What is rewritten depends on the old bytes and on two lists without texts alone: the ids of lines that are left out, and
+the places of strings that are cut. So it can be repeated on a restored backup, and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from tunesmith.core.digests import canonical, canonical_lines, digest_bytes, short
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
+from tunesmith.core.text.folding import fold
+
+SHORTEST = 24  # characters of a sentence that is looked for
+_ENDS = re.compile(r"(?<=[.!?])\s+|[\n\r\t]+")
+_ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|[nrt])")
+_QUOTES = re.compile(r"[\\\"'`\u2018-\u201f]+")
+_STARTS = re.compile(r"\b\w")
+CUT = "[erased"  # what every string begins with that stands for a cut one
+# Of a line about a row, the keys under which its text or an answer to it may stand.
+_SAID = frozenset(("text", "detail", "why", "content", "fields"))
+
+Hit = Callable[[str, str, str], bool]  # (place, key, string) -> whether it is cut
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The folded sentences and lines of a text that are long enough to be looked for."""
+    for part in _ENDS.split(_unescaped(text)):
+        folded = _spelled(part)
+        if (start := _STARTS.search(folded)) and len(found := folded[start.start() :]) >= SHORTEST:
+            yield found
+
+
+def _spelled(text: str) -> str:
+    """A text as it is compared: folded, without quotes and backslashes, by which it may stand in another text."""
+    return fold(_QUOTES.sub("", text))
+
+
+def _unescaped(text: str) -> str:
+    """A text that may hold JSON, as a message of a log does, with the characters that its escapes stand for."""
+    if "\\" not in text:
+        return text
+    plain = _ESCAPED.sub(lambda match: chr(int(match[1], 16)) if match[1] else "\n", text)
+    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Sentences:
+    """Sentences that are looked for. The time grows with the text, not with their number."""
+
+    def __init__(self, wanted: Iterable[str]) -> None:
+        self._by_start: defaultdict[str, list[str]] = defaultdict(list)
+        for sentence in wanted:
+            self._by_start[sentence[:SHORTEST]].append(sentence)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_start)
+
+    def within(self, text: str) -> Iterator[str]:
+        """Those that stand in a text."""
+        if len(text) < SHORTEST or not self._by_start:
+            return
+        spelled = _spelled(_unescaped(text))
+        for start in (match.start() for match in _STARTS.finditer(spelled)):
+            for sentence in self._by_start.get(spelled[start : start + SHORTEST], ()):
+                if spelled.startswith(sentence, start):
+                    yield sentence
+
+    def stand_in(self, value: Any) -> bool:
+        """Whether one stands in a string of a JSON value."""
+        return any(next(self.within(text), None) is not None for text in strings(value))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string of a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield key
+            yield from strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+
+
+class Rewritten(NamedTuple):
+    """Bytes without what is erased. rows: ids of the lines that were left out; cut: places of cut strings."""
+
+    data: bytes
+    rows: tuple[str, ...]
+    cut: tuple[str, ...]
+
+
+class Erased:
+    """What is erased of rows or passages: everything of the lines that have these ids, and their texts elsewhere.
+
+    turns: the folded turns of each row, so that a shot that is one is found, however short.
+    """
+
+    def __init__(self, ids: Collection[str], wanted: Iterable[str], turns: Collection[tuple[str, ...]] = ()) -> None:
+        self.ids, self.sentences, self._turns = frozenset(ids), Sentences(wanted), frozenset(turns)
+
+    def cut(self, data: bytes, *, lines: bool) -> Rewritten:
+        """A file of evidence or a record without texts; each line stays, and says what it is about."""
+        places: list[str] = []
+
+        def hit(place: str, key: str, text: str) -> bool:
+            own = key in self.ids or any(above in whole for above in accumulate(re.findall("/[^/]+", place)))
+            found = own or next(self.sentences.within(text), None) is not None
+            places.extend([place] if found else [])
+            return found
+
+        value = _parsed(data, lines)
+        whole = frozenset(self._whole(value))
+        return Rewritten(_written(value, lines, digest_bytes(data), hit), (), tuple(places))
+
+    def _whole(self, value: Any, place: str = "") -> Iterator[str]:
+        """The places below which every string is cut: what lines about the rows say, and shots that are rows."""
+        if isinstance(value, dict):
+            own = value.get("id") in self.ids
+            for number, key in enumerate(sorted(value)):
+                if own and key in _SAID:
+                    yield f"{place}/{number}"
+                else:
+                    yield from self._whole(value[key], f"{place}/{number}")
+        elif isinstance(value, list):
+            if self._turns and turns_of(value) in self._turns:
+                contents = ((f"{place}/{number}", sorted(turn)) for number, turn in enumerate(value))
+                yield from (f"{each}/{keys.index('content')}" for each, keys in contents)
+            else:
+                for number, each in enumerate(value):
+                    yield from self._whole(each, f"{place}/{number}")
+
+
+def turns_of(value: Any) -> tuple[str, ...]:
+    """The folded contents of a conversation's turns; () for what is no conversation."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "content" in turn for turn in value):
+        return ()
+    return tuple(_spelled(str(turn["content"])) for turn in value)
+
+
+def left_out(data: bytes, ids: Collection[str]) -> bytes:
+    """A file of JSON lines without the lines that have these names. The others keep their bytes."""
+    raw = data.splitlines(keepends=True)
+    return b"".join(line for (name, _), line in zip(named_lines(data), raw, strict=True) if name not in ids)
+
+
+def named_lines(data: bytes) -> list[tuple[str, JsonObject]]:
+    """The lines of a file with their ids; for one without an id the file's digest and its number."""
+    of = short(digest_bytes(data))
+    lines = (parse_json(line) for line in data.splitlines())
+    return [(str(line.get("id") or f"{of}#{number}"), line) for number, line in enumerate(lines)]
+
+
+def rewritten(data: bytes, rows: Collection[str], cut: Collection[str], *, lines: bool) -> bytes:
+    """The bytes that are left of a file or record, from what was left out and cut of it."""
+    if rows:
+        return left_out(data, frozenset(rows))
+    places = frozenset(cut)
+    return _written(_parsed(data, lines), lines, digest_bytes(data), lambda place, _key, _text: place in places)
+
+
+def _parsed(data: bytes, lines: bool) -> Any:
+    return [parse_json(line) for line in data.splitlines()] if lines else parse_json(data)
+
+
+def _written(value: Any, lines: bool, digest: str, hit: Hit) -> bytes:
+    """The JSON with other texts for those that are hit: equal ones for equal texts, and none that another file has."""
+    known: dict[str, str] = {}
+
+    def without(value: Any, place: str, key: str) -> Any:
+        if isinstance(value, str):
+            return known.setdefault(value, f"{CUT} {short(digest)} {len(known)}]") if hit(place, key, value) else value
+        if isinstance(value, list):
+            return [without(each, f"{place}/{number}", key) for number, each in enumerate(value)]
+        if isinstance(value, dict):
+            # Places number the keys, since a key may be a text.
+            numbered = [(f"{place}/{number}", name) for number, name in enumerate(sorted(value))]
+            return {without(name, f"{at}#", ""): without(value[name], at, name) for at, name in numbered}
+        return value
+
+    whole = without(value, "", "")
+    return canonical_lines(whole) if lines else canonical(whole)

@@ -1,0 +1,67 @@
+"""Erasing the texts of rows: a steward plans it, and a second person confirms it with their key."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunesmith.core.values import View
+from tunesmith.monitoring import erasure
+from tunesmith.monitoring.erasure import Plan, Weights
+from tunesmith.registry.signing import keys
+from tunesmith.services.actions import Acting, Because, Number, Request, Short, action
+from tunesmith.services.monitoring import cause_of
+from tunesmith.store.store import Store
+
+
+class ErasurePlans(View):
+    """The erasures of a store, the newest first."""
+
+    erasures: tuple[Plan, ...]
+
+
+class PlanErasure(Request):
+    """What to erase: kind and value, such as subject and C-1042, or `recall` and what `recalls` lists.
+
+    reason: kept in the audit log. weights: what happens to the weights that learned the rows. kept_until: the day until
+    which backups, logs and replicas of the database are kept.
+    """
+
+    kind: Literal["row", "source", "licence", "subject", "tenant", "recall"]
+    value: str = Field(min_length=1, max_length=300)
+    reason: Because
+    weights: Weights = "keep"
+    kept_until: Short = ""
+
+
+class ConfirmErasure(Request):
+    """The erasure to confirm, by the number of its plan."""
+
+    erasure: Number
+
+
+@action(
+    "erase.plan", says="planned an erasure", permission="erase.plan", tokens=("operate",), at="/erasures", whole=True,
+    reads_files=True,
+)  # fmt: skip
+def plan(acting: Acting, asked: PlanErasure) -> Plan:
+    """List everything that holds the texts of rows, and write it down for a second person. Deletes nothing."""
+    store, kind, value = acting.store, asked.kind, asked.value
+    cause = cause_of(store, *(value.partition(" ")[::2] if kind == "recall" else (kind, value)))
+    return erasure.plan(
+        store, cause, reason=asked.reason, actor=acting.actor, weights=asked.weights, kept_until=asked.kept_until
+    )
+
+
+@action("erase.confirm", says="confirmed an erasure", permission="erase.confirm", whole=True)
+def confirm(acting: Acting, asked: ConfirmErasure) -> Plan:
+    """Erase what a plan of another person names, with the signature of who confirms it."""
+    user = keys.ensure_key(acting.store, acting.actor)
+    key = keys.load_signing_key(acting.store, user)
+    return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, key=key)
+
+
+def list_erasures(store: Store) -> ErasurePlans:
+    """The erasures of a store, the newest first."""
+    return ErasurePlans(erasures=tuple(erasure.list_plans(store)))

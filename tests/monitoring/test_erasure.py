@@ -1,0 +1,303 @@
+"""A person asks, a steward plans, a second person confirms: the bytes are gone, and what stays verifies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+
+from tests.acting import do
+from tests.fabricate import APPROVER, OWNER, STEWARD, Scene, build_scene, example, put_dataset
+from tests.forked import run_forked
+from tests.postgresql_server import empty_database
+from tests.s3_server import new_bucket, s3_environment
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.building.signoff import verify_dataset
+from tunesmith.data.dataset import load_dataset
+from tunesmith.data.review.queue import NewItem, add_items
+from tunesmith.monitoring.cases import Case, put_case
+from tunesmith.monitoring.erasure import Plan, confirm, plan, resume
+from tunesmith.monitoring.recall import Cause, recall_status
+from tunesmith.registry.signing import keys
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import Version
+from tunesmith.services import erasure as services
+from tunesmith.services.audit import backup, restore, verify_audit
+from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.copying import keys_of
+from tunesmith.store.locks import LockHeld
+from tunesmith.store.people.identities import add_user, set_roles
+from tunesmith.store.records import Record, recalled
+from tunesmith.store.store import Store
+from tunesmith.store.tables import FileRow, HeldRow, JobEventRow, JobRow, Table
+
+SECOND = "stella"
+SAID = "My name is Ànna Bergström and I live at Rosenweg 12."
+ANSWERED = "Dear Anna Bergstrom, your parcel waits at the counter."
+SHORT = "call Rosenweg12"
+PLANTED = ("rosenweg", "bergstr", "parcel waits at")
+JOB: dict[str, Any] = {"most_attempts": 1, "due": 0.0, "created": 0.0, "progress": {}, "error": {}, "arguments": {}}
+ANNA = Cause(kind="subject", value="C-1042")
+
+
+def rows() -> list[Any]:
+    """60 rows, of which five are Anna's, and one repeats what she said."""
+    own = [
+        example(f"{SAID} Order {n}.", ANSWERED, f"a{n}", None, subject="C-1042", source="calls.jsonl") for n in range(4)
+    ]
+    own.append(example(SHORT, "ok", "a9", None, subject="C-1042", source="calls.jsonl"))
+    others = [example(f"switch on lamp {n}", "on", f"g{n}", None, source="calls.jsonl") for n in range(40)]
+    return own + others
+
+
+def scene_in(store: Store) -> Scene:
+    scene = build_scene(store.root, store=store)
+    add_user(store, SECOND, ["steward"], actor=OWNER)
+    made = rows()
+    scene.dataset = put_dataset(store, [*made[:2], *made[4:30]], made[30:34], [*made[2:4], *made[34:]])
+    return scene
+
+
+@pytest.fixture(autouse=True)
+def owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+
+
+@pytest.fixture
+def anna(tmp_path: Path) -> Scene:
+    root = tmp_path / "store"
+    return scene_in(Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"))
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store on SQLite in a folder, and one on PostgreSQL with a bucket."""
+    root = tmp_path / "store"
+    if request.param == "folder":
+        return Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    from tunesmith.store.blobs.s3 import S3Blobs
+
+    url, s3 = str(request.getfixturevalue("postgresql")), str(request.getfixturevalue("s3"))
+    for name, value in s3_environment(s3).items():
+        monkeypatch.setenv(name, value)
+    empty_database(url)
+    return Store(root, url=url, blobs=S3Blobs(f"s3://{new_bucket(s3)}/p", root / "cache", 1 << 30))
+
+
+def plant(scene: Scene) -> list[Version]:
+    """What a project and a server leave of Anna's rows."""
+    store, made = scene.store, rows()
+    versions = [scene.version(1), scene.version(2, shots=(made[0].messages, made[4].messages), retrieve=None)]
+    flags = [{"id": made[4].id, "split": "train", "flag": "short", "detail": SHORT}]
+    blob = store.put_bytes(b"".join(canonical(line) + b"\n" for line in flags))
+    store.put_record(Record(kind="quality", parents={"dataset": scene.dataset}, blobs={"flags.jsonl": blob}, body={}))
+    item = NewItem("row", made[4].id, {"short": SHORT}, scene.dataset, "train", made[4].messages)
+    add_items(store, [item], wanted=1, actor=STEWARD)
+    turns = (Message(role="user", content=f"Hello! {SAID}"),)
+    put_case(
+        store,
+        Case(
+            request="r1", messages=turns, expected=None, answer=ANSWERED, version=versions[0].digest, scores={}, by="x",
+            at=stamp(), until="2999-01-01T00:00:00+00:00", tenant="", region="",
+        ),
+    )  # fmt: skip
+    upload = json.dumps({"messages": [{"role": "user", "content": SAID}]}).encode()
+    store.blobs.put("files/file-1.jsonl", upload)
+    held: dict[str, Any] = {
+        "digest": digest_bytes(b""),
+        "at": 1.0,
+        "deadline": 2.0,
+        "until": 2e9,
+        "at_deadline": "refuse",
+    }
+    with store.writing() as session:
+        session.add_all([
+            HeldRow(id="h1", name="home", version=versions[0].digest, caller="x", reasons=[], state="waiting",
+                    texts={"messages": [{"content": SAID}]}, **held),
+            JobRow(id=1, project="p", kind="run", state="failed", created_by="x", result={"why": [f"row {SAID!r}"]},
+                   **JOB),
+            JobEventRow(job=1, number=1, at=0.0, message=json.dumps(f"cannot tokenize\n{SAID}")),
+            FileRow(file="file-1", created_by="x", name="a.jsonl", purpose="fine-tune", size=len(upload),
+                    digest=digest_bytes(upload), created=0.0),
+        ])  # fmt: skip
+    work = store.local("work", "training-123", "rows.json")
+    work.parent.mkdir(parents=True)
+    work.write_text(SAID)
+    return versions
+
+
+def left(store: Store) -> list[str]:
+    """The files, objects and tables that still hold a planted sentence."""
+    files = {path.name: path.read_bytes() for path in sorted(store.root.rglob("*")) if path.is_file()}
+    if not isinstance(store.blobs, LocalBlobs):
+        files |= {key: store.blobs.get(key) for key in keys_of(store.blobs)}
+        with store.engine.connect() as connection:
+            for name in Table.metadata.tables:
+                files[name] = repr(connection.execute(text(f"select * from {name}")).all()).encode()  # noqa: S608
+    texts = {name: data.decode("utf-8", "ignore").lower() for name, data in files.items()}
+    return [name for name, said in texts.items() if any(one in said for one in PLANTED)]
+
+
+def erase(store: Store, number: int, actor: str = SECOND) -> Plan:
+    key = keys.load_signing_key(store, keys.ensure_key(store, actor))
+    return confirm(store, number, actor=actor, key=key)
+
+
+def test_a_persons_texts_are_gone_and_what_stays_verifies(place: Store) -> None:
+    anna, store = scene_in(place), place
+    versions = plant(anna)
+    assert len(left(store)) > 8
+    asked = plan(store, ANNA, reason="she asked", actor=STEWARD)
+    assert (asked.state, len(asked.rows), asked.others) == ("planned", 5, ())
+    assert asked.versions == tuple(version.label for version in versions)
+    assert {each.place for each in asked.places} >= {
+        "train.jsonl of records", "answers.jsonl of records", "flags.jsonl of records", "records: candidate",
+        "kept requests", "uploaded files", "rows of the table held_answers", "rows of the table jobs",
+    }  # fmt: skip
+    with pytest.raises(Refused, match="planned erasure 1 and cannot confirm it"):
+        erase(store, 1, STEWARD)
+    done = erase(store, 1)
+    assert (done.state, done.confirmed_by) == ("done", SECOND)
+    assert left(store) == []
+    for version in versions:
+        found = verify_version(store, version.label)
+        assert (found.problems, found.ok) == ([], True)
+        assert any(f"erased on {stamp()[:10]} by {SECOND}" in note for note in found.notes)
+    assert verify_audit(store).ok
+    assert [row.subject for row in load_dataset(store, anna.dataset).examples("train")] == [None] * 25
+    assert verify_dataset(store, anna.dataset).erased == ("test.jsonl", "train.jsonl")
+    assert resume(store) == []
+
+
+def test_a_restored_backup_erases_again(anna: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, file = anna.store, tmp_path / "before.tar"
+    version = plant(anna)[0]
+    keys.ensure_key(store, SECOND)
+    backup(store, file, actor=OWNER)
+    store.engine.dispose()
+    shutil.copy(store.root / "tunesmith.db", tmp_path / "before.db")
+    plan(store, ANNA, reason="she asked", actor=STEWARD)
+    erase(store, 1)
+    store.engine.dispose()
+    # The whole store, into a place that holds the statements alone.
+    again = Store(tmp_path / "again", url=f"sqlite:///{tmp_path / 'again' / 'tunesmith.db'}")
+    shutil.copytree(store.root / "erasures", again.root / "erasures")
+    restore(again, file, actor=OWNER)
+    assert (left(again), verify_version(again, version.label).problems) == ([], [])
+    # The database alone.
+    for more in ("", "-wal", "-shm"):
+        (store.root / f"tunesmith.db{more}").unlink(missing_ok=True)
+    shutil.copy(tmp_path / "before.db", store.root / "tunesmith.db")
+    back = Store(store.root, url=store.url)
+    assert left(back) == ["tunesmith.db"]
+    caplog.clear()
+    resume(back)
+    assert f"erasure 1, which {SECOND} confirmed, is carried out" in caplog.messages
+    assert (left(back), verify_audit(back).ok, verify_version(back, version.label).ok) == ([], True, True)
+    with back.reading() as session:
+        assert recalled(session, anna.dataset) == "erasure 1: she asked"
+
+
+def killed_at(root: Path, at: int) -> None:
+    """Confirm, and end like a killed process before one of the writes."""
+    store, writes = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"), 0
+
+    def dies(*_given: object) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given, **more: (dies(), function(*given, **more))[1]
+
+    for name in ("put", "delete"):
+        setattr(LocalBlobs, name, dying(getattr(LocalBlobs, name)))
+    event.listen(store.engine, "commit", dies)
+    erase(store, 1)
+
+
+@pytest.mark.attack("crash", "kill -9 of an erasure at its writes", "it goes on")
+def test_a_killed_erasure_goes_on(anna: Scene, tmp_path: Path) -> None:
+    versions = plant(anna)
+    plan(anna.store, ANNA, reason="she asked", actor=STEWARD)
+    keys.ensure_key(anna.store, SECOND)
+    anna.store.engine.dispose()
+    for at in count(2, 5):
+        root = tmp_path / str(at)
+        shutil.copytree(anna.store.root, root)
+        if (status := run_forked(lambda: killed_at(root, at))) == 0:  # noqa: B023
+            break
+        assert status == signal.SIGKILL
+        store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
+        assert erase(store, 1).state == "done"
+        assert left(store) == [], at
+        assert [verify_version(store, each.label).problems for each in versions] == [[], []]
+        assert len(load_dataset(store, anna.dataset).examples("train")) == 25
+        store.engine.dispose()
+    assert at > 20
+
+
+def test_what_an_erasure_refuses(anna: Scene) -> None:
+    store = anna.store
+    plant(anna)
+    with pytest.raises(UsageError, match="holds a row of subject nobody"):
+        plan(store, Cause(kind="subject", value="nobody"), reason="asked", actor=STEWARD)
+    with pytest.raises(UsageError, match="a recall of a base names no rows"):
+        plan(store, Cause(kind="base", value=anna.base), reason="asked", actor=STEWARD)
+    with pytest.raises(Refused, match="may not"):
+        plan(store, ANNA, reason="asked", actor=APPROVER)
+    with pytest.raises(UsageError, match="is nothing that can be recalled"):
+        do(store, services.plan, actor=STEWARD, kind="recall", value="her", reason="asked")
+    # What she said stands in another person's row: it is named, and stays.
+    other = example(f"Somebody wrote: {SAID}", "spam", "o1", None, source="other.jsonl")
+    theirs = put_dataset(store, [other])
+    asked = plan(store, ANNA, reason="she asked", actor=STEWARD)
+    assert (asked.others, asked.shared) == ((other.id,), 1)
+    with store.writing() as session:
+        session.add(JobRow(id=2, project="p", kind="run", state="running", created_by="x", result={}, **JOB))
+    with pytest.raises(Refused, match=r"job 2 \(run\) may use what erasure 1 deletes"):
+        erase(store, 1)
+    with store.reading() as session:
+        assert recalled(session, anna.dataset) == "erasure 1: she asked"
+    with store.writing() as session:
+        session.get_one(JobRow, 2).state = "failed"
+    with store.lock("erasure", "erasing"), pytest.raises(LockHeld):
+        erase(store, 1)
+    more = example(f"{SAID} Once more.", "ok", "a1", None, subject="C-1042")
+    put_dataset(store, [more])
+    with pytest.raises(Refused, match="1 rows or versions are reached that plan 1 does not name"):
+        erase(store, 1)
+    assert len(left(store)) > 8
+    asks = {"kind": "recall", "value": "subject c-1042", "reason": "she asked", "weights": "erase"}
+    number = do(store, services.plan, actor=STEWARD, **asks).number
+    done = erase(store, number)
+    assert (done.state, [one.id for one in load_dataset(store, theirs).examples("train")]) == ("done", [other.id])
+    found = verify_version(store, "home@v1")
+    assert found.ok
+    assert any("its folder was erased on" in note for note in found.notes)
+    assert recall_status(store, ANNA).gone
+    with pytest.raises(UsageError, match="holds a row of subject c-1042 any more"):
+        plan(store, ANNA, reason="again", actor=STEWARD)
+    set_roles(store, SECOND, ["engineer"], actor=OWNER)  # what she confirmed stands
+    assert verify_version(store, "home@v2").ok
+    # A statement that nobody signed counts for nothing.
+    (envelope,) = (store.root / "erasures").iterdir()
+    envelope.chmod(0o600)
+    envelope.write_bytes(envelope.read_bytes().replace(b"payload", b"Payload"))
+    with pytest.raises(Refused, match="an erasure does not count: not an envelope"):
+        resume(store)
+    assert not verify_version(store, "home@v2").ok
+    assert not verify_audit(store).ok
