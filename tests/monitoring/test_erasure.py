@@ -19,12 +19,14 @@ from tests.fabricate import APPROVER, OWNER, STEWARD, Scene, build_scene, exampl
 from tests.forked import run_forked
 from tests.postgresql_server import empty_database
 from tests.s3_server import new_bucket, s3_environment
+from tunesmith.core.access import Labels
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.dataset import load_dataset
+from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.data.review.queue import NewItem, add_items
 from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.monitoring.erasure import Plan, confirm, plan, resume
@@ -301,3 +303,25 @@ def test_what_an_erasure_refuses(anna: Scene) -> None:
         resume(store)
     assert not verify_version(store, "home@v2").ok
     assert not verify_audit(store).ok
+
+
+@pytest.mark.parametrize(("kind", "value"), [("tenant", "acme"), ("source", "acme.jsonl")])
+def test_a_tenants_or_sources_rows_and_passages_go_and_others_keep_theirs(anna: Scene, kind: Any, value: str) -> None:
+    store = anna.store
+    mine = [example(f"{SAID} {n}.", "ok", f"t{n}", None, tenant="acme", source="acme.jsonl") for n in range(3)]
+    other = [example(f"lamp {n}", "on", f"x{n}", None, source="b.jsonl") for n in range(3)]
+    dataset = put_dataset(store, [*mine[:2], *other], [], mine[2:])
+    acme = Passage(id="p1", source="acme.jsonl", title="", text="Only for acme.", labels=Labels(tenant="acme"))
+    theirs = acme.model_copy(update={"id": "p2", "source": "b.md", "labels": Labels()})
+    blob = store.put_bytes(b"".join(canonical(each.model_dump(mode="json")) + b"\n" for each in (acme, theirs)))
+    read = {"path": "acme.jsonl", "digest": digest_bytes(b""), "bytes": 1, "passages": 1}
+    body = {"settings": {"asked_as": None, "licence": None}, "files": [read], "passages": 2, "removed": 0}
+    body |= {"privacy": {"action": "keep", "found": {}}}
+    documents = store.put_record(Record(kind="documents", blobs={PASSAGES: blob}, body=body))
+    asked = plan(store, Cause(kind=kind, value=value), reason="asked", actor=STEWARD)
+    assert set(asked.rows) == {"p1", *(row.id for row in mine)}
+    assert erase(store, asked.number).state == "done"
+    assert [row.id for row in load_dataset(store, dataset).examples("train")] == sorted(row.id for row in other)
+    assert json.loads(store.read_blob(blob))["id"] == "p2"
+    with store.reading() as session:
+        assert {recalled(session, documents), recalled(session, dataset)} == {"erasure 1: asked"}
