@@ -71,9 +71,10 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
 
 def verdict(context: PipelineContext, name: str | None = None) -> str:
     """Digest of the verdict on a candidate. name: None for the candidate that the project would release."""
+    if name is not None:
+        context.settings_of(name)  # before anything is answered or trained
     measured = evaluation(context)
     of = name or subject(context, measured)
-    context.settings_of(of)
     gates = context.project.settings.gates
     inputs = {
         "evaluation": measured,
