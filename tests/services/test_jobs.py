@@ -38,7 +38,7 @@ def test_settings_of_one_run(project: Project) -> None:
     train = train_of(project, queued.job)
     assert (train.epochs, train.learning_rate) == (2, 0.01)
     train = train_of(project, do(project, jobs.add, changes={"tuned": {"budget": "20m"}}).job)
-    assert (train.budget, train.epochs) == (1200, 20), "it replaces the file's epochs"
+    assert (train.budget, train.epochs) == (1200, train_of(project, do(project, jobs.add).job).epochs), "as in the file"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_settings_of_one_run(project: Project) -> None:
         ({"changes": {"plain": {"epochs": 2}}}, "no candidate 'plain' is trained"),
         ({"changes": {"tuned": {"keep": "last"}}}, "cannot be changed for one run"),
         ({"changes": {"tuned": {"epochs": "many"}}}, "epochs: "),
-        ({"changes": {"tuned": {"epochs": 2, "budget": 20}}}, "set either budget or epochs"),
+        ({"changes": {"tuned": {"epochs": 2, "budget": "20x"}}}, "write a duration such as 20m"),
         ({"candidate": "plain"}, "no candidate 'plain' is trained"),
         ({"kind": "run", "candidate": "tuned"}, "candidate is for forecasts"),
         ({"priority": 5000}, "less than or equal to 1000"),
