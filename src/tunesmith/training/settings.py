@@ -17,7 +17,7 @@ UNSCORED = f"validating by {PROBABILITY}"
 WARMUP = 0.05  # share of the steps, by default
 MOST_WARMUP = 100  # steps of that share within a budget: most trainings end long before the most steps that fit in
 LONGEST_BUDGET = 30 * 24 * 3600  # seconds
-# Defaults of trainings that have a budget. They do not count as stated: epochs that replace a budget leave them behind.
+# Defaults of trainings that have a budget. They do not count as stated.
 _WITH_BUDGET = {"schedule": "wsd", "decay": 0.9, "validations": 6}
 _RATES = {"lora": 1e-3, "full": 1e-4}
 
