@@ -174,6 +174,6 @@ def shown(value: Any) -> str:
     value = to_jsonable_python(value)
     if isinstance(value, list):
         return "; ".join(map(shown, value)) or "none"
-    if isinstance(value, float) and value >= 1e6:
+    if isinstance(value, float):
         return f"{value:.6g}"
     return detail_text(value) if value not in (None, {}) else "none"
