@@ -15,14 +15,11 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from sqlalchemy import JSON, Text, delete, func, inspect, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
@@ -30,43 +27,41 @@ from tunesmith.core.digests import digest_bytes, is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.values import View
-from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
-from tunesmith.data.documents import PASSAGES
 from tunesmith.data.governance import erased as texts
-from tunesmith.data.governance.erased import CUT, SHORTEST, Erased, Rewritten, Sentences
-from tunesmith.data.governance.withdrawn import ROW_CAUSES, TracedRows, reaches
+from tunesmith.data.governance.erased import CUT, SHORTEST, Sentences
 from tunesmith.data.review.queue import forget_cases, forget_items
-from tunesmith.monitoring.recall import Cause, Reached, find_reached, recall
-from tunesmith.records.dataset import DatasetBody, DocumentsBody
+from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.monitoring.traces import (
+    DELETED,
+    LOCK,
+    TABLES,
+    Key,
+    Rows,
+    Weights,
+    entries_with,
+    find,
+    in_use,
+    key_of,
+    object_name,
+    objects_with,
+    text_columns,
+    work_folders,
+)
 from tunesmith.registry import erasures
 from tunesmith.registry.erasures import CONFIRM, ErasureStatement, Replaced, Signed
 from tunesmith.registry.signing.attestations import seal
 from tunesmith.rollout.controller import give_up
-from tunesmith.store import database, tables
-from tunesmith.store.blobs.local import LocalBlobs
-from tunesmith.store.locks import LockHeld, held_locks
+from tunesmith.store import database
+from tunesmith.store.locks import LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import signature_entry
-from tunesmith.store.records import Record
-from tunesmith.store.store import Store, blob_key, record_key
-from tunesmith.store.tables import ErasedRow, ErasureRow, FileRow, HeldRow, JobRow, RecallRow, ReviewItemRow, Table
+from tunesmith.store.store import Store
+from tunesmith.store.tables import ErasedRow, ErasureRow, FileRow, RecallRow, ReviewItemRow, Table
 
-Weights = Literal["keep", "erase"]
-Kind = Literal["blob", "record"]
-_ROWS = {f"{split}.jsonl" for split in SPLITS} | {REMOVED, SUBJECTS, PASSAGES}
-_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
-_SIGNED = ("version", "approval", "paper", "base")  # records that state no text, most under signatures
 _LOG = logging.getLogger("tunesmith.erasure")
-_LOCK = "erasure"
 _HERE = "erased.json"  # the erasures after which this machine was cleaned
-Key = tuple[str | int, ...]  # of a row of the database
-# Tables that may repeat a text. Rows of the first are deleted, in those of the others the texts are cut.
-_DELETED = (HeldRow, tables.DeliveryRow, ReviewItemRow)
-_CUT = (JobRow, tables.JobEventRow, tables.JobCurveRow, tables.RolloutRow, tables.ReviewDecisionRow)
-_TABLES: dict[str, type[Table]] = {each.__tablename__: each for each in (*_DELETED, *_CUT)}
 
 
 class Place(View):
@@ -106,38 +101,6 @@ class Plan(View):
     kept_until: str
 
 
-@dataclass
-class _Found:
-    """What an erasure reaches now. places: -> how many, how many bytes."""
-
-    rows: set[str]
-    shared: set[str]
-    others: set[str]
-    replaced: dict[str, Replaced] = field(default_factory=dict)
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
-    entries: dict[str, list[Key]] = field(default_factory=dict)
-    deleted: list[str] = field(default_factory=list)
-    reached: tuple[Reached, ...] = ()
-    outside: set[str] = field(default_factory=set)
-
-    def of(self, kind: str) -> dict[str, str]:
-        """Label -> digest of the records of a kind that are reached."""
-        return {one.label: one.digest for one in self.reached if one.kind == kind}
-
-    def add(self, place: str, size: int, count: int = 1) -> None:
-        """Count a place."""
-        before = self.places.get(place, (0, 0))
-        self.places[place] = (before[0] + count, before[1] + size)
-
-    def replace(self, kind: Kind, name: str, old: str, data: bytes | None, left: Rewritten) -> None:
-        """Note what is left of a blob or record, once, unless it stays as it is. data: None of weights."""
-        if (data is not None and not left.rows and not left.cut) or old in self.replaced:
-            return
-        new = digest_bytes(left.data)
-        self.replaced[old] = Replaced(kind=kind, name=name, old=old, new=new, rows=left.rows, cut=left.cut)
-        self.add(f"{name} of records" if kind == "blob" else f"records: {name}", len(data or b""))
-
-
 def plan(
     store: Store, cause: Cause, *, reason: str, actor: str, weights: Weights = "keep", kept_until: str = ""
 ) -> Plan:
@@ -151,7 +114,7 @@ def plan(
     if not reason.strip():
         raise UsageError("an erasure needs a reason", where="reason")
     resume(store)
-    found = _find(store, cause, weights)
+    found = find(store, cause, weights)
     stated = {
         "weights": weights,
         "rows": sorted(found.rows),
@@ -190,7 +153,7 @@ def _row(store: Store, number: int) -> ErasureRow:
 
 
 def _shown(store: Store, row: ErasureRow) -> Plan:
-    using = _using(store) if row.state != "done" else ()
+    using = in_use(store) if row.state != "done" else ()
     return Plan.of(row, number=row.id, in_use=tuple(using), **row.plan)
 
 
@@ -202,7 +165,7 @@ def confirm(store: Store, number: int, *, actor: str, key: ec.EllipticCurvePriva
     by now than the plan says.
     """
     identities.require(store, actor, CONFIRM)
-    with store.lock(_LOCK, f"erasure {number}"):
+    with store.lock(LOCK, f"erasure {number}"):
         _resume(store)
         row = _row(store, number)
         if row.planned_by == actor:
@@ -219,10 +182,10 @@ def _begin(store: Store, row: ErasureRow, actor: str, key: ec.EllipticCurvePriva
     reason = _reason(row.id, row.reason)
     for rollout in recall(store, cause, reason=reason, actor=actor).rollouts:
         give_up(store, rollout, f"recalled: {reason}")
-    if using := _using(store):
+    if using := in_use(store):
         what = f"{using[0]} may use what erasure {row.id} deletes; it is recalled, and nothing is deleted yet"
         raise Refused(what, fix="wait for it or stop it, then confirm again")
-    found = _find(store, cause, row.plan["weights"])
+    found = find(store, cause, row.plan["weights"])
     known = {*row.plan["rows"], *row.plan["versions"]}
     if new := sorted({*found.rows, *found.of("version")} - known):
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"
@@ -280,7 +243,7 @@ def resume(store: Store) -> list[str]:
 
     Returns what was done, a line each. Raises Refused for a statement that no trusted key signed.
     """
-    with contextlib.suppress(LockHeld), store.lock(_LOCK, "erasing"):  # who holds it does the same
+    with contextlib.suppress(LockHeld), store.lock(LOCK, "erasing"):  # who holds it does the same
         return _resume(store)
     return []
 
@@ -295,7 +258,7 @@ def _resume(store: Store) -> list[str]:
         with store.reading() as session:
             row = session.get(ErasureRow, statement.number)
         known = row is not None and row.statement == signed.digest
-        back = any(store.blobs.exists(_key(one.kind, one.old)) for one in statement.replaced if one.rows)
+        back = any(store.blobs.exists(key_of(one.kind, one.old)) for one in statement.replaced if one.rows)
         if not known:
             _know(store, signed)
         if back or not known or (row is not None and row.state != "done"):
@@ -319,49 +282,43 @@ def _machine(store: Store) -> set[str]:
 
 def _clean_machine(store: Store, statement: ErasureStatement) -> None:
     """Delete what this machine derived from the rows: work folders, caches, keys of withdrawn rows."""
-    for folder in _work(store):
+    for folder in work_folders(store):
         shutil.rmtree(folder, ignore_errors=True)
     store.local("withdrawn.json").unlink(missing_ok=True)
     for one in statement.replaced:
-        store.blobs.delete(_key(one.kind, one.old))  # and the copy in the cache of a bucket
+        store.blobs.delete(key_of(one.kind, one.old))  # and the copy in the cache of a bucket
     if statement.versions:
         shutil.rmtree(store.local("cache", "folders"), ignore_errors=True)
 
 
-def _work(store: Store) -> list[Path]:
-    """The folders of stages that did not end, and of caches of texts."""
-    work = store.local("work")
-    return [each for each in work.iterdir() if not each.name.startswith(SCRATCH)] if work.is_dir() else []
-
-
 def _carry_out(store: Store, statement: ErasureStatement) -> None:
     ids = frozenset(statement.rows)
-    rows = _Rows(store)
+    rows = Rows(store)
     rows.take(ids.__contains__)
     wanted = Sentences(rows.sentences - rows.staying()[0])
     entries = {table: set(keys) for table, keys in statement.entries.items()}
     cause = Cause.labelled(statement.cause)
     tenant = cause.value if cause.kind == "tenant" else ""
-    for table, keys in _entries(store, wanted, ids, tenant).items():
+    for table, keys in entries_with(store, wanted, ids, tenant).items():
         entries.setdefault(table, set()).update(keys)
     with store.writing() as session:
         for table, some in entries.items():
-            _clean(session, _TABLES[table], some)
-    for key in {*statement.deleted, *(key for key, _ in _objects(store, wanted, tenant))}:
+            _clean(session, TABLES[table], some)
+    for key in {*statement.deleted, *(key for key, _ in objects_with(store, wanted, tenant))}:
         _delete_object(store, key)
     for label in statement.versions:
         store.drop_version(VersionRef.parse(label))
     # Rows last: they say which texts are looked for.
     for one in sorted(statement.replaced, key=lambda one: bool(one.rows)):
         _replace(store, one)
-    database.scrub(store.engine, sorted(_TABLES))
+    database.scrub(store.engine, sorted(TABLES))
     with store.change(statement.confirmed_by, "erase.done", statement.cause, {"erasure": statement.number}) as session:
         session.execute(update(ErasureRow).where(ErasureRow.id == statement.number).values(state="done"))
 
 
 def _replace(store: Store, one: Replaced) -> None:
     """Write what is left of a blob or record, then delete the old one."""
-    old, new = _key(one.kind, one.old), _key(one.kind, one.new)
+    old, new = key_of(one.kind, one.old), key_of(one.kind, one.new)
     if not store.blobs.exists(old):
         return
     left = b""  # of weights
@@ -374,151 +331,6 @@ def _replace(store: Store, one: Replaced) -> None:
     store.blobs.delete(old)
 
 
-def _key(kind: str, digest: str) -> str:
-    return record_key(digest) if kind == "record" else blob_key(digest)
-
-
-def _current(store: Store, kind: str, digest: str) -> str:
-    """The digest of a blob or record as it is now."""
-    return digest if store.blobs.exists(_key(kind, digest)) else store.left_of(digest)
-
-
-# What an erasure reaches
-
-
-class _Rows:
-    """The rows and passages of all dataset versions and documents, each file read once.
-
-    taken: ids of those that go. sentences, turns: of their texts.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self.files: dict[str, tuple[str, list[tuple[str, JsonObject]]]] = {}  # blob -> its name, its lines
-        for kind in ("dataset", "documents"):
-            for digest in store.records_of(kind):
-                for name, blob in store.record(digest).blobs.items():
-                    blob = _current(store, "blob", blob)
-                    if name in _ROWS and blob not in self.files:
-                        self.files[blob] = (name, texts.named_lines(store.read_blob(blob)))
-        self.taken, self.sentences, self.turns = set[str](), set[str](), set[tuple[str, ...]]()
-
-    def take(self, goes: Callable[[str], bool], states: Callable[[JsonObject], bool] = lambda _line: False) -> None:
-        """Take the lines whose name goes, and rows and passages by what else they state."""
-        for name, lines in self.files.values():
-            for row, line in lines:
-                if goes(row) or (name in (PASSAGES, REMOVED) and states(line)):
-                    self.taken.add(row)
-                    turns = [str(turn["content"]) for turn in line.get("messages", ())]
-                    for text in (*turns, *texts.strings(line.get("fields")), line.get("text", "")):
-                        self.sentences.update(texts.sentences(text))
-                    self.turns |= {folded} if (folded := texts.turns_of(line.get("messages", []))) else set()
-
-    def staying(self) -> tuple[set[str], set[str]]:
-        """The sentences that stand in rows that stay as well, and the ids of these rows. Rows that a build removed are
-        taken where one stands in them: they are nobody's rows."""
-        shared, others = set[str](), set[str]()
-        looked = Sentences(self.sentences)
-        for name, lines in self.files.values():
-            for row, line in ((row, line) for row, line in lines if row not in self.taken):
-                found = {one for text in texts.strings(line) for one in looked.within(text)}
-                if found and name == REMOVED:
-                    self.taken.add(row)
-                elif found:
-                    shared |= found
-                    others.add(row)
-        return shared, others
-
-    def replaced(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """(name, blob, the names of the lines that go) of each file that holds some."""
-        for blob, (name, lines) in self.files.items():
-            if own := [row for row, _ in lines if row in self.taken]:
-                yield name, blob, tuple(own)
-
-
-def _find(store: Store, cause: Cause, weights: Weights) -> _Found:
-    if cause.kind not in ROW_CAUSES:
-        what = f"a recall of a {cause.kind} names no rows that could be erased"
-        raise UsageError(what, fix=f"name one of {', '.join(ROW_CAUSES)}")
-    with store.reading() as session:
-        reached = find_reached(store, session, cause, "", done=False)[0].reached
-    ids = TracedRows(store, store.records_of("dataset"), [cause.kind]).trace(cause.kind, cause.value).ids
-    rows = _Rows(store)
-    rows.take(ids.__contains__, lambda line: _states(cause, line))
-    if not rows.taken:
-        raise UsageError(f"no dataset version in this store holds a row of {cause.label} any more")
-    shared, others = rows.staying()
-    found = _Found(rows.taken, shared, others, reached=reached)
-    wanted = rows.sentences - shared
-    erased = Erased(rows.taken, wanted, rows.turns)
-    for name, blob, own in rows.replaced():
-        data = store.read_blob(blob)
-        found.replace("blob", name, blob, data, Rewritten(texts.left_out(data, own), own, ()))
-    for one in reached:
-        _look_into(store, one, store.record(one.digest), erased, found, weights)
-    looked = Sentences(wanted)
-    tenant = cause.value if cause.kind == "tenant" else ""
-    for table, keys in _entries(store, looked, rows.taken, tenant).items():
-        found.entries[table] = keys
-        found.add(f"rows of the table {table}", 0, len(keys))
-    for key, size in _objects(store, looked, tenant):
-        found.deleted.append(key)
-        found.add("kept requests" if key.startswith("cases/") else "uploaded files", size)
-    if not isinstance(store.blobs, LocalBlobs):
-        found.outside.add(f"older versions of the objects in {store.blobs.where('')}, if the bucket keeps them")
-    for folder in _work(store):
-        size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-        found.add("work folders of this machine: stages that did not end begin again", size)
-    return found
-
-
-def _states(cause: Cause, line: JsonObject) -> bool:
-    """Whether a passage, or a row that a build removed, states what is erased."""
-    if cause.kind == "tenant":
-        return bool((line.get("labels") or {}).get("tenant") == cause.value)
-    return cause.kind == "source" and reaches("source", cause.value, line["source"])
-
-
-def _look_into(store: Store, one: Reached, record: Record, erased: Erased, found: _Found, weights: Weights) -> None:
-    """What of a reached record has to be rewritten or deleted."""
-    if one.kind == "dataset":
-        found.outside.update(f"source {source.path}" for source in DatasetBody.of(record).sources)
-    if one.kind == "documents":
-        found.outside.update(f"document {file.path}" for file in DocumentsBody.of(record).files)
-    if one.kind == "export":
-        found.outside.add(f"an export, record {short(one.digest)}")
-    for name, blob in record.blobs.items():
-        blob = _current(store, "blob", blob)
-        if name in _WEIGHTS and weights == "erase":
-            found.replace("blob", name, blob, None, Rewritten(b"", (), ()))
-        elif one.kind == "paper":  # one that quotes a row is emptied, and counts no more
-            if erased.sentences.stand_in(store.read_blob(blob).decode("utf-8", "replace")):
-                found.replace("blob", name, blob, None, Rewritten(b"", (), ()))
-        elif name.endswith(".jsonl") and name not in _ROWS:
-            found.replace("blob", name, blob, data := store.read_blob(blob), erased.cut(data, lines=True))
-    if one.kind not in _SIGNED:
-        now = _current(store, "record", one.digest)
-        found.replace("record", one.kind, now, record.encoded, erased.cut(record.encoded, lines=False))
-
-
-def _entries(store: Store, wanted: Sentences, ids: Collection[str], tenant: str) -> dict[str, list[Key]]:
-    """Table -> keys of its rows that hold a sentence, or are about a row that goes. tenant: whose held answers go."""
-    found: dict[str, list[Key]] = {}
-    with store.reading() as session:
-        for name, table in _TABLES.items():
-            keys = inspect(table).primary_key
-            columns = _texts(table)
-            for row in session.scalars(select(table).execution_options(yield_per=500)):
-                about = isinstance(row, ReviewItemRow) and row.kind == "row" and row.subject in ids
-                about |= isinstance(row, HeldRow) and row.tenant == tenant != ""
-                if about or wanted.stand_in([getattr(row, each) for each in columns]):
-                    found.setdefault(name, []).append(tuple(getattr(row, key.name) for key in keys))
-    return found
-
-
-def _texts(table: type[Table]) -> list[str]:
-    return [column.name for column in inspect(table).columns if isinstance(column.type, JSON | Text)]
-
-
 def _clean(session: Session, table: type[Table], keys: Iterable[Key]) -> None:
     """Delete rows of the database, or cut every longer text in them."""
     for key in sorted(keys, key=str):
@@ -527,10 +339,10 @@ def _clean(session: Session, table: type[Table], keys: Iterable[Key]) -> None:
             continue
         if isinstance(row, ReviewItemRow):
             forget_items(session, [row.id])
-        elif table in _DELETED:
+        elif table in DELETED:
             session.delete(row)
         else:
-            for column in _texts(table):
+            for column in text_columns(table):
                 setattr(row, column, _without_texts(getattr(row, column)))
 
 
@@ -544,37 +356,10 @@ def _without_texts(value: Any) -> Any:
     return value
 
 
-def _objects(store: Store, wanted: Sentences, tenant: str) -> Iterator[tuple[str, int]]:
-    """(key, bytes) of kept requests and uploaded files that hold a sentence, or are a tenant's."""
-    with store.reading() as session:
-        theirs = set(session.scalars(select(FileRow.file).where(FileRow.tenant == tenant))) if tenant else ()
-    for key in chain(store.blobs.keys("cases/"), store.blobs.keys("files/")):
-        with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
-            data = store.blobs.get(key)
-            own = key.startswith("cases/") and tenant and parse_json(data).get("tenant") == tenant
-            if own or _object_name(key) in theirs or wanted.stand_in(data.decode("utf-8", "replace")):
-                yield key, len(data)
-
-
-def _object_name(key: str) -> str:
-    return key.rpartition("/")[2].partition(".")[0]
-
-
 def _delete_object(store: Store, key: str) -> None:
-    name = _object_name(key)
+    name = object_name(key)
     with store.writing() as session:
         if key.startswith("cases/"):
             forget_cases(session, [name])
         session.execute(delete(FileRow).where(FileRow.file == name))
     store.blobs.delete(key)
-
-
-def _using(store: Store) -> list[str]:
-    """Who may use the rows at this moment: running jobs, and processes that hold a lock."""
-    with store.reading() as session:
-        running = session.execute(select(JobRow.id, JobRow.kind).where(JobRow.state == "running").order_by(JobRow.id))
-        jobs = [f"job {number} ({kind})" for number, kind in running]
-    # A worker holds the lock of its webhooks all the time; what they send is among the deliveries.
-    return jobs + [
-        held for name, held in held_locks(store.engine) if name != _LOCK and not name.startswith("webhooks ")
-    ]

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from tunesmith.core.values import View
 from tunesmith.monitoring import erasure
-from tunesmith.monitoring.erasure import Plan, Weights
+from tunesmith.monitoring.erasure import Plan
+from tunesmith.monitoring.traces import Weights
 from tunesmith.registry.signing import keys
 from tunesmith.services.actions import Acting, Because, Number, Request, Short, action
 from tunesmith.services.monitoring import cause_of

@@ -1,0 +1,251 @@
+"""What holds the texts of rows that are to be erased: blobs, records, rows of the database, uploads, work folders."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import JSON, Text, inspect, select
+
+from tunesmith.core.digests import digest_bytes, short
+from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
+from tunesmith.core.system.scratch import SCRATCH
+from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
+from tunesmith.data.documents import PASSAGES
+from tunesmith.data.governance import erased as texts
+from tunesmith.data.governance.erased import Erased, Rewritten, Sentences
+from tunesmith.data.governance.withdrawn import ROW_CAUSES, TracedRows, reaches
+from tunesmith.monitoring.recall import Cause, Reached, find_reached
+from tunesmith.records.dataset import DatasetBody, DocumentsBody
+from tunesmith.registry.erasures import Replaced
+from tunesmith.store import tables
+from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.locks import held_locks
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store, blob_key, record_key
+from tunesmith.store.tables import FileRow, HeldRow, JobRow, ReviewItemRow, Table
+
+Weights = Literal["keep", "erase"]
+Kind = Literal["blob", "record"]
+_ROWS = {f"{split}.jsonl" for split in SPLITS} | {REMOVED, SUBJECTS, PASSAGES}
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+_SIGNED = ("version", "approval", "paper", "base")  # records that state no text, most under signatures
+LOCK = "erasure"
+Key = tuple[str | int, ...]  # of a row of the database
+# Tables that may repeat a text. Rows of the first are deleted, in those of the others the texts are cut.
+DELETED = (HeldRow, tables.DeliveryRow, ReviewItemRow)
+_CUT = (JobRow, tables.JobEventRow, tables.JobCurveRow, tables.RolloutRow, tables.ReviewDecisionRow)
+TABLES: dict[str, type[Table]] = {each.__tablename__: each for each in (*DELETED, *_CUT)}
+
+
+@dataclass
+class Found:
+    """What an erasure reaches now. places: -> how many, how many bytes."""
+
+    rows: set[str]
+    shared: set[str]
+    others: set[str]
+    replaced: dict[str, Replaced] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    entries: dict[str, list[Key]] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
+    reached: tuple[Reached, ...] = ()
+    outside: set[str] = field(default_factory=set)
+
+    def of(self, kind: str) -> dict[str, str]:
+        """Label -> digest of the records of a kind that are reached."""
+        return {one.label: one.digest for one in self.reached if one.kind == kind}
+
+    def add(self, place: str, size: int, count: int = 1) -> None:
+        """Count a place."""
+        before = self.places.get(place, (0, 0))
+        self.places[place] = (before[0] + count, before[1] + size)
+
+    def replace(self, kind: Kind, name: str, old: str, data: bytes | None, left: Rewritten) -> None:
+        """Note what is left of a blob or record, once, unless it stays as it is. data: None of weights."""
+        if (data is not None and not left.rows and not left.cut) or old in self.replaced:
+            return
+        new = digest_bytes(left.data)
+        self.replaced[old] = Replaced(kind=kind, name=name, old=old, new=new, rows=left.rows, cut=left.cut)
+        self.add(f"{name} of records" if kind == "blob" else f"records: {name}", len(data or b""))
+
+
+class Rows:
+    """The rows and passages of all dataset versions and documents, each file read once.
+
+    taken: ids of those that go. sentences, turns: of their texts.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.files: dict[str, tuple[str, list[tuple[str, JsonObject]]]] = {}  # blob -> its name, its lines
+        for kind in ("dataset", "documents"):
+            for digest in store.records_of(kind):
+                for name, blob in store.record(digest).blobs.items():
+                    blob = current_digest(store, "blob", blob)
+                    if name in _ROWS and blob not in self.files:
+                        self.files[blob] = (name, texts.named_lines(store.read_blob(blob)))
+        self.taken, self.sentences, self.turns = set[str](), set[str](), set[tuple[str, ...]]()
+
+    def take(self, goes: Callable[[str], bool], states: Callable[[JsonObject], bool] = lambda _line: False) -> None:
+        """Take the lines whose name goes, and rows and passages by what else they state."""
+        for name, lines in self.files.values():
+            for row, line in lines:
+                if goes(row) or (name in (PASSAGES, REMOVED) and states(line)):
+                    self.taken.add(row)
+                    turns = [str(turn["content"]) for turn in line.get("messages", ())]
+                    for text in (*turns, *texts.strings(line.get("fields")), line.get("text", "")):
+                        self.sentences.update(texts.sentences(text))
+                    self.turns |= {folded} if (folded := texts.turns_of(line.get("messages", []))) else set()
+
+    def staying(self) -> tuple[set[str], set[str]]:
+        """The sentences that stand in rows that stay as well, and the ids of these rows. Rows that a build removed are
+        taken where one stands in them: they are nobody's rows."""
+        shared, others = set[str](), set[str]()
+        looked = Sentences(self.sentences)
+        for name, lines in self.files.values():
+            for row, line in ((row, line) for row, line in lines if row not in self.taken):
+                found = {one for text in texts.strings(line) for one in looked.within(text)}
+                if found and name == REMOVED:
+                    self.taken.add(row)
+                elif found:
+                    shared |= found
+                    others.add(row)
+        return shared, others
+
+    def replaced(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """(name, blob, the names of the lines that go) of each file that holds some."""
+        for blob, (name, lines) in self.files.items():
+            if own := [row for row, _ in lines if row in self.taken]:
+                yield name, blob, tuple(own)
+
+
+def find(store: Store, cause: Cause, weights: Weights) -> Found:
+    if cause.kind not in ROW_CAUSES:
+        what = f"a recall of a {cause.kind} names no rows that could be erased"
+        raise UsageError(what, fix=f"name one of {', '.join(ROW_CAUSES)}")
+    with store.reading() as session:
+        reached = find_reached(store, session, cause, "", done=False)[0].reached
+    ids = TracedRows(store, store.records_of("dataset"), [cause.kind]).trace(cause.kind, cause.value).ids
+    rows = Rows(store)
+    rows.take(ids.__contains__, lambda line: _states(cause, line))
+    if not rows.taken:
+        raise UsageError(f"no dataset version in this store holds a row of {cause.label} any more")
+    shared, others = rows.staying()
+    found = Found(rows.taken, shared, others, reached=reached)
+    wanted = rows.sentences - shared
+    erased = Erased(rows.taken, wanted, rows.turns)
+    for name, blob, own in rows.replaced():
+        data = store.read_blob(blob)
+        found.replace("blob", name, blob, data, Rewritten(texts.left_out(data, own), own, ()))
+    for one in reached:
+        _look_into(store, one, store.record(one.digest), erased, found, weights)
+    looked = Sentences(wanted)
+    tenant = cause.value if cause.kind == "tenant" else ""
+    for table, keys in entries_with(store, looked, rows.taken, tenant).items():
+        found.entries[table] = keys
+        found.add(f"rows of the table {table}", 0, len(keys))
+    for key, size in objects_with(store, looked, tenant):
+        found.deleted.append(key)
+        found.add("kept requests" if key.startswith("cases/") else "uploaded files", size)
+    if not isinstance(store.blobs, LocalBlobs):
+        found.outside.add(f"older versions of the objects in {store.blobs.where('')}, if the bucket keeps them")
+    for folder in work_folders(store):
+        size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+        found.add("work folders of this machine: stages that did not end begin again", size)
+    return found
+
+
+def _states(cause: Cause, line: JsonObject) -> bool:
+    """Whether a passage, or a row that a build removed, states what is erased."""
+    if cause.kind == "tenant":
+        return bool((line.get("labels") or {}).get("tenant") == cause.value)
+    return cause.kind == "source" and reaches("source", cause.value, line["source"])
+
+
+def _look_into(store: Store, one: Reached, record: Record, erased: Erased, found: Found, weights: Weights) -> None:
+    """What of a reached record has to be rewritten or deleted."""
+    if one.kind == "dataset":
+        found.outside.update(f"source {source.path}" for source in DatasetBody.of(record).sources)
+    if one.kind == "documents":
+        found.outside.update(f"document {file.path}" for file in DocumentsBody.of(record).files)
+    if one.kind == "export":
+        found.outside.add(f"an export, record {short(one.digest)}")
+    for name, blob in record.blobs.items():
+        blob = current_digest(store, "blob", blob)
+        if name in _WEIGHTS and weights == "erase":
+            found.replace("blob", name, blob, None, Rewritten(b"", (), ()))
+        elif one.kind == "paper":  # one that quotes a row is emptied, and counts no more
+            if erased.sentences.stand_in(store.read_blob(blob).decode("utf-8", "replace")):
+                found.replace("blob", name, blob, None, Rewritten(b"", (), ()))
+        elif name.endswith(".jsonl") and name not in _ROWS:
+            found.replace("blob", name, blob, data := store.read_blob(blob), erased.cut(data, lines=True))
+    if one.kind not in _SIGNED:
+        now = current_digest(store, "record", one.digest)
+        found.replace("record", one.kind, now, record.encoded, erased.cut(record.encoded, lines=False))
+
+
+def entries_with(store: Store, wanted: Sentences, ids: Collection[str], tenant: str) -> dict[str, list[Key]]:
+    """Table -> keys of its rows that hold a sentence, or are about a row that goes. tenant: whose held answers go."""
+    found: dict[str, list[Key]] = {}
+    with store.reading() as session:
+        for name, table in TABLES.items():
+            keys = inspect(table).primary_key
+            columns = text_columns(table)
+            for row in session.scalars(select(table).execution_options(yield_per=500)):
+                about = isinstance(row, ReviewItemRow) and row.kind == "row" and row.subject in ids
+                about |= isinstance(row, HeldRow) and row.tenant == tenant != ""
+                if about or wanted.stand_in([getattr(row, each) for each in columns]):
+                    found.setdefault(name, []).append(tuple(getattr(row, key.name) for key in keys))
+    return found
+
+
+def text_columns(table: type[Table]) -> list[str]:
+    """The columns of a table that may hold a text."""
+    return [column.name for column in inspect(table).columns if isinstance(column.type, JSON | Text)]
+
+
+def objects_with(store: Store, wanted: Sentences, tenant: str) -> Iterator[tuple[str, int]]:
+    """(key, bytes) of kept requests and uploaded files that hold a sentence, or are a tenant's."""
+    with store.reading() as session:
+        theirs = set(session.scalars(select(FileRow.file).where(FileRow.tenant == tenant))) if tenant else ()
+    for key in chain(store.blobs.keys("cases/"), store.blobs.keys("files/")):
+        with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
+            data = store.blobs.get(key)
+            own = key.startswith("cases/") and tenant and parse_json(data).get("tenant") == tenant
+            if own or object_name(key) in theirs or wanted.stand_in(data.decode("utf-8", "replace")):
+                yield key, len(data)
+
+
+def object_name(key: str) -> str:
+    """The name of a kept request or an uploaded file."""
+    return key.rpartition("/")[2].partition(".")[0]
+
+
+def in_use(store: Store) -> list[str]:
+    """Who may use the rows at this moment: running jobs, and processes that hold a lock."""
+    with store.reading() as session:
+        running = session.execute(select(JobRow.id, JobRow.kind).where(JobRow.state == "running").order_by(JobRow.id))
+        jobs = [f"job {number} ({kind})" for number, kind in running]
+    # A worker holds the lock of its webhooks all the time; what they send is among the deliveries.
+    return jobs + [held for name, held in held_locks(store.engine) if name != LOCK and not name.startswith("webhooks ")]
+
+
+def work_folders(store: Store) -> list[Path]:
+    """The folders of stages that did not end, and of caches of texts."""
+    work = store.local("work")
+    return [each for each in work.iterdir() if not each.name.startswith(SCRATCH)] if work.is_dir() else []
+
+
+def key_of(kind: str, digest: str) -> str:
+    """Where a blob or record is kept."""
+    return record_key(digest) if kind == "record" else blob_key(digest)
+
+
+def current_digest(store: Store, kind: str, digest: str) -> str:
+    """The digest of a blob or record as it is now."""
+    return digest if store.blobs.exists(key_of(kind, digest)) else store.left_of(digest)
