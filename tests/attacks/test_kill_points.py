@@ -1,20 +1,10 @@
 """A change is killed at each of its writes that others can see. The store is then as before it or as after it, and goes
-on.
-
-A point is a write inside the operation that others can see: a file of the store that gets its name or loses it, or a
-commit of the database. What lies in a scratch file or in an open transaction is the same to all others, however much of
-it there is. `record` runs an operation in a forked child, which has everything imported. This is done in a process of
-one thread: in one with more, a child can wait for a lock that no thread of its own holds.
-"""
+on."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +14,8 @@ from sqlalchemy import select
 
 from tests.acting import do
 from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
-from tests.forked import run_elsewhere, run_forked
+from tests.forked import run_elsewhere
+from tests.killed import Home, Operation, record
 from tests.statements import share_compiled
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.text.names import Scope
@@ -45,73 +36,6 @@ from tunesmith.store.people.trust import TRUST_KEY, is_written, read_trust
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
-
-# The functions of os by which files get names and lose them. The first argument is a path.
-_CHANGES = ("link", "remove", "rename", "replace", "rmdir", "symlink", "truncate", "unlink")
-
-Operation = Callable[[Store], object]
-
-
-class _Watch:
-    """Notes the writes under a folder, and kills this process before one of them."""
-
-    def __init__(self, root: Path, number: int | None = None) -> None:
-        self.root, self.number = str(root.resolve()), number
-        self.points: list[str] = []
-
-    def install(self, store: Store) -> None:
-        """Replace the functions of this process. It must end with os._exit."""
-        for name in _CHANGES:
-            setattr(os, name, self._changing(name, getattr(os, name)))
-        dialect = store.engine.dialect
-        commit = dialect.do_commit
-
-        def committing(connection: Any) -> None:
-            if connection.in_transaction:
-                self._call("commit", lambda: commit(connection))
-            else:
-                commit(connection)
-
-        dialect.do_commit = committing  # type: ignore[method-assign]
-
-    def _changing(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def change(target: Any, *rest: Any, **named: Any) -> Any:
-            folder = named.get("dir_fd")
-            path = os.path.abspath(target if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{target}")
-            if not path.startswith(self.root + os.sep):
-                return real(target, *rest, **named)
-            return self._call(f"{name} {os.path.relpath(path, self.root)}", lambda: real(target, *rest, **named))
-
-        return change
-
-    def _call(self, what: str, real: Callable[[], Any]) -> Any:
-        if len(self.points) == self.number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.points.append(what)
-        return real()
-
-
-def record(root: Path, operation: Operation, number: int | None = None) -> list[str]:
-    """Run an operation on the store in root, and kill it before a point. Without one run it whole, and return its
-    points: the call and the file of each."""
-    listed, watch = root.parent / f"{root.name}-points.json", _Watch(root, number)
-
-    def work() -> None:
-        private = root.parent / f"{root.name}-temporary"
-        private.mkdir(exist_ok=True)
-        tempfile.tempdir = str(private)
-        store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
-        watch.install(store)
-        operation(store)
-        listed.write_text(json.dumps(watch.points))
-
-    status = run_forked(work)
-    if number is not None:
-        assert os.WTERMSIG(status) == signal.SIGKILL, f"the operation ended before point {number}"
-        return []
-    assert status == 0, "it failed"
-    found: list[str] = json.loads(listed.read_text())
-    return found
 
 
 def make(folder: Path) -> dict[str, Operation]:
@@ -235,15 +159,16 @@ def run_all(made: Path, name: str, operation: Operation) -> int:
     def run(place: str, number: int | None = None) -> tuple[Store, list[str]]:
         root = folder / place
         shutil.copytree(made, root)
-        points = record(root, operation, number)
-        return Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"), points
+        home = Home.local(root)
+        points = record(home, operation, number)
+        return home.open(), points
 
     whole, points = run("whole")
     stores = [*(run(f"{number}", number)[0] for number in range(len(points))), whole]
     # The states before it and after each of its transactions.
     after = [number + 1 for number, what in enumerate(points) if what == "commit"]
     states = [snapshot(stores[number]) for number in (0, *after)]
-    assert states[0] == snapshot(Store(made, url=f"sqlite:///{made / 'tunesmith.db'}"))
+    assert states[0] == snapshot(Home.local(made).open())
     assert states[0] != states[-1], f"{name} commits nothing that is looked at"
     writes_files = any(what != "commit" for what in points)
     for number, store in enumerate(stores):
