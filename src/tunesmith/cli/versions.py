@@ -174,7 +174,7 @@ def export(
     version: str,
     target: Path,
     *,
-    form: Annotated[Literal["peft", "merged", "gguf"], typer.Option("--as")],
+    form: Annotated[Literal["peft", "merged", "gguf", "ollama"], typer.Option("--as")],
     dtype: Literal["bf16", "fp32"] = "bf16",
     tenant: Tenant = None,
     region: Region = None,
@@ -187,7 +187,7 @@ def export(
 
     version: NAME@v3, NAME@champion, or the start of a version's digest.
     target FOLDER: The folder to write; it must not exist yet.
-    form: peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp.
+    form: peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp; ollama: with a Modelfile.
     dtype: Of merged weights; an adapter stays as it is.
     actor USER: Who acts; by default $TUNESMITH_USER, else the owner.
     """

@@ -183,9 +183,13 @@ class Renderer:
 
     def prompt(self, messages: Conversation) -> list[int]:
         """Ids of a request, with the assistant's opening. Raises UsageError for messages that cannot be answered."""
+        return list(self._encode(self.prompt_text(messages)).ids)
+
+    def prompt_text(self, messages: Conversation) -> str:
+        """A request as the template writes it, with the assistant's opening. Raises as `prompt`."""
         if not messages or messages[-1].role == "assistant":
             raise UsageError("there is nothing to answer: the last message must be the user's", where="messages")
-        return list(self._encode(self._text(messages, opening=True)).ids)
+        return self._text(messages, opening=True)
 
     def conversation(self, messages: Conversation, loss_on: LossOn = "assistant") -> Rendered:
         """Ids of a conversation and which of them are labels.

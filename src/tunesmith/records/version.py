@@ -23,7 +23,7 @@ RiskClass = Literal["low", "limited", "high"]
 Decision = Literal["approve", "refuse"]
 Paper = Literal["card", "bom", "provenance", "ai-act"]
 PAPERS: tuple[Paper, ...] = get_args(Paper)
-Form = Literal["peft", "merged", "gguf"]
+Form = Literal["peft", "merged", "gguf", "ollama"]
 Dtype = Literal["bf16", "fp32"]
 
 

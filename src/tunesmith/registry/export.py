@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import room_for, sync_folder
-from tunesmith.data.dataset import load_dataset
+from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.engines.factory import export_check
 from tunesmith.engines.settings import is_native
 from tunesmith.models.base import Base
@@ -43,16 +44,20 @@ if TYPE_CHECKING:
 
 PROVENANCE = "tunesmith.json"
 _PROBES = 16  # held-out requests that are compared
+_RENDERED = 200  # of which Ollama's template is compared
 _PROBE_TOKENS = 48  # most tokens of an answer that is compared
 _FIX = "keep the record as evidence; nothing was exported"
+_AS_GGUF = "export it as gguf, and retrieve in the program that asks"
 
 
 class Exported(NamedTuple):
-    """A finished export. record: digest of the export record. folder: where the files are."""
+    """A finished export. record: digest of the export record. folder: where the files are. notes: what the other program
+    does otherwise."""
 
     record: str
     folder: Path
     body: ExportBody
+    notes: tuple[str, ...]
 
 
 def export_version(
@@ -71,7 +76,7 @@ def export_version(
     """Write an approved version's weights into target, a folder that must not exist yet.
 
     form: peft, the adapter's files as they were signed; merged, a complete Hugging Face folder; gguf, one file for
-    llama.cpp. dtype: of merged weights. engine: the one that serves, with the version's base. Raises Refused if the
+    llama.cpp; ollama, such a file and a Modelfile. dtype: of merged weights. engine: the one that serves, with the version's base. Raises Refused if the
     version is not approved, if its family cannot be exported, or if a log-probability differs by more than the
     tolerance; Inconclusive if the adapter changes less than the tolerance, so that a missing one would not be noticed.
     """
@@ -99,6 +104,7 @@ def export_version(
             )
         if candidate.base != base.digest or engine.base != base.digest:
             raise UsageError(f"{version.label} has another base than the engine", where=version.label)
+        notes = _write_modelfile(store, candidate, base, folder) if form == "ollama" else ()
         _write(form, dtype, base, adapter, folder, version)
         dtype = "fp32" if form == "peft" else dtype
         provenance = _provenance(version, candidate, base, form, dtype)
@@ -139,7 +145,7 @@ def export_version(
             store.put_record(record, session)
         os.rename(folder, target)
         sync_folder(target.parent)
-    return Exported(record.digest, target, body)
+    return Exported(record.digest, target, body, notes)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -180,7 +186,26 @@ def _write(form: Form, dtype: Dtype, base: Base, adapter: Path, folder: Path, ve
     else:
         from tunesmith.models.export.gguf import write_gguf
 
-        write_gguf(base, adapter, folder, dtype, version.label)
+        # Ollama would follow a template in the file instead of the Modelfile's, where that one renders tools too.
+        write_gguf(base, adapter, folder, dtype, version.label, template=form == "gguf")
+
+
+def _write_modelfile(store: Store, candidate: Candidate, base: Base, folder: Path) -> tuple[str, ...]:
+    """Write the Modelfile; returns what Ollama does otherwise."""
+    from tunesmith.models.export import ollama
+    from tunesmith.models.rendering import Renderer
+
+    if candidate.retrieve is not None:
+        raise Refused(
+            f"{candidate.name} retrieves texts for each request, which Ollama does not", where="ollama", fix=_AS_GGUF
+        )
+    text, notes = ollama.modelfile(
+        Renderer(base.folder), partial(compose, candidate),
+        [example.request for example in _held_out(store, candidate)[:_RENDERED]],
+        context_length=base.context_length, max_tokens=candidate.max_tokens,
+    )  # fmt: skip
+    (folder / ollama.FILE).write_bytes(text.encode())
+    return notes
 
 
 def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, dtype: Dtype) -> dict[str, Any]:
@@ -206,12 +231,16 @@ def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, 
 
 def _probes(store: Store, candidate: Candidate) -> list[tuple[Message, ...]]:
     """The held-out requests that an export is compared on, as the candidate asks them."""
+    return [compose(candidate, example.request) for example in _held_out(store, candidate)[:_PROBES]]
+
+
+def _held_out(store: Store, candidate: Candidate) -> list[Example]:
     if candidate.dataset is None:
         raise Refused(f"candidate {candidate.name} names no dataset with held-out requests to compare on")
-    held_out = load_dataset(store, candidate.dataset).examples("test")[:_PROBES]
+    held_out = load_dataset(store, candidate.dataset).examples("test")
     if not held_out:
         raise Inconclusive("the dataset has no held-out rows to compare on", fix="set data.split.test")
-    return [compose(candidate, example.request) for example in held_out]
+    return held_out
 
 
 def _judge(equality: Equality, tolerance: Tolerance) -> tuple[Outcome, str]:

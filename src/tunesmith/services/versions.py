@@ -458,7 +458,7 @@ class ExportedVersion(ExportBody):
 class ExportVersion(ScopedRequest):
     """An approved version whose weights are written to target, a new folder.
 
-    form: peft (the adapter alone), merged (a Hugging Face folder) or gguf (for llama.cpp). dtype: of merged weights.
+    form: peft (the adapter alone), merged (a Hugging Face folder), gguf (for llama.cpp) or ollama. dtype: of merged weights.
     tenant, region: the version's; by default those of whoever exports it.
     """
 
@@ -482,7 +482,7 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
     version = resolve(store, asked.version, scope=acting.scope(asked))
     candidate = load_candidate(store, version.candidate)
     base = open_base(store, candidate.base)
-    if asked.form == "gguf":
+    if asked.form in ("gguf", "ollama"):
         check_supported(base.folder)  # before anything slow
     done = export_version(
         store,
@@ -501,7 +501,7 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
         export=done.record,
         folder=str(done.folder),
         version=version.label,
-        notes=_notes(candidate),
+        notes=(*done.notes, *_notes(candidate)),
     )
 
 

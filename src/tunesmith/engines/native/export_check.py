@@ -109,7 +109,7 @@ def compare(
 ) -> Equality:
     """How far the export and the serving engine differ from the reference.
 
-    adapter: its name in the engine. kind: of the engine. trained: the training's folder. form: peft, merged or gguf.
+    adapter: its name in the engine. kind: of the engine. trained: the training's folder. form: peft, merged, gguf or ollama.
     exported: the export's folder. Raises Refused if the model in fp32 does not fit the memory, or if the export has
     another tokenizer.
     """
@@ -159,7 +159,8 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
     known = theirs.get_vocab()
     if any(known.get(token) != number for token, number in ours.get_vocab().items()):
         raise Refused("the GGUF's tokens differ from the base's", where=str(exported / GGUF))
-    if theirs.chat_template != ours.chat_template or theirs.eos_token_id != ours.eos_token_id:
+    template = ours.chat_template if form == "gguf" else None  # Ollama's is in its Modelfile
+    if theirs.chat_template != template or theirs.eos_token_id != ours.eos_token_id:
         raise Refused("the GGUF's chat template or end token differs from the base's", where=str(exported / GGUF))
 
 
@@ -239,7 +240,7 @@ def _load(form: str, exported: Path, base: Base) -> Any:
     plain: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
     if form == "merged":
         return AutoModelForCausalLM.from_pretrained(exported, **plain)
-    if form == "gguf":
+    if form in ("gguf", "ollama"):
         from gguf import GGUFReader
 
         config = AutoConfig.from_pretrained(exported, gguf_file=GGUF)

@@ -35,11 +35,11 @@ _CUTS: Mapping[str, str] = {
 }
 
 
-def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str) -> None:
+def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str, *, template: bool = True) -> None:
     """Write model.gguf into target: the base with the adapter merged. The same inputs give the same bytes.
 
-    dtype: of matrices; norms and biases are fp32. name: the model's name in the file. Raises Refused for a family,
-    rotary variant or tokenizer that is not supported.
+    dtype: of matrices; norms and biases are fp32. name: the model's name in the file. template: whether the file
+    holds the chat template. Raises Refused for a family, rotary variant or tokenizer that is not supported.
     """
     import gguf
 
@@ -51,7 +51,7 @@ def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str)
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if dtype == "bf16" else gguf.LlamaFileType.ALL_F32)
         _add_sizes(writer, config)
-        _add_tokenizer(writer, base.folder, int(config["vocab_size"]))
+        _add_tokenizer(writer, base.folder, int(config["vocab_size"]), template)
         for key, tensor in _tensors(base, adapter, config, architecture):
             kind = torch.float32 if tensor.ndim == 1 else DTYPES[dtype]
             raw = None if kind == torch.float32 else gguf.GGMLQuantizationType.BF16
@@ -102,7 +102,7 @@ def _add_sizes(writer: Any, config: Fields) -> None:
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
 
 
-def _add_tokenizer(writer: Any, base: Path, vocabulary: int) -> None:
+def _add_tokenizer(writer: Any, base: Path, vocabulary: int, with_template: bool) -> None:
     import gguf
 
     tokenizer = read_json(base / "tokenizer.json")
@@ -120,7 +120,7 @@ def _add_tokenizer(writer: Any, base: Path, vocabulary: int) -> None:
     special = gguf.SpecialVocab(base, load_merges=True, n_vocab=vocabulary)
     # The template writes every control token. A BOS token that a runtime adds before it would break the prompt.
     special.add_special_token = {"bos": False, "eos": False}
-    if (template := base / "chat_template.jinja").is_file():
+    if with_template and (template := base / "chat_template.jinja").is_file():
         special.chat_template = template.read_text(encoding="utf-8")
     special.add_to_gguf(writer, quiet=True)
 
