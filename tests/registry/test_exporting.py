@@ -7,18 +7,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands import call
-from tests.tiny_project import SCHEMA, settings, write_project
+from tests.ollama_reader import read_modelfile, render
+from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith.api import Project
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.composing import compose
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.engines.factory import open_engine
 from tunesmith.engines.native import export_check
+from tunesmith.engines.protocol import Generation
+from tunesmith.models.base import open_base
 from tunesmith.models.export import merging
+from tunesmith.models.rendering import Renderer
+from tunesmith.registry.versions import resolve
 from tunesmith.store import audit
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
@@ -63,7 +73,7 @@ MERGED = {"config.json", "generation_config.json", "chat_template.jinja", "model
 @pytest.mark.parametrize(
     ("form", "dtype", "files", "largest"),
     [("peft", None, ADAPTER, 2e-3), ("merged", "fp32", MERGED, 2e-3), ("merged", None, set(), 1.0),
-     ("gguf", "fp32", {"model.gguf"}, 2e-3)],
+     ("gguf", "fp32", {"model.gguf"}, 2e-3), ("ollama", "fp32", {"model.gguf", "Modelfile"}, 2e-3)],
 )  # fmt: skip
 def test_an_export_is_compared_recorded_and_shown(
     form: str, dtype: str | None, files: set[str], largest: float, approved: Path, tmp_path: Path
@@ -93,12 +103,44 @@ def test_an_export_is_compared_recorded_and_shown(
     for file in files & ADAPTER:
         signed = approved / ".tunesmith" / "versions" / "tiny" / "v1" / file
         assert (folder / file).read_bytes() == signed.read_bytes()
+    if form == "ollama":
+        _llama_cpp_answers_the_same(approved, folder)
     if form == "merged" and dtype:
         _peft_and_transformers_agree(approved, folder)
         with pytest.raises(UsageError, match="exists already"):
             call(approved, "export", "tiny@v1", str(folder), *words)
         again = call(approved, "export", "tiny@v1", str(tmp_path / "again"), *words)
         assert again["export"] == given["export"]
+
+
+def _llama_cpp_answers_the_same(approved: Path, folder: Path) -> None:
+    """50 requests, asked as Ollama asks: by the Modelfile's template and parameters. Nothing is held to a schema."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel xllamacpp is not installed")
+    given = read_modelfile((folder / "Modelfile").read_text())
+    parameters, stops = dict(given), [text for name, text in given if name == "stop"]
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx = str((folder / parameters["FROM"]).resolve()), int(parameters["num_ctx"])
+    settings.warmup, settings.n_parallel, settings.use_jinja, settings.chat_template = False, 1, False, "chatml"
+    server = xllamacpp.Server(settings)
+    store = Project.load(approved).store
+    candidate = load_candidate(store, resolve(store, "tiny@v1").candidate)
+    base = open_base(store, candidate.base)
+    engine = open_engine(base, Project.load(approved).settings.engine)
+    engine.load_adapter("a", approved / ".tunesmith" / "versions" / "tiny" / "v1")
+    requests = [[Message.model_validate(row["messages"][0])] for row in rows()[:50]]
+    asked = [Generation(compose(candidate, request), max_tokens=candidate.max_tokens) for request in requests]
+    ours, renderer = engine.generate(asked, "a"), Renderer(base.folder)
+
+    def post(path: str, **body: object) -> Any:
+        return httpx.post(server.listening_address + path, json=body, timeout=60).json()
+
+    limits = {name: float(text) for name, text in given if name in ("temperature", "repeat_penalty")}
+    for request, generation, answer in zip(requests, asked, ours, strict=True):
+        prompt = render(parameters["TEMPLATE"], request)
+        ids = post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+        assert ids == renderer.prompt(generation.messages)
+        theirs = post("/completion", prompt=prompt, n_predict=int(parameters["num_predict"]), stop=stops, **limits)
+        assert theirs["content"] == answer.text
 
 
 @torch.no_grad()

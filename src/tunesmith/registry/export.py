@@ -51,8 +51,8 @@ _AS_GGUF = "export it as gguf, and retrieve in the program that asks"
 
 
 class Exported(NamedTuple):
-    """A finished export. record: digest of the export record. folder: where the files are. notes: what the other program
-    does otherwise."""
+    """A finished export. record: digest of the export record. folder: where the files are. notes: what Ollama does
+    otherwise."""
 
     record: str
     folder: Path
@@ -76,9 +76,10 @@ def export_version(
     """Write an approved version's weights into target, a folder that must not exist yet.
 
     form: peft, the adapter's files as they were signed; merged, a complete Hugging Face folder; gguf, one file for
-    llama.cpp; ollama, such a file and a Modelfile. dtype: of merged weights. engine: the one that serves, with the version's base. Raises Refused if the
-    version is not approved, if its family cannot be exported, or if a log-probability differs by more than the
-    tolerance; Inconclusive if the adapter changes less than the tolerance, so that a missing one would not be noticed.
+    llama.cpp; ollama, such a file and a Modelfile. dtype: of merged weights. engine: the one that serves, with the
+    version's base. Raises Refused if the version is not approved, if its family or chat template cannot be exported, or
+    if a log-probability differs by more than the tolerance; Inconclusive if the adapter changes less than that, so
+    that a missing one would not be noticed.
     """
     identities.require(store, actor, "version.export", scope=version.scope)
     verified: Verified = {}

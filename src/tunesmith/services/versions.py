@@ -458,8 +458,8 @@ class ExportedVersion(ExportBody):
 class ExportVersion(ScopedRequest):
     """An approved version whose weights are written to target, a new folder.
 
-    form: peft (the adapter alone), merged (a Hugging Face folder), gguf (for llama.cpp) or ollama. dtype: of merged weights.
-    tenant, region: the version's; by default those of whoever exports it.
+    form: peft (the adapter alone), merged (a Hugging Face folder), gguf (for llama.cpp) or ollama. dtype: of merged
+    weights. tenant, region: the version's; by default those of whoever exports it.
     """
 
     version: Named

@@ -109,9 +109,9 @@ def compare(
 ) -> Equality:
     """How far the export and the serving engine differ from the reference.
 
-    adapter: its name in the engine. kind: of the engine. trained: the training's folder. form: peft, merged, gguf or ollama.
-    exported: the export's folder. Raises Refused if the model in fp32 does not fit the memory, or if the export has
-    another tokenizer.
+    adapter: its name in the engine. kind: of the engine. trained: the training's folder. form: peft, merged, gguf or
+    ollama. exported: the export's folder. Raises Refused if the model in fp32 does not fit the memory, or if the export
+    has another tokenizer.
     """
     _check_memory(base, models=2 if has_whole_model(trained) else 1)
     check_rendering(form, exported, base, answered)
@@ -159,8 +159,8 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
     known = theirs.get_vocab()
     if any(known.get(token) != number for token, number in ours.get_vocab().items()):
         raise Refused("the GGUF's tokens differ from the base's", where=str(exported / GGUF))
-    template = ours.chat_template if form == "gguf" else None  # Ollama's is in its Modelfile
-    if theirs.chat_template != template or theirs.eos_token_id != ours.eos_token_id:
+    other_template = form == "gguf" and theirs.chat_template != ours.chat_template  # Ollama's is in its Modelfile
+    if other_template or theirs.eos_token_id != ours.eos_token_id:
         raise Refused("the GGUF's chat template or end token differs from the base's", where=str(exported / GGUF))
 
 

@@ -6,10 +6,9 @@ from what the base's own writes around marked texts, and both are compared befor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Conversation, Message, Turns
@@ -59,7 +58,8 @@ class ChatTemplate:
         return (
             f'{start}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}'
             f'{{{{ else if eq .Role "assistant" }}}}{assistant}'
-            f'{{{{ else if ne .Role "system" }}}}{_FAILS.format("tool")}{{{{ end }}}}{{{{ end }}}}{_literal(self.opening)}'
+            f'{{{{ else if ne .Role "system" }}}}{_FAILS.format("tool")}{{{{ end }}}}{{{{ end }}}}'
+            f"{_literal(self.opening)}"
         )
 
 
@@ -103,7 +103,7 @@ def _derive(written: Callable[[Conversation], str]) -> ChatTemplate:
     turns = _turns(_TEXTS, None, 3)
     first, end = _around(written(turns[:1]), _TEXTS[:1])
     _, answers, asks, _ = _around(written(turns), _TEXTS[:3])
-    before, after = os.path.commonprefix([first[::-1], asks[::-1]])[::-1], os.path.commonprefix([end, answers])
+    before, after = _shared(first[::-1], asks[::-1])[::-1], _shared(end, answers)
     system, no_system = None, False
     try:
         with_system = written([Message(role="system", content=_TEXTS[3]), turns[0]])
@@ -121,6 +121,11 @@ def _derive(written: Callable[[Conversation], str]) -> ChatTemplate:
         assistant=(answers.removeprefix(after), asks.removesuffix(before)),
         opening=end.removeprefix(after),
     )
+
+
+def _shared(one: str, other: str) -> str:
+    """What both texts begin with."""
+    return "".join(letter for letter, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _around(text: str, marks: Sequence[str]) -> list[str]:
@@ -149,8 +154,8 @@ def _turns(texts: Sequence[str], made: ChatTemplate | None, most: int) -> list[M
 
 
 def _literal(text: str) -> str:
-    """A text that Go's template prints as it is: without actions, and without what ends a Modelfile's string or what its
-    reader drops, which is every character that is not printable."""
+    """A text that Go's template prints as it is: without actions, without what ends a Modelfile's string, and without
+    what its reader drops, which is every character that is not printable."""
 
     def special(letter: str) -> bool:
         return letter in '{"' or not (letter == "\n" or letter.isprintable())
