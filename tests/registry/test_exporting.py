@@ -121,6 +121,7 @@ def _llama_cpp_answers_the_same(approved: Path, folder: Path) -> None:
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx = str((folder / parameters["FROM"]).resolve()), int(parameters["num_ctx"])
     settings.warmup, settings.n_parallel, settings.use_jinja, settings.chat_template = False, 1, False, "chatml"
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(settings)
     store = Project.load(approved).store
     candidate = load_candidate(store, resolve(store, "tiny@v1").candidate)
