@@ -62,6 +62,8 @@ class Home(NamedTuple):
         if not self.bucket:
             return Home.local(root)
         name, url = f"copied_{uuid.uuid4().hex}", make_url(self.url)
+        ends = f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{url.database}'"  # noqa: S608
+        _on_server(self.url, ends)  # connections that a test before left in a pool
         _on_server(self.url, f"create database {name} template {url.database}")
         source, target, server = self.bucket.split("/")[2], f"b{uuid.uuid4().hex}", os.environ["AWS_ENDPOINT_URL"]
         create_bucket(server, target)

@@ -28,7 +28,7 @@ from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.monitoring.causes import RetrainingSettings
-from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings
+from tunesmith.monitoring.settings import CaseSettings, KeepSettings, MonitoringSettings
 from tunesmith.records.version import Paper
 from tunesmith.registry.risk import RiskSettings
 from tunesmith.rollout.settings import RolloutSettings
@@ -160,6 +160,7 @@ class ProjectSettings(Settings):
         default=None, description="when a worker queues a run by itself; without it only people queue runs"
     )
 
+    keep: KeepSettings = Field(default=KeepSettings(), description="what `store prune` keeps")
     jobs: JobSettings = Field(default=JobSettings(), description="where a worker has queued jobs performed")
     webhooks: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")], WebhookSettings] = Field(
         default={}, description="where other systems are told what happened, by name; a worker sends the events"
@@ -172,7 +173,7 @@ class ProjectSettings(Settings):
 
     def document(self) -> JsonObject:
         """The settings that results depend on, as JSON values."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold", "login"})
+        return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold", "login", "keep"})
 
     @property
     def bases(self) -> list[str]:

@@ -22,6 +22,7 @@ from tunesmith.cli import (
     review,
     rollout,
     serve,
+    storage,
     users,
     versions,
 )
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 for commands in (
     *(project, pipeline, jobs, data, evaluation, review, versions, users),
-    *(rollout, serve, monitoring, erasure, audit),
+    *(rollout, serve, monitoring, erasure, storage, audit),
 ):
     commands.register(app)
 

@@ -284,6 +284,8 @@ def _draw_lineage(node: Node) -> Drawn:
         yield f"  {name}  {blob}", "dim"
     if node.approvals is not None:
         yield from _draw_approvals(node.approvals)
+    if node.held is not None:
+        yield node.held.said, "bold red"
     yield from _papers(node.papers or ())
     for title, nodes in (("made from", node.parents), ("used for", node.children)):
         if nodes:

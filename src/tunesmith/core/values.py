@@ -93,7 +93,7 @@ class Problem(View):
     reason: str
 
 
-_UNITS = {"h": 3600, "m": 60, "s": 1}
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 Part = TypeVar("Part", bound="Settings")
@@ -122,16 +122,16 @@ def changed(part: Part, changes: Mapping[str, Any], where: str) -> Part:
 
 
 def _seconds(given: Any) -> Any:
-    """Seconds of a duration such as 1h30m, 20m or 45s; other values as they are."""
+    """Seconds of a duration such as 30d, 1h30m or 45s; other values as they are."""
     if isinstance(given, bool):
         raise ValueError("write a duration such as 20m, 1h30m or 45s, not true or false")
     if not isinstance(given, str):
         return given
-    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", given)
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", given)
     if not parts or "".join(number + unit for number, unit in parts) != given.replace(" ", ""):
         raise ValueError("write a duration such as 20m, 1h30m or 45s")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
-# Seconds. A project file may say 20m or 1h30m instead.
+# Seconds. A project file may say 30d or 1h30m instead.
 Duration = Annotated[float, BeforeValidator(_seconds)]

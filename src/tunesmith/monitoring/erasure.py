@@ -51,6 +51,7 @@ from tunesmith.monitoring.traces import (
 )
 from tunesmith.registry import erasures
 from tunesmith.registry.erasures import CONFIRM, ErasureStatement, Replaced, Signed
+from tunesmith.registry.holds import refuse_held
 from tunesmith.registry.signing.attestations import seal
 from tunesmith.rollout.controller import give_up
 from tunesmith.store import database
@@ -129,6 +130,7 @@ def plan(
     detail: JsonObject = {"reason": reason, "weights": weights}
     with store.change(actor, "erase.plan", cause.label, detail) as session:
         identities.require(session, actor, "erase.plan")
+        refuse_held(session, {one.digest for one in found.reached})
         number = (session.scalar(select(func.max(ErasureRow.id))) or 0) + 1
         row = ErasureRow(id=number, cause=cause.label, reason=reason, planned_by=actor, at=stamp(), plan=stated)
         session.add(row)
@@ -205,7 +207,9 @@ def _begin(store: Store, row: ErasureRow, actor: str, key: ec.EllipticCurvePriva
         versions=found.of("version") if row.plan["weights"] == "erase" else {},
         recalled=tuple(one.digest for one in found.reached),
     )
-    store.blobs.put(statement.key, seal(erasures.statement_of(statement), key))
+    with store.writing() as session:  # nobody holds a version meanwhile
+        refuse_held(session, statement.recalled)
+        store.blobs.put(statement.key, seal(erasures.statement_of(statement), key))
 
 
 def _reason(number: int, reason: str) -> str:

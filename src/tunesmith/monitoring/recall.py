@@ -172,7 +172,9 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
     reached, rows, licences, near = _roots(store, session, cause)
     if not reached:  # its rows may be erased
         marked = recalled_values(session, cause.kind).get(same_name(cause.kind, cause.value), ())
-        reached = [_reached(store, store.record(digest).kind, digest) for digest in sorted(marked)]
+        reached = [
+            _reached(store, store.record(digest).kind, digest) for digest in sorted(marked) if store.has_record(digest)
+        ]
     others = _other_licences(session, cause.value, licences)
     if not reached:
         only = f", only of {', '.join(others or near)}" if others or near else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tunesmith.core.values import Settings
+from tunesmith.core.values import Duration, Settings
 
 
 class MonitoringSettings(Settings):
@@ -42,3 +42,14 @@ class CaseSettings(Settings):
 
     days: float = Field(default=30.0, gt=0, le=3650, description="days after a request until its text is deleted")
     at_most: int = Field(default=1000, ge=1, description="most requests that wait for a review; more are not kept")
+
+
+class KeepSettings(Settings):
+    """What `store prune` keeps. What a version reaches that serves, may serve yet or is held stays always."""
+
+    trainings: int | None = Field(
+        default=None, ge=1, description="the newest trainings of each candidate that stay; by default all"
+    )
+    work: Duration | None = Field(
+        default=None, gt=0, description="how long unused work folders stay, such as 30d; by default for ever"
+    )

@@ -30,6 +30,7 @@ from tunesmith.store.anchoring.anchors import Anchor, AnchorsFound, open_place
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import (
+    COPYING,
     Contents,
     export_rows,
     import_rows,
@@ -288,7 +289,8 @@ def backup(store: Store, file: Path, *, actor: str | None = None, progress: Prog
     """
     user = acting(store, actor)
     require(store, user, _ACTION)
-    objects, total, rows = write_archive(store, file.absolute(), progress)
+    with store.lock(COPYING, "backing up the store"):
+        objects, total, rows = write_archive(store, file.absolute(), progress)
     with store.change(user, "store.backup", file.name, {"rows": rows, "objects": objects}):
         pass
     return StoreCopy(place=str(file), objects=objects, bytes=total, rows=rows)

@@ -13,6 +13,7 @@ from tunesmith.core.values import Omitted, Page, View
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.records.body import bodies
 from tunesmith.records.dataset import DatasetBody, ReadSource
+from tunesmith.registry.holds import Held, held_versions
 from tunesmith.registry.papers.writing import PaperState, papers_of
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.signing.release import Version
@@ -38,8 +39,8 @@ class Node(NamedRecord):
     """A record in a lineage. role: its role as a parent of the record below it.
 
     parents or children: the records further up or down; the first node has both, and body and blobs as well. seen:
-    the record also appears elsewhere in the tree, and its parents or children are listed only there. approvals, papers:
-    of the first node, if it is a version.
+    the record also appears elsewhere in the tree, and its parents or children are listed only there. approvals, papers,
+    held: of the first node, if it is a version.
     """
 
     role: str
@@ -49,6 +50,7 @@ class Node(NamedRecord):
     blobs: Omitted[dict[str, str]] = None
     approvals: Omitted[Approvals] = None
     papers: Omitted[tuple[PaperState, ...]] = None
+    held: Omitted[Held] = None
     parents: Omitted[tuple[Node, ...]] = None
     children: Omitted[tuple[Node, ...]] = None
 
@@ -120,8 +122,11 @@ def tree(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
     digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
     record = store.record(digest)
     version = load_version(store, digest) if record.kind == "version" else None
+    with store.reading() as session:
+        held = held_versions(session).get(digest)
     return Node(
         **_named(digest, record),
+        held=held,
         role="",
         short=short(digest),
         body=dict(record.body),

@@ -1,9 +1,9 @@
 """Copies a whole store: its database's rows and its objects, into another store or through one file.
 
-The rows are read in one snapshot, before the objects are listed: an erasure alone removes records and blobs, so what a
-row names is among the objects. Only kept requests and uploaded files are deleted: a copy leaves out those that go
-meanwhile. A target gets its objects first and its rows in one transaction at the end. So a copy that was stopped has no
-rows, and the same command continues it.
+The rows are read in one snapshot, before the objects are listed. Erasures alone remove records and blobs meanwhile, so
+what a row names is among the objects. Only kept requests and uploaded files are deleted: a copy leaves out those that
+go meanwhile. A target gets its objects first and its rows in one transaction at the end. So a copy that was stopped has
+no rows, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tunesmith.store.store import ERASURES, PREFIXES, RELEASE, Store
 from tunesmith.store.tables import HEAD_REVISION, HeldRow, LockRow, LoginLinkRow, SessionRow
 from tunesmith.store.tables import Table as Tables
 
+COPYING = "copying"  # a lock: nothing is pruned while a store is copied
 _ROWS, _MANIFEST, _OBJECTS = "database.jsonl", "manifest.json", "objects/"
 _DELETED = ("cases/", "files/")  # what may go while a store is copied: kept requests, uploaded files
 _FORMAT = 1

@@ -206,9 +206,19 @@ class Store:
         self.blobs.put(record_key(record.digest), record.encoded)
 
     def index_record(self, record: Record, session: Session) -> None:
-        """Index a record whose bytes are kept, inside the caller's write transaction. Needs the database only."""
+        """Index a record whose bytes are kept, inside the caller's write transaction.
+
+        Raises Refused where its parents or files were pruned since they were found there.
+        """
         if session.get(RecordRow, record.digest) is not None:
             return
+        parents = set(record.parents.values())
+        indexed = session.scalars(select(RecordRow.digest).where(RecordRow.digest.in_(parents)))
+        if parents.difference(indexed) or not self.has_record(record.digest):
+            what = f"this {record.kind} record, or one that it was made from, was pruned meanwhile"
+            raise Refused(what, where=self.record_where(record.digest), fix="run the same command again")
+        for blob in record.blobs.values():
+            self._blob(blob)
         session.add(RecordRow(digest=record.digest, kind=record.kind, created_at=stamp()))
         edges = record.parents.items()
         session.add_all(EdgeRow(child=record.digest, role=role, parent=parent) for role, parent in edges)
@@ -226,7 +236,7 @@ class Store:
                 data = self._record_bytes(kept := self.left_of(digest), cached)
             except FileNotFoundError:
                 what = f"record {short(digest)} is not in the store"
-                raise Refused(what, where=where, fix="restore the file") from None
+                raise Refused(what, where=where, fix="restore the file, unless the log says it was pruned") from None
         record = decode(data, kept, where)
         if kept != digest:
             vars(record)["digest"] = digest  # its name stays, for all that name it

@@ -48,6 +48,9 @@ class BlobStore(Protocol):
     def keys(self, prefix: str) -> Iterator[str]:
         """Keys that begin with a prefix, which ends in `/`, in alphabetical order."""
 
+    def entries(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        """(key, bytes, when it was written in seconds since 1970) of the objects that `keys` lists."""
+
     def delete(self, key: str) -> None:
         """Remove an object. One that is not there is no error."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -61,6 +62,13 @@ class LocalBlobs:
         """Keys under a prefix. Links and devices are listed as they are: who reads one must check it."""
         paths = (path for path in self.folder(prefix).rglob("*") if path.is_symlink() or not path.is_dir())
         yield from sorted(path.relative_to(self._root).as_posix() for path in paths)
+
+    def entries(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        """(key, bytes, seconds since 1970) of the objects under a prefix."""
+        for key in self.keys(prefix):
+            with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
+                status = self.path(key).lstat()
+                yield key, status.st_size, status.st_mtime
 
     def delete(self, key: str) -> None:
         """Remove a file. Its folder stays, since another process may be about to write there."""

@@ -135,6 +135,10 @@ class S3Blobs:
         """Keys under a prefix."""
         yield from (one["path"] for one in self._list(prefix))
 
+    def entries(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        """(key, bytes, seconds since 1970) of the objects under a prefix."""
+        yield from ((one["path"], one["size"], one["last_modified"].timestamp()) for one in self._list(prefix))
+
     def delete(self, key: str) -> None:
         """Remove an object and its copy in the cache."""
         with self._told(key):

@@ -48,6 +48,8 @@ ACTIONS: Mapping[str, tuple[Role, ...]] = MappingProxyType(
         "recall.start": ("steward", "admin"),
         "erase.plan": ("steward",),
         "erase.confirm": ("steward", "admin"),
+        "version.hold": ("steward", "admin"),
+        "store.prune": ("operator", "admin"),
         "job.add": ("engineer",),
         "job.change": ("operator", "engineer", "admin"),
         "webhook.retry": ("operator", "engineer", "admin"),
