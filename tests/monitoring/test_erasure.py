@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.data.documents import PASSAGES, Passage
@@ -29,6 +32,7 @@ from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.monitoring.erasure import Plan, confirm, list_plans, plan, resume
 from tunesmith.monitoring.recall import Cause, recall_status
 from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import seal
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
 from tunesmith.services import erasure as services
@@ -149,7 +153,7 @@ def left(store: Store) -> list[str]:
 
 def erase(store: Store, number: int, actor: str = SECOND) -> Plan:
     key = keys.load_signing_key(store, keys.ensure_key(store, actor))
-    return confirm(store, number, actor=actor, key=key)
+    return confirm(store, number, actor=actor, sign=lambda statement: seal(statement, key))
 
 
 def test_a_persons_texts_are_gone_and_what_stays_verifies(home: Home) -> None:
@@ -212,7 +216,7 @@ def goes_on(store: Store) -> None:
     """What the next start finds of a killed erasure, and does: nothing left that should go, nothing lost that stays."""
     resume(store)
     if (state := list_plans(store)[0].state) != "done":
-        assert (state, list(store.blobs.keys(ERASURES))) == ("planned", [])
+        assert (state, [key for key in store.blobs.keys(ERASURES) if SCRATCH not in key]) == ("planned", [])
         erase(store, 1)
     assert left(store) == []
     assert [verify_version(store, label).problems for label in ("home@v1", "home@v2")] == [[], []]
@@ -239,6 +243,47 @@ def kill_all(home: Home) -> None:
 @pytest.mark.attack("crash", "kill -9 of an erasure at its writes", "it goes on")
 def test_a_killed_erasure_goes_on(home: Home) -> None:
     assert run_elsewhere(kill_all, home, seconds=3600) == 0
+
+
+@pytest.mark.slow
+def test_a_bucket_that_refuses_to_delete_is_named_and_the_erasure_goes_on_later(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment(s3).items():
+        monkeypatch.setenv(name, value)
+    boto3, bucket = pytest.importorskip("boto3"), f"locked{uuid.uuid4().hex}"
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
+    root = tmp_path / "store"
+    anna = scene_in(Home(root, f"sqlite:///{root / 'tunesmith.db'}", f"s3://{bucket}/p").open())
+    store, version = anna.store, plant(anna)[0]
+
+    def versions() -> list[dict[str, str]]:
+        pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket)
+        found = [{"Key": one["Key"], "VersionId": one["VersionId"]} for page in pages for one in page["Versions"]]
+        return [{"Bucket": bucket, **one} for one in found]
+
+    def lock(until: datetime) -> None:
+        for one in versions():
+            kept = {"Mode": "GOVERNANCE", "RetainUntilDate": until}
+            client.put_object_retention(**one, Retention=kept, BypassGovernanceRetention=True)
+
+    def texts() -> str:
+        return "".join(client.get_object(**one)["Body"].read().decode("utf-8", "ignore") for one in versions()).lower()
+
+    lock(datetime.now(UTC) + timedelta(days=1))
+    plan(store, ANNA, reason="she asked", actor=STEWARD)
+    asked = erase(store, 1)
+    held = dict(asked.locked)
+    assert (asked.state, left(store), resume(store)) == ("locked", [], [])
+    assert any("files/file-1.jsonl" in where for where in held)
+    assert stamp() < min(held.values()) <= max(held.values()) < stamp(timedelta(days=1))
+    assert verify_version(store, version.label).problems == []
+
+    assert PLANTED[0] in texts()
+    lock(datetime.now(UTC) - timedelta(days=1))
+    assert (erase(store, 1).state, [text for text in PLANTED if text in texts()]) == ("done", [])
+    assert verify_audit(store).ok
 
 
 def test_what_an_erasure_refuses(anna: Scene) -> None:

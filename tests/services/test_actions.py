@@ -21,7 +21,10 @@ from tunesmith.store.people.roles import ACTIONS
 OF_PAGES = {"step", "champion"}
 # A key in the browser is proposed there; a command enrols a key in a file. Decisions are sent to a server. Commands
 # verify files, too, where nobody can be looked up.
-NO_COMMANDS = {"audit.verify", "users.propose_key", "versions.submit_decision", "versions.verify"}
+NO_COMMANDS = {"audit.verify", "erasure.prepare", "erasure.submit", "users.propose_key"} | {
+    "versions.submit_decision",
+    "versions.verify",
+}
 
 
 MODULES = [ast.parse(file.read_text()).body for file in Path(tunesmith.cli.__path__[0]).glob("*.py")]

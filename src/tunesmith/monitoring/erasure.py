@@ -15,11 +15,11 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
@@ -27,6 +27,7 @@ from tunesmith.core.digests import digest_bytes, is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
+from tunesmith.core.system.scratch import SCRATCH, remove_leftovers
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.values import View
 from tunesmith.data.governance import erased as texts
@@ -35,7 +36,6 @@ from tunesmith.data.review.queue import forget_cases, forget_items
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.traces import (
     DELETED,
-    LOCK,
     TABLES,
     Key,
     Rows,
@@ -52,16 +52,17 @@ from tunesmith.monitoring.traces import (
 from tunesmith.registry import erasures
 from tunesmith.registry.erasures import CONFIRM, ErasureStatement, Replaced, Signed
 from tunesmith.registry.holds import refuse_held
-from tunesmith.registry.signing.attestations import seal
 from tunesmith.rollout.controller import give_up
 from tunesmith.store import database
-from tunesmith.store.locks import LockHeld
+from tunesmith.store.locks import ALONE, ERASURE, LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import signature_entry
 from tunesmith.store.store import Store
 from tunesmith.store.tables import ErasedRow, ErasureRow, FileRow, RecallRow, ReviewItemRow, Table
 
 _LOG = logging.getLogger("tunesmith.erasure")
+_LASTS = timedelta(hours=1)  # from stating what goes to its signature
+Sign = Callable[[JsonObject], bytes]  # a statement -> its envelope
 _HERE = "erased.json"  # the erasures after which this machine was cleaned
 
 
@@ -74,13 +75,14 @@ class Place(View):
 
 
 class Plan(View):
-    """What an erasure will do. state: planned, running or done.
+    """What an erasure will do. state: planned, running, locked or done.
 
     rows: ids of what goes. others: rows that stay and hold a sentence of it: somebody has to decide about them. shared:
     sentences that are looked for nowhere, since they stand in those rows. trainings: names of those that learned from
     the rows; versions: of what was made from them. in_use: what has to end first. outside: files that the store does
     not hold and whose owners have to erase them too. kept_until: until when backups and logs of the database can bring
-    the texts back.
+    the texts back. candidates: digests of what was made from them. locked: objects that the bucket does not delete yet,
+    each with the time until which: then the erasure goes on.
     """
 
     number: int
@@ -100,6 +102,8 @@ class Plan(View):
     in_use: tuple[str, ...]
     outside: tuple[str, ...]
     kept_until: str
+    candidates: tuple[str, ...] = ()
+    locked: tuple[tuple[str, str], ...] = ()
 
 
 def plan(
@@ -124,6 +128,7 @@ def plan(
         "shared": len(found.shared),
         "trainings": sorted(found.of("training")),
         "versions": sorted(found.of("version")),
+        "candidates": sorted({one.digest for one in found.reached if one.kind == "candidate"}),
         "outside": sorted(found.outside),
         "kept_until": kept_until or "unknown",
     }
@@ -155,61 +160,90 @@ def _row(store: Store, number: int) -> ErasureRow:
 
 
 def _shown(store: Store, row: ErasureRow) -> Plan:
-    using = in_use(store) if row.state != "done" else ()
+    using = in_use(store, row.plan.get("candidates", ())) if row.state == "planned" else ()
     return Plan.of(row, number=row.id, in_use=tuple(using), **row.plan)
 
 
-def confirm(store: Store, number: int, *, actor: str, key: ec.EllipticCurvePrivateKey) -> Plan:
-    """Recall what a plan names, sign the statement of what goes, and erase it.
+def confirm(store: Store, number: int, *, actor: str, sign: Sign, at: str = "") -> Plan:
+    """Recall what a plan names, have the statement of what goes signed, and erase it.
 
-    Killed, the same call goes on, as does the next start of a server, a worker or a command that changes something.
-    Raises Refused for the planner, while something uses the rows (the recall stands then), and where more is reached
-    by now than the plan says.
+    sign: gives the envelope around a statement. at: of the signature, where the statement was stated by `prepare`.
+    Killed, the same call goes on, as does the next start of a server, a worker or a command. Raises Refused for the
+    planner, while something uses the rows (the recall stands then), and where more is reached by now than the plan
+    says, or than was signed.
     """
-    identities.require(store, actor, CONFIRM)
-    with store.lock(LOCK, f"erasure {number}"):
+    row = _begin(store, number, actor)
+    with store.lock(ERASURE, f"erasure {number}"), store.lock(ALONE, f"erasure {number}"):
         _resume(store)
-        row = _row(store, number)
-        if row.planned_by == actor:
-            what = f"{actor} planned erasure {number} and cannot confirm it"
-            raise Refused(what, fix=NextStep("have another steward or an admin confirm it", "erase confirm"))
-        if row.state == "planned":
-            _begin(store, row, actor, key)
-        _resume(store)
+        if _row(store, number).state == "planned":
+            statement = _state(store, row, actor, at or stamp())
+            envelope = sign(erasures.statement_of(statement))
+            try:
+                erasures.read_erasure(envelope, identities.trusted_keys(store), statement.key)
+            except Refused as error:
+                what = f"what {actor} signed is not what would be erased now: {error.what}"
+                raise Refused(what, fix=NextStep("have it stated again", "erase confirm")) from error
+            with store.writing() as session:  # nobody holds a version meanwhile
+                refuse_held(session, statement.recalled)
+                store.blobs.put(statement.key, envelope)
+        _resume(store, now=True)
     return _shown(store, _row(store, number))
 
 
-def _begin(store: Store, row: ErasureRow, actor: str, key: ec.EllipticCurvePrivateKey) -> None:
-    cause = Cause.labelled(row.cause)
-    reason = _reason(row.id, row.reason)
-    for rollout in recall(store, cause, reason=reason, actor=actor).rollouts:
-        give_up(store, rollout, f"recalled: {reason}")
-    if using := in_use(store):
+def prepare(store: Store, number: int, *, actor: str) -> ErasureStatement:
+    """Recall what a plan names, and state what its second person signs. Raises as `confirm` does."""
+    row = _begin(store, number, actor)
+    if row.state != "planned":
+        raise Refused(f"erasure {number} was signed by {row.confirmed_by} already")
+    return _state(store, row, actor, stamp())
+
+
+def _begin(store: Store, number: int, actor: str) -> ErasureRow:
+    """A plan that this person may confirm; what it names is recalled by now, and nobody uses it."""
+    identities.require(store, actor, CONFIRM)
+    row = _row(store, number)
+    if row.planned_by == actor:
+        what = f"{actor} planned erasure {number} and cannot confirm it"
+        raise Refused(what, fix=NextStep("have another steward or an admin confirm it", "erase confirm"))
+    if row.state == "planned":
+        reason = _reason(row.id, row.reason)
+        for rollout in recall(store, Cause.labelled(row.cause), reason=reason, actor=actor).rollouts:
+            give_up(store, rollout, f"recalled: {reason}")
+        _check_unused(store, row)
+    return row
+
+
+def _check_unused(store: Store, row: ErasureRow) -> None:
+    if using := in_use(store, row.plan.get("candidates", ())):
         what = f"{using[0]} may use what erasure {row.id} deletes; it is recalled, and nothing is deleted yet"
         raise Refused(what, fix="wait for it or stop it, then confirm again")
-    found = find(store, cause, row.plan["weights"])
+
+
+def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStatement:
+    """What goes, as it is now; the same for the same store and time."""
+    _check_unused(store, row)  # by now nobody begins: the lock of the erasure keeps them out
+    if not stamp(-_LASTS) <= at <= stamp():
+        raise Refused("what was to be signed is too old", fix=NextStep("have it stated again", "erase confirm"))
+    found = find(store, Cause.labelled(row.cause), row.plan["weights"])
     known = {*row.plan["rows"], *row.plan["versions"]}
     if new := sorted({*found.rows, *found.of("version")} - known):
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"
         raise Refused(what, fix=NextStep("plan it again", "erase plan"))
-    statement = ErasureStatement(
+    return ErasureStatement(
         number=row.id,
         cause=row.cause,
         reason=row.reason,
         planned_by=row.planned_by,
         confirmed_by=actor,
-        at=stamp(),
+        at=at,
         plan=row.plan,
         rows=tuple(sorted(found.rows)),
-        replaced=tuple(found.replaced.values()),
-        deleted=tuple(found.deleted),
-        entries={table: tuple(keys) for table, keys in found.entries.items()},
-        versions=found.of("version") if row.plan["weights"] == "erase" else {},
-        recalled=tuple(one.digest for one in found.reached),
+        replaced=tuple(each for _, each in sorted(found.replaced.items())),
+        deleted=tuple(sorted(found.deleted)),
+        entries={table: tuple(sorted(keys)) for table, keys in sorted(found.entries.items())},
+        versions=dict(sorted(found.of("version").items())) if row.plan["weights"] == "erase" else {},
+        recalled=tuple(sorted(one.digest for one in found.reached)),
     )
-    with store.writing() as session:  # nobody holds a version meanwhile
-        refuse_held(session, statement.recalled)
-        store.blobs.put(statement.key, seal(erasures.statement_of(statement), key))
 
 
 def _reason(number: int, reason: str) -> str:
@@ -247,25 +281,41 @@ def resume(store: Store) -> list[str]:
 
     Returns what was done, a line each. Raises Refused for a statement that no trusted key signed.
     """
-    with contextlib.suppress(LockHeld), store.lock(LOCK, "erasing"):  # who holds it does the same
+    if next(_open(store), None) is None:
+        return []
+    with contextlib.suppress(LockHeld), store.lock(ERASURE, "erasing"), store.lock(ALONE, "erasing"):
         return _resume(store)
     return []
 
 
-def _resume(store: Store) -> list[str]:
+def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bool]]:
+    """The erasures that are not done here, whether the database knows each, and whether it is to be carried out.
+
+    now: also those that wait for a lock of the bucket to end.
+    """
     read = erasures.read_erasures(store.blobs, identities.trusted_keys(store))
     for key, reason in read.problems.items():
         raise Refused(f"an erasure does not count: {reason}", where=store.blobs.where(key), fix="ask who signed it")
-    here, done = _machine(store), []
+    here = _machine(store)
     for signed in read.signed:
-        statement = signed.statement
         with store.reading() as session:
-            row = session.get(ErasureRow, statement.number)
+            row = session.get(ErasureRow, signed.statement.number)
         known = row is not None and row.statement == signed.digest
-        back = any(store.blobs.exists(key_of(one.kind, one.old)) for one in statement.replaced if one.rows)
+        locked = min((until for _, until in row.plan.get("locked", ())), default="") if row is not None else ""
+        due = row is None or (row.state != "done" and (now or locked <= stamp()))
+        replaced = signed.statement.replaced
+        back = any(store.blobs.exists(key_of(one.kind, one.old)) for one in replaced if one.rows)
+        if back or not known or due or signed.digest not in here:
+            yield signed, known, back or not known or due
+
+
+def _resume(store: Store, *, now: bool = False) -> list[str]:
+    here, done = _machine(store), []
+    for signed, known, due in _open(store, now=now):
+        statement = signed.statement
         if not known:
             _know(store, signed)
-        if back or not known or (row is not None and row.state != "done"):
+        if due:
             done.append(f"erasure {statement.number}, which {statement.confirmed_by} confirmed, is carried out")
             _LOG.warning(done[-1])
             _carry_out(store, statement)
@@ -289,6 +339,8 @@ def _clean_machine(store: Store, statement: ErasureStatement) -> None:
     for folder in work_folders(store):
         shutil.rmtree(folder, ignore_errors=True)
     store.local("withdrawn.json").unlink(missing_ok=True)
+    for left in store.root.rglob(f"{SCRATCH}*"):
+        remove_leftovers(left.parent)  # of killed processes
     for one in statement.replaced:
         store.blobs.delete(key_of(one.kind, one.old))  # and the copy in the cache of a bucket
     if statement.versions:
@@ -308,16 +360,23 @@ def _carry_out(store: Store, statement: ErasureStatement) -> None:
     with store.writing() as session:
         for table, some in entries.items():
             _clean(session, TABLES[table], some)
-    for key in {*statement.deleted, *(key for key, _ in objects_with(store, wanted, tenant))}:
-        _delete_object(store, key)
+    gone = sorted({*statement.deleted, *(key for key, _ in objects_with(store, wanted, tenant))})
+    for key in gone:
+        _forget_object(store, key)
     for label in statement.versions:
         store.drop_version(VersionRef.parse(label))
     # Rows last: they say which texts are looked for.
     for one in sorted(statement.replaced, key=lambda one: bool(one.rows)):
         _replace(store, one)
+        gone.append(key_of(one.kind, one.old))
+    until = ((store.blobs.where(key), store.blobs.erase(key)) for key in gone)
+    locked = [[where, when] for where, when in until if when]
     database.scrub(store.engine, sorted(TABLES))
-    with store.change(statement.confirmed_by, "erase.done", statement.cause, {"erasure": statement.number}) as session:
-        session.execute(update(ErasureRow).where(ErasureRow.id == statement.number).values(state="done"))
+    state = "locked" if locked else "done"
+    detail: JsonObject = {"erasure": statement.number}
+    with store.change(statement.confirmed_by, f"erase.{state}", statement.cause, detail) as session:
+        row = session.get_one(ErasureRow, statement.number)
+        row.state, row.plan = state, {**row.plan, "locked": locked}
 
 
 def _replace(store: Store, one: Replaced) -> None:
@@ -360,10 +419,9 @@ def _without_texts(value: Any) -> Any:
     return value
 
 
-def _delete_object(store: Store, key: str) -> None:
+def _forget_object(store: Store, key: str) -> None:
     name = object_name(key)
     with store.writing() as session:
         if key.startswith("cases/"):
             forget_cases(session, [name])
         session.execute(delete(FileRow).where(FileRow.file == name))
-    store.blobs.delete(key)

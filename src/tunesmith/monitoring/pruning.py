@@ -28,11 +28,11 @@ from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.values import View
 from tunesmith.monitoring.erasure import Place, resume
 from tunesmith.monitoring.settings import KeepSettings
-from tunesmith.monitoring.traces import LOCK, in_use, work_folders
+from tunesmith.monitoring.traces import in_use, work_folders
 from tunesmith.store import audit
 from tunesmith.store.blobs import named_digest
 from tunesmith.store.copying import COPYING
-from tunesmith.store.locks import LockHeld
+from tunesmith.store.locks import ERASURE, LockHeld
 from tunesmith.store.people.identities import require
 from tunesmith.store.records import KINDS, Record, ancestors, decode
 from tunesmith.store.store import DATABASE, PREFIXES, Store, blob_key, record_key
@@ -152,8 +152,8 @@ def prune(store: Store, keep: KeepSettings, *, actor: str, dry_run: bool = False
     """
     require(store, actor, PRUNE)
     resume(store)
-    busy, now = in_use(store), time.time()
-    with store.lock(LOCK, _PURPOSE), store.lock(COPYING, _PURPOSE):
+    busy, now = in_use(store, ()), time.time()
+    with store.lock(ERASURE, _PURPOSE), store.lock(COPYING, _PURPOSE):
         survey = _Survey(store)
         sizes = {} if keep.work is None else {folder: _size(folder) for folder in work_folders(store)}
         folders = {folder: size for folder, (size, changed) in sizes.items() if changed < now - (keep.work or 0)}

@@ -24,8 +24,7 @@ from tunesmith.monitoring.recall import Cause, Reached, find_reached
 from tunesmith.records.dataset import DatasetBody, DocumentsBody
 from tunesmith.registry.erasures import Replaced
 from tunesmith.store import tables
-from tunesmith.store.blobs.local import LocalBlobs
-from tunesmith.store.locks import held_locks
+from tunesmith.store.locks import users_of
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store, blob_key, record_key
 from tunesmith.store.tables import FileRow, HeldRow, JobRow, ReviewItemRow, Table
@@ -35,7 +34,6 @@ Kind = Literal["blob", "record"]
 _ROWS = {f"{split}.jsonl" for split in SPLITS} | {REMOVED, SUBJECTS, PASSAGES}
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _SIGNED = ("version", "approval", "paper", "base")  # records that state no text, most under signatures
-LOCK = "erasure"
 Key = tuple[str | int, ...]  # of a row of the database
 # Tables that may repeat a text. Rows of the first are deleted, in those of the others the texts are cut.
 DELETED = (HeldRow, tables.DeliveryRow, ReviewItemRow)
@@ -152,8 +150,6 @@ def find(store: Store, cause: Cause, weights: Weights) -> Found:
     for key, size in objects_with(store, looked, tenant):
         found.deleted.append(key)
         found.add("kept requests" if key.startswith("cases/") else "uploaded files", size)
-    if not isinstance(store.blobs, LocalBlobs):
-        found.outside.add(f"older versions of the objects in {store.blobs.where('')}, if the bucket keeps them")
     for folder in work_folders(store):
         size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
         found.add("work folders of this machine: stages that did not end begin again", size)
@@ -226,13 +222,13 @@ def object_name(key: str) -> str:
     return key.rpartition("/")[2].partition(".")[0]
 
 
-def in_use(store: Store) -> list[str]:
-    """Who may use the rows at this moment: running jobs, and processes that hold a lock."""
+def in_use(store: Store, candidates: Collection[str]) -> list[str]:
+    """Who may use the rows at this moment: running jobs, processes that hold a lock, and servers that loaded what was
+    made from them. candidates: their digests."""
     with store.reading() as session:
         running = session.execute(select(JobRow.id, JobRow.kind).where(JobRow.state == "running").order_by(JobRow.id))
         jobs = [f"job {number} ({kind})" for number, kind in running]
-    # A worker holds the lock of its webhooks all the time; what they send is among the deliveries.
-    return jobs + [held for name, held in held_locks(store.engine) if name != LOCK and not name.startswith("webhooks ")]
+    return jobs + users_of(store.engine, candidates)
 
 
 def work_folders(store: Store) -> list[Path]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.values import Digest, Frozen
 from tunesmith.registry.signing.attestations import open_envelope, stated
 from tunesmith.registry.signing.signatures import check_in_time
@@ -104,19 +105,27 @@ def read_erasures(blobs: BlobStore, keys: Sequence[TrustedKey]) -> Erasures:
     """Every erasure of a store, verified. keys: all trusted ones, those of deactivated users too."""
     signed: list[Signed] = []
     problems: dict[str, str] = {}
-    for key in blobs.keys(ERASURES):
+    # A process that was killed leaves a scratch file.
+    for key in (key for key in blobs.keys(ERASURES) if not key.startswith(ERASURES + SCRATCH)):
         try:
-            raw = blobs.get(key)
-            statement, by = open_envelope(raw, keys, key)
-            erasure = ErasureStatement.model_validate(statement["predicate"])
-            if statement != statement_of(erasure) or erasure.key != key or erasure.confirmed_by != by.user:
-                raise Refused("not an erasure's statement under its number, by the one who signed it")
-            check_in_time(by, digest := digest_bytes(raw), key)
-            # A role that was taken away since does not count: the log says that it was there.
-            allowed = digest in by.signed or permits(by.roles, CONFIRM)
-            if erasure.planned_by == by.user or not allowed:
-                raise Refused(f"{by.user} may not confirm it")
-            signed.append(Signed(erasure, by.fingerprint, digest))
-        except (Refused, KeyError, TypeError, ValidationError) as error:
-            problems[key] = error.what if isinstance(error, Refused) else "not an erasure's statement"
-    return Erasures(tuple(sorted(signed, key=lambda each: each.statement.number)), problems)
+            signed.append(read_erasure(blobs.get(key), keys, key))
+        except Refused as error:
+            problems[key] = error.what
+    # A later one may have rewritten again what an earlier one left.
+    return Erasures(tuple(sorted(signed, key=lambda each: each.statement.at)), problems)
+
+
+def read_erasure(raw: bytes, keys: Sequence[TrustedKey], key: str) -> Signed:
+    """One erasure, verified. key: where it is kept. Raises Refused for one that does not count."""
+    statement, by = open_envelope(raw, keys, key)
+    try:
+        erasure = ErasureStatement.model_validate(statement["predicate"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise Refused("not an erasure's statement", where=key) from error
+    if statement != statement_of(erasure) or erasure.key != key or erasure.confirmed_by != by.user:
+        raise Refused("not an erasure's statement under its number, by the one who signed it", where=key)
+    check_in_time(by, digest := digest_bytes(raw), key)
+    # A role that was taken away since does not count: the log says that it was there.
+    if erasure.planned_by == by.user or not (digest in by.signed or permits(by.roles, CONFIRM)):
+        raise Refused(f"{by.user} may not confirm it", where=key)
+    return Signed(erasure, by.fingerprint, digest)

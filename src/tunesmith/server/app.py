@@ -40,7 +40,7 @@ from tunesmith.store.people.tokens import note_use
 from tunesmith.store.uploads import remove_leftovers
 
 _LAST_SECONDS = 5.0  # for failed requests that wait to be kept when the server stops
-_USED_SECONDS = 60.0  # between two notes of when tokens were used last
+_USED_SECONDS = 30.0  # between two notes of when tokens were used last, and of what is loaded
 _REST = 10.0  # times as long as a rollout's check took: one with very many requests is checked less often
 _FAILED_REST = 30.0  # seconds from a rollout's failed check to its next one, which may copy its weights again
 _CLEAN_SECONDS = 300.0  # between two looks for kept requests whose time is over
@@ -102,6 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(serving.recorder.stop, _LAST_SECONDS)
         with contextlib.suppress(TunesmithError, OSError):  # a database that is away must not keep the process
             await _note_use(serving)
+            await asyncio.to_thread(serving.versions.end)
 
 
 async def _control(serving: Serving) -> None:
@@ -143,6 +144,8 @@ async def _control(serving: Serving) -> None:
             noted_at = time.monotonic()
             with _go_on(serving, "noting when tokens were used"):
                 await _note_use(serving)
+            with _go_on(serving, "noting what is loaded"):
+                await asyncio.to_thread(serving.versions.renew)
         serving.checked_at = time.monotonic()
         await asyncio.sleep(serving.settings.check_seconds)
 

@@ -45,6 +45,8 @@ _ENTRIES = {
     "cases.withdraw": "withdrew a kept request",
     "champion.refused": "stopped serving a champion",
     "champion.restored": "served a champion again",
+    "erase.done": "erased what was planned",
+    "erase.locked": "erased what the bucket does not lock",
     "file.add": "uploaded a file",
     "file.delete": "deleted a file",
     "job.end": "ended a job",

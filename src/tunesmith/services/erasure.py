@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+from functools import partial
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Base64Bytes, Field
 
-from tunesmith.core.values import View
+from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.values import Digest, View
 from tunesmith.monitoring import erasure
 from tunesmith.monitoring.erasure import Plan
 from tunesmith.monitoring.traces import Weights
+from tunesmith.registry.erasures import statement_of
 from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import envelope_of, seal, signed_bytes
 from tunesmith.services.actions import Acting, Because, Number, Request, Short, action
 from tunesmith.services.monitoring import cause_of
 from tunesmith.store.store import Store
@@ -42,9 +47,33 @@ class ConfirmErasure(Request):
     erasure: Number
 
 
+class SignedErasure(ConfirmErasure):
+    """A signature over what was prepared. at: as there; key, signature: as for a decision on a version."""
+
+    at: str = Field(pattern=r"^[0-9T:.Z-]{20,30}$")
+    key: Digest
+    signature: Base64Bytes = Field(min_length=8, max_length=200)
+
+
+class PreparedErasure(View):
+    """What confirms an erasure. statement: the in-toto statement, for people. at, payload, keys: the time that it
+    states, the bytes to sign in base64, and fingerprints of the keys that may sign them."""
+
+    erasure: int
+    at: str
+    statement: JsonObject
+    payload: str
+    keys: tuple[str, ...]
+
+
+_confirms = partial(
+    action, permission="erase.confirm", tokens=("operate",), whole=True, form=True, reads_files=True
+)  # fmt: skip
+
+
 @action(
     "erase.plan", says="planned an erasure", permission="erase.plan", tokens=("operate",), at="/erasures", whole=True,
-    reads_files=True,
+    form=True, reads_files=True,
 )  # fmt: skip
 def plan(acting: Acting, asked: PlanErasure) -> Plan:
     """List everything that holds the texts of rows, and write it down for a second person. Deletes nothing."""
@@ -58,9 +87,31 @@ def plan(acting: Acting, asked: PlanErasure) -> Plan:
 @action("erase.confirm", says="confirmed an erasure", permission="erase.confirm", whole=True)
 def confirm(acting: Acting, asked: ConfirmErasure) -> Plan:
     """Erase what a plan of another person names, with the signature of who confirms it."""
-    user = keys.ensure_key(acting.store, acting.actor)
-    key = keys.load_signing_key(acting.store, user)
-    return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, key=key)
+    key = keys.load_signing_key(acting.store, keys.ensure_key(acting.store, acting.actor))
+    return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=lambda stated: seal(stated, key))
+
+
+@_confirms("erase.prepare", at="/erasures/{erasure}/prepare")
+def prepare(acting: Acting, asked: ConfirmErasure) -> PreparedErasure:
+    """Recall what a plan of another person names, and state what its second person signs. Deletes nothing."""
+    statement = statement_of(erasure.prepare(acting.store, asked.erasure, actor=acting.actor))
+    return PreparedErasure(
+        erasure=asked.erasure,
+        at=statement["predicate"]["at"],
+        statement=statement,
+        payload=base64.b64encode(signed_bytes(statement)).decode(),
+        keys=tuple(key.fingerprint for key in acting.user.active_keys),
+    )
+
+
+@_confirms("erase.submit", at="/erasures/{erasure}/confirm")
+def submit(acting: Acting, asked: SignedErasure) -> Plan:
+    """Erase what a plan of another person names. The caller signed the statement of exactly this."""
+
+    def sign(statement: JsonObject) -> bytes:
+        return envelope_of(statement, asked.key, asked.signature)
+
+    return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=sign, at=asked.at)
 
 
 def list_erasures(store: Store) -> ErasurePlans:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,11 @@ from tunesmith.store import database
 from tunesmith.store.tables import LockRow
 
 LEASE_SECONDS = 60.0
+ERASURE = "erasure"  # of whoever deletes records
+ALONE = "alone"  # the lock of an erasure beside it, during which nobody takes another one
+# Except these: what a worker sends by webhooks, and a server's notes of what it loaded.
+LOADED = "loaded "
+_BESIDE = ("webhooks ", LOADED)
 # Owners of this process that have ended but could not say so, since the database was away or its disk full.
 _ENDED: set[str] = set()
 
@@ -39,19 +44,16 @@ def lock(engine: Engine, name: str, purpose: str) -> Iterator[None]:
     purpose: what the holder does, for the message.
     """
     owner = uuid.uuid4().hex
-    _take(engine, name, purpose, owner)
+    take(engine, name, purpose, owner)
     ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(engine, name, owner, ended), daemon=True)
+    renewing = threading.Thread(target=_renew, args=(engine, owner, ended), daemon=True)
     renewing.start()
     try:
         yield
     finally:
         ended.set()
         renewing.join()
-        _ENDED.add(owner)
-        with database.writing(engine) as session:
-            session.execute(delete(LockRow).where(LockRow.name == name, LockRow.owner == owner))
-        _ENDED.discard(owner)
+        drop(engine, owner)
 
 
 def abandoned(engine: Engine, prefix: str) -> list[str]:
@@ -61,17 +63,39 @@ def abandoned(engine: Engine, prefix: str) -> list[str]:
         return [row.name for row in held if not _alive(row)]
 
 
-def held_locks(engine: Engine) -> list[tuple[str, str]]:
-    """The name of each lock that is held now, and who holds it for what."""
+def users_of(engine: Engine, candidates: Collection[str]) -> list[str]:
+    """Who holds a lock now, and for what, but for an erasure's own. Of servers those that loaded one of these
+    candidates (digests)."""
+    names = tuple(f"{LOADED}{candidate} " for candidate in candidates)
     with database.reading(engine) as session:
-        rows = session.scalars(select(LockRow).order_by(LockRow.name))
-        return [(row.name, f"process {row.pid} on {row.host} ({row.purpose})") for row in rows if _alive(row)]
+        rows = session.scalars(select(LockRow).where(LockRow.name.not_in((ERASURE, ALONE))).order_by(LockRow.name))
+        held = (row for row in rows if _alive(row) and (row.name.startswith(names) or not row.name.startswith(_BESIDE)))
+        return [f"process {row.pid} on {row.host} ({row.purpose})" for row in held]
 
 
-def _take(engine: Engine, name: str, purpose: str, owner: str) -> None:
+def drop(engine: Engine, owner: str) -> None:
+    """Let go of all that an owner holds."""
+    _ENDED.add(owner)
     with database.writing(engine) as session:
-        held = session.get(LockRow, name)
-        if held is not None and _alive(held):
+        session.execute(delete(LockRow).where(LockRow.owner == owner))
+    _ENDED.discard(owner)
+
+
+def renew(engine: Engine, owner: str) -> None:
+    """Hold for longer what an owner holds."""
+    with database.writing(engine) as session:
+        mine = update(LockRow).where(LockRow.owner == owner)
+        session.execute(mine.values(until=time.time() + LEASE_SECONDS))
+
+
+def take(engine: Engine, name: str, purpose: str, owner: str) -> None:
+    """Hold a lock until `drop`, or for LEASE_SECONDS after `renew` where this process is seen from other machines.
+    Raises LockHeld as `lock` does."""
+    with database.writing(engine) as session:
+        against = (name,) if name.startswith(_BESIDE) else (name, ALONE)
+        rows = (row for each in against if (row := session.get(LockRow, each)) and row.owner != owner)
+        held = next(filter(_alive, rows), None)
+        if held is not None:
             raise LockHeld(
                 f"another process is at work here ({held.purpose})",
                 where=f"process {held.pid} on {held.host}",
@@ -113,9 +137,8 @@ def _started(process: int) -> float:
     return float(int.from_bytes(hashlib.sha256(boot).digest()[:2]) << 36 | since_boot)
 
 
-def _renew(engine: Engine, name: str, owner: str, ended: threading.Event) -> None:
+def _renew(engine: Engine, owner: str, ended: threading.Event) -> None:
     while not ended.wait(LEASE_SECONDS / 3):
         # If the database cannot be reached for a moment, the next turn renews the lease.
-        with contextlib.suppress(TunesmithError), database.writing(engine) as session:
-            mine = update(LockRow).where(LockRow.name == name, LockRow.owner == owner)
-            session.execute(mine.values(until=time.time() + LEASE_SECONDS))
+        with contextlib.suppress(TunesmithError):
+            renew(engine, owner)

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from uuid import uuid4
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, load_candidate
-from tunesmith.core.digests import digest_bytes
+from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.text.names import Scope, check_name
 from tunesmith.engines.protocol import Engine
@@ -36,7 +37,7 @@ from tunesmith.server.errors import (
     unavailable,
 )
 from tunesmith.services.jobs import NotYet, version_behind
-from tunesmith.store import database
+from tunesmith.store import database, locks
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.tokens import Caller, authenticate
 from tunesmith.store.store import Store
@@ -318,6 +319,7 @@ class ReadyVersions:
         self._ready: dict[str, Answerer] = {}
         self._retries = Retries()
         self._opening = threading.Lock()
+        self._owner = uuid4().hex  # of the notes of what is loaded, which an erasure looks at
         self.without_weights = lru_cache(_UNREGISTERED)(self._without_weights)  # with their indexes of texts
 
     def answerer(self, version: Version) -> Answerer:
@@ -342,7 +344,21 @@ class ReadyVersions:
 
     def _without_weights(self, candidate: str) -> Answerer:
         """A candidate that has no weights of its own, registered or not, by its record's digest."""
+        self._note(candidate, f"candidate {short(candidate)}")
         return self._answerer(load_candidate(self._store, candidate))
+
+    def _note(self, candidate: str, label: str) -> None:
+        """Say in the database that this process holds the texts and weights of a candidate, until it ends."""
+        what = f"a server that loaded {label} and has to be restarted"
+        locks.take(self._store.engine, f"{locks.LOADED}{candidate} {self._owner}", what, self._owner)
+
+    def renew(self) -> None:
+        """Say that what is loaded still is. Others believe it for locks.LEASE_SECONDS."""
+        locks.renew(self._store.engine, self._owner)
+
+    def end(self) -> None:
+        """Say that this process ends."""
+        locks.drop(self._store.engine, self._owner)
 
     def _answerer(self, candidate: Candidate) -> Answerer:
         return Answerer(self._store, self._engines.get(candidate.base) or next(iter(self._engines.values())), candidate)
@@ -353,6 +369,7 @@ class ReadyVersions:
         return self._engines.keys()
 
     def _open(self, version: Version) -> Answerer:
+        self._note(version.candidate, version.label)
         with verified_copy(self._store, version) as loaded:
             answerer = self._answerer(loaded.candidate)
             if loaded.adapter is not None and answerer.candidate.training is not None:

@@ -54,5 +54,8 @@ class BlobStore(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object. One that is not there is no error."""
 
+    def erase(self, key: str) -> str:
+        """Remove an object with its older versions. Returns until when one is locked, "" where none is."""
+
     def where(self, key: str) -> str:
         """Where an object is, for messages."""

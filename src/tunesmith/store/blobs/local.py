@@ -74,6 +74,11 @@ class LocalBlobs:
         """Remove a file. Its folder stays, since another process may be about to write there."""
         self.path(key).unlink(missing_ok=True)
 
+    def erase(self, key: str) -> str:
+        """Remove a file. Nothing can lock it."""
+        self.delete(key)
+        return ""
+
     def where(self, key: str) -> str:
         """The file's path."""
         return str(self.path(key))

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from tunesmith.core.clock import iso
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
 from tunesmith.store.blobs import named_digest
 from tunesmith.store.blobs.cache import FileCache
@@ -44,7 +46,10 @@ _PART = 8 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _PIECE = 1 << 20
 _RETRY = timedelta(seconds=30)
-_NEEDS = "it needs s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+_NEEDS = (
+    "it needs s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject; "
+    "to erase also s3:ListBucketVersions, s3:DeleteObjectVersion and s3:GetObjectRetention"
+)
 
 
 class S3Blobs:
@@ -145,6 +150,35 @@ class S3Blobs:
             self._store.delete(key)
         self._cache.drop(f"current/{key}" if named_digest(key) is None else key)
 
+    def erase(self, key: str) -> str:
+        """Remove an object with all versions that the bucket keeps. Returns until when one is locked."""
+        self.delete(key)
+        name, locked = "/".join(filter(None, (self._prefix, key))), ""
+        page = self._call("list_object_versions", Prefix=name)
+        listed = [one for kind in ("Versions", "DeleteMarkers") for one in page.get(kind) or () if one["Key"] == name]
+        for one in listed:  # its delete markers last: one stays before a version that is locked
+            if locked:
+                break
+            named = {"Key": one["Key"], "VersionId": one["VersionId"]}
+            try:
+                self._call("delete_object", **named)
+            except TunesmithError as error:
+                if not isinstance(error.__cause__, PermissionError):
+                    raise
+                until = self._call("head_object", **named).get("ObjectLockRetainUntilDate")
+                locked = iso(until) if until else "its legal hold ends"
+        return locked
+
+    def _call(self, method: str, **arguments: Any) -> JsonObject:
+        """What obstore cannot do: it knows no versions."""
+        try:
+            import s3fs
+
+            answer: JsonObject = s3fs.S3FileSystem().call_s3(method, Bucket=self._bucket, **arguments)
+        except Exception as error:
+            raise self._failed(arguments.get("Key", ""), error) from error
+        return answer
+
     def where(self, key: str) -> str:
         """The object's URL."""
         return f"{self._url}/{key}".rstrip("/")
@@ -208,7 +242,8 @@ class S3Blobs:
     def _failed(self, key: str, error: Exception) -> TunesmithError:
         text = str(error)
         code = match[1] if (match := _CODE.search(text)) else ""
-        denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or " 403 " in text or " 401 " in text
+        denied = isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
+        denied |= " 403 " in text or " 401 " in text
         if code == "NoSuchBucket":
             what, fix = f"there is no bucket {self._bucket}", f"create it, or change TUNESMITH_BLOBS_URL: {_URL_HELP}"
         elif "169.254.169.254" in text:
