@@ -126,9 +126,9 @@ def plan(
         "places": [{"place": name, "count": n, "bytes": size} for name, (n, size) in sorted(found.places.items())],
         "others": sorted(found.others),
         "shared": len(found.shared),
-        "trainings": sorted(found.of("training")),
-        "versions": sorted(found.of("version")),
-        "candidates": sorted({one.digest for one in found.reached if one.kind == "candidate"}),
+        "trainings": [short(each) for each in found.of("training")],
+        "versions": sorted(found.versions),
+        "candidates": found.of("candidate"),
         "outside": sorted(found.outside),
         "kept_until": kept_until or "unknown",
     }
@@ -226,7 +226,7 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
         raise Refused("what was to be signed is too old", fix=NextStep("have it stated again", "erase confirm"))
     found = find(store, Cause.labelled(row.cause), row.plan["weights"])
     known = {*row.plan["rows"], *row.plan["versions"]}
-    if new := sorted({*found.rows, *found.of("version")} - known):
+    if new := sorted({*found.rows, *found.versions} - known):
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"
         raise Refused(what, fix=NextStep("plan it again", "erase plan"))
     return ErasureStatement(
@@ -241,7 +241,7 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
         replaced=tuple(each for _, each in sorted(found.replaced.items())),
         deleted=tuple(sorted(found.deleted)),
         entries={table: tuple(sorted(keys)) for table, keys in sorted(found.entries.items())},
-        versions=dict(sorted(found.of("version").items())) if row.plan["weights"] == "erase" else {},
+        versions=found.versions if row.plan["weights"] == "erase" else {},
         recalled=tuple(sorted(one.digest for one in found.reached)),
     )
 

@@ -16,6 +16,7 @@ was recalled before it became champion leaves nothing pending.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -53,7 +54,18 @@ from tunesmith.store.database import covering
 from tunesmith.store.people.identities import require
 from tunesmith.store.records import causes
 from tunesmith.store.store import Store
-from tunesmith.store.tables import CHAMPION, LIVE, AliasRow, AuditRow, RecallRow, RequestRow, RolloutRow, VersionRow
+from tunesmith.store.tables import (
+    CHAMPION,
+    LIVE,
+    AliasRow,
+    AuditRow,
+    EdgeRow,
+    RecallRow,
+    RecordRow,
+    RequestRow,
+    RolloutRow,
+    VersionRow,
+)
 
 CauseKind = Literal["row", "source", "licence", "subject", "tenant", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
@@ -164,17 +176,15 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
         return recalled
 
 
-def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> tuple[Recall, list[int]]:
-    """(every record made from a cause as the graph is now, the review items on its rows). Changes nothing.
-
-    done: whether the caller marks the records.
-    """
+def reach(
+    store: Store, session: Session, cause: Cause
+) -> tuple[list[Reached], frozenset[str], tuple[str, ...], list[str]]:
+    """(every record made from a cause, most without its name; the ids of its rows; licences that contain it; names near
+    it). Raises UsageError where there is none."""
     reached, rows, licences, near = _roots(store, session, cause)
     if not reached:  # its rows may be erased
         marked = recalled_values(session, cause.kind).get(same_name(cause.kind, cause.value), ())
-        reached = [
-            _reached(store, store.record(digest).kind, digest) for digest in sorted(marked) if store.has_record(digest)
-        ]
+        reached = [Reached(kind=store.record(digest).kind, digest=digest) for digest in sorted(marked)]
     others = _other_licences(session, cause.value, licences)
     if not reached:
         only = f", only of {', '.join(others or near)}" if others or near else ""
@@ -182,15 +192,29 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
             f"no dataset version in this store holds a row of {cause.label}{only}",
             fix=NextStep("see a dataset version's sources and licences", "data show"),
         )
-    digests = {root.digest for root in reached}
+    digests, children = {root.digest for root in reached}, defaultdict[str, list[Reached]](list)
+    edges = select(EdgeRow.parent, RecordRow.kind, EdgeRow.child).join(RecordRow, RecordRow.digest == EdgeRow.child)
+    for parent, kind, child in session.execute(edges.order_by(EdgeRow.role, EdgeRow.child)):
+        children[parent].append(Reached(kind=kind, digest=child))
+    for one in reached:  # which grows meanwhile
+        wanted = _BY_WEIGHTS.get(one.kind) if cause.kind in ("version", "base") else None
+        for each in children[one.digest]:
+            if each.digest not in digests and (wanted is None or each.kind in wanted):
+                digests.add(each.digest)
+                reached.append(each)
+    return reached, rows, others, near
+
+
+def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> tuple[Recall, list[int]]:
+    """(every record made from a cause as the graph is now, the review items on its rows). Changes nothing.
+
+    done: whether the caller marks the records.
+    """
+    made, rows, others, near = reach(store, session, cause)
+    reached = [_labelled(store, one) for one in made]
+    digests = {one.digest for one in reached}
     # A row has the same id before and after its licence is corrected, so the version counts from which it was queued.
     items = items_of_rows(session, rows, digests if cause.kind in ("source", "licence") else None)
-    for parent in reached:  # which grows meanwhile
-        wanted = _BY_WEIGHTS.get(parent.kind) if cause.kind in ("version", "base") else None
-        for _, kind, child in store.children(parent.digest):
-            if child not in digests and (wanted is None or kind in wanted):
-                digests.add(child)
-                reached.append(_reached(store, kind, child))
     pointing = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
     aliases = tuple(RecalledAlias.of(row) for row in pointing if row.version in digests)
     live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(LIVE)))
@@ -241,7 +265,8 @@ def _roots(
         record = store.record(cause.value, kind="version")
         training = store.record(record.parents["candidate"]).parents.get("training")
         named = {"version": cause.value, "training": training}
-        return [_reached(store, kind, each) for kind, each in named.items() if each is not None], frozenset(), (), []
+        roots = [Reached(kind=kind, digest=each) for kind, each in named.items() if each is not None]
+        return roots, frozenset(), (), []
     if cause.kind == "base":
         base = BaseBody.read(store, cause.value)
         return [Reached(kind="base", digest=cause.value, label=base.spec)], frozenset(), (), []
@@ -265,12 +290,12 @@ def _roots(
     return roots, ids, licences, traced.near(cause.kind, cause.value, recalled_values(session, cause.kind))
 
 
-def _reached(store: Store, kind: str, digest: str) -> Reached:
-    label = short(digest)
+def _labelled(store: Store, one: Reached) -> Reached:
+    label = one.label or short(one.digest)
     with contextlib.suppress(Refused):  # what was lost or damaged is recalled all the same
-        record = store.record(digest)
-        label = VersionBody.of(record).line if kind == "version" else str(record.body.get("name", "")) or label
-    return Reached(kind=kind, digest=digest, label=label)
+        record = store.record(one.digest)
+        label = VersionBody.of(record).line if one.kind == "version" else str(record.body.get("name", "")) or label
+    return one.model_copy(update={"label": label})
 
 
 # What still uses the recalled records, and which versions replaced the recalled ones

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,13 +20,13 @@ from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.documents import PASSAGES
 from tunesmith.data.governance import erased as texts
 from tunesmith.data.governance.erased import Erased, Rewritten, Sentences
-from tunesmith.data.governance.withdrawn import ROW_CAUSES, TracedRows, reaches
-from tunesmith.monitoring.recall import Cause, Reached, find_reached
+from tunesmith.data.governance.withdrawn import ROW_CAUSES, reaches
+from tunesmith.monitoring.recall import Cause, Reached, reach
 from tunesmith.records.dataset import DatasetBody, DocumentsBody
+from tunesmith.records.version import VersionBody
 from tunesmith.registry.erasures import Replaced
 from tunesmith.store import tables
 from tunesmith.store.locks import users_of
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store, blob_key, record_key
 from tunesmith.store.tables import FileRow, HeldRow, JobRow, ReviewItemRow, Table
 
@@ -43,7 +44,7 @@ TABLES: dict[str, type[Table]] = {each.__tablename__: each for each in (*DELETED
 
 @dataclass
 class Found:
-    """What an erasure reaches now. places: -> how many, how many bytes."""
+    """What an erasure reaches now. places: -> how many, how many bytes. versions: label -> digest."""
 
     rows: set[str]
     shared: set[str]
@@ -52,12 +53,13 @@ class Found:
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     entries: dict[str, list[Key]] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
-    reached: tuple[Reached, ...] = ()
+    reached: Sequence[Reached] = ()
+    versions: dict[str, str] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
 
-    def of(self, kind: str) -> dict[str, str]:
-        """Label -> digest of the records of a kind that are reached."""
-        return {one.label: one.digest for one in self.reached if one.kind == kind}
+    def of(self, kind: str) -> list[str]:
+        """The digests of the records of a kind that are reached."""
+        return sorted(one.digest for one in self.reached if one.kind == kind)
 
     def add(self, place: str, size: int, count: int = 1) -> None:
         """Count a place."""
@@ -127,21 +129,21 @@ def find(store: Store, cause: Cause, weights: Weights) -> Found:
         what = f"a recall of a {cause.kind} names no rows that could be erased"
         raise UsageError(what, fix=f"name one of {', '.join(ROW_CAUSES)}")
     with store.reading() as session:
-        reached = find_reached(store, session, cause, "", done=False)[0].reached
-    ids = TracedRows(store, store.records_of("dataset"), [cause.kind]).trace(cause.kind, cause.value).ids
+        reached, ids, *_ = reach(store, session, cause)
     rows = Rows(store)
     rows.take(ids.__contains__, lambda line: _states(cause, line))
     if not rows.taken:
         raise UsageError(f"no dataset version in this store holds a row of {cause.label} any more")
     shared, others = rows.staying()
     found = Found(rows.taken, shared, others, reached=reached)
+    found.versions = {VersionBody.read(store, each).line: each for each in found.of("version")}
     wanted = rows.sentences - shared
     erased = Erased(rows.taken, wanted, rows.turns)
     for name, blob, own in rows.replaced():
         data = store.read_blob(blob)
         found.replace("blob", name, blob, data, Rewritten(texts.left_out(data, own), own, ()))
     for one in reached:
-        _look_into(store, one, store.record(one.digest), erased, found, weights)
+        _look_into(store, one, erased, found, weights)
     looked = Sentences(wanted)
     tenant = cause.value if cause.kind == "tenant" else ""
     for table, keys in entries_with(store, looked, rows.taken, tenant).items():
@@ -163,15 +165,20 @@ def _states(cause: Cause, line: JsonObject) -> bool:
     return cause.kind == "source" and reaches("source", cause.value, line["source"])
 
 
-def _look_into(store: Store, one: Reached, record: Record, erased: Erased, found: Found, weights: Weights) -> None:
-    """What of a reached record has to be rewritten or deleted."""
+def _look_into(store: Store, one: Reached, erased: Erased, found: Found, weights: Weights) -> None:
+    """What of a reached record has to be rewritten or deleted. Most hold nothing and are not read as records."""
     if one.kind == "dataset":
-        found.outside.update(f"source {source.path}" for source in DatasetBody.of(record).sources)
+        sources = DatasetBody.read(store, one.digest).sources
+        found.outside.update(f"source {source.path}" for source in sources)
     if one.kind == "documents":
-        found.outside.update(f"document {file.path}" for file in DocumentsBody.of(record).files)
+        found.outside.update(f"document {file.path}" for file in DocumentsBody.read(store, one.digest).files)
     if one.kind == "export":
         found.outside.add(f"an export, record {short(one.digest)}")
-    for name, blob in record.blobs.items():
+    now = current_digest(store, "record", one.digest)
+    stated = store.blobs.get(key_of("record", now)) if store.blobs.exists(key_of("record", now)) else b""
+    if digest_bytes(stated) != now:
+        store.record(one.digest)  # which says what is wrong
+    for name, blob in json.loads(stated)["blobs"].items():
         blob = current_digest(store, "blob", blob)
         if name in _WEIGHTS and weights == "erase":
             found.replace("blob", name, blob, None, Rewritten(b"", (), ()))
@@ -181,8 +188,7 @@ def _look_into(store: Store, one: Reached, record: Record, erased: Erased, found
         elif name.endswith(".jsonl") and name not in _ROWS:
             found.replace("blob", name, blob, data := store.read_blob(blob), erased.cut(data, lines=True))
     if one.kind not in _SIGNED:
-        now = current_digest(store, "record", one.digest)
-        found.replace("record", one.kind, now, record.encoded, erased.cut(record.encoded, lines=False))
+        found.replace("record", one.kind, now, stated, erased.cut(stated, lines=False))
 
 
 def entries_with(store: Store, wanted: Sentences, ids: Collection[str], tenant: str) -> dict[str, list[Key]]:
