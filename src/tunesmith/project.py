@@ -15,11 +15,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import NextStep, UsageError
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
-from tunesmith.core.values import Settings
+from tunesmith.core.values import Schema, Settings
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.engines.settings import AnyEngineSettings, EngineSettings, VllmSettings

@@ -13,7 +13,7 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Conversation
-from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.values import Schema
 from tunesmith.engines.protocol import Engine, Generation, Responder
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store

@@ -25,8 +25,8 @@ from tunesmith.cli.terminal import (
     worded,
 )
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.text.wording import duration
+from tunesmith.core.values import Schema
 
 if TYPE_CHECKING:
     from tunesmith.services.home import Checks

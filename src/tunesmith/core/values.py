@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
@@ -14,6 +14,9 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.text.names import Scope
 
 Value = TypeVar("Value")
+
+# A JSON Schema.
+Schema: TypeAlias = Mapping[str, Any]
 
 # A complete digest.
 Digest = Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]

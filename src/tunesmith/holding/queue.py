@@ -20,7 +20,6 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Forbidden, NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
-from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import JsonObject, NotJson, as_decoded, parse_json
 from tunesmith.core.text.names import CONTROLLER, Scope
 from tunesmith.holding.settings import HoldSettings
@@ -302,6 +301,8 @@ def _check_fits(row: HeldRow, answer: str) -> None:
         raise UsageError("the edited answer holds half a character", where="answer") from None
     if not answer.strip():
         raise UsageError("the edited answer is empty", where="answer", fix="refuse it instead")
+    from tunesmith.core.reading.answer_schema import satisfies
+
     fix = NextStep("edit the answer that waits, so that it fits", "held show", identifier=row.id)
     for text in row.texts["schemas"]:
         try:

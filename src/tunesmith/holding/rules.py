@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.answer_schema import Schema, satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.text.folding import fold
+from tunesmith.core.values import Schema
 from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.policy.rules import hold
 from tunesmith.evaluation.policy.settings import Policy
@@ -67,6 +67,8 @@ def _misshapen(field: str, schema: Schema | None, text: str) -> str | None:
 
     Callers may ask for another shape, by a schema of theirs or in words.
     """
+    from tunesmith.core.reading.answer_schema import satisfies
+
     value = parse_json(text)
     try:
         if schema is not None and not satisfies(value, schema):

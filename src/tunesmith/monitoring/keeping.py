@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tunesmith.core.clock import iso
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.values import Schema
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import ENTITIES, Privacy
 from tunesmith.monitoring.cases import count_cases

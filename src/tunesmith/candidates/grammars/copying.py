@@ -35,8 +35,8 @@ from tunesmith.candidates.grammars.words import END, SPACE, has_run, is_copied, 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Conversation
 from tunesmith.core.reading.answer_grammar import matches
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import NotJson, parse_json, values_in
+from tunesmith.core.values import Schema
 from tunesmith.engines.protocol import Generation, restricted
 
 AnsweredRows = Sequence[tuple[str, Conversation]]  # answers, each with its request

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from tunesmith.candidates.grammars.copying import text_fields
 from tunesmith.candidates.grammars.inferred_schema import AnswerFindings
 from tunesmith.candidates.grammars.schema_rules import types_of
-from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.values import Schema
 
 _WITH_KEYS = ("array", "object")  # named last: the lines of their keys follow
 

@@ -25,8 +25,8 @@ from tunesmith.candidates.grammars.copying import (
 )
 from tunesmith.candidates.grammars.words import is_copied, pieces
 from tunesmith.core.messages import Conversation, Turns
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import Fields, JsonObject, as_decoded, json_in, parse_json, values_in
+from tunesmith.core.values import Schema
 from tunesmith.data.duplicates import learned_parts
 from tunesmith.data.formats.key_order import in_request_order
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from tunesmith.candidates.grammars.schema_rules import resolved, types_of
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import Fields, JsonObject
+from tunesmith.core.values import Schema
 from tunesmith.engines.protocol import restricted
 from tunesmith.models.call_format import CallFormat
 

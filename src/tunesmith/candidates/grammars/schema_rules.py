@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import JsonObject, values_in
+from tunesmith.core.values import Schema
 from tunesmith.engines.protocol import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
 
 FIX: Final = "simplify the schema there, or leave the field out of copy"

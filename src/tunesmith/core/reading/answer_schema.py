@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import attrs
 import jsonschema
@@ -24,6 +24,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.patterns import check_pattern, search, work
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.reading.text_files import read_text_file
+from tunesmith.core.values import Schema
 
 # A keyword applied to a value is a step, with more for long lists and for searches. So many take one or two seconds.
 _STEPS: Final = 50_000
@@ -38,7 +39,6 @@ _HOLDS_DATA: Final = frozenset({"const", "enum", "default", "examples"})
 _REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
 _NUMBERS: Final = (int, float)
 
-Schema: TypeAlias = Mapping[str, Any]  # a JSON Schema
 Errors = Iterator[jsonschema.ValidationError]
 Keyword = Callable[[Any, Any, Any, Any], Errors | None]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.text.names import Scope
 from tunesmith.data.building.examine import RowRules, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
@@ -71,6 +70,8 @@ def build_dataset(
 
     Raises UsageError for malformed input, Refused where a policy forbids a row.
     """
+    from tunesmith.core.reading.answer_schema import check_answer_schema
+
     settings, answer_schema = rules.settings, rules.answer_schema
     check_originals(settings.privacy, root)
     if answer_schema is not None:

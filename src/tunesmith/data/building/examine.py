@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Conversation, CountTokens, Turns, tools_of, with_tools
-from tunesmith.core.reading.answer_schema import Schema, satisfies
 from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, json_in, parse_json
+from tunesmith.core.values import Schema
 from tunesmith.data.building.staging import (
     EDITED,
     HAS_CONTROL,
@@ -143,6 +143,8 @@ class Examiner:
 
     def answer_objection(self, text: str) -> str | None:
         """Why an answer cannot be learned or scored: not JSON under the schema, or no scorer's reference."""
+        from tunesmith.core.reading.answer_schema import satisfies
+
         schema = self.rules.answer_schema
         try:
             if schema is not None and not satisfies(parse_json(text), schema):

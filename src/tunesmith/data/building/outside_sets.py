@@ -11,8 +11,8 @@ from typing import NamedTuple
 from tunesmith.core.digests import canonical_lines
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Conversation, Message, Turns
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.values import Schema
 from tunesmith.data.building.examine import renamed
 from tunesmith.data.duplicates import near_text, request_text
 from tunesmith.data.formats import row_formats

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.core.messages import Conversation, Message, ToolCall, Turns
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import json_in, parse_json, unique_keys, values_in
 from tunesmith.core.text.folding import plain
+from tunesmith.core.values import Schema
 from tunesmith.data.privacy.entities import Finder, FoundEntity
 from tunesmith.data.privacy.names import NAME_ENTITIES
 from tunesmith.data.privacy.pseudonyms import Pseudonyms

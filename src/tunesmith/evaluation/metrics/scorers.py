@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json, values_in
 
 Schema = Mapping[str, Any] | None
@@ -23,6 +22,8 @@ _TEXT_EXTRA = "pip install 'tunesmith[text]'"
 
 def json_valid(answer: str, _reference: str, schema: Schema) -> float:
     """1 where the answer is one JSON value, valid under the schema if there is one."""
+    from tunesmith.core.reading.answer_schema import satisfies  # not every command reads it: it loads jsonschema
+
     try:
         value = parse_json(answer)
     except NotJson:

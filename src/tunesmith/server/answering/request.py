@@ -13,9 +13,8 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, call_grammar, check_schema
 from tunesmith.core.messages import Message, ToolCall, with_tools
-from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
-from tunesmith.core.values import Frozen
+from tunesmith.core.values import Frozen, Schema
 from tunesmith.models.call_format import CallFormat
 from tunesmith.server import limits
 from tunesmith.server.errors import INVALID_SCHEMA
