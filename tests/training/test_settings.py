@@ -113,6 +113,8 @@ def test_b_gets_four_times_the_default_rate_of_small_bases_where_it_was_measured
     left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
     assert fit_to_rows(subset_settings(left_open, 50, 2000), 50, 576).b_rate == 4.0
     assert fit_to_rows(subset_settings(stated, 50, 2000), 50, 576).b_rate == 1.0
+    rates = [fit_to_rows(each, 50, None).learning_rate for each in (TrainSettings(), stated, TrainSettings(dora=True))]
+    assert rates == [5e-4, 1e-3, 1e-3], "other families, where nothing is stated and the adapter was measured"
 
 
 def test_few_rows_are_read_more_often_where_the_epochs_are_left_open() -> None:

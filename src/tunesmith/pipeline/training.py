@@ -349,7 +349,8 @@ def _of_control(dataset: Dataset, settings: TrainSettings) -> dict[str, str]:
 def fitted(context: PipelineContext, candidate: Candidate, settings: TrainSettings) -> TrainSettings:
     """The settings as the training will have them: what they leave open depends on the rows and on the base."""
     rows = row_count(context.dataset.splits["train"], settings)
-    scorer, width = _leading(context), model_width(context.on(candidate.base).base)
+    scorer, base = _leading(context), context.on(candidate.base).base
+    width = model_width(base) if base.family == "llama" else None
     sentences = isinstance(scorer, JudgeScorer) or metric_of(scorer) in OF_SENTENCES
     return fit_to_rows(settings, rows, width, sentences=sentences)
 

@@ -72,7 +72,8 @@ class TrainSettings(WeightSettings):
             gt=0,
             lt=1,
             default_factory=lambda given: _RATES.get(given.get("method", ""), 1e-3),
-            description="peak learning rate, reached after the warm-up. Default: 0.001; 0.0001 with method: full",
+            description="peak learning rate, reached after the warm-up. Default: 0.001, or 0.0005 for bases that are "
+            "wider than 1,024 or not of Llama's family; 0.0001 with method: full",
         ),
     ]
     rows: int | None = Field(
@@ -187,7 +188,10 @@ class TrainSettings(WeightSettings):
 # Measured on a base of width 576 (`python benchmarks/study.py --table`): with four times the rate for B, which starts
 # at zero (LoRA+), 1,000 rows of slots give 7 points more.
 _B_RATE = 4.0
-_WIDEST = 1024  # wider bases want lower rates, and were not measured
+# Wider bases and other families want lower rates: Tinker's documentation ("Supervised learning: hyperparameters", 2025)
+# has 0.0005 for Llama's family at a width of 2000, and for Qwen at nearly any. Qwen2.5-Coder-0.5B diverges at 0.001
+# with four times that for B.
+_WIDEST = 1024
 # The same table: how often rows are read before more epochs bring no more than chance.
 _READ = 3000  # rows to read in all
 _LEAST_EPOCHS, _MOST_EPOCHS = 3, 20
@@ -198,10 +202,11 @@ def fit_to_rows(settings: TrainSettings, rows: int, width: int | None, *, senten
     """The settings with the epochs for so many rows and the rate of B for the base, where they state none.
 
     Rows are read three times, and fewer than 1,000 more often, up to twenty times, or five where answers are sentences.
-    B has four times the rate. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults, and
+    B has four times the rate. Other bases than those that were measured, narrow ones of Llama's family, learn at half
+    the rate, A and B alike. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults, and
     so they are for adapters that were not measured: PiSSA, rsLoRA, DoRA. Canaries are among the rows but do not count:
-    a training with them shows what the training without them memorises. width: of the base's hidden states, None where
-    it is not known. sentences: whether the primary metric compares sentences.
+    a training with them shows what the training without them memorises. width: of the hidden states of a base of
+    Llama's family, None for others. sentences: whether the primary metric compares sentences.
     """
     if settings.canaries:
         rows -= settings.canaries.added
@@ -211,6 +216,7 @@ def fit_to_rows(settings: TrainSettings, rows: int, width: int | None, *, senten
         settings = settings.model_copy(update={"epochs": epochs})
     stated = settings.model_fields_set & {"learning_rate", "b_rate"}
     plain = settings.method == "lora" and (settings.start, settings.scaling, settings.dora) == ("zero", "rank", False)
-    if stated or not plain or width is None or width > _WIDEST:
+    if stated or not plain:
         return settings
-    return settings.model_copy(update={"b_rate": _B_RATE})
+    measured = width is not None and width <= _WIDEST
+    return settings.model_copy(update={"b_rate": _B_RATE} if measured else {"learning_rate": _RATES["lora"] / 2})
