@@ -46,7 +46,7 @@ def test_defaults_and_durations() -> None:
         ("{rules: [{confidence_below: 1.5}]}", "", "less than or equal to 1"),
         ("{rules: [{policy: loud}]}", "", "'loud' is not a check of policy; they are quiet, judged"),
         ("{rules: [{policy: judged}]}", "", "judged asks a judge"),
-        ("{rules: [{values: [x]}], deadline: 8d}", "", "duration"),
+        ("{rules: [{values: [x]}], deadline: 8d}", "", "less than or equal to 604800"),
         ("{rules: [{values: [x]}], deadline: 0s}", "", "greater than 0"),
         ("{rules: [{values: [x]}], at_deadline: leave}", "", "refuse"),
         ("{rules: [{confidence_below: 0.5}]}", 'engine: {kind: vllm, url: "http://127.0.0.1:1"}', "no probabilities"),
