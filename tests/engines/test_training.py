@@ -36,7 +36,7 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Question
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
-from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.base import Base, count_parameters, resolve_base
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE, read_adapter_file
 from tunesmith.store.store import Store
@@ -121,6 +121,7 @@ def test_an_adapter_learns_as_in_peft(
     rows, ours, quantize = _rows(base), _trained_by(engine, base, **settings), settings.get("quantize")
     plain = _model(base, quantize)
     if not settings:
+        assert count_parameters(base.folder) == plain.num_parameters()
         every = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         assert ours.trained_numbers == get_peft_model(_model(base), every).get_nb_trainable_parameters()[0]
     theirs = PeftModel.from_pretrained(plain, str(saved(ours, tmp_path / "start")), is_trainable=True)

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tunesmith.registry.papers.ai_act import ai_act
 from tunesmith.registry.papers.bom import bom
 from tunesmith.registry.papers.card import card
 from tunesmith.registry.papers.facts import ENTRIES as KNOWN
-from tunesmith.registry.papers.facts import PERSON_FILE, Draft, read_person, records_behind
+from tunesmith.registry.papers.facts import INSTALLED, PERSON_FILE, Draft, read_person, records_behind
 from tunesmith.registry.papers.provenance import statements
 from tunesmith.registry.papers.writing import FILES, paper_text, papers_of, read_paper, write_papers
 from tunesmith.registry.registration import register
@@ -69,6 +70,8 @@ def whole(store: Store, version: Version) -> dict[str, Record]:
         record = records[named[kind]]
         records[named[kind]] = record.model_copy(update={"body": {**record.body, **body}})
 
+    environment = {**records[named["training"]].body["environment"], "torch": version_of("torch")}
+    change("training", base_parameters=7, environment=environment)
     names = ("config.json", "tokenizer.json")
     change("base", spec="hf:org/base@main", files={name: {"digest": digest_bytes(b"x"), "bytes": 1} for name in names})
     measured = records[named["evaluation"]].body["candidates"]
@@ -141,6 +144,9 @@ def test_every_field_changes_with_the_record_that_it_names(store: Store, version
     first = draft()
     before = WRITES[paper](first)
     origins = list(first.origins())
+    installed = [field for field, one in origins if one.kind == INSTALLED]
+    assert installed == (["library torch"] if paper == "bom" else [])
+    origins = [(field, one) for field, one in origins if one.kind != INSTALLED]
     assert {one.record for _, one in origins} <= {*records, digest_bytes(entries())}, "no field without a record"
     assert (first.missing, len(origins) > 8) == ([], True)
     for field, one in origins:
@@ -182,6 +188,8 @@ def test_a_provider_is_told_by_a_third_of_the_bases_compute(
     records = records_behind(store, version.digest)  # 235,800 tokens
     drafted = Draft(version.digest, records, entries(base_parameters=1e10, base_training_compute=compute))
     assert answer in ai_act(drafted).decode()
+    counted = ai_act(Draft(version.digest, whole(store, version), b"")).decode()
+    assert "at most 9.9036e+06" in counted, "6 x 7 parameters of the record x tokens"
     more = Draft(version.digest, records, entries(base_parameters=3e16, base_training_compute=1e23))
     assert "**yes, as a rule: 0.42 of the base's" in ai_act(more).decode()
 

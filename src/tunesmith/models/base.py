@@ -8,6 +8,7 @@ those from wheels or a hub are kept in the cache ($TUNESMITH_CACHE, else ~/.cach
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.system.files import cache_folder, sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.rendering import FIXED
-from tunesmith.models.weight_files import MODEL_FILE
+from tunesmith.models.weight_files import HEAD, MODEL_FILE, ROTARY_TABLE
 from tunesmith.records.candidate import BaseBody, StoredFile
 from tunesmith.store.store import Store
 
@@ -140,6 +141,22 @@ def known_folder(store: Store, digest: str) -> Path | None:
 def _place(store: Store, digest: str) -> Path:
     """The file that says where a base was found last, and by which spec."""
     return store.local("bases", f"{digest.removeprefix('sha256:')}.json")
+
+
+def count_parameters(folder: Path) -> int:
+    """How many numbers the base's weights are; a tied head counts once. 0 for packed weights, which are fewer."""
+    from safetensors import safe_open
+
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        return 0
+    shapes: dict[str, list[int]] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="np") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a dict
+    if config.get("tie_word_embeddings"):
+        shapes.pop(HEAD, None)
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(ROTARY_TABLE))
 
 
 def base_files(folder: Path) -> list[Path]:

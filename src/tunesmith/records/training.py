@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue
 from tunesmith.core.values import Omitted
 from tunesmith.records.body import Body, Part
 from tunesmith.records.candidate import Retrieve
+from tunesmith.records.dataset import IfAny
 
 Several = Annotated[int, Field(exclude_if=lambda number: number == 1)]
 
@@ -121,10 +122,11 @@ class TrainingFigures(Part):
 
     rows: of one epoch, without what it rehearses. rehearsed: answers of the base that were drawn for that. epochs:
     done, a fraction where the last one was not. tokens, labels: of the rows, over the epochs done; labels count for the
-    loss. tokens_computed: with what is rehearsed, shared prefixes once. parameters: trained numbers. final_loss: the
-    mean of the last twentieth of the steps. kept: the step whose weights were kept. score: None where no answers were
-    scored. decisions: what a schedule decided while it ran, None where it was planned. overfitting: where the
-    validation loss rose again. notices: what people should know of it.
+    loss. tokens_computed: with what is rehearsed, shared prefixes once. parameters: trained numbers. base_parameters:
+    numbers of the base's weights, 0 if they were not counted. final_loss: the mean of the last twentieth of the steps.
+    kept: the step whose weights were kept. score: None where no answers were scored. decisions: what a schedule decided
+    while it ran, None where it was planned. overfitting: where the validation loss rose again. notices: what people
+    should know of it.
     """
 
     examples_per_second: float
@@ -143,6 +145,7 @@ class TrainingFigures(Part):
     tokens_computed: int
     labels: int
     parameters: int
+    base_parameters: IfAny[int] = 0
     validation: tuple[ValidationPoint, ...]
     score: ValidationScore | None
     decisions: Decisions | None

@@ -24,7 +24,7 @@ from tunesmith.engines.process import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF, is_native
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
-from tunesmith.models.base import Base, check_base, require_context_length
+from tunesmith.models.base import Base, check_base, count_parameters, require_context_length
 from tunesmith.models.rendering import Renderer
 from tunesmith.records.training import (
     Decisions,
@@ -211,6 +211,7 @@ def run_training(
         tokens_computed=sum(int(step["tokens"]) for step in state.curve),
         labels=round(labels * epochs),
         parameters=trained.trained_numbers,
+        base_parameters=count_parameters(spec.base.folder),
         notices=(*notices, *validation.notices(), *paused, *checkpoints.moved),
         fingerprint=spec.base.fingerprint,
         threads=made_by.threads,

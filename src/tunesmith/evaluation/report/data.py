@@ -39,7 +39,7 @@ from tunesmith.evaluation.summary import evaluation_summary, rival_of, verdict_s
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.evaluation import EvaluationBody, VerdictBody
 from tunesmith.records.training import SearchBody, TrainingBody
-from tunesmith.records.version import ApprovalBody, Requirement, VersionBody
+from tunesmith.records.version import ApprovalBody, PaperBody, Requirement, VersionBody
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.schedule import more_time
@@ -250,6 +250,8 @@ def _lineage(
     for _, kind, child in store.children(version) if version else ():
         if kind == "approval":
             labels[child] = ApprovalBody.read(store, child).line
+        elif kind == "paper":
+            labels[child] = PaperBody.read(store, child).line
     records = {digest: store.record(digest) for digest in labels if digest is not None}
     position = {digest: place for place, digest in enumerate(records)}
     return tuple(

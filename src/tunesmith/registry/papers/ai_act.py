@@ -34,7 +34,7 @@ def _provider(draft: Draft, one: dict[str, Any]) -> list[str]:
         lines = [draft.line("tokens computed", "training.tokens_computed"), *map(draft.asked, keys)]
         parameters, original = (draft.ask(key, key) for key in keys)
         tokens, answer = draft.read("training.tokens_computed"), "unknown: a person must say"
-        ours = None if parameters is None else _PER_PARAMETER * parameters * tokens
+        ours = None if parameters is None else _PER_PARAMETER * float(parameters) * tokens
         if ours is not None:
             lines.append(f"- compute of this training, {_PER_PARAMETER} x parameters x tokens: at most {shown(ours)}")
         if ours is not None and original is None:

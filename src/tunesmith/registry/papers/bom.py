@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
+from importlib import metadata
 from typing import Any
 
 from cyclonedx.contrib.license.factories import LicenseFactory
@@ -18,13 +20,16 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.text.display import printable
+from tunesmith.records.version import PaperField
 from tunesmith.registry.papers.card import label_of
-from tunesmith.registry.papers.facts import NOT_ADVICE, Draft
+from tunesmith.registry.papers.facts import INSTALLED, NOT_ADVICE, Draft
 
 _LIBRARIES = ("torch", "transformers", "peft")  # of a training's environment, what is a package
+_LONGEST = 300  # characters of a package's licence
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -60,8 +65,7 @@ def bom(draft: Draft) -> bytes:
     environment = draft.take("libraries", "training.environment")
     for name in _LIBRARIES:
         if (version := getattr(environment, name, None)) is not None:
-            url = PackageURL("pypi", None, name, version)
-            parts.append(Component(name=name, version=version, bom_ref=url.to_string(), purl=url))
+            parts.append(_library(draft, name, version))
     made = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_URL, draft.digest("version")), components=parts)
     made.metadata.timestamp = datetime.fromisoformat(draft.take("timestamp", "version.created_at"))
     made.metadata.component = root
@@ -73,6 +77,22 @@ def bom(draft: Draft) -> bytes:
     if wrong is not None:
         raise Refused(f"the bill of materials is not valid: {str(wrong.data)[:300]}", where=label)
     return text.encode() + b"\n"
+
+
+def _library(draft: Draft, name: str, version: str) -> Component:
+    """A library of the training. Where this version is installed here: its licence, and the list of its files."""
+    url = PackageURL("pypi", None, name, version)
+    licences, files = list[License](), list[Component]()
+    with suppress(metadata.PackageNotFoundError):
+        found = metadata.distribution(name)
+        if found.version == version:
+            record = digest_bytes((found.read_text("RECORD") or "").encode())
+            files.append(_file(url.to_string(), "RECORD", record))
+            key = next((key for key in ("License-Expression", "License") if found.metadata.get(key)), None)
+            draft.note(f"library {name}", PaperField(kind=INSTALLED, record=record, field=key or "RECORD"))
+            if key is not None and len(found.metadata[key]) <= _LONGEST:  # some state the whole text
+                licences.append(LicenseFactory().make_from_string(found.metadata[key]))
+    return Component(name=name, version=version, bom_ref=url.to_string(), purl=url, components=files, licenses=licences)
 
 
 def _licence(draft: Draft, key: str) -> list[License]:

@@ -25,6 +25,9 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 PERSON_FILE = "papers.yaml"
+INSTALLED = "installed package"
+# Entries that a record states for newer versions: entry -> where.
+_RECORDED: Mapping[str, str] = {"base_parameters": "training.base_parameters"}
 NOT_ADVICE = "This paper is a draft made from records. It is not legal advice."
 _MARKUP = re.compile(r"([\\`*_\[\]#|~$])")
 
@@ -122,18 +125,21 @@ class Draft:
         """As `read`, for a field of the paper: it is noted where it comes from."""
         kind, _, rest = path.partition(".")
         record = self.digest(kind) if self.has(kind) else ""
-        self._note(field, PaperField(kind=kind, record=record, field=rest.replace("*", self.name)))
+        self.note(field, PaperField(kind=kind, record=record, field=rest.replace("*", self.name)))
         return self.read(path)
 
     def ask(self, field: str, key: str) -> Any:
-        """A person's entry for a field of the paper; None where nobody made it, which is noted."""
+        """What a record states for an entry, or a person's entry. None where there is neither, which is noted."""
+        if self._is_recorded(key):
+            return self.take(field, _RECORDED[key])
         if key in self._person:
-            self._note(field, PaperField(kind=PERSON_FILE, record=self._person_digest, field=key))
+            self.note(field, PaperField(kind=PERSON_FILE, record=self._person_digest, field=key))
         elif key not in self.missing:
             self.missing.append(key)
         return self._person.get(key)
 
-    def _note(self, field: str, origin: PaperField) -> None:
+    def note(self, field: str, origin: PaperField) -> None:
+        """Note where a field of the paper comes from."""
         if origin not in self.fields.setdefault(field, []):
             self.fields[field].append(origin)
 
@@ -148,10 +154,15 @@ class Draft:
     def asked(self, key: str, place: str = "") -> str:
         """A line of a Markdown list: what a person entered, or that a person must."""
         label = key.replace("_", " ")
+        if self._is_recorded(key):
+            return self.line(label, _RECORDED[key], place)
         value = self.ask(label + place, key)
         if value is None:
             return f"- {label}: **a person must fill this in**: `{key}` in {PERSON_FILE}, {ENTRIES[key]}"
         return f"- {label}: {plain(shown(value))} ({PERSON_FILE}, {plain(key)})"
+
+    def _is_recorded(self, key: str) -> bool:
+        return key in _RECORDED and bool(self.read(_RECORDED[key]))
 
     def answers(self, one: Mapping[str, Any], place: str = "") -> str:
         """What a question or section of a data file asks: its text, and a line for each answer. place: as `line`."""
