@@ -88,7 +88,7 @@ def _library(draft: Draft, name: str, version: str) -> Component:
         if found.version == version:
             record = digest_bytes((found.read_text("RECORD") or "").encode())
             files.append(_file(url.to_string(), "RECORD", record))
-            key = next((key for key in ("License-Expression", "License") if found.metadata.get(key)), None)
+            key = next((key for key in ("License-Expression", "License") if key in found.metadata), None)
             draft.note(f"library {name}", PaperField(kind=INSTALLED, record=record, field=key or "RECORD"))
             if key is not None and len(found.metadata[key]) <= _LONGEST:  # some state the whole text
                 licences.append(LicenseFactory().make_from_string(found.metadata[key]))
