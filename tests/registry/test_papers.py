@@ -25,6 +25,7 @@ from tests.registry.test_cli import PROJECT, document, run
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Forbidden, Refused, UsageError
 from tunesmith.data.dataset import load_dataset
+from tunesmith.evaluation.report.data import report_data
 from tunesmith.records.version import PAPERS
 from tunesmith.registry.papers.ai_act import ai_act
 from tunesmith.registry.papers.bom import bom
@@ -229,6 +230,8 @@ def test_papers_are_written_signed_and_accepted_by_other_programs(
         assert not [row for row in rows if row in (tmp_path / "out" / file).read_text()], file
     assert "paper card: signed by olive" in run(store, "show", "intents@v1").stdout
     assert "paper card by olive" in verify_version(store, version.label).notes
+    report = report_data(store, version.evaluation, version.verdict, version.digest)
+    assert {"card by olive", "bom by olive"} <= {node.label for node in report.lineage}
 
 
 def _read(stated: Mapping[str, Any]) -> Any:
