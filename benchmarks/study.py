@@ -108,10 +108,15 @@ def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     slots = ("snips", "home", "music")
     yield from _of_epochs()
+    for batch, rate in ((8, 1e-3), (4, 1e-3), (2, 1e-3), (8, 2e-3)):  # rows that a budget lets be read once
+        yield Trial("home", 1880, 1, rate, batch=batch, decay=0.9, b_rate=4.0)
+    for task in ("banking77", "music", "wording"):
+        yield Trial(task, 1000, 3, batch=4, decay=0.9, b_rate=4.0)
     for trick in TRICKS:  # swapped rows are twice as many
-        for task in ("music", "banking77", "wording"):
-            epochs = 5 if trick == "swapped" else 10
-            yield Trial(task, 300, epochs, batch=8, decay=0.9, b_rate=4.0, trick=trick)
+        yield Trial("home", 1880, 1, batch=8, decay=0.9, b_rate=4.0, trick=trick)
+        for task in ("banking77", "music", "wording"):
+            yield Trial(task, 1000, 3, batch=8, decay=0.9, b_rate=4.0, trick=trick)
+            yield Trial(task, 300, 5 if trick == "swapped" else 10, batch=8, decay=0.9, b_rate=4.0, trick=trick)
     yield from (Trial(task, 200, 10, rank=64, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield from (Trial(task, 200, 10, rank=4, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield Trial("personal", 200, 10, rank=64, b_rate=4.0)
