@@ -24,8 +24,11 @@ from tests.monitoring.test_erasure import ANNA, PLANTED, SAID, SECOND, erase, pl
 from tests.postgresql_server import postgresql_server
 from tests.s3_server import new_bucket, s3_environment, s3_server
 
-from tunesmith.core.digests import canonical
+from tunesmith.core.access import Labels
+from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.monitoring.erasure import plan
+from tunesmith.monitoring.recall import Cause
 from tunesmith.registry.verification import verify_version
 from tunesmith.services.audit import verify_audit
 from tunesmith.store.copying import keys_of
@@ -43,22 +46,26 @@ def filled(store: Store) -> tuple[Scene, list[str]]:
     add_user(store, SECOND, ["steward"], actor=OWNER)
     own = [example(f"{SAID} Call {n}.", f"Noted, {n}: {SAID}", f"b{n}", None, subject="C-1042") for n in range(195)]
     made = [*rows(), *own, *(lamp(n) for n in range(ROWS - len(rows()) - len(own)))]
-    scene.dataset = put_dataset(store, [*made[:-2000:2], *made[-2000:]], made[1:400:2], made[401:-2000:2])
+    scene.dataset = put_dataset(
+        store, [*made[:400:2], *made[400:-2000]], made[1:400:4], [*made[3:400:4], *made[-2000:]]
+    )
     versions = plant(scene)
     versions += [scene.version(n, shots=(own[n].messages,), name="other") for n in range(3, VERSIONS + 1)]
     for seed in range(VERSIONS + 1, TRAININGS + 1):
         put_chain(store, seed=seed, base=scene.base, dataset=scene.dataset)
-    passages = [{"id": f"p{n}", "source": "a.md", "title": "", "text": SAID, "labels": {}} for n in range(3)]
     text = canonical({"id": own[0].id, "detail": SAID, "flag": "x", "split": "train"}) + b"\n"
-    for kind, blobs in (("quality", {"flags.jsonl": text}), ("documents", {})):
-        if kind == "quality":
-            kept = {name: store.put_bytes(data) for name, data in blobs.items()}
-            store.put_record(Record(kind=kind, parents={"dataset": scene.dataset}, blobs=kept, body={}))
-    assert passages
+    kept = {"flags.jsonl": store.put_bytes(text)}
+    store.put_record(Record(kind="quality", parents={"dataset": scene.dataset}, blobs=kept, body={}))
+    passage = Passage(id="p1", source="a.md", title="", text=f"A case: {SAID}", labels=Labels())
+    blob = store.put_bytes(canonical(passage.model_dump(mode="json")) + b"\n")
+    read = {"path": "a.md", "digest": digest_bytes(b""), "bytes": 1, "passages": 1}
+    body = {"settings": {"asked_as": None, "licence": None}, "files": [read], "passages": 1, "removed": 0}
+    body |= {"privacy": {"action": "keep", "found": {}}}
+    store.put_record(Record(kind="documents", blobs={PASSAGES: blob}, body=body))
     put_requests(store, versions[0].digest, [{"features": {"characters": float(n)}} for n in range(100)])
-    for folder in ("work", "cache/answers"):
-        store.local(folder, "stage-1").mkdir(parents=True, exist_ok=True)
-        store.local(folder, "stage-1", "rows.jsonl").write_bytes(text)
+    for folder in ("build", "vectors", "answers-1"):
+        store.local("work", folder).mkdir(parents=True, exist_ok=True)
+        store.local("work", folder, "rows.jsonl").write_bytes(text)
     (store.root / "blobs" / "ab").mkdir(exist_ok=True, parents=True)
     (store.root / "blobs" / "ab" / ".scratch-tunesmith-0123456789abcdef").write_bytes(text)
     return scene, [version.label for version in versions]
@@ -91,8 +98,10 @@ def measure_bytes(home: Home, server: Path | None = None) -> bool:
     store = home.open()
     _, versions = filled(store)
     before = every_byte(store, server)
+    assert plan(store, ANNA, reason="she asked", actor=STEWARD).others == ("p1",)
+    erase(store, plan(store, Cause(kind="row", value="p1"), reason="it quotes her", actor=STEWARD).number)
     began = time.perf_counter()
-    asked = plan(store, ANNA, reason="she asked", actor=STEWARD, weights="keep")
+    asked = plan(store, ANNA, reason="she asked", actor=STEWARD)
     planned = time.perf_counter()
     done = erase(store, asked.number)
     ended = time.perf_counter()
@@ -110,7 +119,7 @@ def measure_plan(root: Path, records: int) -> bool:
     """A store of so many records, whose trainings hold 100 GB, half of them made from the person's rows."""
     store = Home.local(root).open()
     scene = build_scene(root, store=store)
-    trainings, size = max(2, records // 6), 0
+    trainings, size = max(2, records // 5), 0
     for number in range(0, trainings, 83):
         some = [lamp(number * 6 + each) for each in range(500)]
         texts = [f"{SAID} {number} {n}." for n in range(number % 2 and 5)]

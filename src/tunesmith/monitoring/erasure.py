@@ -33,22 +33,8 @@ from tunesmith.core.values import View
 from tunesmith.data.governance import erased as texts
 from tunesmith.data.governance.erased import CUT, SHORTEST, Sentences
 from tunesmith.data.review.queue import forget_cases, forget_items
+from tunesmith.monitoring import traces
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.monitoring.traces import (
-    DELETED,
-    TABLES,
-    Key,
-    Rows,
-    Weights,
-    entries_with,
-    find,
-    in_use,
-    key_of,
-    object_name,
-    objects_with,
-    text_columns,
-    work_folders,
-)
 from tunesmith.registry import erasures
 from tunesmith.registry.erasures import CONFIRM, ErasureStatement, Replaced, Signed
 from tunesmith.registry.holds import refuse_held
@@ -88,7 +74,7 @@ class Plan(View):
     number: int
     cause: str
     reason: str
-    weights: Weights
+    weights: traces.Weights
     state: str
     planned_by: str
     confirmed_by: str
@@ -107,7 +93,7 @@ class Plan(View):
 
 
 def plan(
-    store: Store, cause: Cause, *, reason: str, actor: str, weights: Weights = "keep", kept_until: str = ""
+    store: Store, cause: Cause, *, reason: str, actor: str, weights: traces.Weights = "keep", kept_until: str = ""
 ) -> Plan:
     """Write down everything that an erasure reaches. Changes nothing else.
 
@@ -119,7 +105,7 @@ def plan(
     if not reason.strip():
         raise UsageError("an erasure needs a reason", where="reason")
     resume(store)
-    found = find(store, cause, weights)
+    found = traces.find(store, cause, weights)
     stated = {
         "weights": weights,
         "rows": sorted(found.rows),
@@ -160,7 +146,7 @@ def _row(store: Store, number: int) -> ErasureRow:
 
 
 def _shown(store: Store, row: ErasureRow) -> Plan:
-    using = in_use(store, row.plan.get("candidates", ())) if row.state == "planned" else ()
+    using = traces.in_use(store, row.plan.get("candidates", ())) if row.state == "planned" else ()
     return Plan.of(row, number=row.id, in_use=tuple(using), **row.plan)
 
 
@@ -214,7 +200,7 @@ def _begin(store: Store, number: int, actor: str) -> ErasureRow:
 
 
 def _check_unused(store: Store, row: ErasureRow) -> None:
-    if using := in_use(store, row.plan.get("candidates", ())):
+    if using := traces.in_use(store, row.plan.get("candidates", ())):
         what = f"{using[0]} may use what erasure {row.id} deletes; it is recalled, and nothing is deleted yet"
         raise Refused(what, fix="wait for it or stop it, then confirm again")
 
@@ -224,7 +210,7 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
     _check_unused(store, row)  # by now nobody begins: the lock of the erasure keeps them out
     if not stamp(-_LASTS) <= at <= stamp():
         raise Refused("what was to be signed is too old", fix=NextStep("have it stated again", "erase confirm"))
-    found = find(store, Cause.labelled(row.cause), row.plan["weights"])
+    found = traces.find(store, Cause.labelled(row.cause), row.plan["weights"])
     known = {*row.plan["rows"], *row.plan["versions"]}
     if new := sorted({*found.rows, *found.versions} - known):
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"
@@ -304,7 +290,7 @@ def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bo
         locked = min((until for _, until in row.plan.get("locked", ())), default="") if row is not None else ""
         due = row is None or (row.state != "done" and (now or locked <= stamp()))
         replaced = signed.statement.replaced
-        back = any(store.blobs.exists(key_of(one.kind, one.old)) for one in replaced if one.rows)
+        back = any(store.blobs.exists(traces.key_of(one.kind, one.old)) for one in replaced if one.rows)
         if back or not known or due or signed.digest not in here:
             yield signed, known, back or not known or due
 
@@ -336,31 +322,31 @@ def _machine(store: Store) -> set[str]:
 
 def _clean_machine(store: Store, statement: ErasureStatement) -> None:
     """Delete what this machine derived from the rows: work folders, caches, keys of withdrawn rows."""
-    for folder in work_folders(store):
+    for folder in traces.work_folders(store):
         shutil.rmtree(folder, ignore_errors=True)
     store.local("withdrawn.json").unlink(missing_ok=True)
     for left in store.root.rglob(f"{SCRATCH}*"):
         remove_leftovers(left.parent)  # of killed processes
-    for one in statement.replaced:
-        store.blobs.delete(key_of(one.kind, one.old))  # and the copy in the cache of a bucket
+    for key in (*statement.deleted, *(traces.key_of(one.kind, one.old) for one in statement.replaced)):
+        store.blobs.delete(key)  # and the copy in the cache of a bucket
     if statement.versions:
         shutil.rmtree(store.local("cache", "folders"), ignore_errors=True)
 
 
 def _carry_out(store: Store, statement: ErasureStatement) -> None:
     ids = frozenset(statement.rows)
-    rows = Rows(store)
+    rows = traces.Rows(store)
     rows.take(ids.__contains__)
     wanted = Sentences(rows.sentences - rows.staying()[0])
     entries = {table: set(keys) for table, keys in statement.entries.items()}
     cause = Cause.labelled(statement.cause)
     tenant = cause.value if cause.kind == "tenant" else ""
-    for table, keys in entries_with(store, wanted, ids, tenant).items():
+    for table, keys in traces.entries_with(store, wanted, ids, tenant).items():
         entries.setdefault(table, set()).update(keys)
     with store.writing() as session:
         for table, some in entries.items():
-            _clean(session, TABLES[table], some)
-    gone = sorted({*statement.deleted, *(key for key, _ in objects_with(store, wanted, tenant))})
+            _clean(session, traces.TABLES[table], some)
+    gone = sorted({*statement.deleted, *(key for key, _ in traces.objects_with(store, wanted, tenant))})
     for key in gone:
         _forget_object(store, key)
     for label in statement.versions:
@@ -368,10 +354,10 @@ def _carry_out(store: Store, statement: ErasureStatement) -> None:
     # Rows last: they say which texts are looked for.
     for one in sorted(statement.replaced, key=lambda one: bool(one.rows)):
         _replace(store, one)
-        gone.append(key_of(one.kind, one.old))
+        gone.append(traces.key_of(one.kind, one.old))
     until = ((store.blobs.where(key), store.blobs.erase(key)) for key in gone)
     locked = [[where, when] for where, when in until if when]
-    database.scrub(store.engine, sorted(TABLES))
+    database.scrub(store.engine, sorted(traces.TABLES))
     state = "locked" if locked else "done"
     detail: JsonObject = {"erasure": statement.number}
     with store.change(statement.confirmed_by, f"erase.{state}", statement.cause, detail) as session:
@@ -381,7 +367,7 @@ def _carry_out(store: Store, statement: ErasureStatement) -> None:
 
 def _replace(store: Store, one: Replaced) -> None:
     """Write what is left of a blob or record, then delete the old one."""
-    old, new = key_of(one.kind, one.old), key_of(one.kind, one.new)
+    old, new = traces.key_of(one.kind, one.old), traces.key_of(one.kind, one.new)
     if not store.blobs.exists(old):
         return
     left = b""  # of weights
@@ -394,7 +380,7 @@ def _replace(store: Store, one: Replaced) -> None:
     store.blobs.delete(old)
 
 
-def _clean(session: Session, table: type[Table], keys: Iterable[Key]) -> None:
+def _clean(session: Session, table: type[Table], keys: Iterable[traces.Key]) -> None:
     """Delete rows of the database, or cut every longer text in them."""
     for key in sorted(keys, key=str):
         row = session.get(table, tuple(key))
@@ -402,10 +388,10 @@ def _clean(session: Session, table: type[Table], keys: Iterable[Key]) -> None:
             continue
         if isinstance(row, ReviewItemRow):
             forget_items(session, [row.id])
-        elif table in DELETED:
+        elif table in traces.DELETED:
             session.delete(row)
         else:
-            for column in text_columns(table):
+            for column in traces.text_columns(table):
                 setattr(row, column, _without_texts(getattr(row, column)))
 
 
@@ -420,7 +406,7 @@ def _without_texts(value: Any) -> Any:
 
 
 def _forget_object(store: Store, key: str) -> None:
-    name = object_name(key)
+    name = traces.object_name(key)
     with store.writing() as session:
         if key.startswith("cases/"):
             forget_cases(session, [name])

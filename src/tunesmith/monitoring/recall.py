@@ -277,12 +277,12 @@ def _roots(
         for digest, rows in traced.reached(cause.kind, cause.value).items()
     ]
     licences = traced.licences()
-    for digest in store.records_of("documents") if cause.kind in ("source", "licence", "tenant") else ():
+    for digest in store.records_of("documents") if cause.kind != "subject" else ():
         body = DocumentsBody.read(store, digest)
         stated = [file.path for file in body.files] if cause.kind == "source" else [body.settings.licence]
-        if cause.kind == "tenant":
+        if cause.kind in ("tenant", "row"):
             passages = read_lines(store, store.record(digest), PASSAGES, Passage)
-            stated = [passage.labels.tenant for passage in passages]
+            stated = [passage.id if cause.kind == "row" else passage.labels.tenant for passage in passages]
         if any(reaches(cause.kind, cause.value, each) for each in stated):
             roots.append(Reached(kind="documents", digest=digest, label=short(digest)))
         if cause.kind == "licence":
