@@ -34,6 +34,7 @@ from tunesmith.store.store import Store
 _CHANGES = ("link", "remove", "rename", "replace", "rmdir", "symlink", "truncate", "unlink")
 
 Operation = Callable[[Store], object]
+EVERY = os.environ.get("TUNESMITH_KILL_POINTS") == "all"
 
 
 class Home(NamedTuple):
@@ -173,7 +174,7 @@ def kill_each(made: Home, operation: Operation, check: Operation, samples: int) 
         return points
 
     points = run(None)
-    step = 1 if os.environ.get("TUNESMITH_KILL_POINTS") == "all" else max(1, len(points) // samples)
+    step = 1 if EVERY else max(1, len(points) // samples)
     for number in range(step // 2, len(points), step):
         run(number)
     return len(points)

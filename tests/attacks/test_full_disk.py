@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.fabricate import OWNER, build_scene
+from tests.fabricate import OWNER, STEWARD, build_scene
+from tests.killed import Home
+from tests.monitoring import test_erasure as erasing
 from tests.tiny import write_model
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.files import copy_durably, disk_full, is_disk_full, write_atomic
 from tunesmith.core.system.scratch import SCRATCH
+from tunesmith.data.dataset import load_dataset
+from tunesmith.monitoring.erasure import plan
 from tunesmith.project import Project
+from tunesmith.registry.signing.keys import ensure_key
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
 from tunesmith.services.datasets import build
@@ -145,3 +150,30 @@ def test_a_write_without_room(number: int, tmp_path: Path, monkeypatch: pytest.M
     assert is_disk_full(RuntimeError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"))
     assert is_disk_full(ValueError("x")) is False
     assert disk_full(tmp_path / "not" / "there").where == str(tmp_path / "not" / "there")
+
+
+@pytest.mark.attack("crash", "a full disk at many points of an erasure")
+def test_an_erasure_on_a_full_disk_goes_on_afterwards(
+    disk: Path, leave: Leave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    store = Home.local(disk / "store").open()
+    version = erasing.plant(erasing.scene_in(store))[0]
+    plan(store, erasing.ANNA, reason="she asked", actor=STEWARD)
+    ensure_key(store, erasing.SECOND)
+    refused = 0
+    for free in (0, 8_000, 20_000, 50_000, 100_000, 200_000, 400_000, 800_000):
+        leave(free)
+        try:
+            state = erasing.erase(store, 1).state
+        except TunesmithError as error:
+            told(error, disk)
+            refused += 1
+            continue
+        break
+    assert (refused > 2, state) == (True, "done"), refused
+    (disk / "filler").unlink()
+    assert erasing.left(store) == []
+    assert verify_version(store, version.label).problems == []
+    assert len(load_dataset(store, store.records_of("dataset")[-1]).examples("train")) == 25
+    sound(store)

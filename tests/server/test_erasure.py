@@ -13,6 +13,8 @@ from tests.fabricate import APPROVER, OPERATOR, OWNER, STEWARD
 from tests.server.conftest import StartServer
 from tests.server.test_decisions import Approver
 from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.state import get_rollout
 from tunesmith.services.audit import verify_audit
 from tunesmith.store.people.identities import set_roles
 from tunesmith.store.people.tokens import issue_token
@@ -21,7 +23,9 @@ ASKED = {"kind": "subject", "value": "person-1", "reason": "asked"}
 
 
 @pytest.mark.attack("people", "erasures by the planner, by others, and with other signatures than were stated")
-def test_two_people_erase_over_http(start_server: StartServer, tmp_path: Path, happened: Happened) -> None:
+def test_two_people_erase_over_http(
+    start_server: StartServer, versions: dict[int, Version], tmp_path: Path, happened: Happened
+) -> None:
     first = start_server()
     store = first.scene.store
     second = Approver(first, "stella", tmp_path)
@@ -41,7 +45,9 @@ def test_two_people_erase_over_http(start_server: StartServer, tmp_path: Path, h
     for who in (tokens[STEWARD], tokens[OPERATOR], reads):
         assert first.send(prepare, {}, who).status_code in (403, 409)
         happened("refused")
+    live = first.paused(versions[3], 50)
     waits = first.send(prepare, {}, second.token)
+    assert get_rollout(store, live.id).status == "aborted"
     assert (waits.status_code, "has to be restarted" in waits.text) == (409, True)
     assert first.post().status_code == 404, "what was recalled serves nobody"
     first.stop()
