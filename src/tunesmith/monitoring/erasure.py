@@ -216,13 +216,10 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"
         raise Refused(what, fix=NextStep("plan it again", "erase plan"))
     return ErasureStatement(
+        **{name: getattr(row, name) for name in ("cause", "reason", "planned_by", "plan")},
         number=row.id,
-        cause=row.cause,
-        reason=row.reason,
-        planned_by=row.planned_by,
         confirmed_by=actor,
         at=at,
-        plan=row.plan,
         rows=tuple(sorted(found.rows)),
         replaced=tuple(each for _, each in sorted(found.replaced.items())),
         deleted=tuple(sorted(found.deleted)),
@@ -240,15 +237,10 @@ def _reason(number: int, reason: str) -> str:
 def _know(store: Store, signed: Signed) -> None:
     """Write a signed erasure into the database, which may have been put back since it was signed."""
     statement = signed.statement
-    detail: JsonObject = {
-        "erasure": statement.number,
-        "rows": len(statement.rows),
-        "replaced": len(statement.replaced),
-        "deleted": len(statement.deleted),
-        "entries": sum(map(len, statement.entries.values())),
-        "versions": sorted(statement.versions),
-        **signature_entry(signed.fingerprint, signed.digest),
-    }
+    counts = {name: len(getattr(statement, name)) for name in ("rows", "replaced", "deleted")}
+    stated = {"erasure": statement.number, "versions": sorted(statement.versions), **counts}
+    stated["entries"] = sum(map(len, statement.entries.values()))
+    detail: JsonObject = stated | signature_entry(signed.fingerprint, signed.digest)
     with store.change(statement.confirmed_by, CONFIRM, statement.cause, detail) as session:
         row = session.merge(ErasureRow(id=statement.number, state="running", statement=signed.digest))
         for name in ("cause", "reason", "planned_by", "confirmed_by", "at", "plan"):
@@ -346,17 +338,19 @@ def _carry_out(store: Store, statement: ErasureStatement) -> None:
     with store.writing() as session:
         for table, some in entries.items():
             _clean(session, traces.TABLES[table], some)
-    gone = sorted({*statement.deleted, *(key for key, _ in traces.objects_with(store, wanted, tenant))})
-    for key in gone:
+    until: dict[str, str] = {}  # an object -> the time until which the bucket locks it
+    for key in {*statement.deleted, *(key for key, _ in traces.objects_with(store, wanted, tenant))}:
         _forget_object(store, key)
+        until[key] = store.blobs.erase(key)
     for label in statement.versions:
         store.drop_version(VersionRef.parse(label))
     # Rows last: they say which texts are looked for.
     for one in sorted(statement.replaced, key=lambda one: bool(one.rows)):
-        _replace(store, one)
-        gone.append(traces.key_of(one.kind, one.old))
-    until = ((store.blobs.where(key), store.blobs.erase(key)) for key in gone)
-    locked = [[where, when] for where, when in until if when]
+        key = traces.key_of(one.kind, one.old)
+        if store.blobs.exists(key):
+            _write_left(store, one)
+        until[key] = store.blobs.erase(key)
+    locked = [[store.blobs.where(key), when] for key, when in sorted(until.items()) if when]
     database.scrub(store.engine, sorted(traces.TABLES))
     state = "locked" if locked else "done"
     detail: JsonObject = {"erasure": statement.number}
@@ -365,19 +359,15 @@ def _carry_out(store: Store, statement: ErasureStatement) -> None:
         row.state, row.plan = state, {**row.plan, "locked": locked}
 
 
-def _replace(store: Store, one: Replaced) -> None:
-    """Write what is left of a blob or record, then delete the old one."""
-    old, new = traces.key_of(one.kind, one.old), traces.key_of(one.kind, one.new)
-    if not store.blobs.exists(old):
-        return
-    left = b""  # of weights
+def _write_left(store: Store, one: Replaced) -> None:
+    """Write what is left of a blob or record."""
+    old, left = traces.key_of(one.kind, one.old), b""  # of weights
     if one.rows or one.cut:
         left = texts.rewritten(store.blobs.get(old), one.rows, one.cut, lines=one.kind == "blob")
     if digest_bytes(left) != one.new:
         what = f"{one.kind} {short(one.old)} is damaged: it does not give what the erasure left of it"
         raise Refused(what, where=store.blobs.where(old), fix="restore it from a backup")
-    store.blobs.put(new, left)
-    store.blobs.delete(old)
+    store.blobs.put(traces.key_of(one.kind, one.new), left)
 
 
 def _clean(session: Session, table: type[Table], keys: Iterable[traces.Key]) -> None:
