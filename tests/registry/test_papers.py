@@ -144,6 +144,7 @@ def test_every_field_changes_with_the_record_that_it_names(store: Store, version
 
     first = draft()
     before = WRITES[paper](first)
+    assert WRITES[paper](draft()) == before, "the same records, the same paper"
     origins = list(first.origins())
     installed = [field for field, one in origins if one.kind == INSTALLED]
     assert installed == (["library torch"] if paper == "bom" else [])
@@ -283,7 +284,7 @@ def test_a_version_without_weights_says_so(store: Store) -> None:
     records = records_behind(store, version.digest)
     read = {paper: made(Draft(version.digest, records, entries())).decode() for paper, made in WRITES.items()}
     assert "base_model_relation" not in ModelCard(read["card"]).data.to_dict()
-    assert "tokens: there is none, since the version was made without a training record" in read["card"]
+    assert "tokens that were read: there is none, since the version was made without a training record" in read["card"]
     assert "**no: nothing was trained, the base is used as it is**" in read["ai-act"]
     assert "slsa" not in read["provenance"]
 

@@ -20,7 +20,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
-from tunesmith.core.digests import digest_bytes
+from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.text.display import printable
@@ -66,12 +66,14 @@ def bom(draft: Draft) -> bytes:
     for name in _LIBRARIES:
         if (version := getattr(environment, name, None)) is not None:
             parts.append(_library(draft, name, version))
-    made = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_URL, draft.digest("version")), components=parts)
+    made = Bom(components=parts)
     made.metadata.timestamp = datetime.fromisoformat(draft.take("timestamp", "version.created_at"))
     made.metadata.component = root
     made.register_dependency(root, parts)
     document = parse_json(JsonV1Dot6(made).output_as_string().encode())
     document["metadata"]["component"]["modelCard"] = _model_card(draft)
+    del document["serialNumber"]  # drawn at random: the same content has the same one
+    document["serialNumber"] = uuid.uuid5(uuid.NAMESPACE_URL, digest_bytes(canonical(document))).urn
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
     wrong = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     if wrong is not None:
@@ -85,8 +87,9 @@ def _library(draft: Draft, name: str, version: str) -> Component:
     licences, files = list[License](), list[Component]()
     with suppress(metadata.PackageNotFoundError):
         found = metadata.distribution(name)
-        if found.version == version:
-            record = digest_bytes((found.read_text("RECORD") or "").encode())
+        records = [each for each in found.files or () if each.name == "RECORD"]
+        if records and found.version == version:
+            record = digest_bytes(records[0].read_binary())
             files.append(_file(url.to_string(), "RECORD", record))
             key = next((key for key in ("License-Expression", "License") if key in found.metadata), None)
             draft.note(f"library {name}", PaperField(kind=INSTALLED, record=record, field=key or "RECORD"))
