@@ -125,6 +125,10 @@ class Rows:
 
 
 def find(store: Store, cause: Cause, weights: Weights) -> Found:
+    """What an erasure would reach now. weights: what becomes of those that learned from the rows.
+
+    Raises UsageError for a cause that names no rows, and where no dataset version holds any of it.
+    """
     if cause.kind not in ROW_CAUSES:
         what = f"a recall of a {cause.kind} names no rows that could be erased"
         raise UsageError(what, fix=f"name one of {', '.join(ROW_CAUSES)}")

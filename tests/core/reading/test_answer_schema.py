@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,8 @@ def test_a_file_of_a_schema(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not JSON") as caught:
         load_answer_schema(path)
     assert caught.value.where == str(path)
+
+
+def test_commands_that_read_no_schema_do_not_load_its_library() -> None:
+    shown = "import sys; from tunesmith.services import audit, home, versions; print('jsonschema' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout == "False\n"
