@@ -13,9 +13,8 @@ from engine_parts.report import Line
 from learning_parts.kept import Figures
 from learning_parts.ours import RECIPE, Bench
 from tunesmith.core.digests import digest_file, digest_of
-from tunesmith.project import Project
 
-MINUTES, RIGHT, RAG, FORECAST = 10, 0.80, 120, 0.15
+MINUTES, RIGHT, RAG = 10, 0.80, 120
 
 
 def demo(bench: Bench) -> list[Line]:
@@ -34,8 +33,6 @@ def demo(bench: Bench) -> list[Line]:
         Line("demo: minutes", "-" if minutes is None else f"{minutes:.1f}", wanted=f"<= {MINUTES}",
              lacks="it was finished before" if minutes is None else None,
              reached=minutes is not None and minutes <= MINUTES),
-        Line("demo: forecast's share of the training's budget", f"{found['forecast']:.1%}", wanted=f"<= {FORECAST:.0%}",
-             reached=found["forecast"] <= FORECAST),
         Line("demo: rag, seconds for 1,000 requests", f"{found['rag']:.0f}", wanted=f"<= {RAG}",
              reached=found["rag"] <= RAG),
     ]  # fmt: skip
@@ -52,8 +49,7 @@ def _measured(bench: Bench) -> Figures:
         command = [sys.executable, "-m", "tunesmith", *arguments, "--json", "-C", str(bench.demo)]
         return dict(json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout))
 
-    shown, forecast = asked("evaluate"), asked("forecast", "tuned")
-    budget = Project.load(bench.demo).settings.candidates["tuned"].train.budget
+    shown = asked("evaluate")
     primary, candidates = shown["primary"], shown["candidates"]
     untuned = [name for name in candidates if not shown["tuned"][name]]
     rival = max(untuned, key=lambda name: candidates[name][primary]["mean"])
@@ -64,7 +60,6 @@ def _measured(bench: Bench) -> Figures:
     return {
         "seconds": round(seconds) if fresh else None,
         "n": shown["n"],
-        "forecast": round(forecast["seconds"] / budget, 4),
         "tuned": interval("tuned"),
         "rival": {"name": rival, **interval(rival)},
         "rag": round(shown["prices"]["rag"]["seconds_per_1000"], 1),

@@ -46,28 +46,26 @@ def main() -> None:
     rows = HERE / "data" / "home_intents.jsonl"
     if not rows.is_file():
         subprocess.run([sys.executable, str(HERE / "make_rows.py")], check=True)
-    heading("2  before the training: will it pay? Trainings of a tenth of its budget say so, with an interval")
-    shown("forecast", "tuned", expect=(0, 3, 4))
-    heading("3  the chain: seal, measure the untuned candidates, train, measure, judge, sign")
+    heading("2  the chain: seal, measure the untuned candidates, train, measure, judge, sign")
     shown("run")
     evaluation = asked("evaluate", "--json")
     rival = best_untuned(evaluation)
-    heading(f"4  what serves before: {rival}, the best candidate without tuning")
+    heading(f"3  what serves before: {rival}, the best candidate without tuning")
     tuned = registered("tuned")
     add_people()
     baseline = registered(rival, BASELINE)
     approved(baseline, BASELINE)
     if champion() is None:
         shown("rollout", "start", baseline)
-    heading(f"5  from {baseline} ({rival}) to {tuned} (tuned), with real requests")
+    heading(f"4  from {baseline} ({rival}) to {tuned} (tuned), with real requests")
     approved(tuned, "every gate passed")
     with served() as server:
         if champion() != tuned:
             promote(server, tuned)
-        heading("6  a worse version: the base with a prompt that asks for a sentence")
+        heading("5  a worse version: the base with a prompt that asks for a sentence")
         shown("gate", BAD, expect=(3,))
         drill(server)
-    heading("7  the evidence")
+    heading("6  the evidence")
     shown("verify", tuned)
     shown("audit", "show", "--action", "version.register")
     shown("audit", "show", "--action", "rollout.override")
