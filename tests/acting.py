@@ -1,7 +1,5 @@
 """Doing an action as somebody."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel

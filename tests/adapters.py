@@ -1,7 +1,5 @@
 """Random adapters in PEFT's layout, for any base of a supported family, without a training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -5,8 +5,6 @@ out, and says with the fixture `happened` what came of each. Rows of the same ar
 parametrised test is one row.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator

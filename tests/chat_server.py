@@ -1,7 +1,5 @@
 """A real HTTP server on a free port that speaks OpenAI's chat completions, as tests tell it to."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

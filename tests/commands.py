@@ -4,8 +4,6 @@ Python takes two to four seconds of the processor to import what a command needs
 that has imported it. Those of `started` begin and end as a user's do: a forked one skips the end of the interpreter.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

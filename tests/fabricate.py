@@ -5,8 +5,6 @@
 `build_scene` makes an installation: users, a dataset, and a way to register and approve versions.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import uuid

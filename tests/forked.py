@@ -1,7 +1,5 @@
 """Runs work in forked processes, which have everything imported already."""
 
-from __future__ import annotations
-
 import os
 import select
 import signal

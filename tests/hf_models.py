@@ -1,7 +1,5 @@
 """Tiny random models of families that the hf engine runs, with the tests' tokenizer and template."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

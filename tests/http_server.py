@@ -1,7 +1,5 @@
 """HTTP servers on threads of the tests' own process."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator

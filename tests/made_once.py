@@ -1,7 +1,5 @@
 """Expensive things that are made once for all test processes of a run."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Reads a Modelfile, and renders its template, as Ollama does: the part of Go's text/template that exports write."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,7 +1,5 @@
 """A receiver of OpenTelemetry's spans and metrics over HTTP, which decodes what it gets."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

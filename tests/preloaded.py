@@ -1,7 +1,5 @@
 """What the processes of tests/forked.py need, imported once: that takes longer than most of what they do."""
 
-from __future__ import annotations
-
 # ruff: noqa: F401
 import gc
 

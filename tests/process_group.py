@@ -1,7 +1,5 @@
 """Runs a function in several processes of one gloo process group, which end in time whatever happens."""
 
-from __future__ import annotations
-
 import os
 import time
 import traceback

@@ -6,8 +6,6 @@ A test that needs one calls `program("chromium")`. Without it the test is skippe
 the environment variable CI is `true` it fails.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

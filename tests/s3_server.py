@@ -1,7 +1,5 @@
 """An S3 server of moto in a process of its own, for tests."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

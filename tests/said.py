@@ -1,7 +1,5 @@
 """Progress reports that keep what they are told."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

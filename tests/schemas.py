@@ -1,7 +1,5 @@
 """JSON Schemas that tests share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -5,8 +5,6 @@ done its own takes half of another's. The files are ordered by their seconds in 
 processes get about the same time from the beginning. `pytest --keep-durations` writes that file anew.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

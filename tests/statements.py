@@ -1,7 +1,5 @@
 """SQL statements that are compiled once for all of a process's SQLite databases."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

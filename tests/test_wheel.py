@@ -1,7 +1,5 @@
 """A wheel built from the tree works in an environment that never saw the clone."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Tiny random models of each supported family, with a real tokenizer and chat template, for unit tests."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A whole project on a tiny random base: small enough to go through the chain in seconds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Models under training, for tests: made without a store, trained without a spec."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Waiting for a condition, and for the end of a process."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

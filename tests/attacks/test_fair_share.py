@@ -1,8 +1,6 @@
 """One caller sends as much as it can, or makes answers bad by its own parameters: others are answered meanwhile, and no
 arm of a rollout is blamed."""
 
-from __future__ import annotations
-
 import contextlib
 import select
 import socket

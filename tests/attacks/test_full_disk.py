@@ -1,7 +1,5 @@
 """A disk that is full: the error says where and what to do, nothing half written stays, and the command works later."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,8 +1,6 @@
 """A change is killed at each of its writes that others can see. The store is then as before it or as after it, and goes
 on."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

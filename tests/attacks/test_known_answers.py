@@ -1,7 +1,5 @@
 """Whoever knows the test rows, or what a candidate answered to them, gets no better score unnoticed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

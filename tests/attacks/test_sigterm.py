@@ -1,7 +1,5 @@
 """SIGTERM under load: every request gets a whole answer or an API error, and the process ends cleanly."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal

@@ -1,7 +1,5 @@
 """Standing that is lost under a running server: each input of the decision in turn, through every way to a version."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """A tenant's job goes as if there were no other tenant, whatever others uploaded before."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

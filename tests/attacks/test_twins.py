@@ -1,7 +1,5 @@
 """Copies of rows that look the same but are spelt with other characters do not pass as other rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A server whose database is full, locked or gone: answers are sent all the same, and /readyz says what is wrong."""
 
-from __future__ import annotations
-
 import sqlite3
 from pathlib import Path
 from typing import Any

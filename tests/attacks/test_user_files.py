@@ -1,7 +1,5 @@
 """Files that a user hands in: broken, huge, deep or none at all; and texts of strangers in what commands print."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """Ways to spell a text with other characters so that it looks the same, or nearly so."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What a candidate asks and learns: prompts, shots, passages with labels; and baselines without a model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Copied fields: which values a request's grammar lets through, and which settings are refused."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import hashlib

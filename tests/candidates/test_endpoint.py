@@ -1,7 +1,5 @@
 """An outside model: what is sent, what is read, when it is asked again, and that the key goes nowhere else."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What answers are held to: schemas that a request brings, schemas as grammars, and calls of tools."""
 
-from __future__ import annotations
-
 import json
 from functools import reduce
 from typing import Any

@@ -1,7 +1,5 @@
 """A real Chromium that looks at a real server's console."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any

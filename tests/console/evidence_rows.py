@@ -1,7 +1,5 @@
 """An evaluation with hostile texts, of candidates that can and cannot be asked, in the store of a scene."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

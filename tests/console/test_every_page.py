@@ -1,7 +1,5 @@
 """Every page that links lead to: the keyboard, a large text, hostile texts in every field, and paper."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

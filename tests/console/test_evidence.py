@@ -1,7 +1,5 @@
 """Evidence in a real browser: the list, one evaluation, the matrix, one request, and the playground."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

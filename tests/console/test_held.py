@@ -1,7 +1,5 @@
 """Reviewers decide on held answers in the browser."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Log in by a link or at an identity provider, stay logged in, log out; what is refused; what strange addresses get."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import getpass

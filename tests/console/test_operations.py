@@ -1,7 +1,5 @@
 """The first page and operations: what serves, moves and waits for whom; the audit log, people, drift and recalls."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import time

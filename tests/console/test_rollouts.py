@@ -1,7 +1,5 @@
 """An operator watches a canary get traffic, promotes it and rolls back; another tenant sees none of it."""
 
-from __future__ import annotations
-
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any

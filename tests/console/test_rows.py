@@ -1,7 +1,5 @@
 """Dataset versions and the review queue in the browser: rows, two versions compared, a sign-off, decisions by keys."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

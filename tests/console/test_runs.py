@@ -1,7 +1,5 @@
 """Jobs in the console: the list, one job, and what another tenant's browser sees of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

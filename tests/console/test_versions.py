@@ -1,7 +1,5 @@
 """The pages of versions and keys: what the list shows, decisions signed in the browser, lineage, verification."""
 
-from __future__ import annotations
-
 import html
 import re
 from urllib.parse import quote

@@ -1,7 +1,5 @@
 """Errors and results say what to do next in words; only the command line words it as a command, which exists."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import functools

@@ -1,7 +1,5 @@
 """Scopes, references to versions, and the names that they are made of."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

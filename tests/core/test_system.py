@@ -1,7 +1,5 @@
 """Scratch files of killed processes, HTTP clients of threads, and OpenMP threads that sleep early."""
 
-from __future__ import annotations
-
 import os
 import platform
 import signal

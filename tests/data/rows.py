@@ -1,7 +1,5 @@
 """Rows, settings and builds for the tests of data."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

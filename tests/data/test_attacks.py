@@ -1,7 +1,5 @@
 """What may come in place of rows: exit code, place, nothing left over, and no cost before a huge row is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

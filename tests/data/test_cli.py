@@ -1,7 +1,5 @@
 """`tunesmith data`: its documents, its exit codes, and the same digest from another process."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

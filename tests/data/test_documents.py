@@ -1,7 +1,5 @@
 """Documents: read by their type, cut, scanned and sealed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

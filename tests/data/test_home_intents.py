@@ -1,7 +1,5 @@
 """The example's rows: deterministic, valid under the example's schema, and understood by hassil's own recogniser."""
 
-from __future__ import annotations
-
 import json
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Trigrams and their similarity, computed plainly: what the similarity join is compared with."""
 
-from __future__ import annotations
-
 
 def shingles(text: str) -> frozenset[str]:
     """The character trigrams of a text; the text itself where it is shorter."""

@@ -1,7 +1,5 @@
 """What the README and the documentation show works: links, project files, commands."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where constrained answers may end, which is at every token on which decoding stops, and how they are laid out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from queue import SimpleQueue

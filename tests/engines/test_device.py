@@ -1,7 +1,5 @@
 """The device that computes, the engines that train and answer on it, workers of Ray, and what doctor says of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

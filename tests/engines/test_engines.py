@@ -1,8 +1,6 @@
 """What both engines that answer in this process do, held against transformers' own: alone and in company, greedy and
 drawn, streamed and whole."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Trainings of both engines, compared with PEFT and a plain torch loop, on tiny random models; what hf refuses."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Shared by this folder's tests: a fabricated store and its evaluation, made once and copied for each test."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping

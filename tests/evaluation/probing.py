@@ -1,7 +1,5 @@
 """Rows of two turns."""
 
-from __future__ import annotations
-
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
 

@@ -1,7 +1,5 @@
 """The verbs: their documents, tables and exit codes. The stages themselves are given, so that nothing needs a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Answers to an evaluation: the numbers, answers that are not evidence, and two candidates side by side."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a learning curve says of scores that follow a known curve."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`pytest -m gpu`: training, answers and servers on a GPU, compared with the CPU. Skipped where torch sees none."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec

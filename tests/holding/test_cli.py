@@ -1,7 +1,5 @@
 """`tunesmith held`: list, show, release and refuse."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

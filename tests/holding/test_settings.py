@@ -1,7 +1,5 @@
 """What a project may state under `hold:`; the rules that the server could not apply are refused."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The owner of the store, olive, and a clock that tests set."""
 
-from __future__ import annotations
-
 import pytest
 from sqlalchemy.orm import Session
 

@@ -5,8 +5,6 @@
 FOLDER: a project with `jobs: {runner: ray}` and a queued job.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -3,8 +3,6 @@
 A module of its own, so that they start quickly: the tests' modules load torch and transformers.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

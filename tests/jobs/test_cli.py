@@ -1,7 +1,5 @@
 """`run --queue` and `jobs` from the outside: documents, exit codes, what a person sees."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Jobs whose processes are killed again and again: none is lost, none ends twice, and each effect is there once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

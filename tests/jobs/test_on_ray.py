@@ -1,7 +1,5 @@
 """Jobs on the nodes of a Ray cluster: what is refused, and a node that is lost."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """The queue's and the webhooks' tests against a real PostgreSQL server."""
 
-from __future__ import annotations
-
 import threading
 import time
 from multiprocessing.process import BaseProcess

@@ -1,7 +1,5 @@
 """Jobs and leases: order, idempotency keys, retries, fencing, what people ask for; performing a job in this process."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

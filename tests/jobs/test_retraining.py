@@ -1,7 +1,5 @@
 """What makes a new version due queues one run, in its time, and what comes of the run waits for an approval."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

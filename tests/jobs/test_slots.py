@@ -1,7 +1,5 @@
 """Jobs that have cores and GPUs for themselves, also among workers that know nothing of each other."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable
 from functools import partial

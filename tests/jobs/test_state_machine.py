@@ -1,7 +1,5 @@
 """The queue under every order of workers, people and pauses that hypothesis thinks of."""
 
-from __future__ import annotations
-
 import contextlib
 from itertools import count
 from typing import Any

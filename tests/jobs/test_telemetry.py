@@ -1,7 +1,5 @@
 """Traces of jobs, and what the environment may ask of OpenTelemetry."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The worker with real processes: a job whose process dies, and a whole project whose worker is killed."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Finding a base: what is pinned, what is refused."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from pathlib import Path

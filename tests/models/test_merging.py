@@ -1,7 +1,5 @@
 """Folding an adapter in, against PEFT's merge_and_unload and transformers' forward, family by family."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Modelfiles for Ollama: their prompts are ours for every kind of request, and what cannot be so is refused by name."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

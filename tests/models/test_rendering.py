@@ -1,7 +1,5 @@
 """Rendering: which tokens are the assistant's, and what is refused before it could be learned."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

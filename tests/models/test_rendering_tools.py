@@ -1,7 +1,5 @@
 """Tools through a template: rendered, trained on where the assistant calls, refused where they get lost, read again."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A project with enough rows for a forecast, on a tiny random base."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A project whose candidates answer with two bases: rendered, trained, probed, served and recalled by their own."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every kind of candidate through the chain on a tiny base: measured alike, and released where that makes sense."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

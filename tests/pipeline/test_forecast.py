@@ -1,7 +1,5 @@
 """`tunesmith forecast` on a tiny project: what it trains and asks, what it records, and what stops it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

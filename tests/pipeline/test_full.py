@@ -1,7 +1,5 @@
 """Models trained in full, and bases that the hf engine runs, go the whole way: trained, judged, registered, served."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a new project's schema says of the rows, and how its data build spells their answers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 

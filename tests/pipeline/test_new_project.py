@@ -1,7 +1,5 @@
 """What `init` reads in a user's rows, and what it says and writes of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from functools import reduce

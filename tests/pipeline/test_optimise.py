@@ -1,7 +1,5 @@
 """`optimise:` with an endpoint and a rewriter, which are a real HTTP server: bounds, failures, resuming."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

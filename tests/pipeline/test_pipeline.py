@@ -1,7 +1,5 @@
 """The chain: what is skipped, what is stale, what a kill leaves, what the verbs print."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The project file and the command line before there is a project: what is refused, and how it is told."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -1,7 +1,5 @@
 """Risk probes, policy checks and duties of licences through the chain: asked once, judged from the record, and kept."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

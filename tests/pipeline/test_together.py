@@ -1,7 +1,5 @@
 """A project goes from rows to a served version with one process, with torchrun's two and with two workers of Ray."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`tunesmith train --search`, and what a training says of its validation."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

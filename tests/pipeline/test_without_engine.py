@@ -1,7 +1,5 @@
 """Stages: what is built without an engine, what is run again, and what a recall withdraws."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Bodies of records: read by their kind's model, and written as they were read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

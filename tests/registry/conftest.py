@@ -1,7 +1,5 @@
 """A store with an owner (olive: admin, engineer), an approver (ann), and a fabricated chain up to a passing verdict."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an adapter must not be, whoever made it."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import struct

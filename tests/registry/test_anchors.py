@@ -1,7 +1,5 @@
 """Anchors of the audit log: an old store put back, a rewritten log, and anchors that were changed are noticed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

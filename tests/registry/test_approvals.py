@@ -1,7 +1,5 @@
 """Four eyes and an approver's signed no, by attack: the newest decision stands, nothing older brings a version back."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """The verbs: their documents, exit codes and what they say."""
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path

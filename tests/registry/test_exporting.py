@@ -1,7 +1,5 @@
 """Exports: loaded by the libraries they are for, equal to what was measured, and refused where they are not."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

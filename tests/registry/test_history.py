@@ -1,7 +1,5 @@
 """The audit log, by attack: someone who can write the whole database."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

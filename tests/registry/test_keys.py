@@ -1,7 +1,5 @@
 """Key pairs: made once, kept private, one a person."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta

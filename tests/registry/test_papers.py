@@ -1,7 +1,5 @@
 """Papers: every field follows its record or names a person, other programs accept them, and bad ones are refused."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

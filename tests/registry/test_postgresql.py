@@ -1,7 +1,5 @@
 """The registry's tests that depend on the database, against a real PostgreSQL server."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Registering: what becomes a signed version, and what changes meanwhile. Killed ones: attacks/test_kill_points.py."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -1,7 +1,5 @@
 """Offline verification, by attack: whatever is changed in the files, the outcome names the file."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """Versions: found by label, alias and digest, opened by what was signed, and served while nothing speaks against it."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A scene with three approved versions, made once and copied for each test: signing is the slow part."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The steps of a rollout; the canary's test: its decisions and refusals. Rates: benchmarks/canary_false_alarms.py."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What one caller can do to a verdict: it cannot decide it, whatever its share and whichever arm it chooses."""
 
-from __future__ import annotations
-
 import math
 from datetime import UTC, datetime, timedelta
 from itertools import count

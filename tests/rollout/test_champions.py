@@ -1,7 +1,5 @@
 """Promotions, rollbacks and aborts where a version has lost its standing."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any

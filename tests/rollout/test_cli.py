@@ -1,7 +1,5 @@
 """The verbs `rollout`, `monitor` and `recall` from the outside: documents, exit codes, errors."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The controller: every arrow, every refusal, and what happens to a rollout when the world changes under it."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable

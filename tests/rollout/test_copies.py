@@ -1,7 +1,5 @@
 """Backup, restore and migrate: what was copied verifies, what is damaged or in the way is refused, nothing is half."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The state machine under every order of commands, clock jumps, evidence and recalls that hypothesis thinks of."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from datetime import UTC, datetime, timedelta

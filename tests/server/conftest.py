@@ -1,7 +1,5 @@
 """A real uvicorn on a free port of 127.0.0.1, over the rollout tests' scene and a fake engine."""
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import signal

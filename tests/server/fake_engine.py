@@ -1,7 +1,5 @@
 """An engine that answers at once, and as told: fixed texts by adapter, gates, crashes and hangs."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A project on a tiny random base that takes fine-tuning jobs, and its server."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal

@@ -1,7 +1,5 @@
 """Every route declares who may call it, and what it declares is enforced; tokens over HTTP."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """What the pages show and change, over HTTP: answers as documented, changes that count, and nothing for others."""
 
-from __future__ import annotations
-
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping

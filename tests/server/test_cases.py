@@ -1,7 +1,5 @@
 """The text of a request is kept only where its caller asked for that: scanned, for a limited time, until withdrawn."""
 
-from __future__ import annotations
-
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The official openai client drives the server: answers, streams, formats, functions, and which model answers whom."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

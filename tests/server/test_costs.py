@@ -1,7 +1,5 @@
 """What one request may say and cost: fields are refused by name and have limits, and others are answered meanwhile."""
 
-from __future__ import annotations
-
 import json
 import time
 import typing

@@ -1,7 +1,5 @@
 """Approving and refusing over HTTP: the server holds no approver's key, and takes no signature but the caller's own."""
 
-from __future__ import annotations
-
 import base64
 import json
 from datetime import timedelta

@@ -4,8 +4,6 @@ Each document holds a word of its own. The engine repeats its whole prompt as th
 the prompt is seen everywhere.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path

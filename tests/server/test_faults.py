@@ -1,7 +1,5 @@
 """Bad clients and a bad engine: each gets its answer, the others theirs, and what was begun is recorded."""
 
-from __future__ import annotations
-
 import json
 import socket
 import time

@@ -1,7 +1,5 @@
 """/v1/files: the official client uploads, lists, reads and deletes; what is not valid is refused."""
 
-from __future__ import annotations
-
 import os
 import random
 import socket

@@ -1,7 +1,5 @@
 """/v1/fine_tuning/jobs: the official client creates, lists and changes jobs; what is not supported is refused."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """Fine-tuning jobs to their ends, by a server and its workers or by this process: served, cancelled, failed."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

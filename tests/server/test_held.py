@@ -1,7 +1,5 @@
 """Answers that wait for a reviewer, over a real server: rules, decisions, deadlines, and who may see what."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """examples/hosted/walk.py on a tiny base: PostgreSQL, S3, both clients, a killed worker, and a drift."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """/api/jobs over HTTP: what `tunesmith jobs` shows, by tenant and by role."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Traffic divided between two versions through the official client, judged, promoted and rolled back while it flows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Schemathesis sends what the OpenAPI document allows, and what it does not, to every route of a running server."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Iterator

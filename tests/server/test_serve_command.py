@@ -1,7 +1,5 @@
 """`tunesmith serve` as its users run it: a process, the embedded engine on a tiny model, the official client."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import signal

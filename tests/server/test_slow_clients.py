@@ -1,7 +1,5 @@
 """Clients that send too much, too slowly, or read nothing: they are told so, or closed, and cost others nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

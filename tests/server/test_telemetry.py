@@ -1,7 +1,5 @@
 """Traces and metrics of requests, as a receiver of OpenTelemetry gets them."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.fabricate import NAME

@@ -1,7 +1,5 @@
 """What callers share: places of the engine, values that are made once for all who look, and requests a minute."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

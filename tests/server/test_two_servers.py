@@ -1,7 +1,5 @@
 """Two server processes on one database: one is killed, and both show a change at once, of rollouts and held answers."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

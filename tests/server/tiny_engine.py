@@ -1,7 +1,5 @@
 """The native engine on a tiny random model, in the place of the fabricated base whose adapters a scene releases."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The list of actions: commands, routes and forms offer the same, by the same names."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 from collections.abc import Iterator

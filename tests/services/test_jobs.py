@@ -1,7 +1,5 @@
 """What people do with jobs: the rules that commands, pages and routes share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

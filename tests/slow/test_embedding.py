@@ -1,7 +1,5 @@
 """The packaged MiniLM: its vectors are those of the model's own library's recipe, and find what words alone do not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The real base model, and the tutorial's commands: on a tiny base, and before a release on the real one."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

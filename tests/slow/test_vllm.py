@@ -5,8 +5,6 @@ command that serves the model whose folder follows it: `vllm serve`, or, for vll
 package of the name vllm, `PYTHON -m vllm.entrypoints.openai.api_server --model`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

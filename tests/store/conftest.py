@@ -1,7 +1,5 @@
 """Buckets on an S3 server."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

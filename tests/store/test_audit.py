@@ -1,7 +1,5 @@
 """The audit log, by attack on the chain itself. What needs versions and approvals as witnesses is in tests/registry."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What every BlobStore does, and how the Store uses one: in a local folder, and on an S3 server."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

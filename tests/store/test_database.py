@@ -1,7 +1,5 @@
 """Rows that are appended past SQLAlchemy's sessions: the same values, errors and fences."""
 
-from __future__ import annotations
-
 import sqlite3
 from typing import Any
 

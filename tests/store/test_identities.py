@@ -1,7 +1,5 @@
 """Who may do what, by use and by attack."""
 
-from __future__ import annotations
-
 import getpass
 import json
 from concurrent.futures import ThreadPoolExecutor

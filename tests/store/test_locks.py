@@ -1,7 +1,5 @@
 """Locks between processes and threads, and what happens when their owner is killed."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

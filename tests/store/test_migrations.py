@@ -1,7 +1,5 @@
 """A new database has the tables that tables.py states; one of another revision is refused."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

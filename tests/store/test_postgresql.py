@@ -1,7 +1,5 @@
 """The store's tests against a real PostgreSQL server: transactions, the audit log, users and locks."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Proposed keys: what waits, who confirms it, and that it signs nothing before."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

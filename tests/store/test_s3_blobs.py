@@ -1,7 +1,5 @@
 """A store in a bucket: the local cache, create-only writes, files in parts, and what is said where the bucket fails."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tokens: what they permit and how long, who may make and end them, and what the log keeps of them."""
 
-from __future__ import annotations
-
 import pytest
 from sqlalchemy import select
 

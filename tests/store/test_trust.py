@@ -1,7 +1,5 @@
 """The list of trusted keys as a file that a stranger may have touched."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Values are kept until any process changes the store."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

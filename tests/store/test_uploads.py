@@ -1,7 +1,5 @@
 """Files that clients upload: kept apart from the blobs, by tenant, and gone when they are deleted."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a training will take and takes: refused beforehand where it does not fit, and shown while it runs."""
 
-from __future__ import annotations
-
 import json
 from itertools import accumulate
 from pathlib import Path

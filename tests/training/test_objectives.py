@@ -1,7 +1,5 @@
 """A supervised objective gives its weights up front; one over pairs of rows, by both engines, compared with torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

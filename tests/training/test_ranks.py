@@ -1,7 +1,5 @@
 """A training on several ranks (FSDP2 over gloo) beside the same training in one process, on tiny random models."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

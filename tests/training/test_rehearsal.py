@@ -1,7 +1,5 @@
 """Rehearsal: which rows are added, that they are the base's own answers, and what they leave as it was."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from itertools import count

@@ -1,7 +1,5 @@
 """Stop and resume: the same bytes after kill -9 at any moment; refused where the training or machine changed."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Trainings with a budget: the rate's course, what is decided when, and the same bytes again by the same decisions."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import shutil

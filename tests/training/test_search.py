@@ -1,7 +1,5 @@
 """A search finds the good rate, prunes what is worse, leaves out what cannot be trained, and goes on after a kill."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Settings of a training: their checks and messages."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Trainings shown elsewhere: each point once however often a run was killed, nothing else changed by it."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

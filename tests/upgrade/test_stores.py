@@ -6,8 +6,6 @@ epochs, its approval and rollout, `run --queue`, `forecast --queue`. Its gate `r
 has a rule, that are no longer there. Another store is added when records change; none is made anew.
 """
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A receiver of webhooks, and a project without a model that sends to it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

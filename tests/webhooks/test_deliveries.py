@@ -1,7 +1,5 @@
 """Each event arrives at least once, signed, with the same id and body; what does not arrive is kept. Settings."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

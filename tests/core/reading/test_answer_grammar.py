@@ -1,7 +1,5 @@
 """Patterns and Lark grammars of whole answers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

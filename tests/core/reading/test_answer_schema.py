@@ -1,7 +1,5 @@
 """Schemas that must be refused before any answer is judged by them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """JSON written as constrained decoding can write it."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

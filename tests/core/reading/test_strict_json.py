@@ -1,7 +1,5 @@
 """JSON that the readers of the world disagree about is refused, quickly, with the place."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """YAML that explodes, deceives or crashes a reader is refused with its line."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """Text of strangers on terminals, in logs and in JSON."""
 
-from __future__ import annotations
-
 import json
 import logging
 

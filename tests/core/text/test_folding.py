@@ -1,7 +1,5 @@
 """Folded texts: what is equal after folding, and the places that folded characters come from."""
 
-from __future__ import annotations
-
 import unicodedata
 
 import pytest

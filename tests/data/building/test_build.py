@@ -1,7 +1,5 @@
 """The account adds up, the digest is that of the input, and every policy stops or counts what it should."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

@@ -3,8 +3,6 @@
 The test runs this file as a program, because a driver of Ray whose cluster dies ends its whole process.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

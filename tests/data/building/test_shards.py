@@ -1,7 +1,5 @@
 """Shards and workers: any number gives the same dataset and the same first error, and leaves no files behind."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Four shapes of rows to one; what is an error, and what is left out with a reason."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from datetime import date

@@ -1,7 +1,5 @@
 """Rows with tools: the spellings they come in, what is no conversation, and OpenAI's own rules."""
 
-from __future__ import annotations
-
 import copy
 import json
 from datetime import date

@@ -1,7 +1,5 @@
 """Which licences rows may have."""
 
-from __future__ import annotations
-
 import pytest
 
 from tunesmith.core.errors import Refused, UsageError

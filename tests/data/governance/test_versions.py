@@ -1,7 +1,5 @@
 """From one dataset version to the next: what changed, what goes with it, who signed it off."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """A recall of a row or a person reaches every copy, and the next build leaves all of them out."""
 
-from __future__ import annotations
-
 import unicodedata
 from pathlib import Path
 

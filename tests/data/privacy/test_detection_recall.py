@@ -1,7 +1,5 @@
 """What the scan finds is measured on the dataset's own rows, and what it missed is bounded."""
 
-from __future__ import annotations
-
 import json
 import stat
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """presidio and spaCy are imported without torch and transformers, which other code still finds."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor

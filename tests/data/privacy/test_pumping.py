@@ -1,7 +1,5 @@
 """The time of a privacy scan grows linearly with the text, whatever the text repeats."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

@@ -1,7 +1,5 @@
 """Personal data and secrets: found, replaced by one name each, and the answer still the JSON it was."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import socket

@@ -1,7 +1,5 @@
 """Flags with reasons, and no row dropped for one; names counted for what they suggest."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -1,7 +1,5 @@
 """Rows are flagged and reviewed by one or two people, and the next build does what they decided."""
 
-from __future__ import annotations
-
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Files as they should not be: every one an error with its place, and no wait, crash or silent loss."""
 
-from __future__ import annotations
-
 import bz2
 import errno
 import gzip

@@ -1,7 +1,5 @@
 """Rows that lie elsewhere: folders of Hugging Face `datasets`, and URLs."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

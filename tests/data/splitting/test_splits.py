@@ -1,7 +1,5 @@
 """Groups are in one split and keep it; what is near a held-out row, or begins with one, is not trained on."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

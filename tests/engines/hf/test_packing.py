@@ -1,7 +1,5 @@
 """Batches without padding, compared with rows computed one at a time, on tiny random models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """docs/reference/training-support.md, cell by cell."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -3,8 +3,6 @@
 Those of a training are compared with PEFT's and PyTorch's gradients in tests/engines/test_training.py, on both paths.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Native trainings: accumulation, best weights, early stopping, how rows are laid out, and the arithmetic."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The running batch: whoever joins, leaves or waits, each row is given what it would be given alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """vLLM servers that Tunesmith starts, with the stand-in server as the program: started, watched, restarted, ended."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

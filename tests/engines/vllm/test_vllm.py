@@ -3,8 +3,6 @@
 tests/slow/test_vllm.py asks a real one.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Also a program that takes the arguments of `vllm serve` as far as it needs them.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

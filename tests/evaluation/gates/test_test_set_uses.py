@@ -1,7 +1,5 @@
 """Uses of the test set, which nothing resets; and verdicts by gates that are no longer computed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Gates and verdicts: what passes, what must never pass, and that a verdict replays to the same bytes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

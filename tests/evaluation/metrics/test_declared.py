@@ -1,7 +1,5 @@
 """Scorers with settings of their own, and figures of all rows together: macro-F1, calibration error, Brier score."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

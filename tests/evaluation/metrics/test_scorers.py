@@ -1,7 +1,5 @@
 """Scorers on what models really write, and on what they could."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Policy checks in an evaluation and its verdict: what passes, what must never pass, and what damaged evidence does."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Rules and requests of policy checks: what an answer keeps or breaks, what is asked, and what was learned already."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tasks of lm-eval: what is asked of their rows, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the bias and robustness probes ask: swapped rows, unclean requests, and BBQ and CrowS-Pairs as published."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """A probe's evidence that is missing, NaN, stale, unpaired or empty decides nothing, and says why. No model here."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import sys

@@ -1,7 +1,5 @@
 """Money, ladder, groups, classes, judges and risks in the report: the arithmetic, the page, the Markdown."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The page: what it says, that it is whole, and that hostile text stays text."""
 
-from __future__ import annotations
-
 import json
 import re
 from html.parser import HTMLParser

@@ -1,7 +1,5 @@
 """Intervals, tests and the power promised before a run: held against scipy, and against what must never pass."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

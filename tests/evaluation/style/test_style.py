@@ -1,7 +1,5 @@
 """Style as a number: a house's tone against plain answers, shuffled labels, half of the tone lost, damaged evidence."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
