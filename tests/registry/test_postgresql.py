@@ -5,10 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.postgresql_server import moved_to_postgresql
-from tests.registry.test_approvals import (  # noqa: F401
-    test_a_role_taken_away_takes_the_approval_with_it,
-    test_a_second_person_approves_and_once_is_enough,
-)
+from tests.registry.test_approvals import test_a_role_taken_away_takes_the_approval_with_it  # noqa: F401
 from tests.registry.test_registering import test_registrations_of_one_name_take_turns  # noqa: F401
 from tests.registry.test_versions import (  # noqa: F401
     test_a_version_of_another_scope_does_not_exist,
