@@ -12,12 +12,11 @@ decides about it. So what everybody writes, and labels and system prompts, stays
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
@@ -25,7 +24,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
-from tunesmith.core.reading.strict_json import JsonObject, parse_json
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.system.scratch import SCRATCH, remove_leftovers
 from tunesmith.core.text.names import VersionRef
@@ -48,16 +47,8 @@ from tunesmith.store.tables import ErasedRow, ErasureRow, FileRow, RecallRow, Re
 
 _LOG = logging.getLogger("tunesmith.erasure")
 _LASTS = timedelta(hours=1)  # from stating what goes to its signature
+_SHARED = ("cause", "reason", "planned_by", "confirmed_by", "at", "plan")  # by a plan's row and its statement
 Sign = Callable[[JsonObject], bytes]  # a statement -> its envelope
-_HERE = "erased.json"  # the erasures after which this machine was cleaned
-
-
-class Place(View):
-    """Where texts are: how many rows, records, files or entries, and the bytes of what is rewritten or deleted."""
-
-    place: str
-    count: int
-    bytes: int
 
 
 class Plan(View):
@@ -80,7 +71,7 @@ class Plan(View):
     confirmed_by: str
     at: str
     rows: tuple[str, ...]
-    places: tuple[Place, ...]
+    places: tuple[traces.Place, ...]
     others: tuple[str, ...]
     shared: int
     trainings: tuple[str, ...]
@@ -109,7 +100,7 @@ def plan(
     stated = {
         "weights": weights,
         "rows": sorted(found.rows),
-        "places": [{"place": name, "count": n, "bytes": size} for name, (n, size) in sorted(found.places.items())],
+        "places": [place.document() for place in traces.places_of(found.sized)],
         "others": sorted(found.others),
         "shared": len(found.shared),
         "trainings": [short(each) for each in found.of("training")],
@@ -215,18 +206,11 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
     if new := sorted({*found.rows, *found.versions} - known):
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"
         raise Refused(what, fix=NextStep("plan it again", "erase plan"))
-    return ErasureStatement(
-        **{name: getattr(row, name) for name in ("cause", "reason", "planned_by", "plan")},
-        number=row.id,
-        confirmed_by=actor,
-        at=at,
-        rows=tuple(sorted(found.rows)),
-        replaced=tuple(each for _, each in sorted(found.replaced.items())),
-        deleted=tuple(sorted(found.deleted)),
-        entries={table: tuple(sorted(keys)) for table, keys in sorted(found.entries.items())},
-        versions=found.versions if row.plan["weights"] == "erase" else {},
-        recalled=tuple(sorted(one.digest for one in found.reached)),
-    )
+    stated = {name: getattr(row, name) for name in _SHARED} | {"number": row.id, "confirmed_by": actor, "at": at}
+    stated |= {"rows": sorted(found.rows), "recalled": sorted(one.digest for one in found.reached)}
+    stated |= {"replaced": tuple(found.replaced.values()), "deleted": found.deleted, "entries": found.entries}
+    versions = found.versions if row.plan["weights"] == "erase" else {}
+    return ErasureStatement.model_validate({**stated, "versions": versions})
 
 
 def _reason(number: int, reason: str) -> str:
@@ -242,9 +226,8 @@ def _know(store: Store, signed: Signed) -> None:
     stated["entries"] = sum(map(len, statement.entries.values()))
     detail: JsonObject = stated | signature_entry(signed.fingerprint, signed.digest)
     with store.change(statement.confirmed_by, CONFIRM, statement.cause, detail) as session:
-        row = session.merge(ErasureRow(id=statement.number, state="running", statement=signed.digest))
-        for name in ("cause", "reason", "planned_by", "confirmed_by", "at", "plan"):
-            setattr(row, name, getattr(statement, name))
+        shared = {name: getattr(statement, name) for name in _SHARED}
+        session.merge(ErasureRow(id=statement.number, state="running", statement=signed.digest, **shared))
         reason = _reason(statement.number, statement.reason)
         for digest in statement.recalled:
             if session.get(RecallRow, (digest, statement.cause)) is None:
@@ -259,10 +242,9 @@ def resume(store: Store) -> list[str]:
 
     Returns what was done, a line each. Raises Refused for a statement that no trusted key signed.
     """
-    if next(_open(store), None) is None:
-        return []
-    with contextlib.suppress(LockHeld), store.lock(ERASURE, "erasing"), store.lock(ALONE, "erasing"):
-        return _resume(store)
+    if next(_open(store), None) is not None:
+        with contextlib.suppress(LockHeld), store.lock(ERASURE, "erasing"), store.lock(ALONE, "erasing"):
+            return _resume(store)
     return []
 
 
@@ -274,21 +256,19 @@ def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bo
     read = erasures.read_erasures(store.blobs, identities.trusted_keys(store))
     for key, reason in read.problems.items():
         raise Refused(f"an erasure does not count: {reason}", where=store.blobs.where(key), fix="ask who signed it")
-    here = _machine(store)
+    with store.reading() as session:
+        rows = {row.statement: row for row in session.scalars(select(ErasureRow))}
     for signed in read.signed:
-        with store.reading() as session:
-            row = session.get(ErasureRow, signed.statement.number)
-        known = row is not None and row.statement == signed.digest
-        locked = min((until for _, until in row.plan.get("locked", ())), default="") if row is not None else ""
-        due = row is None or (row.state != "done" and (now or locked <= stamp()))
-        replaced = signed.statement.replaced
-        back = any(store.blobs.exists(traces.key_of(one.kind, one.old)) for one in replaced if one.rows)
-        if back or not known or due or signed.digest not in here:
-            yield signed, known, back or not known or due
+        row, replaced = rows.get(signed.digest), signed.statement.replaced
+        due = row is None or any(store.blobs.exists(traces.key_of(one.kind, one.old)) for one in replaced if one.rows)
+        if row is not None and row.state != "done":
+            due = due or now or min((until for _, until in row.plan.get("locked", ())), default="") <= stamp()
+        if due or not _cleaned(store, signed).exists():
+            yield signed, row is not None, due
 
 
 def _resume(store: Store, *, now: bool = False) -> list[str]:
-    here, done = _machine(store), []
+    done = []
     for signed, known, due in _open(store, now=now):
         statement = signed.statement
         if not known:
@@ -297,19 +277,15 @@ def _resume(store: Store, *, now: bool = False) -> list[str]:
             done.append(f"erasure {statement.number}, which {statement.confirmed_by} confirmed, is carried out")
             _LOG.warning(done[-1])
             _carry_out(store, statement)
-        if signed.digest not in here:
+        if not (cleaned := _cleaned(store, signed)).exists():
             _clean_machine(store, statement)
-            here.add(signed.digest)
-            write_atomic(store.local(_HERE), json.dumps(sorted(here)).encode())
+            write_atomic(cleaned, b"")
     return done
 
 
-def _machine(store: Store) -> set[str]:
-    """The erasures after which this machine's own folders were cleaned."""
-    try:
-        return set(parse_json(store.local(_HERE).read_bytes()))
-    except FileNotFoundError:
-        return set()
+def _cleaned(store: Store, signed: Signed) -> Path:
+    """A file that is there once this machine's own folders were cleaned after an erasure."""
+    return store.local("erased", short(signed.digest))
 
 
 def _clean_machine(store: Store, statement: ErasureStatement) -> None:
@@ -330,17 +306,16 @@ def _carry_out(store: Store, statement: ErasureStatement) -> None:
     rows = traces.Rows(store)
     rows.take(ids.__contains__)
     wanted = Sentences(rows.sentences - rows.staying()[0])
-    entries = {table: set(keys) for table, keys in statement.entries.items()}
     cause = Cause.labelled(statement.cause)
-    tenant = cause.value if cause.kind == "tenant" else ""
-    for table, keys in traces.entries_with(store, wanted, ids, tenant).items():
-        entries.setdefault(table, set()).update(keys)
+    entries = traces.entries_with(store, wanted, ids, cause)
     with store.writing() as session:
-        for table, some in entries.items():
-            _clean(session, traces.TABLES[table], some)
+        for name, table in traces.TABLES.items():
+            _clean(session, table, {*statement.entries.get(name, ()), *entries.get(name, ())})
     until: dict[str, str] = {}  # an object -> the time until which the bucket locks it
-    for key in {*statement.deleted, *(key for key, _ in traces.objects_with(store, wanted, tenant))}:
-        _forget_object(store, key)
+    for key in {*statement.deleted, *(key for key, _ in traces.objects_with(store, wanted, cause))}:
+        with store.writing() as session:
+            forget_cases(session, [name := traces.object_name(key)])
+            session.execute(delete(FileRow).where(FileRow.file == name))
         until[key] = store.blobs.erase(key)
     for label in statement.versions:
         store.drop_version(VersionRef.parse(label))
@@ -372,32 +347,15 @@ def _write_left(store: Store, one: Replaced) -> None:
 
 def _clean(session: Session, table: type[Table], keys: Iterable[traces.Key]) -> None:
     """Delete rows of the database, or cut every longer text in them."""
-    for key in sorted(keys, key=str):
-        row = session.get(table, tuple(key))
-        if row is None:
-            continue
+    for row in filter(None, (session.get(table, tuple(key)) for key in sorted(keys, key=str))):
         if isinstance(row, ReviewItemRow):
             forget_items(session, [row.id])
         elif table in traces.DELETED:
             session.delete(row)
         else:
             for column in traces.text_columns(table):
-                setattr(row, column, _without_texts(getattr(row, column)))
+                setattr(row, column, texts.with_texts(getattr(row, column), _without))
 
 
-def _without_texts(value: Any) -> Any:
-    if isinstance(value, str):
-        return value if len(value) < SHORTEST or is_digest(value) else f"{CUT}]"
-    if isinstance(value, list):
-        return [_without_texts(each) for each in value]
-    if isinstance(value, dict):
-        return {_without_texts(key): _without_texts(each) for key, each in value.items()}
-    return value
-
-
-def _forget_object(store: Store, key: str) -> None:
-    name = traces.object_name(key)
-    with store.writing() as session:
-        if key.startswith("cases/"):
-            forget_cases(session, [name])
-        session.execute(delete(FileRow).where(FileRow.file == name))
+def _without(_place: str, text: str) -> str:
+    return text if len(text) < SHORTEST or is_digest(text) else f"{CUT}]"

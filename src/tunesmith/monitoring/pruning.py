@@ -26,9 +26,9 @@ from sqlalchemy import delete, select
 
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.values import View
-from tunesmith.monitoring.erasure import Place, resume
+from tunesmith.monitoring.erasure import resume
 from tunesmith.monitoring.settings import KeepSettings
-from tunesmith.monitoring.traces import in_use, work_folders
+from tunesmith.monitoring.traces import Place, in_use, places_of, size_of, work_folders
 from tunesmith.store import audit
 from tunesmith.store.blobs import named_digest
 from tunesmith.store.copying import COPYING
@@ -53,12 +53,8 @@ class Usage(View):
     @classmethod
     def by(cls, sized: Iterable[tuple[str, int]], **more: Any) -> Self:
         """Sums of what lies in each place. sized: places, with the bytes of one thing there."""
-        sums: dict[str, list[int]] = defaultdict(list)
-        for place, size in sized:
-            sums[place].append(size)
-        places = (Place(place=place, count=len(sizes), bytes=sum(sizes)) for place, sizes in sums.items())
-        ordered = tuple(sorted(places, key=lambda place: (-place.bytes, place.place)))
-        return cls(places=ordered, bytes=sum(place.bytes for place in ordered), **more)
+        places = places_of(sized)
+        return cls(places=places, bytes=sum(place.bytes for place in places), **more)
 
 
 class Pruned(Usage):
@@ -138,8 +134,8 @@ def usage(store: Store) -> Usage:
         sized += [(place, sum(survey.sizes[key] for key in own))] if record.blobs else []
     rest = ((key.partition("/")[0], size) for key, size in survey.sizes.items() if key not in owned)
     sized += [(folder.replace("blobs", "blobs that no record names"), size) for folder, size in rest]
-    sized += [(_work(folder), _size(folder)[0]) for folder in work_folders(store)]
-    sized += [("copies of a bucket on this machine", _size(cache)[0]) for cache in store.root.glob("cache")]
+    sized += [(_work(folder), size_of(folder)[0]) for folder in work_folders(store)]
+    sized += [("copies of a bucket on this machine", size_of(cache)[0]) for cache in store.root.glob("cache")]
     sized += [("database", file.stat().st_size) for file in store.root.glob(f"{DATABASE}*")]
     return Usage.by(sized)
 
@@ -155,7 +151,7 @@ def prune(store: Store, keep: KeepSettings, *, actor: str, dry_run: bool = False
     busy, now = in_use(store, ()), time.time()
     with store.lock(ERASURE, _PURPOSE), store.lock(COPYING, _PURPOSE):
         survey = _Survey(store)
-        sizes = {} if keep.work is None else {folder: _size(folder) for folder in work_folders(store)}
+        sizes = {} if keep.work is None else {folder: size_of(folder) for folder in work_folders(store)}
         folders = {folder: size for folder, (size, changed) in sizes.items() if changed < now - (keep.work or 0)}
         with store.reading() if dry_run else store.writing() as session:
             made = {row.digest: row.created_at for row in session.scalars(select(RecordRow))}
@@ -222,13 +218,3 @@ def _delete(store: Store, survey: _Survey, keys: list[str], index: Collection[st
 
 def _work(folder: Path) -> str:
     return f"work on this machine: {folder.name.partition('-')[0]}"
-
-
-def _size(folder: Path) -> tuple[int, float]:
-    """The bytes below a path, and when something there last changed, in seconds since 1970."""
-    size, changed = 0, 0.0
-    for path in (folder, *folder.rglob("*")):
-        with suppress(FileNotFoundError):
-            status = path.lstat()
-            size, changed = size + status.st_size * path.is_file(), max(changed, status.st_mtime)
-    return size, changed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,10 +17,11 @@ from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.scratch import SCRATCH
+from tunesmith.core.values import View
 from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.documents import PASSAGES
 from tunesmith.data.governance import erased as texts
-from tunesmith.data.governance.erased import Erased, Rewritten, Sentences
+from tunesmith.data.governance.erased import Erased, Sentences
 from tunesmith.data.governance.withdrawn import ROW_CAUSES, reaches
 from tunesmith.monitoring.recall import Cause, Reached, reach
 from tunesmith.records.dataset import DatasetBody, DocumentsBody
@@ -32,6 +34,7 @@ from tunesmith.store.tables import FileRow, HeldRow, JobRow, ReviewItemRow, Tabl
 
 Weights = Literal["keep", "erase"]
 Kind = Literal["blob", "record"]
+Names = tuple[str, ...]
 _ROWS = {f"{split}.jsonl" for split in SPLITS} | {REMOVED, SUBJECTS, PASSAGES}
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _SIGNED = ("version", "approval", "paper", "base")  # records that state no text, most under signatures
@@ -42,37 +45,49 @@ _CUT = (JobRow, tables.JobEventRow, tables.JobCurveRow, tables.RolloutRow, table
 TABLES: dict[str, type[Table]] = {each.__tablename__: each for each in (*DELETED, *_CUT)}
 
 
+class Place(View):
+    """Where things are: how many rows, records, files or entries, and the bytes of those that are files."""
+
+    place: str
+    count: int
+    bytes: int
+
+
+def places_of(sized: Iterable[tuple[str, int]]) -> tuple[Place, ...]:
+    """What lies in each place, the largest first. sized: the place of each thing, and its bytes."""
+    sums: dict[str, list[int]] = defaultdict(list)
+    for place, size in sized:
+        sums[place].append(size)
+    places = (Place(place=place, count=len(sizes), bytes=sum(sizes)) for place, sizes in sums.items())
+    return tuple(sorted(places, key=lambda place: (-place.bytes, place.place)))
+
+
 @dataclass
 class Found:
-    """What an erasure reaches now. places: -> how many, how many bytes. versions: label -> digest."""
+    """What an erasure reaches now. sized: the places of what is rewritten or deleted. versions: label -> digest."""
 
     rows: set[str]
     shared: set[str]
     others: set[str]
+    reached: Sequence[Reached]
+    versions: dict[str, str]
+    entries: dict[str, list[Key]]
     replaced: dict[str, Replaced] = field(default_factory=dict)
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
-    entries: dict[str, list[Key]] = field(default_factory=dict)
+    sized: list[tuple[str, int]] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
-    reached: Sequence[Reached] = ()
-    versions: dict[str, str] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
 
     def of(self, kind: str) -> list[str]:
         """The digests of the records of a kind that are reached."""
         return sorted(one.digest for one in self.reached if one.kind == kind)
 
-    def add(self, place: str, size: int, count: int = 1) -> None:
-        """Count a place."""
-        before = self.places.get(place, (0, 0))
-        self.places[place] = (before[0] + count, before[1] + size)
-
-    def replace(self, kind: Kind, name: str, old: str, data: bytes | None, left: Rewritten) -> None:
-        """Note what is left of a blob or record, once, unless it stays as it is. data: None of weights."""
-        if (data is not None and not left.rows and not left.cut) or old in self.replaced:
+    def replace(self, kind: Kind, name: str, old: str, data: bytes, rows: Names = (), cut: Names = ()) -> None:
+        """Note what is left of a blob or record, once, unless it stays as it is. No data: it goes whole."""
+        if old in self.replaced or (data and not rows and not cut):
             return
-        new = digest_bytes(left.data)
-        self.replaced[old] = Replaced(kind=kind, name=name, old=old, new=new, rows=left.rows, cut=left.cut)
-        self.add(f"{name} of records" if kind == "blob" else f"records: {name}", len(data or b""))
+        new = digest_bytes(texts.rewritten(data, rows, cut, lines=kind == "blob") if data else b"")
+        self.replaced[old] = Replaced(kind=kind, name=name, old=old, new=new, rows=rows, cut=cut)
+        self.sized.append((f"{name} of records" if kind == "blob" else f"records: {name}", len(data)))
 
 
 class Rows:
@@ -117,12 +132,6 @@ class Rows:
                     others.add(row)
         return shared, others
 
-    def replaced(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """(name, blob, the names of the lines that go) of each file that holds some."""
-        for blob, (name, lines) in self.files.items():
-            if own := [row for row, _ in lines if row in self.taken]:
-                yield name, blob, tuple(own)
-
 
 def find(store: Store, cause: Cause, weights: Weights) -> Found:
     """What an erasure would reach now. weights: what becomes of those that learned from the rows.
@@ -139,26 +148,21 @@ def find(store: Store, cause: Cause, weights: Weights) -> Found:
     if not rows.taken:
         raise UsageError(f"no dataset version in this store holds a row of {cause.label} any more")
     shared, others = rows.staying()
-    found = Found(rows.taken, shared, others, reached=reached)
-    found.versions = {VersionBody.read(store, each).line: each for each in found.of("version")}
-    wanted = rows.sentences - shared
-    erased = Erased(rows.taken, wanted, rows.turns)
-    for name, blob, own in rows.replaced():
-        data = store.read_blob(blob)
-        found.replace("blob", name, blob, data, Rewritten(texts.left_out(data, own), own, ()))
+    erased = Erased(rows.taken, rows.sentences - shared, rows.turns)
+    versions = {VersionBody.read(store, one.digest).line: one.digest for one in reached if one.kind == "version"}
+    entries = entries_with(store, erased.sentences, rows.taken, cause)
+    found = Found(rows.taken, shared, others, reached, versions, entries)
+    for blob, (name, lines) in rows.files.items():
+        if own := tuple(row for row, _ in lines if row in rows.taken):
+            found.replace("blob", name, blob, store.read_blob(blob), rows=own)
     for one in reached:
         _look_into(store, one, erased, found, weights)
-    looked = Sentences(wanted)
-    tenant = cause.value if cause.kind == "tenant" else ""
-    for table, keys in entries_with(store, looked, rows.taken, tenant).items():
-        found.entries[table] = keys
-        found.add(f"rows of the table {table}", 0, len(keys))
-    for key, size in objects_with(store, looked, tenant):
+    found.sized += [(f"rows of the table {table}", 0) for table, keys in entries.items() for _ in keys]
+    for key, size in objects_with(store, erased.sentences, cause):
         found.deleted.append(key)
-        found.add("kept requests" if key.startswith("cases/") else "uploaded files", size)
-    for folder in work_folders(store):
-        size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-        found.add("work folders of this machine: stages that did not end begin again", size)
+        found.sized.append(("kept requests" if key.startswith("cases/") else "uploaded files", size))
+    work = "work folders of this machine: stages that did not end begin again"
+    found.sized += [(work, size_of(folder)[0]) for folder in work_folders(store)]
     return found
 
 
@@ -178,33 +182,32 @@ def _look_into(store: Store, one: Reached, erased: Erased, found: Found, weights
         found.outside.update(f"document {file.path}" for file in DocumentsBody.read(store, one.digest).files)
     if one.kind == "export":
         found.outside.add(f"an export, record {short(one.digest)}")
-    now = current_digest(store, "record", one.digest)
-    stated = store.blobs.get(key_of("record", now)) if store.blobs.exists(key_of("record", now)) else b""
+    now, stated = store.record_bytes(one.digest)
     if digest_bytes(stated) != now:
         store.record(one.digest)  # which says what is wrong
     for name, blob in json.loads(stated)["blobs"].items():
         blob = current_digest(store, "blob", blob)
         if name in _WEIGHTS and weights == "erase":
-            found.replace("blob", name, blob, None, Rewritten(b"", (), ()))
+            found.replace("blob", name, blob, b"")
         elif one.kind == "paper":  # one that quotes a row is emptied, and counts no more
             if erased.sentences.stand_in(store.read_blob(blob).decode("utf-8", "replace")):
-                found.replace("blob", name, blob, None, Rewritten(b"", (), ()))
+                found.replace("blob", name, blob, b"")
         elif name.endswith(".jsonl") and name not in _ROWS:
-            found.replace("blob", name, blob, data := store.read_blob(blob), erased.cut(data, lines=True))
+            found.replace("blob", name, blob, data := store.read_blob(blob), cut=erased.cut(data, lines=True))
     if one.kind not in _SIGNED:
-        found.replace("record", one.kind, now, stated, erased.cut(stated, lines=False))
+        found.replace("record", one.kind, now, stated, cut=erased.cut(stated, lines=False))
 
 
-def entries_with(store: Store, wanted: Sentences, ids: Collection[str], tenant: str) -> dict[str, list[Key]]:
-    """Table -> keys of its rows that hold a sentence, or are about a row that goes. tenant: whose held answers go."""
+def entries_with(store: Store, wanted: Sentences, ids: Collection[str], cause: Cause) -> dict[str, list[Key]]:
+    """Table -> keys of its rows that hold a sentence, are about a row that goes, or are a held answer of its tenant."""
     found: dict[str, list[Key]] = {}
     with store.reading() as session:
         for name, table in TABLES.items():
             keys = inspect(table).primary_key
             columns = text_columns(table)
-            for row in session.scalars(select(table).execution_options(yield_per=500)):
+            for row in session.scalars(select(table).order_by(*keys).execution_options(yield_per=500)):
                 about = isinstance(row, ReviewItemRow) and row.kind == "row" and row.subject in ids
-                about |= isinstance(row, HeldRow) and row.tenant == tenant != ""
+                about |= isinstance(row, HeldRow) and (cause.kind, cause.value) == ("tenant", row.tenant)
                 if about or wanted.stand_in([getattr(row, each) for each in columns]):
                     found.setdefault(name, []).append(tuple(getattr(row, key.name) for key in keys))
     return found
@@ -215,10 +218,11 @@ def text_columns(table: type[Table]) -> list[str]:
     return [column.name for column in inspect(table).columns if isinstance(column.type, JSON | Text)]
 
 
-def objects_with(store: Store, wanted: Sentences, tenant: str) -> Iterator[tuple[str, int]]:
-    """(key, bytes) of kept requests and uploaded files that hold a sentence, or are a tenant's."""
+def objects_with(store: Store, wanted: Sentences, cause: Cause) -> Iterator[tuple[str, int]]:
+    """(key, bytes) of kept requests and uploaded files that hold a sentence, or are of the tenant that goes."""
+    tenant = cause.value if cause.kind == "tenant" else None
     with store.reading() as session:
-        theirs = set(session.scalars(select(FileRow.file).where(FileRow.tenant == tenant))) if tenant else ()
+        theirs = set(session.scalars(select(FileRow.file).where(FileRow.tenant == tenant)))
     for key in chain(store.blobs.keys("cases/"), store.blobs.keys("files/")):
         with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
             data = store.blobs.get(key)
@@ -243,8 +247,17 @@ def in_use(store: Store, candidates: Collection[str]) -> list[str]:
 
 def work_folders(store: Store) -> list[Path]:
     """The folders of stages that did not end, and of caches of texts."""
-    work = store.local("work")
-    return [each for each in work.iterdir() if not each.name.startswith(SCRATCH)] if work.is_dir() else []
+    return [each for each in store.root.glob("work/*") if not each.name.startswith(SCRATCH)]
+
+
+def size_of(folder: Path) -> tuple[int, float]:
+    """The bytes below a path, and when something there last changed, in seconds since 1970."""
+    size, changed = 0, 0.0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            size, changed = size + status.st_size * path.is_file(), max(changed, status.st_mtime)
+    return size, changed
 
 
 def key_of(kind: str, digest: str) -> str:

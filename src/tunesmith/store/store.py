@@ -231,25 +231,25 @@ class Store:
 
         cached: a local copy of it will do.
         """
-        where, kept = self.record_where(digest), digest
-        try:
-            data = self._record_bytes(kept, cached)
-        except FileNotFoundError:
-            try:
-                data = self._record_bytes(kept := self.left_of(digest), cached)
-            except FileNotFoundError:
-                what = f"record {short(digest)} is not in the store"
-                raise Refused(what, where=where, fix="restore the file, unless the log says it was pruned") from None
-        record = decode(data, kept, where)
+        kept, data = self.record_bytes(digest, cached=cached)
+        record = decode(data, kept, self.record_where(digest))
         if kept != digest:
             vars(record)["digest"] = digest  # its name stays, for all that name it
         if kind is not None and record.kind != kind:
             raise UsageError(f"record {short(digest)} is a {record.kind}, not a {kind}")
         return record
 
-    def _record_bytes(self, digest: str, cached: bool) -> bytes:
-        key = record_key(digest)
-        return self.blobs.get(key) if cached else b"".join(self.blobs.pieces(key))
+    def record_bytes(self, digest: str, *, cached: bool = True) -> tuple[str, bytes]:
+        """(digest, bytes) of a record, or of what erasures left of it, not compared. Raises Refused where it is
+        missing."""
+        read = self.blobs.get if cached else lambda key: b"".join(self.blobs.pieces(key))
+        with contextlib.suppress(FileNotFoundError):
+            return digest, read(record_key(digest))
+        kept = self.left_of(digest)
+        with contextlib.suppress(FileNotFoundError):
+            return kept, read(record_key(kept))
+        what, fix = f"record {short(digest)} is not in the store", "restore the file, unless the log says it was pruned"
+        raise Refused(what, where=self.record_where(digest), fix=fix)
 
     def find_record(self, prefix: str) -> str:
         """The one record whose hex digest starts with prefix, with or without `sha256:`."""

@@ -12,8 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunesmith.core.digests import canonical, canonical_lines, digest_bytes, is_digest, short
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
@@ -28,8 +27,6 @@ _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 CUT = "[erased"  # what every string begins with that stands for a cut one
 # Of a line about a row, the keys under which its text or an answer to it may stand.
 _SAID = frozenset(("text", "detail", "why", "content", "fields"))
-
-Hit = Callable[[str, str, str], bool]  # (place, key, string) -> whether it is cut
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -61,9 +58,6 @@ class Sentences:
         for sentence in wanted:
             self._by_start[sentence[:SHORTEST]].append(sentence)
 
-    def __bool__(self) -> bool:
-        return bool(self._by_start)
-
     def within(self, text: str) -> Iterator[str]:
         """Those that stand in a text."""
         if len(text) < SHORTEST or not self._by_start:
@@ -92,39 +86,19 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(each)
 
 
-class Rewritten(NamedTuple):
-    """Bytes without what is erased. rows: ids of the lines that were left out; cut: places of cut strings."""
-
-    data: bytes
-    rows: tuple[str, ...]
-    cut: tuple[str, ...]
-
-
 class Erased:
     """What is erased of rows or passages: everything of the lines that have these ids, and their texts elsewhere.
 
     turns: the folded turns of each row, so that a shot that is one is found, however short.
     """
 
-    def __init__(self, ids: Collection[str], wanted: Iterable[str], turns: Collection[tuple[str, ...]] = ()) -> None:
+    def __init__(self, ids: Collection[str], wanted: Iterable[str], turns: Collection[tuple[str, ...]]) -> None:
         self.ids, self.sentences, self._turns = frozenset(ids), Sentences(wanted), frozenset(turns)
         self._shortest = min(SHORTEST, *map(len, self.ids), SHORTEST)
 
-    def cut(self, data: bytes, *, lines: bool) -> Rewritten:
-        """A file of evidence or a record without texts; each line stays, and says what it is about."""
-        places: list[str] = []
-
-        def hit(place: str, key: str, text: str) -> bool:
-            own = key in self.ids or any(above in whole for above in accumulate(re.findall("/[^/]+", place)))
-            found = own or next(self.sentences.within(text), None) is not None
-            places.extend([place] if found else [])
-            return found
-
-        if not self._may_be_in(data.decode()):
-            return Rewritten(data, (), ())
-        value = _parsed(data, lines)
-        whole = frozenset(self._whole(value))
-        return Rewritten(_written(value, lines, digest_bytes(data), hit), (), tuple(places))
+    def cut(self, data: bytes, *, lines: bool) -> tuple[str, ...]:
+        """The places of the strings to cut in a record, or in a file of evidence, each line of which stays."""
+        return tuple(self._places(_parsed(data, lines))) if self._may_be_in(data.decode()) else ()
 
     def _may_be_in(self, text: str) -> bool:
         """Whether JSON has to be looked at place by place. This is quick, and no for nearly all of a store's files."""
@@ -133,22 +107,22 @@ class Erased:
         found = (parse_json(one) for one in set(_STRING.findall(text)) if len(one) > self._shortest)
         return any(one in self.ids or (not is_digest(one) and self.sentences.stand_in(one)) for one in found)
 
-    def _whole(self, value: Any, place: str = "") -> Iterator[str]:
-        """The places below which every string is cut: what lines about the rows say, and shots that are rows."""
-        if isinstance(value, dict):
-            own = value.get("id") in self.ids
-            for number, key in enumerate(sorted(value)):
-                if own and key in _SAID:
-                    yield f"{place}/{number}"
-                else:
-                    yield from self._whole(value[key], f"{place}/{number}")
+    def _places(
+        self, value: Any, place: str = "", key: str = "", said: Collection[str] = (), *, whole: bool = False
+    ) -> Iterator[str]:
+        """key: the value's. said: keys under which every string is cut. whole: it stands under one of them."""
+        if isinstance(value, str):
+            if whole or key in self.ids or next(self.sentences.within(value), None) is not None:
+                yield place
         elif isinstance(value, list):
-            if self._turns and turns_of(value) in self._turns:
-                contents = ((f"{place}/{number}", sorted(turn)) for number, turn in enumerate(value))
-                yield from (f"{each}/{keys.index('content')}" for each, keys in contents)
-            else:
-                for number, each in enumerate(value):
-                    yield from self._whole(each, f"{place}/{number}")
+            said = ("content",) if self._turns and turns_of(value) in self._turns else ()
+            for number, each in enumerate(value):
+                yield from self._places(each, f"{place}/{number}", key, said, whole=whole)
+        elif isinstance(value, dict):
+            said = _SAID if value.get("id") in self.ids else said
+            for number, name in enumerate(sorted(value)):
+                yield from self._places(name, f"{place}/{number}#", whole=whole)
+                yield from self._places(value[name], f"{place}/{number}", name, whole=whole or name in said)
 
 
 def turns_of(value: Any) -> tuple[str, ...]:
@@ -156,12 +130,6 @@ def turns_of(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) and "content" in turn for turn in value):
         return ()
     return tuple(_spelled(str(turn["content"])) for turn in value)
-
-
-def left_out(data: bytes, ids: Collection[str]) -> bytes:
-    """A file of JSON lines without the lines that have these names. The others keep their bytes."""
-    raw = data.splitlines(keepends=True)
-    return b"".join(line for (name, _), line in zip(named_lines(data), raw, strict=True) if name not in ids)
 
 
 def named_lines(data: bytes) -> list[tuple[str, JsonObject]]:
@@ -172,31 +140,32 @@ def named_lines(data: bytes) -> list[tuple[str, JsonObject]]:
 
 
 def rewritten(data: bytes, rows: Collection[str], cut: Collection[str], *, lines: bool) -> bytes:
-    """The bytes that are left of a file or record, from what was left out and cut of it."""
+    """The bytes that are left of a file or record, from the ids of lines that are left out, or the places of strings
+    that are cut: equal ones get equal other texts, which no other file has. The other lines keep their bytes."""
+    gone, known, of = frozenset(rows or cut), dict[str, str](), short(digest_bytes(data))
     if rows:
-        return left_out(data, frozenset(rows))
-    places = frozenset(cut)
-    return _written(_parsed(data, lines), lines, digest_bytes(data), lambda place, _key, _text: place in places)
+        raw = data.splitlines(keepends=True)
+        return b"".join(line for (name, _), line in zip(named_lines(data), raw, strict=True) if name not in gone)
+
+    def other(place: str, text: str) -> str:
+        return known.setdefault(text, f"{CUT} {of} {len(known)}]") if place in gone else text
+
+    whole = with_texts(_parsed(data, lines), other)
+    return canonical_lines(whole) if lines else canonical(whole)
+
+
+def with_texts(value: Any, other: Callable[[str, str], str], place: str = "") -> Any:
+    """A JSON value with other strings, keys too. other: a string's place and the string -> what stands there then."""
+    if isinstance(value, str):
+        return other(place, value)
+    if isinstance(value, list):
+        return [with_texts(each, other, f"{place}/{number}") for number, each in enumerate(value)]
+    if isinstance(value, dict):
+        # Places number the keys, since a key may be a text.
+        numbered = [(f"{place}/{number}", name) for number, name in enumerate(sorted(value))]
+        return {with_texts(name, other, f"{at}#"): with_texts(value[name], other, at) for at, name in numbered}
+    return value
 
 
 def _parsed(data: bytes, lines: bool) -> Any:
     return [parse_json(line) for line in data.splitlines()] if lines else parse_json(data)
-
-
-def _written(value: Any, lines: bool, digest: str, hit: Hit) -> bytes:
-    """The JSON with other texts for those that are hit: equal ones for equal texts, and none that another file has."""
-    known: dict[str, str] = {}
-
-    def without(value: Any, place: str, key: str) -> Any:
-        if isinstance(value, str):
-            return known.setdefault(value, f"{CUT} {short(digest)} {len(known)}]") if hit(place, key, value) else value
-        if isinstance(value, list):
-            return [without(each, f"{place}/{number}", key) for number, each in enumerate(value)]
-        if isinstance(value, dict):
-            # Places number the keys, since a key may be a text.
-            numbered = [(f"{place}/{number}", name) for number, name in enumerate(sorted(value))]
-            return {without(name, f"{at}#", ""): without(value[name], at, name) for at, name in numbered}
-        return value
-
-    whole = without(value, "", "")
-    return canonical_lines(whole) if lines else canonical(whole)
