@@ -55,7 +55,11 @@ def test_two_people_erase_over_http(
     stated = served.send(prepare, {}, second.token)
     assert stated.status_code == 200, stated.text
     given = second.signed(stated.json())
-    right: dict[str, Any] = {"at": stated.json()["at"], "key": given["key"], "signature": given["signature"]}
+    right: dict[str, Any] = {
+        "at": stated.json()["statement"]["predicate"]["at"],
+        "key": given["key"],
+        "signature": given["signature"],
+    }
     at, other = "/api/erasures/1/confirm", second.signed({**stated.json(), "payload": "eA=="})["signature"]
     wrong = {"signature": other}, {"at": "2026-01-01T00:00:00.000000Z"}, {"at": right["at"].replace("Z", "1Z")}
     for change in (*wrong, {"key": "sha256:" + "0" * 64}):
@@ -70,6 +74,7 @@ def test_two_people_erase_over_http(
                 form = {"csrf": csrf(page), **right, "next": "/console/operations#erasures"}
                 prepared = http.post("/console/do/erasures/1/prepare", data={"csrf": csrf(page)})
                 assert f'data-keys="{right["key"]}"' in prepared.text
+                assert "signing.js" in page, "the browser signs"
                 done = http.post("/console/do/erasures/1/confirm", data=form)
                 assert (done.status_code, done.headers.get("location")) == (303, form["next"]), done.text
                 assert "switch on lamp" not in page + prepared.text

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from tunesmith import services
+from tunesmith.cli.monitoring import only_one
 from tunesmith.cli.terminal import Acting, Drawn, Here, add_commands, add_group, table
-from tunesmith.core.errors import UsageError
 
 if TYPE_CHECKING:
     from tunesmith.monitoring.erasure import Plan
@@ -47,11 +47,7 @@ def plan_erasure(
     weights: Whether weights that learned the rows are deleted, too.
     kept_until: Until when backups, logs and replicas of the database are kept.
     """
-    named = [(kind, here.given[kind]) for kind in _CAUSES if here.given[kind] is not None]
-    if len(named) != 1:
-        options = ", ".join(f"--{kind}" for kind in _CAUSES)
-        raise UsageError(f"name exactly one thing to erase, not {len(named)}", fix=f"one of {options}")
-    ((kind, value),) = named
+    kind, value = only_one(here, _CAUSES, "erase")
     here.show(services.erasure.plan, _draw, kind=kind, value=value)
 
 
@@ -77,18 +73,6 @@ def _row(plan: Plan) -> str:
 def _draw(plan: Plan) -> Drawn:
     yield _row(plan)
     yield table([(each.place, each.count, each.bytes) for each in plan.places], "place", "number", "bytes")
-    erased = "their weights are deleted" if plan.weights == "erase" else "their weights stay, and do not forget"
-    yield f"trainings that learned from the rows: {len(plan.trainings)}; {erased}"
-    for version in plan.versions:
-        yield f"  retired     {version}"
-    for row in plan.others:
-        yield f"not erased, and holds a sentence of it: row {row}", "bold red"
-    if plan.shared:
-        yield f"{plan.shared} sentences stand in those rows, too, and are looked for nowhere else"
-    for user in plan.in_use:
-        yield f"in use by {user}: end it before you confirm", "bold red"
-    for file in plan.outside:
-        yield f"erase it yourself: {file}"
-    yield f"backups, logs and replicas of the database keep it until: {plan.kept_until}"
+    yield from plan.notices
     if plan.state == "planned":
         yield f"nothing is deleted; a second person confirms: `tunesmith erase confirm {plan.number}`"

@@ -99,10 +99,7 @@ def recall(
         listed = services.monitoring.list_pending_retrains(here.store)
         here.emit(listed, _draw_pending_list)
         return 3 if listed.pending_retrains else 0
-    if len(named) != 1:
-        options = ", ".join(f"--{kind}" for kind in causes)
-        raise UsageError(f"name exactly one thing to recall, not {len(named)}", fix=f"one of {options}")
-    ((kind, value),) = named
+    kind, value = only_one(here, causes, "recall")
     if check:
         status = services.monitoring.recall_status_of(here.store, kind, value)
         here.emit(status, _draw_status)
@@ -111,6 +108,15 @@ def recall(
     for line in done.next:
         say(worded(line))
     return 0
+
+
+def only_one(here: Here, kinds: Sequence[str], act: str) -> tuple[str, str]:
+    """The one of these options that was given, and its value. Raises UsageError for none and for several."""
+    named = [(kind, here.given[kind]) for kind in kinds if here.given[kind] is not None]
+    if len(named) != 1:
+        options = ", ".join(f"--{kind}" for kind in kinds)
+        raise UsageError(f"name exactly one thing to {act}, not {len(named)}", fix=f"one of {options}")
+    return named[0]
 
 
 def recalls(here: Here) -> None:

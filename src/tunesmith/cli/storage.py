@@ -52,4 +52,4 @@ def _draw_pruned(done: Pruned) -> Drawn:
     for user in done.in_use:
         yield f"no training goes: in use by {user}", "bold red"
     yield f"trainings that {'went' if done.done else 'would go'}: {', '.join(map(short, done.trainings)) or 'none'}"
-    yield from _draw(done)
+    yield from _draw(done) if done.places else ("there is nothing to delete",)

@@ -39,7 +39,7 @@ from tunesmith.registry.erasures import CONFIRM, ErasureStatement, Replaced, Sig
 from tunesmith.registry.holds import refuse_held
 from tunesmith.rollout.controller import give_up
 from tunesmith.store import database
-from tunesmith.store.locks import ALONE, ERASURE, LockHeld
+from tunesmith.store.locks import ALONE, COPYING, LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import signature_entry
 from tunesmith.store.store import Store
@@ -81,6 +81,20 @@ class Plan(View):
     kept_until: str
     candidates: tuple[str, ...] = ()
     locked: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def notices(self) -> list[str]:
+        """What whoever confirms it has to know, a sentence each."""
+        erased = "are deleted" if self.weights == "erase" else "stay, and do not forget"
+        said = [f"{len(self.trainings)} trainings learned from the rows: their weights {erased}."]
+        said += [f"{version} is retired." for version in self.versions]
+        said += [f"In use by {user}: end it before you confirm." for user in self.in_use]
+        said += [f"Not erased, and holds a sentence of it: row {row}." for row in self.others]
+        if self.shared:
+            said.append(f"{self.shared} sentences stand in those rows, too, and are looked for nowhere else.")
+        said += [f"Erase it yourself: {file}." for file in self.outside]
+        said += [f"The bucket does not delete {name} until {until}." for name, until in self.locked]
+        return [*said, f"Backups, logs and replicas of the database keep it until: {self.kept_until}."]
 
 
 def plan(
@@ -150,7 +164,7 @@ def confirm(store: Store, number: int, *, actor: str, sign: Sign, at: str = "") 
     says, or than was signed.
     """
     row = _begin(store, number, actor)
-    with store.lock(ERASURE, f"erasure {number}"), store.lock(ALONE, f"erasure {number}"):
+    with store.lock(COPYING, f"erasure {number}"), store.lock(ALONE, f"erasure {number}"):
         _resume(store)
         if _row(store, number).state == "planned":
             statement = _state(store, row, actor, at or stamp())
@@ -221,9 +235,7 @@ def _reason(number: int, reason: str) -> str:
 def _know(store: Store, signed: Signed) -> None:
     """Write a signed erasure into the database, which may have been put back since it was signed."""
     statement = signed.statement
-    counts = {name: len(getattr(statement, name)) for name in ("rows", "replaced", "deleted")}
-    stated = {"erasure": statement.number, "versions": sorted(statement.versions), **counts}
-    stated["entries"] = sum(map(len, statement.entries.values()))
+    stated = {"erasure": statement.number, "rows": len(statement.rows), "versions": sorted(statement.versions)}
     detail: JsonObject = stated | signature_entry(signed.fingerprint, signed.digest)
     with store.change(statement.confirmed_by, CONFIRM, statement.cause, detail) as session:
         shared = {name: getattr(statement, name) for name in _SHARED}
@@ -237,15 +249,14 @@ def _know(store: Store, signed: Signed) -> None:
     identities.publish_trust(store)
 
 
-def resume(store: Store) -> list[str]:
-    """Go on with every erasure that is not done here, also where a backup brought back what was erased.
+def resume(store: Store) -> None:
+    """Go on with every erasure that is not done here, also where a backup brought back what was erased, and log it.
 
-    Returns what was done, a line each. Raises Refused for a statement that no trusted key signed.
+    Raises Refused for a statement that no trusted key signed.
     """
     if next(_open(store), None) is not None:
-        with contextlib.suppress(LockHeld), store.lock(ERASURE, "erasing"), store.lock(ALONE, "erasing"):
-            return _resume(store)
-    return []
+        with contextlib.suppress(LockHeld), store.lock(COPYING, "erasing"), store.lock(ALONE, "erasing"):
+            _resume(store)
 
 
 def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bool]]:
@@ -267,20 +278,17 @@ def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bo
             yield signed, row is not None, due
 
 
-def _resume(store: Store, *, now: bool = False) -> list[str]:
-    done = []
+def _resume(store: Store, *, now: bool = False) -> None:
     for signed, known, due in _open(store, now=now):
         statement = signed.statement
         if not known:
             _know(store, signed)
         if due:
-            done.append(f"erasure {statement.number}, which {statement.confirmed_by} confirmed, is carried out")
-            _LOG.warning(done[-1])
+            _LOG.warning("erasure %d, which %s confirmed, is carried out", statement.number, statement.confirmed_by)
             _carry_out(store, statement)
         if not (cleaned := _cleaned(store, signed)).exists():
             _clean_machine(store, statement)
             write_atomic(cleaned, b"")
-    return done
 
 
 def _cleaned(store: Store, signed: Signed) -> Path:

@@ -12,6 +12,7 @@ misses the other.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import defaultdict
@@ -31,14 +32,12 @@ from tunesmith.monitoring.settings import KeepSettings
 from tunesmith.monitoring.traces import Place, in_use, places_of, size_of, work_folders
 from tunesmith.store import audit
 from tunesmith.store.blobs import named_digest
-from tunesmith.store.copying import COPYING
-from tunesmith.store.locks import ERASURE, LockHeld
+from tunesmith.store.locks import COPYING, LockHeld
 from tunesmith.store.people.identities import require
 from tunesmith.store.records import KINDS, Record, ancestors, decode
-from tunesmith.store.store import DATABASE, PREFIXES, Store, blob_key, record_key
+from tunesmith.store.store import DATABASE, PREFIXES, PRUNE, Store, blob_key, record_key
 from tunesmith.store.tables import AuditRow, EdgeRow, ErasedRow, MemoRow, RecordRow
 
-PRUNE = "store.prune"
 FRESH = 86_400.0  # seconds in which what was written may not be named by its record yet, or may be used by a run
 _TOGETHER = 20  # objects that are deleted in one transaction, for which other writers wait
 _PURPOSE = "pruning the store"
@@ -73,10 +72,10 @@ class _Survey:
     index does not have; files: their keys."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
         with store.reading() as session:
-            self._erased = {row.old: row.new for row in session.scalars(select(ErasedRow))}
-        names = {self._left(old): old for old in self._erased.keys() - set(self._erased.values())}
+            erased = {row.old: row.new for row in session.scalars(select(ErasedRow))}
+        self._store = Store(store.root, store.url, store.blobs, erased)
+        names = {self._store.left_of(old): old for old in erased.keys() - set(erased.values())}
         listed = [each for prefix in PREFIXES for each in store.blobs.entries(prefix)]
         self.sizes = {key: size for key, size, _ in listed}
         self.written = {key: written for key, _, written in listed}
@@ -85,7 +84,8 @@ class _Survey:
         for key in (key for key in self.sizes if key.startswith("records/")):
             with suppress(FileNotFoundError):  # an erasure replaced it meanwhile
                 if (digest := named_digest(key)) is not None:
-                    record = decode(store.blobs.get(key), digest, store.blobs.where(key))
+                    # Its digest says that it was read strictly when it was made; to do so again takes long.
+                    record = decode(store.blobs.get(key), digest, store.blobs.where(key), json.loads)
                     self.records[name := names.get(digest, digest)] = record
                     self.files[name] = key
 
@@ -95,15 +95,10 @@ class _Survey:
             self.records[name] = self._store.record(name)
         return self.records[name]
 
-    def _left(self, digest: str) -> str:
-        while digest in self._erased:
-            digest = self._erased[digest]
-        return digest
-
     def blobs_of(self, records: Iterable[str]) -> set[str]:
         """The keys of the blobs that records name, and of what erasures left of them."""
         named = {blob for name in records for blob in self.record(name).blobs.values()}
-        return {blob_key(each) for blob in named for each in (blob, self._left(blob))}
+        return {blob_key(each) for blob in named for each in (blob, self._store.left_of(blob))}
 
     def candidates(self) -> Mapping[str, set[str]]:
         """Training -> the names of its candidates."""
@@ -149,7 +144,7 @@ def prune(store: Store, keep: KeepSettings, *, actor: str, dry_run: bool = False
     require(store, actor, PRUNE)
     resume(store)
     busy, now = in_use(store, ()), time.time()
-    with store.lock(ERASURE, _PURPOSE), store.lock(COPYING, _PURPOSE):
+    with store.lock(COPYING, _PURPOSE):
         survey = _Survey(store)
         sizes = {} if keep.work is None else {folder: size_of(folder) for folder in work_folders(store)}
         folders = {folder: size for folder, (size, changed) in sizes.items() if changed < now - (keep.work or 0)}

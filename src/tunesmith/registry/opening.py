@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -22,7 +21,6 @@ from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.records import first_recalled
 from tunesmith.store.store import Store, session_of
-from tunesmith.store.tables import ErasedRow
 
 # Releases whose files were verified before a transaction began, by their version's digest; or why they were not.
 Verified = dict[str, Release | TunesmithError]
@@ -97,11 +95,7 @@ def recall_of(session: Session, version: Version, statement: VersionBody) -> tup
 
 
 def check_not_recalled(session: Session, version: Version, statement: VersionBody) -> None:
-    """Raise Refused if the version, or a record or blob that it was made from, was recalled or erased."""
-    made_from = (version.digest, *statement.records, *statement.blobs)
-    if session.scalars(select(ErasedRow.old).where(ErasedRow.old.in_(made_from)).limit(1)).first() is not None:
-        what = f"rows that {version.label} was made from were erased"
-        raise Refused(what, where=version.label, fix="use a version that was made without them")
+    """Raise Refused if the version, or a record or blob that it was made from, was recalled, as an erasure does too."""
     if (recall := recall_of(session, version, statement)) is not None:
         digest, reason = recall
         raise Refused(

@@ -30,7 +30,6 @@ from tunesmith.store.anchoring.anchors import Anchor, AnchorsFound, open_place
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import (
-    COPYING,
     Contents,
     export_rows,
     import_rows,
@@ -40,6 +39,7 @@ from tunesmith.store.copying import (
     require_no_rows,
     write_archive,
 )
+from tunesmith.store.locks import COPYING
 from tunesmith.store.people.identities import acting, first_user, require, trusted_keys
 from tunesmith.store.store import DATABASE, Store
 from tunesmith.store.tables import AuditRow
@@ -305,8 +305,7 @@ def restore(store: Store, file: Path, *, actor: str | None = None, progress: Pro
     """
     with store.scratch() as folder, open_archive(file.absolute(), folder) as contents:
         restored = _fill(store, contents, actor, "store.restore", file.name, progress)
-    for line in resume(store):
-        progress.say(line)
+    resume(store)
     return restored
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 from functools import partial
 from typing import Literal
 
-from pydantic import Base64Bytes, Field
+from pydantic import Field
 
-from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.values import Digest, View
+from tunesmith.core.values import View
 from tunesmith.monitoring import erasure
 from tunesmith.monitoring.erasure import Plan
 from tunesmith.monitoring.traces import Weights
 from tunesmith.registry.erasures import statement_of
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import envelope_of, seal, signed_bytes
+from tunesmith.registry.signing.attestations import envelope_of, seal
 from tunesmith.services.actions import Acting, Because, Number, Request, Short, action
 from tunesmith.services.monitoring import cause_of
+from tunesmith.services.versions import Prepared, Signature
 from tunesmith.store.store import Store
 
 
@@ -47,23 +46,12 @@ class ConfirmErasure(Request):
     erasure: Number
 
 
-class SignedErasure(ConfirmErasure):
-    """A signature over what was prepared. at: as there; key, signature: as for a decision on a version."""
+class SignedErasure(Signature):
+    """A signature over what was prepared. at: the time that the statement says. key, signature: as for a decision on a
+    version."""
 
+    erasure: Number
     at: str = Field(pattern=r"^[0-9T:.Z-]{20,30}$")
-    key: Digest
-    signature: Base64Bytes = Field(min_length=8, max_length=200)
-
-
-class PreparedErasure(View):
-    """What confirms an erasure. statement: the in-toto statement, for people. at, payload, keys: the time that it
-    states, the bytes to sign in base64, and fingerprints of the keys that may sign them."""
-
-    erasure: int
-    at: str
-    statement: JsonObject
-    payload: str
-    keys: tuple[str, ...]
 
 
 _confirms = partial(
@@ -92,25 +80,15 @@ def confirm(acting: Acting, asked: ConfirmErasure) -> Plan:
 
 
 @_confirms("erase.prepare", at="/erasures/{erasure}/prepare")
-def prepare(acting: Acting, asked: ConfirmErasure) -> PreparedErasure:
+def prepare(acting: Acting, asked: ConfirmErasure) -> Prepared:
     """Recall what a plan of another person names, and state what its second person signs. Deletes nothing."""
-    statement = statement_of(erasure.prepare(acting.store, asked.erasure, actor=acting.actor))
-    return PreparedErasure(
-        erasure=asked.erasure,
-        at=statement["predicate"]["at"],
-        statement=statement,
-        payload=base64.b64encode(signed_bytes(statement)).decode(),
-        keys=tuple(key.fingerprint for key in acting.user.active_keys),
-    )
+    return Prepared.by(acting, statement_of(erasure.prepare(acting.store, asked.erasure, actor=acting.actor)))
 
 
 @_confirms("erase.submit", at="/erasures/{erasure}/confirm")
 def submit(acting: Acting, asked: SignedErasure) -> Plan:
     """Erase what a plan of another person names. The caller signed the statement of exactly this."""
-
-    def sign(statement: JsonObject) -> bytes:
-        return envelope_of(statement, asked.key, asked.signature)
-
+    sign = partial(envelope_of, fingerprint=asked.key, signature=asked.signature)
     return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=sign, at=asked.at)
 
 

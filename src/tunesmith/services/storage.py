@@ -5,12 +5,13 @@ from __future__ import annotations
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import NextStep, Refused
 from tunesmith.monitoring import pruning
-from tunesmith.monitoring.pruning import PRUNE, Pruned
+from tunesmith.monitoring.pruning import Pruned
 from tunesmith.monitoring.pruning import usage as usage
 from tunesmith.registry.holds import HOLD, Held, held_versions
 from tunesmith.registry.versions import resolve
 from tunesmith.services.actions import Acting, Because, Named, Request, action
 from tunesmith.store.people.identities import require
+from tunesmith.store.store import PRUNE
 
 
 class PruneStore(Request):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import httpx
 from cryptography.hazmat.primitives import hashes
@@ -550,7 +550,14 @@ class PrepareDecision(DecideVersion):
     decision: Decision
 
 
-class SubmitDecision(Request):
+class Signature(Request):
+    """A signature over what was prepared. key: the fingerprint of the key that signed. signature: in base64."""
+
+    key: Digest
+    signature: Base64Bytes = Field(min_length=8, max_length=200)
+
+
+class SubmitDecision(Signature):
     """A statement to sign as it was prepared, and the signature over it.
 
     key: the fingerprint of the key that signed. signature: ECDSA with SHA-256 over the payload that came with it, in
@@ -561,11 +568,28 @@ class SubmitDecision(Request):
     statement: Annotated[
         JsonObject, BeforeValidator(lambda given: parse_json(given.encode()) if isinstance(given, str) else given)
     ]
-    key: Digest
-    signature: Base64Bytes = Field(min_length=8, max_length=200)
 
 
-class PreparedDecision(View):
+class Prepared(View):
+    """What a person is to sign. statement: the in-toto statement, for people.
+
+    payload: the bytes to sign, base64: DSSE's encoding of the statement. keys: fingerprints of the person's active
+    keys, newest first.
+    """
+
+    statement: JsonObject
+    payload: str
+    keys: tuple[str, ...]
+
+    @classmethod
+    def by(cls, acting: Acting, statement: JsonObject, **more: Any) -> Self:
+        """What whoever acts is to sign."""
+        payload = base64.b64encode(signed_bytes(statement)).decode()
+        own = tuple(key.fingerprint for key in acting.user.active_keys)
+        return cls(statement=statement, payload=payload, keys=own, **more)
+
+
+class PreparedDecision(Prepared):
     """What an approver is to sign. statement: the in-toto statement, for people and to be sent back with the signature.
 
     payload: the bytes to sign, base64: DSSE's encoding of the statement. keys: fingerprints of the approver's active
@@ -573,9 +597,6 @@ class PreparedDecision(View):
     before this decision.
     """
 
-    statement: JsonObject
-    payload: str
-    keys: tuple[str, ...]
     risk: Requirement | None = None
     missing: tuple[str, ...] = ()
 
@@ -622,13 +643,8 @@ _decides = partial(
 def prepare_decision(acting: Acting, asked: PrepareDecision) -> PreparedDecision:
     """Verify a version, and state what its approver signs. Changes nothing."""
     version, statement = _stated(acting, asked, asked.decision)
-    return PreparedDecision(
-        statement=statement,
-        payload=base64.b64encode(signed_bytes(statement)).decode(),
-        keys=tuple(key.fingerprint for key in acting.user.active_keys),
-        risk=version.risk,
-        missing=approvals_for(acting.store, version).missing,
-    )
+    missing = approvals_for(acting.store, version).missing
+    return PreparedDecision.by(acting, statement, risk=version.risk, missing=missing)
 
 
 @_decides("decision.submit", at="/decisions")

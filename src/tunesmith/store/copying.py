@@ -33,7 +33,6 @@ from tunesmith.store.store import ERASURES, PREFIXES, RELEASE, Store
 from tunesmith.store.tables import HEAD_REVISION, HeldRow, LockRow, LoginLinkRow, SessionRow
 from tunesmith.store.tables import Table as Tables
 
-COPYING = "copying"  # a lock: nothing is pruned while a store is copied
 _ROWS, _MANIFEST, _OBJECTS = "database.jsonl", "manifest.json", "objects/"
 _DELETED = ("cases/", "files/")  # what may go while a store is copied: kept requests, uploaded files
 _FORMAT = 1

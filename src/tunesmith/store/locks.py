@@ -24,7 +24,7 @@ from tunesmith.store import database
 from tunesmith.store.tables import LockRow
 
 LEASE_SECONDS = 60.0
-ERASURE = "erasure"  # of whoever deletes records
+COPYING = "copying"  # of whoever copies a store or deletes records: one at a time
 ALONE = "alone"  # the lock of an erasure beside it, during which nobody takes another one
 # Except these: what a worker sends by webhooks, and a server's notes of what it loaded.
 LOADED = "loaded "
@@ -64,11 +64,11 @@ def abandoned(engine: Engine, prefix: str) -> list[str]:
 
 
 def users_of(engine: Engine, candidates: Collection[str]) -> list[str]:
-    """Who holds a lock now, and for what, but for an erasure's own. Of servers those that loaded one of these
-    candidates (digests)."""
+    """Who holds a lock now, and for what, but for those that an erasure takes itself. Of servers those that loaded one
+    of these candidates (digests)."""
     names = tuple(f"{LOADED}{candidate} " for candidate in candidates)
     with database.reading(engine) as session:
-        rows = session.scalars(select(LockRow).where(LockRow.name.not_in((ERASURE, ALONE))).order_by(LockRow.name))
+        rows = session.scalars(select(LockRow).where(LockRow.name.not_in((COPYING, ALONE))).order_by(LockRow.name))
         held = (row for row in rows if _alive(row) and (row.name.startswith(names) or not row.name.startswith(_BESIDE)))
         return [f"process {row.pid} on {row.host} ({row.purpose})" for row in held]
 

@@ -118,12 +118,12 @@ class Record(Frozen):
         return digest_bytes(self.encoded)
 
 
-def decode(data: bytes, digest: str, where: str) -> Record:
+def decode(data: bytes, digest: str, where: str, parse: Callable[[bytes], Any] = parse_json) -> Record:
     """Read a record's bytes. Raises Refused if they do not have the digest or are not a record."""
     if digest_bytes(data) != digest:
         raise Refused("the record's bytes do not have its digest", where=where, fix="restore it from a backup")
     try:
-        return Record.model_validate(parse_json(data))
+        return Record.model_validate(parse(data))
     except (ValidationError, ValueError) as error:
         raise Refused(f"not a record: {error}", where=where, fix="restore it from a backup") from error
 

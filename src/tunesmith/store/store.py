@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tunesmith.store import audit, database, locks
 from tunesmith.store.blobs import BlobStore, named_digest
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.records import Record, decode
-from tunesmith.store.tables import EdgeRow, ErasedRow, MemoRow, RecordRow
+from tunesmith.store.tables import AuditRow, EdgeRow, ErasedRow, MemoRow, RecordRow
 
 # The file that makes a version's folder complete: it is written last.
 RELEASE = "release.json"
@@ -38,6 +39,8 @@ RELEASE = "release.json"
 PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/", "files/", "erasures/")
 # Of the signed statements of erasures.
 ERASURES = "erasures/"
+# The action that deletes records, and for how long files may go after its entry in the log.
+PRUNE, _LATELY = "store.prune", timedelta(days=1)
 # The database's file, where it is SQLite.
 DATABASE = "tunesmith.db"
 
@@ -211,16 +214,19 @@ class Store:
     def index_record(self, record: Record, session: Session) -> None:
         """Index a record whose bytes are kept, inside the caller's write transaction.
 
-        Raises Refused where its parents or files were pruned since they were found there.
+        Raises Refused where its parents or files were pruned since they were found there. Whether files are there is
+        asked only if somebody pruned lately: a bucket takes long to say so, and other writers wait meanwhile.
         """
         if session.get(RecordRow, record.digest) is not None:
             return
         parents = set(record.parents.values())
         indexed = session.scalars(select(RecordRow.digest).where(RecordRow.digest.in_(parents)))
-        if parents.difference(indexed) or not self.has_record(record.digest):
+        pruned = select(AuditRow.seq).where(AuditRow.action == PRUNE, AuditRow.at > stamp(-_LATELY))
+        check = session.scalar(pruned.limit(1)) is not None
+        if parents.difference(indexed) or (check and not self.has_record(record.digest)):
             what = f"this {record.kind} record, or one that it was made from, was pruned meanwhile"
             raise Refused(what, where=self.record_where(record.digest), fix="run the same command again")
-        for blob in record.blobs.values():
+        for blob in record.blobs.values() if check else ():
             self._blob(blob)
         session.add(RecordRow(digest=record.digest, kind=record.kind, created_at=stamp()))
         edges = record.parents.items()

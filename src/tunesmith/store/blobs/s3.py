@@ -153,12 +153,10 @@ class S3Blobs:
     def erase(self, key: str) -> str:
         """Remove an object with all versions that the bucket keeps. Returns until when one is locked."""
         self.delete(key)
-        name, locked = "/".join(filter(None, (self._prefix, key))), ""
+        name = "/".join(filter(None, (self._prefix, key)))
         page = self._call("list_object_versions", Prefix=name)
         listed = [one for kind in ("Versions", "DeleteMarkers") for one in page.get(kind) or () if one["Key"] == name]
         for one in listed:  # its delete markers last: one stays before a version that is locked
-            if locked:
-                break
             named = {"Key": one["Key"], "VersionId": one["VersionId"]}
             try:
                 self._call("delete_object", **named)
@@ -166,8 +164,8 @@ class S3Blobs:
                 if not isinstance(error.__cause__, PermissionError):
                     raise
                 until = self._call("head_object", **named).get("ObjectLockRetainUntilDate")
-                locked = iso(until) if until else "its legal hold ends"
-        return locked
+                return iso(until) if until else "its legal hold ends"
+        return ""
 
     def _call(self, method: str, **arguments: Any) -> JsonObject:
         """What obstore cannot do: it knows no versions."""

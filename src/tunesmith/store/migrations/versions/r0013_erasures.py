@@ -11,8 +11,3 @@ down_revision = "0012"
 def upgrade() -> None:
     for row in (ErasureRow, ErasedRow):
         row.metadata.tables[row.__tablename__].create(op.get_bind())
-
-
-def downgrade() -> None:
-    for row in (ErasureRow, ErasedRow):
-        op.drop_table(row.__tablename__)
