@@ -29,7 +29,7 @@ from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.data.review.queue import NewItem, add_items
 from tunesmith.monitoring.cases import Case, put_case
-from tunesmith.monitoring.erasure import Plan, confirm, list_plans, plan, resume
+from tunesmith.monitoring.erasure import Plan, confirm, list_erasures, plan, resume
 from tunesmith.monitoring.recall import Cause, recall_status
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import seal
@@ -216,7 +216,7 @@ def test_a_restored_backup_erases_again(anna: Scene, tmp_path: Path, caplog: pyt
 def goes_on(store: Store) -> None:
     """What the next start finds of a killed erasure, and does: nothing left that should go, nothing lost that stays."""
     resume(store)
-    if (state := list_plans(store)[0].state) != "done":
+    if (state := list_erasures(store).erasures[0].state) != "done":
         assert (state, [key for key in store.blobs.keys(ERASURES) if SCRATCH not in key]) == ("planned", [])
         erase(store, 1)
     assert left(store) == []

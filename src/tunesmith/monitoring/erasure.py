@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, is_digest, short
-from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
+from tunesmith.core.errors import NextStep, NotThere, Refused
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.system.scratch import SCRATCH, remove_leftovers
@@ -97,6 +97,12 @@ class Plan(View):
         return [*said, f"Backups, logs and replicas of the database keep it until: {self.kept_until}."]
 
 
+class ErasurePlans(View):
+    """The erasures of a store, the newest first."""
+
+    erasures: tuple[Plan, ...]
+
+
 def plan(
     store: Store, cause: Cause, *, reason: str, actor: str, weights: traces.Weights = "keep", kept_until: str = ""
 ) -> Plan:
@@ -106,9 +112,6 @@ def plan(
     replicas of the database are kept, as somebody who runs them says. Raises UsageError for a cause that no row here
     has, and for one that has no rows.
     """
-    identities.require(store, actor, "erase.plan")
-    if not reason.strip():
-        raise UsageError("an erasure needs a reason", where="reason")
     resume(store)
     found = traces.find(store, cause, weights)
     stated = {
@@ -135,11 +138,11 @@ def plan(
     return _shown(store, row)
 
 
-def list_plans(store: Store) -> list[Plan]:
-    """Every erasure, the newest first."""
+def list_erasures(store: Store) -> ErasurePlans:
+    """The erasures of a store, the newest first."""
     with store.reading() as session:
         rows = list(session.scalars(select(ErasureRow).order_by(ErasureRow.id.desc())))
-    return [_shown(store, row) for row in rows]
+    return ErasurePlans(erasures=tuple(_shown(store, row) for row in rows))
 
 
 def _row(store: Store, number: int) -> ErasureRow:
@@ -310,11 +313,9 @@ def _clean_machine(store: Store, statement: ErasureStatement) -> None:
 
 
 def _carry_out(store: Store, statement: ErasureStatement) -> None:
-    ids = frozenset(statement.rows)
-    rows = traces.Rows(store)
-    rows.take(ids.__contains__)
+    ids, cause = frozenset(statement.rows), Cause.labelled(statement.cause)
+    rows = traces.Rows(store, ids, cause)
     wanted = Sentences(rows.sentences - rows.staying()[0])
-    cause = Cause.labelled(statement.cause)
     entries = traces.entries_with(store, wanted, ids, cause)
     with store.writing() as session:
         for name, table in traces.TABLES.items():

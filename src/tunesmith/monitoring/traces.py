@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -93,24 +93,22 @@ class Found:
 class Rows:
     """The rows and passages of all dataset versions and documents, each file read once.
 
-    taken: ids of those that go. sentences, turns: of their texts.
+    taken: ids of those that go: of these ids, and passages and rows that a build removed by what they state. sentences,
+    turns: of their texts.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, ids: Collection[str], cause: Cause) -> None:
         self.files: dict[str, tuple[str, list[tuple[str, JsonObject]]]] = {}  # blob -> its name, its lines
+        self.taken, self.sentences, self.turns = set[str](), set[str](), set[tuple[str, ...]]()
         for kind in ("dataset", "documents"):
             for digest in store.records_of(kind):
                 for name, blob in store.record(digest).blobs.items():
                     blob = current_digest(store, "blob", blob)
                     if name in _ROWS and blob not in self.files:
                         self.files[blob] = (name, texts.named_lines(store.read_blob(blob)))
-        self.taken, self.sentences, self.turns = set[str](), set[str](), set[tuple[str, ...]]()
-
-    def take(self, goes: Callable[[str], bool], states: Callable[[JsonObject], bool] = lambda _line: False) -> None:
-        """Take the lines whose name goes, and rows and passages by what else they state."""
         for name, lines in self.files.values():
             for row, line in lines:
-                if goes(row) or (name in (PASSAGES, REMOVED) and states(line)):
+                if row in ids or (name in (PASSAGES, REMOVED) and _states(cause, line)):
                     self.taken.add(row)
                     turns = [str(turn["content"]) for turn in line.get("messages", ())]
                     for text in (*turns, *texts.strings(line.get("fields")), line.get("text", "")):
@@ -143,8 +141,7 @@ def find(store: Store, cause: Cause, weights: Weights) -> Found:
         raise UsageError(what, fix=f"name one of {', '.join(ROW_CAUSES)}")
     with store.reading() as session:
         reached, ids, *_ = reach(store, session, cause)
-    rows = Rows(store)
-    rows.take(ids.__contains__, lambda line: _states(cause, line))
+    rows = Rows(store, ids, cause)
     if not rows.taken:
         raise UsageError(f"no dataset version in this store holds a row of {cause.label} any more")
     shared, others = rows.staying()

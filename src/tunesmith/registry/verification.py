@@ -21,7 +21,7 @@ from tunesmith.models.base import known_folder
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.dataset import DatasetBody
 from tunesmith.records.version import ApprovalBody
-from tunesmith.registry.erasures import Erasures, read_erasures
+from tunesmith.registry.erasures import Erasures, ErasureStatement, Replaced, read_erasures
 from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.papers.writing import read_paper
 from tunesmith.registry.risk import missing
@@ -77,8 +77,8 @@ def verify_version(
         if not folder.is_dir() and next(iter(store.blobs.keys(ERASURES)), None) is None:
             raise Refused(f"the store holds no version {label}", where=str(folder))
         known = keys if keys is not None else read_trust(trust or findings.store.blobs.path(TRUST_KEY))
-        findings.know(read_erasures(store.blobs, known))
-        gone = [each.statement for each in findings.erasures.signed if label in each.statement.versions]
+        findings.know(erasures := read_erasures(store.blobs, known))
+        gone = [each.statement for each in erasures.signed if label in each.statement.versions]
         if gone and not (folder / RELEASE).is_file():
             findings.notes.append(f"its folder was {gone[0].said}")
         else:
@@ -114,7 +114,7 @@ class _Findings:
 
     def __init__(self, store: Store) -> None:
         self.root, self.store = store.root, Store(store.root, store.url, store.blobs, erased={})
-        self.erasures = Erasures()
+        self.replaced: dict[str, tuple[Replaced, ErasureStatement]] = {}
         self.checked = 0
         self.seen: set[str] = set()
         self.problems: list[Problem] = []
@@ -127,12 +127,12 @@ class _Findings:
 
     def know(self, erasures: Erasures) -> None:
         """Believe these erasures from here on: what they rewrote is not damaged."""
-        self.erasures = erasures
-        left = {old: one.new for old, (one, _) in erasures.replaced.items()}
+        self.replaced = erasures.replaced
+        left = {old: one.new for old, (one, _) in self.replaced.items()}
         self.store = Store(self.store.root, self.store.url, self.store.blobs, erased=left)
         for key, reason in erasures.problems.items():
             self.problem(self.store.blobs.where(key), reason)
-        for old, (one, erasure) in erasures.replaced.items():
+        for old, (one, erasure) in self.replaced.items():
             key = record_key(old) if one.kind == "record" else blob_key(old)
             if self.store.blobs.exists(key):
                 self.problem(self.store.blobs.where(key), f"it was {erasure.said}, and is back: {one.name}")
@@ -140,8 +140,8 @@ class _Findings:
     def left_of(self, digest: str) -> tuple[str, int]:
         """The digest that a file must have now, and how many lines erasures left out of it. Adds a note of them."""
         rows = 0
-        while digest in self.erasures.replaced:
-            one, erasure = self.erasures.replaced[digest]
+        while digest in self.replaced:
+            one, erasure = self.replaced[digest]
             what = f"{len(one.rows)} rows" if one.rows else f"{len(one.cut)} texts"
             note = f"{one.kind} {short(digest)} ({one.name}): {what} {erasure.said}"
             self.notes += [note] if note not in self.notes else []

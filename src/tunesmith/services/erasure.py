@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunesmith.core.values import View
 from tunesmith.monitoring import erasure
+from tunesmith.monitoring.erasure import ErasurePlans as ErasurePlans
 from tunesmith.monitoring.erasure import Plan
+from tunesmith.monitoring.erasure import list_erasures as list_erasures
 from tunesmith.monitoring.traces import Weights
 from tunesmith.registry.erasures import statement_of
 from tunesmith.registry.signing import keys
@@ -17,13 +18,6 @@ from tunesmith.registry.signing.attestations import envelope_of, seal
 from tunesmith.services.actions import Acting, Because, Number, Request, Short, action
 from tunesmith.services.monitoring import cause_of
 from tunesmith.services.versions import Prepared, Signature
-from tunesmith.store.store import Store
-
-
-class ErasurePlans(View):
-    """The erasures of a store, the newest first."""
-
-    erasures: tuple[Plan, ...]
 
 
 class PlanErasure(Request):
@@ -90,8 +84,3 @@ def submit(acting: Acting, asked: SignedErasure) -> Plan:
     """Erase what a plan of another person names. The caller signed the statement of exactly this."""
     sign = partial(envelope_of, fingerprint=asked.key, signature=asked.signature)
     return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=sign, at=asked.at)
-
-
-def list_erasures(store: Store) -> ErasurePlans:
-    """The erasures of a store, the newest first."""
-    return ErasurePlans(erasures=tuple(erasure.list_plans(store)))
