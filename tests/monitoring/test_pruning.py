@@ -173,7 +173,7 @@ def kill_all(home: Home) -> None:
     def make() -> None:
         scene = build_scene(home.root, store=home.open())
         scene.version(50)
-        trained(scene, range(1, 8))
+        trained(scene, range(1, 9))
         unused_work(scene.store)
         scene.store.put_bytes(STRAY)
 

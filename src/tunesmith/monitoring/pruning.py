@@ -6,8 +6,8 @@ version reaches stays, whatever became of the version. So do datasets, and all t
 The index forgets the records in one transaction with the audit entry. From then on they are gone, and whoever prunes
 next deletes the files that a killed process left: those of records that are not in the index and were made from a
 training that the log says was pruned. Other files without a place in the index stay: an older database may have been
-put back. Files go in write transactions, and a record enters the index only while its files are there, so neither
-misses the other.
+put back. Files go in write transactions, within a day of an entry in the log; for that day a record enters the index
+only while its files are there. So neither misses the other.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from tunesmith.server.chat.answer import ID_PREFIX
 from tunesmith.server.errors import unknown_request
 from tunesmith.server.openapi import answers, body
 from tunesmith.server.serving import Calling, document, needs, read
-from tunesmith.services import audit, erasure, home, jobs, monitoring, review, rollouts, users
+from tunesmith.services import audit, erasure, home, jobs, monitoring, review, rollouts, storage, users
 
 if TYPE_CHECKING:
+    from tunesmith.monitoring.pruning import Usage
     from tunesmith.monitoring.recall import RecallStatus
     from tunesmith.rollout.course import RolloutCourse
 
@@ -158,6 +159,12 @@ def recall_status(call: Calling, kind: Cause, value: Value) -> RecallStatus:
 def erasures(call: Calling) -> erasure.ErasurePlans:
     """What was erased, and the plans that wait for a second person, newest first."""
     return erasure.list_erasures(call.store)
+
+
+@routes.shows("/usage", "read", slow=True, whole=True, gives=storage.usage)
+def usage(call: Calling) -> Usage:
+    """What takes the space of the store and of the server's machine."""
+    return storage.usage(call.store)
 
 
 @routes.shows("/impact", "read", whole=True)
