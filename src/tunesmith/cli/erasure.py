@@ -47,7 +47,7 @@ def plan_erasure(
     weights: Whether weights that learned the rows are deleted, too.
     kept_until: Until when backups, logs and replicas of the database are kept.
     """
-    kind, value = only_one(here, _CAUSES, "erase")
+    kind, value = only_one(here.given, _CAUSES, "erase")
     here.show(services.erasure.plan, _draw, kind=kind, value=value)
 
 

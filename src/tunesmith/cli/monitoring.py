@@ -3,9 +3,9 @@ failed requests, tell other systems."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -99,7 +99,7 @@ def recall(
         listed = services.monitoring.list_pending_retrains(here.store)
         here.emit(listed, _draw_pending_list)
         return 3 if listed.pending_retrains else 0
-    kind, value = only_one(here, causes, "recall")
+    kind, value = only_one(here.given, causes, "recall")
     if check:
         status = services.monitoring.recall_status_of(here.store, kind, value)
         here.emit(status, _draw_status)
@@ -110,9 +110,9 @@ def recall(
     return 0
 
 
-def only_one(here: Here, kinds: Sequence[str], act: str) -> tuple[str, str]:
+def only_one(given: Mapping[str, Any], kinds: Sequence[str], act: str) -> tuple[str, str]:
     """The one of these options that was given, and its value. Raises UsageError for none and for several."""
-    named = [(kind, here.given[kind]) for kind in kinds if here.given[kind] is not None]
+    named = [(kind, given[kind]) for kind in kinds if given[kind] is not None]
     if len(named) != 1:
         options = ", ".join(f"--{kind}" for kind in kinds)
         raise UsageError(f"name exactly one thing to {act}, not {len(named)}", fix=f"one of {options}")
