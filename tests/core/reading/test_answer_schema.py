@@ -202,4 +202,8 @@ def test_a_file_of_a_schema(tmp_path: Path) -> None:
 
 def test_commands_that_read_no_schema_do_not_load_its_library() -> None:
     shown = "import sys; from tunesmith.services import audit, home, versions; print('jsonschema' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout == "False\n"
+    shown += "; from tunesmith.core.reading import answer_schema; print('lark' in sys.modules)"  # its slowest part
+    shown += "; from jsonschema import Draft7Validator as all; check = all.FORMAT_CHECKER.conforms"
+    shown += "; print(check('a b<', 'iri-reference'), check('urn:a', 'iri-reference'), 'lark' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout
+    assert told == "False\nFalse\nFalse True True\n"
