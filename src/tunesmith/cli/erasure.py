@@ -66,13 +66,15 @@ def list_erasures(here: Here) -> None:
 
 def _row(plan: Plan) -> str:
     by = f", confirmed by {plan.confirmed_by}" if plan.confirmed_by else ""
-    what = f"{plan.cause}: {len(plan.rows)} rows, planned by {plan.planned_by}{by}"
+    what = f"{plan.cause}, rows: {len(plan.rows)}, planned by {plan.planned_by}{by}"
     return f"{plan.number}  {plan.at[:10]}  {plan.state:<8} {what}"
 
 
 def _draw(plan: Plan) -> Drawn:
     yield _row(plan)
-    yield table([(each.place, each.count, each.bytes) for each in plan.places], "place", "number", "bytes")
+    yield table(
+        [(each.place, each.count, f"{each.bytes:,}") for each in plan.places], "place", "number", "bytes", right=(1, 2)
+    )
     yield from plan.notices
     if plan.state == "planned":
         yield f"nothing is deleted; a second person confirms: `tunesmith erase confirm {plan.number}`"

@@ -67,7 +67,7 @@ class ErasureStatement(Frozen):
     @property
     def noted(self) -> str:
         """What it did, in a line."""
-        return f"{len(self.rows)} rows of {self.cause} were {self.said}"
+        return f"{self.cause} was {self.said}, rows: {len(self.rows)}"
 
     @property
     def key(self) -> str:
