@@ -431,6 +431,11 @@ def test_notes(tmp_path: Path, rows: list[dict[str, object]], told: str | None) 
     assert (not notes) if told is None else any(told in note for note in notes), notes
 
 
+def test_more_rows_are_held_out_where_fewer_groups_than_a_gate_needs_would_be(tmp_path: Path) -> None:
+    for count, test in ((85, 0.35), (110, 0.3), (400, 0.2)):
+        assert _project(tmp_path / str(count), _answered(str, count)).settings.data.split.test == test, count
+
+
 def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
     greeted = [
         {"conversations": [{"from": who, "value": f"{_words(n)} {who}"} for who in ("gpt", "human", "gpt")]}

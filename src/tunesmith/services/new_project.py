@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -202,9 +202,7 @@ def _compose(name: str, base: str, licences: Licences, findings: RowFindings) ->
         files |= {long["prompt"]: own or long_prompt(answers), short["prompt"]: short_prompt(answers)}
     if answers.schema is not None:
         files["answer.schema.json"] = json.dumps(answers.schema, indent=1, ensure_ascii=False) + "\n"
-    split: dict[str, Any] = shares(findings.rows)
-    if findings.group_by:
-        split["group_by"] = findings.group_by
+    split: dict[str, Any] = findings.shares | ({"group_by": findings.group_by} if findings.group_by else {})
     answer: dict[str, Any] = {"max_tokens": min(-(-(answers.tokens + 8) // 16) * 16, _MOST_TOKENS)}
     if answers.constrained:
         answer["constrain"] = {"copy": answers.copied} if answers.copied else True
@@ -330,7 +328,7 @@ def _beginning(text: str) -> str:
 
 def _on_the_test(findings: RowFindings) -> Iterator[str]:
     """What limits the figures on held-out rows."""
-    share = shares(findings.rows)["test"]
+    share = findings.shares["test"]
     tested = round(findings.rows * share)
     trained, held = findings.split_rows.get("train", 0), findings.split_rows.get("test", 0)
     alike = f"one `{findings.group_by}`" if findings.group_by else "one wording, whatever its values"
@@ -430,8 +428,9 @@ class RowFindings:
 
     source: with the renames that its rows take. read: all rows, as they were read. rows: usable ones without copies.
     broken: answers that are meant as JSON and are not. long: about how many rows have more than MAX_LENGTH tokens.
-    tools: rows with tools, calls or their results. groups: how many groups the rows are in. split_rows: about how many
-    rows each split gets. held_groups: how many groups of equal size the held-out rows weigh as much as.
+    tools: rows with tools, calls or their results. groups: how many groups the rows are in. shares: of validation and
+    test. split_rows: about how many rows each split gets. held_groups: how many groups of equal size the held-out rows
+    weigh as much as.
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
     one_instruction: whether all rows have one instruction, which the renames make their system turn. system: the one
     system turn of all rows, "" where none has one; None: they differ. unchecked: why it is not known whether rows hold
@@ -483,10 +482,19 @@ class RowFindings:
         self.key_values = {} if self.group_by else {key: len(set(known or ())) for key, known in read.groups.items()}
         stated = read.groups[self.group_by] if self.group_by else None
         groups = stated or [wording_group(request_text(one), one[-1].text) for one in different]
-        split = Split.model_validate(shares(self.rows))
-        splits = [split_of(group, split) for group in groups]
-        self.groups, self.split_rows = len(set(groups)), Counter(splits)
-        self.held_groups = effective_groups([each for each, at in zip(groups, splits, strict=True) if at == "test"])
+        self.groups, usual = len(set(groups)), shares(self.rows)
+        # Where the usual share holds out too few groups for a gate to decide, a larger one may hold out enough.
+        tried = (_split(groups, usual | {"test": round(more * usual["test"], 4)}) for more in (1, 1.25, 1.5, 1.75))
+        found = next((each for each in tried if each[-1] >= 1.1 * FEWEST_GROUPS), None) or _split(groups, usual)
+        self.shares, self.split_rows, self.held_groups = found
+
+
+def _split(groups: Sequence[str], shared: dict[str, float]) -> tuple[dict[str, float], Counter[str], float]:
+    """(the shares, rows by split, how many groups of equal size the held-out rows weigh as much as)."""
+    split = Split.model_validate(shared)
+    splits = [split_of(group, split) for group in groups]
+    held = [each for each, at in zip(groups, splits, strict=True) if at == "test"]
+    return shared, Counter(splits), effective_groups(held)
 
 
 def _tokens(conversation: Conversation) -> float:
