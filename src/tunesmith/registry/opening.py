@@ -95,7 +95,7 @@ def recall_of(session: Session, version: Version, statement: VersionBody) -> tup
 
 
 def check_not_recalled(session: Session, version: Version, statement: VersionBody) -> None:
-    """Raise Refused if the version, or a record or blob that it was made from, was recalled. An erasure recalls, too."""
+    """Raise Refused if the version, or a record or blob that it was made from, was recalled. An erasure recalls too."""
     if (recall := recall_of(session, version, statement)) is not None:
         digest, reason = recall
         raise Refused(
