@@ -226,7 +226,7 @@ def _check_bases(project: ProjectSettings) -> None:
     """Raise ValueError for a base that no candidate uses, and for several that could not be loaded together."""
     if len(project.bases) == 1:
         return
-    if not any(each.asks_base and each.base is None for each in project.candidates.values()):
+    if not any(each.asks_base and project.base_of(name) == project.base for name, each in project.candidates.items()):
         raise ValueError(
             f"base: no candidate uses {project.base}: write there the base of one, and not at that candidate"
         )

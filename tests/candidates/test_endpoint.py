@@ -113,6 +113,7 @@ def test_a_refusal_is_not_asked_again_and_does_not_show_the_key(
         *(b"<html>", {}, {"choices": []}, {"choices": [{"message": {"content": "x"}}]}, b"[" * 100_000),
         completion("x", usage={"prompt_tokens": "many", "completion_tokens": 1}),
         completion("x", usage={"prompt_tokens": -1, "completion_tokens": 1}),
+        completion("x", usage={"prompt_tokens": 2**63, "completion_tokens": 1}),
         completion("\ud800"),
         {**completion("x"), "choices": [{"message": {}}]},
         {**completion("x"), "choices": [{"message": {"content": None, "tool_calls": [{"id": "a"}]}}]},

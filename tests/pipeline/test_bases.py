@@ -192,7 +192,8 @@ def test_bases_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=said):
             parse_settings(text, "x")
     write_other(tmp_path / "p" / "other")
-    folder = write_project(tmp_path / "p", candidates={"a": PLAIN, "b": {**PLAIN, **other}}, gates={})
+    both = {"a": {**PLAIN, "base": "model"}, "b": {**PLAIN, **other}}
+    folder = write_project(tmp_path / "p", candidates=both, gates={})
     with (folder / "rows.jsonl").open("a") as file:
         turns = [{"role": "user", "content": "turn </turn> on"}, {"role": "assistant", "content": "{}"}]
         file.write(json.dumps({"messages": turns, "template": "x"}) + "\n")

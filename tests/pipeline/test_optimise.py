@@ -134,3 +134,6 @@ def test_too_few_validation_rows_are_refused_with_their_number(tmp_path: Path, s
     text = (tmp_path / "p" / "tunesmith.yaml").read_text().replace("prompt_of: rival", "prompt_of: tuned")
     with pytest.raises(UsageError, match="prompt_of: 'tuned' has no optimise"):
         parse_settings(text, "x")
+    for wrong in ({"rows": 29}, {"seed": 2**31}):
+        with pytest.raises(UsageError, match=r"should be (greater|less) than"):
+            project(tmp_path / "wrong", server, **wrong)

@@ -27,11 +27,11 @@ from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.records.training import PromptTry, SearchBody
 from tunesmith.store.store import Store
+from tunesmith.training.settings import LEAST_SCORED
 
 # A candidate, validation rows, and its answers' lines in the same order -> one score per row.
 Score = Callable[[Candidate, Sequence[Example], Sequence[Fields]], list[float]]
 
-LEAST_ROWS = 30  # fewer say too little: the best of many tries would be the luckiest one
 _TOGETHER = 16  # rows after which it is decided whether a try goes on
 _KEPT_SHARE = 3  # about one try in so many goes on there, and at three times, nine times as many rows
 _REPEATED = 50  # after so many tries that were made before, all has been tried
@@ -140,9 +140,9 @@ class Asker:
 
 def tried_rows(validation: Sequence[Example], settings: Optimise, where: str) -> list[Example]:
     """The validation rows that a search asks: settings.rows of them, ordered by hash. Raises UsageError for too few."""
-    if len(validation) < LEAST_ROWS:
+    if len(validation) < LEAST_SCORED:  # the best of many tries would be the luckiest one
         raise UsageError(
-            f"a search takes {LEAST_ROWS} validation rows, and the dataset has {len(validation)}",
+            f"a search takes {LEAST_SCORED} validation rows, and the dataset has {len(validation)}",
             where=where,
             fix="raise data.split.validation",
         )

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tunesmith.core.values import Omitted, Settings
 from tunesmith.records.candidate import Method, Retrieve
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 
 HIGHEST_PRICE = 1e12  # beyond every currency's: with it, no cost becomes infinite
 
@@ -90,14 +90,16 @@ class Optimise(Settings):
         le=HIGHEST_PRICE,
         description="the most money that it spends, where endpoints have a `price`: it ends there with the best so far",
     )
-    rows: int = Field(default=100, ge=1, le=4096, description="validation rows that the best tries are asked")
+    rows: int = Field(
+        default=100, ge=LEAST_SCORED, le=4096, description="the most validation rows that the best tries are asked"
+    )
     prompts: tuple[str, ...] = Field(default=(), description="further prompt files to try")
     rewriter: EndpointSettings | None = Field(
         default=None,
         description="a model that rewrites the prompt (GEPA), with half of the calls; needs `tunesmith[gepa]`. It is "
         "sent validation rows with their answers",
     )
-    seed: int = Field(default=0, ge=0, description="of the choice of rows, shots and settings")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the choice of rows, shots and settings")
 
     @model_validator(mode="after")
     def _enough_calls(self) -> Optimise:

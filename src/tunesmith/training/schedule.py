@@ -224,7 +224,7 @@ class Annealed(Schedule):
         self.decisions = self.decisions.model_copy(update={"decays": (*self.decisions.decays, decay)})
         if self._kept is not None:
             keep_decisions(self._kept, self.decisions)
-        return f"the learning rate falls from step {decay.start} to the end at step {decay.stop}: {reason}"
+        return f"the learning rate falls from step {decay.start} to zero at step {decay.stop}, where {reason}"
 
 
 def more_time(training: TrainingBody) -> str | None:
@@ -236,8 +236,8 @@ def more_time(training: TrainingBody) -> str | None:
     measured = training.decisions.seconds if training.decisions else 0.0
     needed = measured + training.seconds * epochs / training.epochs
     return (
-        f"The budget held {training.epochs:.1f} of {epochs} epochs; all of them take about {duration(needed)}: set "
-        f"train.budget."
+        f"The budget held {training.epochs:.1f} of {epochs} epochs; all of them take about {duration(needed)}: "
+        "raise train.budget."
     )
 
 

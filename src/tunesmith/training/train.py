@@ -316,12 +316,13 @@ def _estimate(ready: _Ready, objective: Objective) -> Estimate:
         check_memory(steps, needs, local=ranks.local)
         return Estimate.model_validate(before)
     trial = trial_step(model, objective, ranks)
-    made = estimate(steps, step_tokens(batches), settings.validations, trial, needs, ranks=ranks, clock=clock)
+    times = min(settings.validations, len(plan))
+    made = estimate(steps, step_tokens(batches), times, trial, needs, ranks=ranks, clock=clock)
     seconds = made.seconds
     if settings.budget is not None:
         seconds = min(settings.budget, seconds + (len(plan) - len(steps)) * made.step_seconds)
     elif validation.rows:
-        seconds += settings.validations * validation.rows * validation.answer_seconds()
+        seconds += times * validation.rows * validation.answer_seconds()
     made = made.model_copy(update={"seconds": seconds})
     if ranks.first:
         write_atomic(kept, made.model_dump_json().encode())
