@@ -235,6 +235,7 @@ def test_a_draft_measures_what_a_real_gain_can_pass(
     assert (settings.task.leading, " ".join(settings.task.scorers)) == (metric, scorers)  # type: ignore[arg-type]
     lift = settings.gates["lift"].model_dump()
     assert (lift["metric"], lift["over"], lift["at_least"]) == (metric, "best-untuned", 0.02)
+    assert lift["or_metric"] == (None if metric == "exact_match" else "exact_match")
     steps = [step.analysis.metric for step in settings.rollout.steps if step.analysis]
     assert steps == ["success_rate" if metric in ("chrf", "exact_match") else "json_valid"] * 2
 

@@ -25,7 +25,7 @@ from tunesmith.core.text.wording import points
 from tunesmith.core.values import View
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluation.answers import read_answers
-from tunesmith.evaluation.gates.settings import Gates, Lift, Retain
+from tunesmith.evaluation.gates.settings import Gates, Lift, compared_metrics
 from tunesmith.evaluation.metrics.declared import Scoring, checked
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, by_group, confidence_at_use, effective_groups
@@ -282,20 +282,19 @@ def plan_gates(
     """
     groups = [row.group for row in dataset.examples("test")]
     plans = []
-    for name, gate in gates.items():
-        if not isinstance(gate, Lift | Retain):
-            continue
-        bound, hoped = (gate.at_least, lift) if isinstance(gate, Lift) else (-gate.drop_at_most, 0.0)
+    compared = ((name, gate, *pair) for name, gate in gates.items() for pair in compared_metrics(gate).items())
+    for name, gate, metric, confidence in compared:
+        bound, hoped = (gate.bound, lift) if isinstance(gate, Lift) else (-gate.bound, 0.0)
         hoped = min(1.0, bound + 0.05) if hoped is None else hoped
-        known, own = (measured or {}).get(gate.metric, assumed), grouping_of(groups)
+        known, own = (measured or {}).get(metric, assumed), grouping_of(groups)
         if known.differences is not None:
             own = Grouping(own.size, grouping_of(known.groups, known.differences).correlation)
-        test = LiftTest(max(known.differing, abs(hoped)), bound, gate.confidence, uses + new, own)
+        test = LiftTest(max(known.differing, abs(hoped)), bound, confidence, uses + new, own)
         sees = test.smallest_lift(len(groups))
         plans.append(
             GatePlan(
                 name=name,
-                metric=gate.metric,
+                metric=metric,
                 bound=bound,
                 differing=rounded(test.differing),
                 correlation=rounded(own.correlation),

@@ -13,7 +13,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.answers import read_answers
-from tunesmith.evaluation.gates.settings import Lift, Retain
+from tunesmith.evaluation.gates.settings import compared_metrics
 from tunesmith.evaluation.gates.test_set_uses import nameless, used_candidates
 from tunesmith.evaluation.metrics.answer_judge import judge_answers
 from tunesmith.evaluation.metrics.declared import JudgeScorer, make_scoring, metric_of
@@ -108,7 +108,7 @@ def plan(
     dataset, project, gates = context.dataset, context.project, context.project.settings.gates
     measured = None
     if between:
-        compared = {gate.metric for gate in gates.values() if isinstance(gate, Lift | Retain)}
+        compared = {metric for gate in gates.values() for metric in compared_metrics(gate)}
         scorings = {
             metric_of(scorer): make_scoring(scorer, project.schema, project.root)
             for scorer in project.settings.task.scorers

@@ -350,6 +350,7 @@ class GateRule(Part):
     """A gate as the project file had it, with the keys that it has there."""
 
     metric: Omitted[str] = None
+    or_metric: Omitted[str] = None
     over: Omitted[str] = None
     not_below: Omitted[str] = None
     suite: Omitted[str] = None

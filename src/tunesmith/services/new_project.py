@@ -212,7 +212,9 @@ def _compose(name: str, base: str, licences: Licences, findings: RowFindings) ->
     if (metric := primary(findings)) != "exact_match":
         task["scorers"] = list(dict.fromkeys([*task["scorers"], metric]))
         task["primary"] = metric
-    gates: dict[str, Any] = {"lift": {"metric": metric, "over": "best-untuned", "at_least": LIFT}}
+    # An answer that is wrong in one place has most parts right: then the other metric shows a lift that this one hides.
+    metrics = {"metric": metric, **({"or_metric": "exact_match"} if metric != "exact_match" else {})}
+    gates: dict[str, Any] = {"lift": {**metrics, "over": "best-untuned", "at_least": LIFT}}
     if is_json:
         gates["valid"] = {"metric": "json_valid", "at_least": 0.99}
     gates["forgetting"] = {"suite": "general", "drop_at_most": 0.10}
@@ -277,9 +279,10 @@ def primary(findings: RowFindings) -> str:
 def measured(findings: RowFindings) -> str:
     """What `run` measures, and what a version takes."""
     metric = primary(findings)
+    other = "" if metric == "exact_match" else ", of this or of exact_match"
     return (
         f"measured: {metric}, {_METRICS[metric]}. A version takes {100 * LIFT:g} points more than the best untuned "
-        "candidate (gates.lift)"
+        f"candidate{other} (gates.lift)"
     )
 
 

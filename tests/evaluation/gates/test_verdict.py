@@ -47,6 +47,23 @@ def test_a_lift_over_a_better_candidate_fails_and_best_untuned_leaves_the_judged
     assert "no untuned candidate" in gate["reason"]
 
 
+def test_a_lift_in_either_of_two_metrics_suffices_and_a_sure_loss_in_one_fails(
+    made: Fabricated, evaluation: str
+) -> None:
+    either = {"metric": "json_valid", "or_metric": "exact_match", "over": "rag"}
+    assert outcome(made, evaluation, metric="json_valid", over="rag", at_least=0.05)["outcome"] != "pass"
+    found = outcome(made, evaluation, **either, at_least=0.05)
+    alone = outcome(made, evaluation, metric="exact_match", over="rag", at_least=0.05, confidence=0.975)
+    assert (found["outcome"], found["metric"], found["low"]) == ("pass", "exact_match", alone["low"])
+    assert "; or: json_valid differs from rag by" in found["reason"]
+    worse = outcome(made, evaluation, "few-shot", metric="json_valid", over="rag", at_least=-0.2)
+    assert worse["outcome"] == "pass"
+    found = outcome(made, evaluation, "few-shot", **either, at_least=-0.2)
+    assert (found["outcome"], found["metric"]) == ("inconclusive", "exact_match")
+    assert found["high"] < 0, "what is lost for sure is shown"
+    assert outcome(made, evaluation, "few-shot", **either, at_least=0.2)["outcome"] == "fail"
+
+
 def test_all_ties(made: Fabricated) -> None:
     add_plain(made, "same", flawed(0.34, 0.93, 13))
     digest = evaluated(made)
@@ -167,6 +184,7 @@ def test_names_that_are_not_there(made: Fabricated, evaluation: str) -> None:
         verdict_of(made, evaluation, {}, "tunde")
     for gate, said in (
         ({"metric": "chrf", "at_least": 0.5}, "not measured"),
+        ({"metric": "exact_match", "or_metric": "chrf", "over": "rag", "at_least": 0.5}, "not measured"),
         ({"metric": "exact_match", "over": "few-shots", "at_least": 0.5}, "not a candidate"),
         ({"metric": "exact_match", "not_below": "rags", "drop_at_most": 0.1}, "not a candidate"),
     ):

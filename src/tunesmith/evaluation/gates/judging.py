@@ -13,6 +13,7 @@ The wording of reasons may change: `verdict.replay` compares outcomes and number
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from tunesmith.candidates.candidate import Kind
@@ -32,6 +33,7 @@ from tunesmith.evaluation.gates.settings import (
     Style,
     Threshold,
     Whole,
+    compared_metrics,
 )
 from tunesmith.evaluation.metrics.classification import (
     Labelled,
@@ -136,31 +138,41 @@ def best_untuned(evidence: Evidence, metric: str) -> str:
     return max(rivals, key=lambda name: rounded(evidence.columns[name, metric].values.mean()))
 
 
-def _rivals(gate: Lift | Retain, evidence: Evidence) -> tuple[str, Column, Column]:
+def _rivals(gate: Lift | Retain, metric: str, evidence: Evidence) -> tuple[str, Column, Column]:
     """The rival's name, the candidate's scores, the rival's scores. Raises Inconclusive where they do not compare."""
     over = gate.over if isinstance(gate, Lift) else gate.not_below
-    rival = best_untuned(evidence, gate.metric) if over == BEST_UNTUNED else over
+    rival = best_untuned(evidence, metric) if over == BEST_UNTUNED else over
     if rival == evidence.candidate:
         raise Inconclusive("a candidate cannot be compared with itself")
-    own, other = evidence.columns[evidence.candidate, gate.metric], evidence.columns[rival, gate.metric]
+    own, other = evidence.columns[evidence.candidate, metric], evidence.columns[rival, metric]
     check_paired(own, other)
     check_groups("test rows", own.groups)
     return rival, own, other
 
 
 def _lift(gate: Lift, evidence: Evidence) -> JudgedGate:
-    rival, own, other = _rivals(gate, evidence)
-    level = evidence.level(gate.confidence)
+    findings = [_lift_of(metric, confidence, gate, evidence) for metric, confidence in compared_metrics(gate).items()]
+    lost = (each for each in findings if each.high is not None and each.high < 0.0)
+    decided = (each for outcome in ("pass", "inconclusive") for each in findings if each.outcome == outcome)
+    shown = next(chain(lost, decided), findings[0])
+    others = (each.reason for each in findings if each is not shown)
+    return shown.model_copy(update={"reason": "; or: ".join([shown.reason, *others])})
+
+
+def _lift_of(metric: str, confidence: float, gate: Lift, evidence: Evidence) -> JudgedGate:
+    """The finding about one of the gate's metrics."""
+    rival, own, other = _rivals(gate, metric, evidence)
+    level = evidence.level(confidence)
     measured = interval(own.values - other.values, own.groups, GAPS, level)
     reason = (
-        f"{gate.metric} differs from {rival} by {points(measured.mean)} points "
+        f"{metric} differs from {rival} by {points(measured.mean)} points "
         f"{_within(measured, level, points)}; at least {points(gate.bound)} points required"
     )
-    return _finding(gate, measured, level, reason, metric=gate.metric, over=rival)
+    return _finding(gate, measured, level, reason, metric=metric, over=rival)
 
 
 def _retain(gate: Retain, evidence: Evidence) -> JudgedGate:
-    rival, own, other = _rivals(gate, evidence)
+    rival, own, other = _rivals(gate, gate.metric, evidence)
     level = evidence.level(gate.confidence)
     fall = interval(other.values - own.values, own.groups, GAPS, level)
     reason = f"{gate.metric} differs from {rival} by {_change(gate, fall, level)}"

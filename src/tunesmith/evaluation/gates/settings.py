@@ -66,10 +66,17 @@ class Lift(GateSettings):
     """The candidate beats a rival on the same rows by at least `at_least`.
 
     Passes where the interval's lower end reaches at_least, fails where its upper end stays below, else inconclusive.
+    With or_metric it passes where that is so of one of the two metrics, and fails where it fails in both, or where one
+    is lower than the rival's for sure.
     """
 
     key = "over"
     metric: str = Field(description="the metric to compare")
+    or_metric: str | None = Field(
+        default=None,
+        description="a second metric, in which a lift suffices, too. Each of the two gets half of the probability of "
+        "an error that `confidence` leaves",
+    )
     over: str = Field(description="the rival: a candidate's name, or best-untuned")
     at_least: float = Field(
         ge=-1.0, le=1.0, description="smallest difference of means that passes; 0.05 is five points"
@@ -88,6 +95,15 @@ class Retain(GateSettings):
     not_below: str = Field(description="the rival: a candidate's name, or best-untuned")
     drop_at_most: _Score = Field(description="largest drop that passes; 0.02 is two points")
     confidence: _Confidence = 0.95
+
+
+def compared_metrics(gate: GateSettings) -> dict[str, float]:
+    """Each metric by which the gate compares two candidates, with the confidence of its interval."""
+    if not isinstance(gate, Lift | Retain):
+        return {}
+    if isinstance(gate, Retain) or gate.or_metric is None:
+        return {gate.metric: gate.confidence}
+    return dict.fromkeys((gate.metric, gate.or_metric), (1.0 + gate.confidence) / 2.0)
 
 
 class _OneBound(GateSettings):
@@ -292,6 +308,7 @@ def check_gates(
         named: list[tuple[str, str | None, Collection[str], str, str, str]] = [
             ("metric", rule.metric, metrics, "metric", "is not measured", "add it to task.scorers, or ")
         ]
+        named.append(("or_metric", rule.or_metric, *named[0][2:]))
         named += [(gate.key, rule.over or rule.not_below, rivals, "rival", "is not a candidate", "")]
         if isinstance(gate, PolicyGate) and checks is not None:
             if not checks:
