@@ -69,7 +69,8 @@ def test_a_search_that_fails_or_is_killed_asks_only_for_the_rest_and_finds_the_s
     assert (rival.prompt, whole.tries[whole.best].mean) == (BETTER, 1.0)
     assert whole.tries[0].mean == 0.0
     asked = len(server.asked)
-    assert asked == whole.budget <= CALLS
+    assert asked == whole.budget < CALLS
+    assert whole.ended == "rewrites"
     assert whole.cost == pytest.approx(asked * PRICE)
     writer = [body for body in server.asked if body["model"] == "writer"]
     assert "no idea" in writer[0]["messages"][0]["content"]

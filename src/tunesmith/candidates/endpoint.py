@@ -27,7 +27,6 @@ _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _UNFIT = frozenset({400, 413, 422})  # the request itself is at fault, as where it is longer than the context
 _LONGEST_WAIT = 30.0  # seconds between two tries, also where the endpoint asks for more
 _LARGEST_ANSWER = 16 << 20
-_MOST_TOKENS = 10**9
 
 
 class Endpoint(Responder):
@@ -121,8 +120,8 @@ class Endpoint(Responder):
             choice, usage = document["choices"][0], document["usage"]
             text = _said(choice["message"])
             tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
-            if any(type(count) is not int or not 0 <= count < _MOST_TOKENS for count in tokens):
-                raise TypeError(f"a token count is not a number from 0 to {_MOST_TOKENS:,}")
+            if any(type(count) is not int or not 0 <= count < 10**9 for count in tokens):
+                raise TypeError("a token count is not a number, or too large")
             confidence = _probability(choice["logprobs"]["content"]) if self._settings.logprobs else None
             # A lone surrogate cannot be stored in a record.
             text.encode()

@@ -280,7 +280,7 @@ def described(body: SearchBody) -> str:
     return (
         f"best of {len(body.tries)} tries: {best.mean:.1%} of {best.rows} validation rows, {first.mean:.1%} of "
         f"{first.rows} as it is written. {len(best.shots)} shots ({best.how}){retrieved}{prompt}. {body.budget} "
-        f"answers{cost}; it ended because no {body.ended} were left"
+        f"answers{cost}; used up: {body.ended}"
     )
 
 

@@ -88,11 +88,10 @@ class Optimise(Settings):
         default=None,
         gt=0,
         le=HIGHEST_PRICE,
-        description="the most money that it spends, where endpoints have a `price`: it ends there with the best so far",
+        description="money, where endpoints have a `price`: it ends with the best so far, before answers as dear as the "
+        "dearest would pass it",
     )
-    rows: int = Field(
-        default=100, ge=LEAST_SCORED, le=4096, description="the most validation rows that the best tries are asked"
-    )
+    rows: int = Field(default=100, ge=LEAST_SCORED, le=4096, description="the most validation rows that a try is asked")
     prompts: tuple[str, ...] = Field(default=(), description="further prompt files to try")
     rewriter: EndpointSettings | None = Field(
         default=None,

@@ -298,7 +298,7 @@ def _optimised(
             except Spent as spent:
                 ended = str(spent)
             if rewriting is not None and ended != "cost":
-                asker.limit, ended = optimise.calls, "calls"
+                asker.limit, ended = optimise.calls, "rewrites"
                 try:
                     rewriting.rewrite(list(asker.tried.values())[asker.best(len(rows))], rows)
                 except Spent as spent:

@@ -200,7 +200,7 @@ class SearchBody(Body):
     """Every prompt and choice of shots and retrieval that was tried on validation rows.
 
     settings: the project file's. rows: how many were asked in each whole try. budget: answers in all. best: the place
-    of the best try among the tries. cost: of the endpoints' answers. ended: what was used up: calls, cost or choices.
+    of the best one. cost: of the endpoints' answers. ended: what was used up: calls, cost, choices or rewrites (GEPA).
     """
 
     kind: ClassVar = "search"
