@@ -88,7 +88,7 @@ class Optimise(Settings):
         default=None,
         gt=0,
         le=HIGHEST_PRICE,
-        description="money, where endpoints have a `price`: it ends with the best so far, before answers as dear as the "
+        description="money, where endpoints have a `price`: it ends with the best so far before answers as dear as the "
         "dearest would pass it",
     )
     rows: int = Field(default=100, ge=LEAST_SCORED, le=4096, description="the most validation rows that a try is asked")
