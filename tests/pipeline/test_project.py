@@ -88,6 +88,12 @@ def test_doctor_says_how_to_fix_what_is_missing(tmp_path: Path, monkeypatch: pyt
     (processor,) = (check for check in examine(tmp_path).checks if check.name == "processor")
     assert not processor.ok
     assert processor.fix
+    (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump(settings()))
+    for said in ("'model' is not a folder", "config.json is no JSON object"):
+        (base,) = (check for check in examine(tmp_path).checks if check.name == "base")
+        assert not base.ok
+        assert said in base.detail
+        (tmp_path / "model").mkdir(exist_ok=True)
 
 
 def test_errors_on_the_command_line(

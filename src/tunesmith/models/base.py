@@ -76,6 +76,17 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
+def read_config(folder: Path) -> JsonObject:
+    """The configuration in a base's folder. Raises Refused where it cannot be read."""
+    try:
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    except (OSError, ValueError) as error:
+        raise _incomplete(folder, f"config.json is no JSON object: {error}") from error
+    return config
+
+
 def model_width(base: Base) -> int | None:
     """How many numbers a hidden state has, by the base's configuration; None where it does not say."""
     width = _stated(read_json(base.folder / "config.json"), _WIDTH)
@@ -221,12 +232,7 @@ def base_body(folder: Path, spec: str) -> BaseBody:
         path.relative_to(folder).as_posix(): StoredFile(digest=digest_file(path), bytes=path.stat().st_size)
         for path in _files(folder)
     }
-    try:
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}")
-    except ValueError as error:
-        raise _incomplete(folder, f"config.json is no JSON object: {error}") from error
+    config = read_config(folder)
     context = _stated(config, _CONTEXT)
     rendering = {name: files[name].digest for name in _RENDERING if name in files}
     return BaseBody(

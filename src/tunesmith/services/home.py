@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -411,13 +410,14 @@ def _project(directory: Path) -> Check:
 def _base(directory: Path) -> Check:
     """Which engine runs each base in a local folder. Downloads nothing."""
     from tunesmith.engines.settings import SLOW, is_native
+    from tunesmith.models.base import config_folder, read_config
 
     project, said = Project.load(directory), list[str]()
     for spec in project.settings.bases:
-        config = project.root / spec / "config.json"
-        family = str(json.loads(config.read_bytes()).get("model_type")) if config.is_file() else None
-        runs = "on the native engine" if is_native(family or "") else f"which {SLOW}"
-        said.append(spec if family is None else f"{family}, {runs}")
+        if not spec.startswith(("pypi:", "hf:")):
+            family = str(read_config(config_folder(spec, project.root)).get("model_type"))
+            spec += f": {family}, {'on the native engine' if is_native(family) else f'which {SLOW}'}"
+        said.append(spec)
     return _check("base", "; ".join(said))
 
 
