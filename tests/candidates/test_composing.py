@@ -350,7 +350,7 @@ PRICED = {**URL, "price": {"prompt": 1, "answer": 2}}
         ({"prompt": "p", "optimise": {}, "endpoint": PRICED}, "belong together"),
         ({"prompt": "p", "shots": 65}, "64"),
         ({"prompt": "p", "shots": {"count": 4, "choose": "test"}}, "diverse"),
-        ({"prompt": "p", "optimise": {"calls": 99, "rows": 25}}, "four calls for each"),
+        ({"prompt": "p", "optimise": {"calls": 119, "rows": 30}}, "four calls for each"),
     ],
 )
 def test_contradicting_settings_are_refused(settings: dict[str, Any], said: str) -> None:

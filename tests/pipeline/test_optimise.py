@@ -9,12 +9,15 @@ import pytest
 
 from tests.chat_server import ChatServer, Reply, chat_server, completion
 from tests.tiny_project import settings, write_project
+from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.pipeline.candidates import untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project, parse_settings
 from tunesmith.records.training import SearchBody
+from tunesmith.store.store import Store
 
 ROWS, CALLS, PRICE = 30, 400, 1e-6 * (11 * 2 + 3 * 5)  # of one answer, which takes 11 and 3 tokens
 BETTER = "Answer PRECISELY."
@@ -109,6 +112,9 @@ def test_the_stated_cost_ends_a_search_with_the_best_so_far(tmp_path: Path, serv
     assert body.cost <= 100 * PRICE
     assert body.tries[body.best].mean == max(one.mean for one in body.tries if one.rows == ROWS)
     assert rival.prompt == "Answer with JSON."
+    other = EndpointSettings(url=server.url, model="x")
+    with pytest.raises(UsageError, match="rival is big at"):  # what another model says is not recorded as its answers
+        _ = Answerer(Store(tmp_path / "p" / ".tunesmith"), None, rival, other).responder
     rival, body = found(project(tmp_path / "less", server, cost=PRICE))
     assert (body.best, body.tries[0].rows, body.ended) == (0, 16, "cost")
     assert rival.shots == ()

@@ -58,14 +58,14 @@ class Answerer:
         """What answers. Raises UsageError for an endpoint whose settings are not given here."""
         if self.candidate.method != "model":
             return make_baseline(self.candidate.method, self.composer.examples)
-        if self.candidate.endpoint is not None:
-            if self._endpoint is None:
-                url = self.candidate.endpoint.url
+        if (remote := self.candidate.endpoint) is not None:
+            given = self._endpoint
+            if given is None or (given.url, given.model) != (remote.url, remote.model):
                 raise UsageError(
-                    f"{self.candidate.name} is the endpoint {url}, which only evaluations ask",
+                    f"{self.candidate.name} is {remote.model} at {remote.url}, which only evaluations that name it ask",
                     fix="release another candidate: an endpoint can be measured only",
                 )
-            return Endpoint(self._endpoint)
+            return Endpoint(given)
         assert self._engine is not None
         return self._engine
 

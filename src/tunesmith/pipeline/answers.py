@@ -61,7 +61,7 @@ def answers_of(
             _show_plan(context)
         rows = first or context.dataset.examples(split)
         if asked.endpoint is not None:
-            context.progress.say(f"{named}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
+            context.progress.say(f"{named}: sending {len(rows)} {split} requests with prompts to {asked.endpoint.url}")
         counted = count_prompts(asked, (row.request for row in rows))
         context.progress.say(f"{named}: system prompt: {describe_prompts(counted)}")
         forbidden, notices = ({}, []) if first else forbidden_answers(context, asked, split)
