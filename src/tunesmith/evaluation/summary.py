@@ -116,10 +116,16 @@ def rival_of(measured: EvaluationSummary, judged: VerdictSummary | None, focus: 
     judged: the verdict on the focus. The rival of its lift gate, else the best untuned candidate, which no gate names.
     """
     for gate in judged.gates if judged else ():
-        if gate.over in measured.candidates and gate.metric == measured.primary:
+        if gate.over in measured.candidates and gate.settings.metric == measured.primary:
             return gate.over, None if gate.settings.over == BEST_UNTUNED else gate.name
     untuned = [name for name in sorted(measured.candidates) if not measured.tuned[name] and name != focus]
     return max(untuned, key=measured.mean, default=None), None
+
+
+def leading_metric(judged: VerdictSummary | None, primary: str) -> str:
+    """The metric that shows why a candidate passed: the one of its lift gate, which may take a second one, too."""
+    passed = (gate for gate in (judged.gates if judged else ()) if gate.outcome == "pass" and gate.over is not None)
+    return next((str(gate.metric) for gate in passed if gate.settings.metric == primary), primary)
 
 
 def verdict_summary(store: Store, digest: str) -> VerdictSummary:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.conftest import STANDARD, evaluated, judged, outcome, verdict_of
+from tests.evaluation.conftest import STANDARD, TASK, evaluated, judged, outcome, verdict_of
 from tests.fabricate import PROMPT, Fabricated, add, fabricate, flawed, put_probe
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.evaluation.gates.verdict import replay
+from tunesmith.evaluation.report.data import report_data
 from tunesmith.records.candidate import RemoteModel
 from tunesmith.store.store import Store
 
@@ -56,6 +57,11 @@ def test_a_lift_in_either_of_two_metrics_suffices_and_a_sure_loss_in_one_fails(
     alone = outcome(made, evaluation, metric="exact_match", over="rag", at_least=0.05, confidence=0.975)
     assert (found["outcome"], found["metric"], found["low"]) == ("pass", "exact_match", alone["low"])
     assert "; or: json_valid differs from rag by" in found["reason"]
+    by_validity = evaluated(made, task=TASK.model_copy(update={"primary": "json_valid"}))
+    passed = verdict_of(made, by_validity, {"lift": {**either, "at_least": 0.05}})
+    shown = report_data(made.store, by_validity, passed)
+    assert (shown.primary, shown.rival, shown.advice.headline) == ("exact_match", "rag", "Release tuned.")
+    assert report_data(made.store, by_validity).primary == "json_valid"
     worse = outcome(made, evaluation, "few-shot", metric="json_valid", over="rag", at_least=-0.2)
     assert worse["outcome"] == "pass"
     found = outcome(made, evaluation, "few-shot", **either, at_least=-0.2)

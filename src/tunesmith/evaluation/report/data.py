@@ -35,7 +35,7 @@ from tunesmith.evaluation.report.evidence import (
     TrailEntry,
 )
 from tunesmith.evaluation.scores import GENERAL, Column, Columns, read_scores
-from tunesmith.evaluation.summary import evaluation_summary, rival_of, verdict_summary
+from tunesmith.evaluation.summary import evaluation_summary, leading_metric, rival_of, verdict_summary
 from tunesmith.records.candidate import BaseBody
 from tunesmith.records.evaluation import EvaluationBody, VerdictBody
 from tunesmith.records.training import SearchBody, TrainingBody
@@ -63,6 +63,7 @@ def report_data(
     record = store.record(evaluation, kind="evaluation")
     columns, body = read_scores(store, record), EvaluationBody.of(record)
     judged = verdict_summary(store, verdict) if verdict is not None else None
+    body = body.model_copy(update={"primary": leading_metric(judged, body.primary)})
     leading = max(sorted(body.candidates), key=lambda name: (body.candidates[name].tuned, body.mean(name)))
     focus = judged.candidate if judged else leading
     rival, rival_gate = rival_of(evaluation_summary(store, evaluation), judged, focus)
