@@ -1,7 +1,7 @@
 """How strong the rivals without tuning are, on public data that is read from where it lies.
 
     python benchmarks/rivals.py FOLDER
-    python benchmarks/rivals.py FOLDER --optimise WORK    # about an hour of one core; goes on where it was stopped
+    python benchmarks/rivals.py FOLDER --optimise WORK    # some three hours of one core; goes on where it was stopped
 
 FOLDER holds xquad_en/xquad.en.json (Artetxe et al. 2020, CC-BY-SA-4.0) and banking77/banking_data_{train,test}.csv
 (Casanueva et al. 2020, CC-BY-4.0). Retrieval: how often the paragraph that holds the answer is among the k found, by
@@ -39,7 +39,7 @@ from tunesmith.models.embedding import find_embedder
 from tunesmith.records.training import SearchBody
 from tunesmith.services.evaluations import evaluate
 
-TASKS, ROWS, TEST = ("snips", "banking77", "wording"), 300, 300
+TASKS, ROWS, TEST = ("banking77", "wording", "snips"), 300, 300
 
 
 def retrieval(folder: Path) -> None:

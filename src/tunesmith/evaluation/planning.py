@@ -257,7 +257,7 @@ class Plan(View):
         if self.test_set_use > 1:
             basis += f"; {self.test_set_use} candidates will have used these rows, which widens the intervals"
         if gate.sees is None:
-            return f"gate {gate.name}: {rows} are too few to pass it with {POWER:.0%} power, {basis}"
+            return f"gate {gate.name}: {rows} are too few to pass it by {gate.metric} with {POWER:.0%} power, {basis}"
         return (
             f"gate {gate.name}: {rows} pass it with {POWER:.0%} power if the true difference is at least "
             f"{points(gate.sees)} points of {gate.metric}, {basis}"
