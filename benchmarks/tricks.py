@@ -4,6 +4,8 @@
 - swapped: rows more, with values of other rows in the place of their own; each epoch reads twice as many rows.
 - averaged: the mean of the weights after 70, 80, 90 and 100% of the steps.
 - dft: each label's loss is weighted by its probability (Wu et al. 2025, "On the Generalization of SFT").
+- dropped: at each step a tenth of the entries of all A counts as zero, the same for all its tokens (DropConnect, Wan et
+  al. 2013): a dropout on the adapter.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from tasks import Split, Task
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.training.objectives import Objective
 from tunesmith.training.schedule import TrainerState
-from tunesmith.training.steps import parameters
+from tunesmith.training.steps import gradients, parameters
 
-TRICKS = ("twice", "swapped", "averaged", "dft")
+TRICKS = ("twice", "swapped", "averaged", "dft", "dropped")
+_DROPPED = 0.1
 _AVERAGED = (0.7, 0.8, 0.9, 1.0)
 Watch = Callable[[TrainerState, TrainableModel], None]
 
@@ -83,11 +86,36 @@ class _ByProbability(Objective):
         return -(log_probabilities.detach().exp() * log_probabilities).sum() / divisor
 
 
+def _with_dropout(seed: int = 0) -> Callable[..., float]:
+    """Gradients of a step in which some entries of A are zero. A is the first of the groups, B the second (LoRA+)."""
+    random = torch.Generator().manual_seed(seed)
+
+    def dropped(model: TrainableModel, *step: Any) -> float:
+        (inner,) = model.parameter_groups()[0].tensors
+        with torch.no_grad():
+            whole, kept = inner.clone(), (torch.rand(inner.shape, generator=random) >= _DROPPED) / (1 - _DROPPED)
+            inner.mul_(kept)
+            model.parameters_changed()
+        loss = gradients(model, *step)
+        with torch.no_grad():
+            inner.copy_(whole)
+            assert inner.grad is not None
+            inner.grad.mul_(kept)
+            model.parameters_changed()
+        return loss
+
+    return dropped
+
+
 @contextmanager
 def applied(trick: str, steps: int) -> Iterator[Watch | None]:
     """While a training of so many steps runs. Gives what watches it."""
     if trick == "dft":
         with patch("tunesmith.training.train.objective_of", lambda _: _ByProbability()):
+            yield None
+        return
+    if trick == "dropped":
+        with patch("tunesmith.training.trainer.gradients", _with_dropout()):
             yield None
         return
     marks, held = {round(share * steps) for share in _AVERAGED}, list[list[torch.Tensor]]()
