@@ -104,7 +104,7 @@ def test_a_recalled_document_does_not_come_back(folder: Path) -> None:
 
 
 def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, search = {"prompt": "prompt.txt", "max_tokens": 4}, {"calls": 8, "rows": 2}
+    plain, search = {"prompt": "prompt.txt", "max_tokens": 4}, {"calls": 120, "rows": 30}
     candidates = {
         "tuned": {**CANDIDATES["tuned"], "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16}},
         "reused": {**plain, "weights": "tuned"},
