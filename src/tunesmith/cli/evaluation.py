@@ -257,7 +257,7 @@ def _draw_plan(planned: Plan) -> Drawn:
         yield f"  how the two differ is {basis}; rows of one group correlate by {gate.correlation:.2f}", "dim"
     if not planned.gates:
         yield "no gate compares two candidates, so there is nothing to plan"
-    yield f"so many candidates have used these test rows so far: {planned.test_set_uses}", "dim"
+    yield f"candidates that have used these test rows so far: {planned.test_set_uses}", "dim"
 
 
 def _draw_comparison(comparison: Comparison) -> Drawn:

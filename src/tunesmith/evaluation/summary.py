@@ -115,17 +115,22 @@ def rival_of(measured: EvaluationSummary, judged: VerdictSummary | None, focus: 
 
     judged: the verdict on the focus. The rival of its lift gate, else the best untuned candidate, which no gate names.
     """
-    for gate in judged.gates if judged else ():
-        if gate.over in measured.candidates and gate.settings.metric == measured.primary:
-            return gate.over, None if gate.settings.over == BEST_UNTUNED else gate.name
+    if (gate := _lift_gate(judged, measured.primary)) and gate.over in measured.candidates:
+        return gate.over, None if gate.settings.over == BEST_UNTUNED else gate.name
     untuned = [name for name in sorted(measured.candidates) if not measured.tuned[name] and name != focus]
     return max(untuned, key=measured.mean, default=None), None
 
 
 def leading_metric(judged: VerdictSummary | None, primary: str) -> str:
     """The metric that shows why a candidate passed: the one of its lift gate, which may take a second one, too."""
-    passed = (gate for gate in (judged.gates if judged else ()) if gate.outcome == "pass" and gate.over is not None)
-    return next((str(gate.metric) for gate in passed if gate.settings.metric == primary), primary)
+    gate = _lift_gate(judged, primary)
+    return gate.metric if gate and gate.metric and gate.outcome == "pass" else primary
+
+
+def _lift_gate(judged: VerdictSummary | None, primary: str) -> GateResult | None:
+    """The first gate of a verdict that compares the primary metric with that of a rival."""
+    gates = judged.gates if judged else ()
+    return next((gate for gate in gates if gate.over is not None and gate.settings.metric == primary), None)
 
 
 def verdict_summary(store: Store, digest: str) -> VerdictSummary:

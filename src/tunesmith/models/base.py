@@ -76,6 +76,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
+def is_folder(spec: str) -> bool:
+    """Whether a base is named by its folder, and not by a package or a repository."""
+    return not spec.startswith(("pypi:", "hf:"))
+
+
 def read_config(folder: Path) -> JsonObject:
     """The configuration in a base's folder. Raises Refused where it cannot be read."""
     try:
@@ -236,7 +241,7 @@ def base_body(folder: Path, spec: str) -> BaseBody:
     context = _stated(config, _CONTEXT)
     rendering = {name: files[name].digest for name in _RENDERING if name in files}
     return BaseBody(
-        spec=spec if spec.startswith(("pypi:", "hf:")) else Path(spec).name,
+        spec=Path(spec).name if is_folder(spec) else spec,
         family=str(config.get("model_type", "")),
         context_length=context if type(context) is int else 0,
         fingerprint=digest_of(rendering | _fixed(folder)),
@@ -430,7 +435,7 @@ def _folder_with(wanted: Sequence[str], spec: str, root: Path, progress: Progres
         name = digest_of(spec)[7:31] if match["digest"] or len(wheels) > 1 else wheels[0].replace("==", "-")
         return _cached(f"pypi-{name}", partial(_from_wheels, wheels, match["digest"], progress))
     folder = (root / spec).expanduser()
-    if spec.startswith(("pypi:", "hf:")):
+    if not is_folder(spec):
         raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)
     if not folder.is_dir():
         raise UsageError(f"base {spec!r} is not a folder", where=str(folder), fix=SPEC_HELP)

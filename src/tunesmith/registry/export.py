@@ -27,7 +27,7 @@ from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.engines.factory import export_check
 from tunesmith.engines.settings import is_native
-from tunesmith.models.base import Base
+from tunesmith.models.base import Base, is_folder
 from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.records.candidate import StoredFile
 from tunesmith.records.evaluation import Outcome
@@ -216,7 +216,7 @@ def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, 
         "digest": version.digest,
         "form": form,
         "dtype": dtype,
-        "base": {"spec": base.spec if base.spec.startswith(("pypi:", "hf:")) else Path(base.spec).name}
+        "base": {"spec": Path(base.spec).name if is_folder(base.spec) else base.spec}
         | {"digest": base.digest, "fingerprint": base.fingerprint},
         "training": candidate.training,
         "evaluation": version.evaluation,

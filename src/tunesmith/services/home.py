@@ -410,11 +410,11 @@ def _project(directory: Path) -> Check:
 def _base(directory: Path) -> Check:
     """Which engine runs each base in a local folder. Downloads nothing."""
     from tunesmith.engines.settings import SLOW, is_native
-    from tunesmith.models.base import config_folder, read_config
+    from tunesmith.models.base import config_folder, is_folder, read_config
 
     project, said = Project.load(directory), list[str]()
     for spec in project.settings.bases:
-        if not spec.startswith(("pypi:", "hf:")):
+        if is_folder(spec):
             family = str(read_config(config_folder(spec, project.root)).get("model_type"))
             spec += f": {family}, {'on the native engine' if is_native(family) else f'which {SLOW}'}"
         said.append(spec)

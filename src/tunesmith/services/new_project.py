@@ -105,13 +105,15 @@ def make_project(
     Raises UsageError where there is a project already or the rows cannot be read, Refused for a licence that is not
     accepted, and for rows with control tokens.
     """
+    from tunesmith.models.base import is_folder
+
     root = directory.absolute()
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
     licences = _accepted_licences(licence, accept_licence)
     named = str(data) if protocol_of(str(data)) else os.path.relpath(Path(data).absolute(), root)
     source = Source(path=named, licence=licence, rename=dict(rename or {}))
-    if not base.startswith(("pypi:", "hf:")):
+    if is_folder(base):
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
     otherwise = None if control_tokens == "drop" else NextStep("drop the tokens", "init", control_tokens="drop")
     with _made(root):  # the rows are found from there
