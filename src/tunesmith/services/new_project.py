@@ -412,7 +412,7 @@ def _on_answers(findings: RowFindings) -> Iterator[str]:
     if primary(findings) != "exact_match":
         yield (
             "most answers hold a sentence or a command of their own, which is seldom repeated word for word: "
-            "exact_match does not decide. A judge in task.scorers compares what answers mean"
+            "exact_match does not decide alone. A judge in task.scorers compares what answers mean"
         )
     if answers.others:
         yield (
