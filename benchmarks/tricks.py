@@ -6,30 +6,49 @@
 - dft: each label's loss is weighted by its probability (Wu et al. 2025, "On the Generalization of SFT").
 - dropped: at each step a tenth of the entries of all A counts as zero, the same for all its tokens (DropConnect, Wan et
   al. 2013): a dropout on the adapter.
+- consistent: each step twice, with other entries of A dropped, and with the divergence between both distributions of
+  each label (R-Drop, Liang et al. 2021). An epoch takes 2.8 times as long.
+- smoothed: a tenth of each label's weight goes to all tokens alike (label smoothing, Szegedy et al. 2016).
+- contrastive: where an answer begins, requests with the same answer shall be nearer to each other than to the others of
+  the last 256 rows (Gunel et al. 2021; Wang et al. 2020, "Cross-Batch Memory"): for labels.
+
+`python benchmarks/tricks.py TRICK ...` is `tunesmith ...` with a trick that changes the steps.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
 from leakage import Row
 from tasks import Split, Task
+from tunesmith.cli.main import main
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.native.adapters import trainable
+from tunesmith.engines.native.adapters.trainable import NativeTrainable
+from tunesmith.engines.native.network.ops import cross_entropy_
 from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.training.batches.batch_plan import Step
 from tunesmith.training.objectives import Objective
 from tunesmith.training.schedule import TrainerState
 from tunesmith.training.steps import gradients, parameters
 
-TRICKS = ("twice", "swapped", "averaged", "dft", "dropped")
+TRICKS = ("twice", "swapped", "averaged", "dft", "dropped", "smoothed", "contrastive", "consistent")
 _DROPPED = 0.1
+_SMOOTHED = 0.1
+_CONSISTENT = 1.0  # weight of the divergence
+_CONTRAST, _TEMPERATURE, _REMEMBERED = 0.3, 0.3, 256  # its weight beside the labels' loss
+_LOSS = "tunesmith.engines.native.network.ops.cross_entropy_"
 _AVERAGED = (0.7, 0.8, 0.9, 1.0)
 Watch = Callable[[TrainerState, TrainableModel], None]
 
@@ -86,36 +105,154 @@ class _ByProbability(Objective):
         return -(log_probabilities.detach().exp() * log_probabilities).sum() / divisor
 
 
-def _with_dropout(seed: int = 0) -> Callable[..., float]:
-    """Gradients of a step in which some entries of A are zero. A is the first of the groups, B the second (LoRA+)."""
-    random = torch.Generator().manual_seed(seed)
+Gradients = Callable[..., float]  # as steps.gradients
+
+
+@contextmanager
+def _masked(model: TrainableModel, kept: torch.Tensor) -> Iterator[torch.Tensor]:
+    """While some entries of A are zero. A is the first of the groups, B the second (LoRA+)."""
+    (inner,) = model.parameter_groups()[0].tensors
+    with torch.no_grad():
+        whole = inner.clone()
+        inner.mul_(kept)
+        model.parameters_changed()
+    yield inner
+    with torch.no_grad():
+        inner.copy_(whole)
+        model.parameters_changed()
+
+
+def _draw(model: TrainableModel, random: torch.Generator) -> torch.Tensor:
+    (inner,) = model.parameter_groups()[0].tensors
+    return (torch.rand(inner.shape, generator=random) >= _DROPPED) / (1 - _DROPPED)
+
+
+def _with_dropout() -> Gradients:
+    random = torch.Generator().manual_seed(0)
 
     def dropped(model: TrainableModel, *step: Any) -> float:
-        (inner,) = model.parameter_groups()[0].tensors
-        with torch.no_grad():
-            whole, kept = inner.clone(), (torch.rand(inner.shape, generator=random) >= _DROPPED) / (1 - _DROPPED)
-            inner.mul_(kept)
-            model.parameters_changed()
-        loss = gradients(model, *step)
-        with torch.no_grad():
-            inner.copy_(whole)
+        kept = _draw(model, random)
+        with _masked(model, kept) as inner:
+            loss = gradients(model, *step)
             assert inner.grad is not None
             inner.grad.mul_(kept)
-            model.parameters_changed()
         return loss
 
     return dropped
 
 
+def _consistent() -> Gradients:
+    random = torch.Generator().manual_seed(0)
+
+    def twice(model: TrainableModel, objective: Objective, step: Step, *ranks: Any) -> float:
+        masks = [_draw(model, random) for _ in range(2)]
+        heard = list[list[torch.Tensor]]()  # log-probabilities of all tokens by the model with either mask
+        for kept in masks:
+            with _masked(model, kept), _scores_heard() as scores:
+                for batch in step:
+                    model.label_losses(batch)
+            heard.append(scores)
+        losses, found = list[float](), list[list[torch.Tensor]]()
+        for kept, other in zip(masks, reversed(heard), strict=True):
+            with _masked(model, kept) as inner, patch(_LOSS, _pulled(iter(other))):
+                losses.append(gradients(model, objective, step, *ranks))
+                assert inner.grad is not None
+                inner.grad.mul_(kept)
+            found.append([each for tensor in parameters(model) if (each := tensor.grad) is not None])
+            for tensor in parameters(model):
+                tensor.grad = None
+        for tensor, *both in zip(parameters(model), *found, strict=True):
+            tensor.grad = torch.stack(both).mean(0)
+        return sum(losses) / len(losses)
+
+    return twice
+
+
+def _pulled(others: Iterator[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """ops.cross_entropy_ with a pull towards other log-probabilities, of one chunk after another."""
+
+    def loss(scores: torch.Tensor, labels: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
+        own = torch.log_softmax(scores.float(), -1)
+        losses = cross_entropy_(scores, labels, share)
+        if share is not None:
+            scores.add_(_pull(own, next(others)).mul_(_CONSISTENT / 2 * share[:, None]))
+        return losses
+
+    return loss
+
+
+@contextmanager
+def _scores_heard() -> Iterator[list[torch.Tensor]]:
+    heard = list[torch.Tensor]()
+
+    def listening(scores: torch.Tensor, labels: torch.Tensor, share: Any) -> torch.Tensor:
+        heard.append(torch.log_softmax(scores.float(), -1))
+        return cross_entropy_(scores, labels, share)
+
+    with patch(_LOSS, listening):
+        yield heard
+
+
+def _pull(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The gradient of KL(own, other) + KL(other, own) by the scores of own, [N, V] each, as log-probabilities."""
+    shares = own.exp()
+    apart = own - other
+    return shares * (apart - (shares * apart).sum(-1, keepdim=True) + 1) - other.exp()
+
+
+def _smoothed(scores: torch.Tensor, labels: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
+    loss = cross_entropy_(scores, labels, share)
+    if share is not None:
+        moved = _SMOOTHED * share[:, None]
+        scores.sub_(moved / scores.shape[1]).scatter_add_(1, labels[:, None], moved.to(scores.dtype))
+    return loss
+
+
+def _contrasted() -> Callable[..., torch.Tensor]:
+    """NativeTrainable.loss with a term for the hidden states at which answers begin."""
+    plain, predicting, seen = NativeTrainable.loss, trainable._predicting, list[torch.Tensor]()
+    remembered = list[tuple[tuple[int, ...], torch.Tensor]]()
+
+    def watched(*given: Any) -> torch.Tensor:
+        seen.append(predicting(*given))
+        return seen[-1]
+
+    def loss(model: NativeTrainable, batch: Batch, weights: Any) -> torch.Tensor:
+        with patch("tunesmith.engines.native.adapters.trainable._predicting", watched):
+            total = plain(model, batch, weights)
+        rows, hidden = batch.label_rows, seen.pop().float()
+        answers = [tuple(batch.labels[rows == row].tolist()) for row in rows.unique()]
+        firsts = F.normalize(torch.stack([hidden[rows == row][0] for row in rows.unique()]), dim=-1)
+        terms = []
+        for place, answer in enumerate(answers):
+            others = [*remembered, *((answers[each], firsts[each]) for each in range(len(answers)) if each != place)]
+            same = torch.tensor([each == answer for each, _ in others])
+            if same.any():
+                near = torch.stack([state for _, state in others]) @ firsts[place] / _TEMPERATURE
+                terms.append(-torch.log_softmax(near, 0)[same].mean())
+        remembered.extend(zip(answers, firsts.detach(), strict=True))
+        del remembered[:-_REMEMBERED]
+        return total + _CONTRAST * sum(terms, torch.zeros(())) / len(answers)
+
+    return loss
+
+
+# What a trick puts in whose place.
+_REPLACED: Mapping[str, tuple[str, Callable[[], Any]]] = {
+    "dft": ("tunesmith.training.train.objective_of", lambda: lambda _: _ByProbability()),
+    "dropped": ("tunesmith.training.trainer.gradients", _with_dropout),
+    "consistent": ("tunesmith.training.trainer.gradients", _consistent),
+    "smoothed": (_LOSS, lambda: _smoothed),
+    "contrastive": ("tunesmith.engines.native.adapters.trainable.NativeTrainable.loss", _contrasted),
+}
+
+
 @contextmanager
 def applied(trick: str, steps: int) -> Iterator[Watch | None]:
     """While a training of so many steps runs. Gives what watches it."""
-    if trick == "dft":
-        with patch("tunesmith.training.train.objective_of", lambda _: _ByProbability()):
-            yield None
-        return
-    if trick == "dropped":
-        with patch("tunesmith.training.trainer.gradients", _with_dropout()):
+    if trick in _REPLACED:
+        place, made = _REPLACED[trick]
+        with patch(place, made()):
             yield None
         return
     marks, held = {round(share * steps) for share in _AVERAGED}, list[list[torch.Tensor]]()
@@ -130,3 +267,9 @@ def applied(trick: str, steps: int) -> Iterator[Watch | None]:
             model.parameters_changed()
 
     yield watch if trick == "averaged" else None
+
+
+if __name__ == "__main__":
+    name = sys.argv.pop(1)
+    with applied(name, 0):
+        main()
