@@ -239,6 +239,18 @@ def test_resume_is_refused_after_changes(trained: Path, monkeypatch: pytest.Monk
     assert run(trained, **changed)
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_and_unset_changes_nothing(
+    trained: Path, uninterrupted: str
+) -> None:
+    for step in _steps(trained):
+        state = json.loads((step / "state.json").read_text())
+        del state["identity"]["settings"]["quantize"]
+        (step / "state.json").write_text(json.dumps(state))
+    said = SaidAndNoted()
+    assert run(trained, progress=said) == uninterrupted
+    assert "resuming from step 30" in said.lines
+
+
 def test_record_states_what_was_measured(trained: Path) -> None:
     store = Store(trained / "store")
     (digest,) = store.records_of("training")

@@ -114,7 +114,10 @@ class Checkpoints:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ; for a value that is a mapping, with its keys that differ."""
+    """The keys whose values differ; for a value that is a mapping, with its keys that differ.
+
+    There a missing key counts as one without a value: a setting may be newer than the checkpoint.
+    """
     changed: list[str] = []
     before, now = _comparable(before, now), _comparable(now, before)
     for key in {**now, **before}:
@@ -123,7 +126,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
-            changed.append(f"{key} ({', '.join(names)})")
+            changed += [f"{key} ({', '.join(names)})"] if names else []
         else:
             changed.append(key)
     return changed
