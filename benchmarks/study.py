@@ -101,6 +101,10 @@ class Trial:
         return replace(self, task="", seed=0)
 
 
+# How many times as long an epoch takes, where the time is to be the same; and the tasks that a trick is for. dft lost
+# 52 points on the first.
+_SLOWER = {"swapped": 2, "consistent": 2.5}
+_ONLY = {"swapped": ("music",), "contrastive": ("banking77",), "dft": ("music",)}
 KINDS = ("snips", "banking77", "personal", "wording")  # a task of each kind; tool calls take five times as long
 
 
@@ -112,11 +116,15 @@ def plan() -> Iterator[Trial]:
         yield Trial("home", 1880, 1, rate, batch=batch, decay=0.9, b_rate=4.0)
     for task in ("banking77", "music", "wording"):
         yield Trial(task, 1000, 3, batch=4, decay=0.9, b_rate=4.0)
-    for trick in TRICKS:  # swapped rows are twice as many
-        yield Trial("home", 1880, 1, batch=8, decay=0.9, b_rate=4.0, trick=trick)
-        for task in ("banking77", "music", "wording"):
-            yield Trial(task, 1000, 3, batch=8, decay=0.9, b_rate=4.0, trick=trick)
-            yield Trial(task, 300, 5 if trick == "swapped" else 10, batch=8, decay=0.9, b_rate=4.0, trick=trick)
+    yield Trial("home", 1880, 1, batch=8, decay=0.9, b_rate=4.0, trick="twice")
+    for trick in TRICKS:
+        slower = _SLOWER.get(trick, 1)
+        for rows in (300, 1000):
+            for task in _ONLY.get(trick, SHORT_TASKS):
+                epochs = 3 if rows == 1000 else 5 if task == "wording" else 10
+                yield Trial(task, rows, round(epochs / slower), batch=8, decay=0.9, b_rate=4.0, trick=trick)
+    many = Trial("snips", 13000, 1, batch=8, decay=0.9, b_rate=4.0)
+    yield from (many, replace(many, rank=64), replace(many, method="full", rate=1e-4, b_rate=1.0))
     yield from (Trial(task, 200, 10, rank=64, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield from (Trial(task, 200, 10, rank=4, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield Trial("personal", 200, 10, rank=64, b_rate=4.0)
