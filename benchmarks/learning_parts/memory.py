@@ -31,7 +31,6 @@ _FALLS = {"schedule": "wsd", "decay": 0.9, "keep": "last", "batch": 8, **REHEARS
 FRONTIER: Mapping[str, Mapping[str, Any]] = {
     "3 epochs": {"epochs": 3, **_FALLS},
     "5 epochs": {"epochs": 5, **_FALLS},
-    "7 epochs": {"epochs": 7, **_FALLS},
     "rank 4, 5 epochs": {"epochs": 5, "rank": 4, **_FALLS},
     "10 epochs, lowest loss": {"epochs": 10, **_FALLS, "keep": "best", "validate_by": "loss", "validations": 10},
     "half the rate, 5 epochs": {"epochs": 5, "learning_rate": 5e-4, "b_rate": 4.0, **_FALLS},
@@ -42,7 +41,6 @@ FRONTIER: Mapping[str, Mapping[str, Any]] = {
     "batch 16, 10 epochs": {"epochs": 10, **_FALLS, "batch": 16},
     "2 epochs": {"epochs": 2, **_FALLS},
     "20 epochs": {"epochs": 20, **_FALLS},
-    "rank 4, 20 epochs": {"epochs": 20, "rank": 4, **_FALLS},
     "a quarter of the rate, 10 epochs": {"epochs": 10, "learning_rate": 2.5e-4, "b_rate": 4.0, **_FALLS},
     "rank 1, 10 epochs": {"epochs": 10, "rank": 1, **_FALLS},
     "10 epochs, dropped": {"epochs": 10, **_FALLS},
