@@ -270,6 +270,8 @@ def applied(trick: str, steps: int) -> Iterator[Watch | None]:
 
 
 if __name__ == "__main__":
-    name = sys.argv.pop(1)
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name not in _REPLACED:
+        sys.exit(f"{name!r} does not change a step: state one of {', '.join(_REPLACED)}")
     with applied(name, 0):
         main()

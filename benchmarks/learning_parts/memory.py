@@ -28,6 +28,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 # Points between learning and memorising: all with the rate that falls from the first tenth of the steps on.
 _FALLS = {"schedule": "wsd", "decay": 0.9, "keep": "last", "batch": 8, **REHEARSE}
+TRICKED = {f"10 epochs, {trick}": trick for trick in ("dropped", "smoothed")}  # of tricks.py
 FRONTIER: Mapping[str, Mapping[str, Any]] = {
     "3 epochs": {"epochs": 3, **_FALLS},
     "5 epochs": {"epochs": 5, **_FALLS},
@@ -43,10 +44,8 @@ FRONTIER: Mapping[str, Mapping[str, Any]] = {
     "20 epochs": {"epochs": 20, **_FALLS},
     "a quarter of the rate, 10 epochs": {"epochs": 10, "learning_rate": 2.5e-4, "b_rate": 4.0, **_FALLS},
     "rank 1, 10 epochs": {"epochs": 10, "rank": 1, **_FALLS},
-    "10 epochs, dropped": {"epochs": 10, **_FALLS},
-    "10 epochs, smoothed": {"epochs": 10, **_FALLS},
+    **{name: {"epochs": 10, **_FALLS} for name in TRICKED},
 }
-TRICKED = {f"10 epochs, {trick}": trick for trick in ("dropped", "smoothed")}  # of tricks.py
 # As the guide for engineers has them, but for overfitting (0.10 there). A canary was added once; four times is shown by
 # the report.
 GATES: Mapping[str, Mapping[str, Any]] = {
