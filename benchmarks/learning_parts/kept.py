@@ -42,9 +42,8 @@ class Kept:
         settings: all that the figures depend on, apart from the machine. minutes: how long measuring takes, about.
         lacks: why it cannot be measured now.
         """
-        key = digest_of({"name": name, **settings})
-        if (key, self.machine) in self._known:
-            return self._known[key, self.machine]
+        if (known := self.known(name, settings)) is not None:
+            return known
         if lacks or time.monotonic() > self._until:
             left = f"{name}: {lacks or f'about {minutes:.0f} min'}"
             if left not in self.left:
@@ -53,7 +52,7 @@ class Kept:
         print(f"measuring {name}, about {minutes:.0f} min", flush=True)
         found = measure()
         line = {
-            "key": key,
+            "key": (key := digest_of({"name": name, **settings})),
             "name": name,
             "machine": self.machine,
             "command": self.command,
@@ -64,6 +63,10 @@ class Kept:
         append_line(self._path, line)
         self._known[key, self.machine] = found
         return found
+
+    def known(self, name: str, settings: Mapping[str, Any]) -> Figures | None:
+        """What is known of this machine under the name and settings."""
+        return self._known.get((digest_of({"name": name, **settings}), self.machine))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -23,9 +23,11 @@ from task_training import Loaded, answers, load, scores, train_task
 from tasks import Split, Task
 from tunesmith.core.errors import Refused
 from tunesmith.services.new_project import default_training
+from tunesmith.training.schedule import ALL_EPOCHS
 from tunesmith.training.settings import TrainSettings
 
 RECIPE = 6  # raise it where trainings that leave settings open train otherwise: earlier figures do not count then
+SHORTER = (900.0,)  # budgets, in seconds, that `init` wrote with the same recipe
 VALIDATED = 200  # rows that a training is validated on
 SHORT_TASKS = ("music", "banking77", "wording")  # of three kinds, with short rows: peers are slow
 
@@ -72,7 +74,8 @@ def trained(bench: Bench, name: str, task: Task, split: Split, train: Mapping[st
 
     Figures: score; scores of the test requests; held: score of the validation rows; seconds: of steps, validations and
     what is measured before them, by that clock; cpu_seconds: of all of it and all threads; epochs; ended: why it ended.
-    For a budget that is refused: refused.
+    For a budget that is refused: refused. A training that a shorter budget of `init` held whole is the same within a
+    longer one, and is not repeated.
     """
     settings = TrainSettings.model_validate({**train, "validation_rows": VALIDATED})
     stated = {
@@ -81,6 +84,10 @@ def trained(bench: Bench, name: str, task: Task, split: Split, train: Mapping[st
         "train": stated_settings(settings),
         **({} if "learning_rate" in train else {"recipe": RECIPE}),  # a peer's recipe leaves nothing open
     }
+    for shorter in SHORTER if settings.budget else ():
+        found = bench.kept.known(name, {**stated, "train": {**stated["train"], "budget": shorter}})
+        if found and shorter < settings.budget and found["ended"] == ALL_EPOCHS:
+            return found
     minutes = (settings.budget or _ROW_SECONDS * settings.epochs * len(split.train)) / 60 + 1
 
     def measure() -> Figures:

@@ -78,7 +78,7 @@ def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     tuned = project.settings.candidates["tuned"]
     assert tuned.constrain, "answers cannot have keys or labels that no row has"
     assert tuned.train is not None
-    assert (tuned.train.budget, tuned.train.rehearse) == (900, 0.02)
+    assert (tuned.train.budget, tuned.train.rehearse) == (1800, 0.02)
     file = tmp_path / "p" / "tunesmith.yaml"
     shorter = yaml.safe_load(file.read_text())  # the tutorial runs with the default scan for personal data
     assert shorter["data"]["licences"] == {"allow": ["LicenseRef-Acme"]}

@@ -54,7 +54,7 @@ _USABLE = (
 )
 _LONGEST_NAME = 63
 _MOST_TOKENS = 32_768
-_BUDGET = "15m"  # a first run should end within half an hour on a laptop
+_BUDGET = "30m"  # at most: rows of a sentence take a part of it, long ones with tools all of it
 _REHEARSE = 0.02  # of the rows; without it a training forgets more than the gate of a new project allows
 
 
