@@ -162,6 +162,33 @@ def test_a_budget_is_spent_and_overrun_by_five_percent_at_most() -> None:
     assert (state.step, state.ended) == (30, "all epochs are done")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "every", "decay", "times"), [(150.0, 750, 0.9, 1), (150.0, 750, 0.25, 1), (40.0, 167, 0.25, 5)]
+)
+def test_the_time_of_validations_is_reserved(seconds: float, every: int, decay: float, times: int) -> None:
+    """They end within the budget although they are slow, and none is wasted a few steps before the last. The same
+    decisions validate at the same steps without a clock."""
+    before = Decisions(warmup=5, validate_every=every, scored_rows=0, seconds=50.0, validation_seconds=seconds)
+    settings = TrainSettings(budget=1000.0, decay=decay)
+
+    def course(decided: Decisions, budget: float | None) -> tuple[Annealed, TrainerState]:
+        schedule, state = Annealed(10_000, settings, decided, None, budget=budget), TrainerState()
+        while state.ended is None:
+            validates = schedule.validates(state.step + 1)
+            _take(state, 1.0 + seconds * validates)
+            if validates:
+                state.validation.append({"step": state.step, "loss": 1.0, "probability": 0.5})
+            schedule.decide(state)
+        return schedule, state
+
+    schedule, state = course(before, 1000.0)
+    assert 0.9 * 1000 <= state.seconds + before.seconds <= 1.05 * 1000
+    validated = [int(each["step"]) for each in state.validation]
+    assert (len(validated), validated[-1]) == (times, state.step)
+    assert all(later - earlier >= every / 2 for earlier, later in itertools.pairwise(validated))
+    assert course(schedule.decisions, None)[1].validation == state.validation
+
+
 def _scores(values: Iterator[float]) -> AnswerScore:
     def score(_model: TrainableModel | None, rows: int) -> Score:
         mean = next(values)
@@ -306,7 +333,8 @@ def test_the_untrained_base_is_asked_to_time_its_answers(tmp_path: Path, monkeyp
     st.floats(0.05, 0.9),
 )
 def test_any_course_ends_annealed(speeds: list[float], scores: list[float], every: int, share: float) -> None:
-    """Whatever the clock and the scores do: it ends, the rate never rises after it fell, and the last is near zero."""
+    """Whatever the clock and the scores do: it ends, the rate never rises after it fell, and the last is near zero.
+    Repeated by its decisions, it validates at the same steps."""
     settings = TrainSettings(budget=20.0, decay=share, learning_rate=0.01)
     schedule = Annealed(500, settings, BEFORE.model_copy(update={"validate_every": every}), None, budget=20.0)
     state, rates = TrainerState(), []
@@ -323,3 +351,6 @@ def test_any_course_ends_annealed(speeds: list[float], scores: list[float], ever
     assert all(rate > 0 for rate in rates)
     assert rates[-1] <= max(rates) / max(1, last.stop - last.start) + 1e-12
     assert state.validation[-1]["step"] == state.step, "the last weights are validated"
+    again = Annealed(500, settings, schedule.decisions, None, budget=None)
+    steps = range(1, state.step + 1)
+    assert [each for each in steps if again.validates(each)] == [each["step"] for each in state.validation]

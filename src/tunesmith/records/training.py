@@ -105,14 +105,16 @@ class Decisions(Part):
 
     warmup: steps in which the rate rises. validate_every: steps from one validation to the next. scored_rows:
     validation rows that are answered and scored each time; 0: none (see TrainerState.best). seconds: before the first
-    step, for measuring and for what is rehearsed. rehearsed: answers that were drawn for that. decays: each replaces
-    the one before it from its start on.
+    step, for measuring and for what is rehearsed. validation_seconds: that one was expected to take within a
+    budget, which earlier versions did not say. rehearsed: answers that were drawn to be rehearsed. decays: each
+    replaces the one before it from its start on.
     """
 
     warmup: int = Field(ge=0)
     validate_every: int = Field(ge=1)
     scored_rows: int = Field(ge=0)
     seconds: float = Field(ge=0)
+    validation_seconds: Omitted[float] = None
     rehearsed: int = Field(default=0, ge=0)
     decays: tuple[Decay, ...] = ()
 

@@ -165,9 +165,12 @@ class Annealed(Schedule):
         return self._share(last.start, decays - 1) * (last.stop - step) / (last.stop - last.start)
 
     def validates(self, step: int) -> bool:
-        """Whether to validate after so many steps."""
-        decays = self.decisions.decays
-        return step % self.decisions.validate_every == 0 or step == (decays[-1].stop if decays else self._steps)
+        """Whether to validate after so many steps: the last, and every so many, unless the last is nearer than half of
+        that."""
+        every = self.decisions.validate_every
+        # As it was planned then: a training that is repeated knows what was decided later.
+        stop = next((each.stop for each in reversed(self.decisions.decays) if each.start < step), self._steps)
+        return step == stop or (step % every == 0 and 2 * (stop - step) >= every)
 
     def decide(self, state: TrainerState) -> str | None:
         """Let the rate fall where it is time for that; end the training where it has fallen."""
@@ -195,10 +198,12 @@ class Annealed(Schedule):
         """Why the rate should begin to fall; None while it should not."""
         if state.step + self._falling_steps(state.step) >= self._steps:
             return ALL_EPOCHS
-        # The fall is a share of the steps, so it takes that share of the time that measuring left for them.
+        # The fall is a share of the steps, so it takes that share of the time that measuring and validations leave.
         if self._budget is not None:
-            for_steps = self._budget - self.decisions.seconds
-            if state.seconds >= (1 - self._settings.decay) * for_steps:
+            validation, stop = self.decisions.validation_seconds or 0.0, state.step + self._falling_steps(state.step)
+            validations = max(1, round(stop / self.decisions.validate_every)) * validation
+            for_steps = self._budget - self.decisions.seconds - validations
+            if state.seconds - len(state.validation) * validation >= (1 - self._settings.decay) * for_steps:
                 return BUDGET_USED
         return None
 

@@ -152,6 +152,7 @@ def decide_beforehand(
     if (before := ranks.agree(lambda: _decided(kept))) is not None:
         return Decisions.model_validate(before)
     measured, rows, steps = 0.0, validation.rows, float(len(plan))
+    each: float | None = None
     every = math.ceil(steps / settings.validations)
     if (budget := settings.budget) is not None:
         began = validation.clock()
@@ -161,13 +162,14 @@ def decide_beforehand(
         step = max(expected.step_seconds, 1e-9)
         steps = min(steps, budget / step)  # few rows are read often before a budget ends
         rows = _scored_within(budget, steps * step, answer, validation, progress)
-        each = max(loss + rows * answer, 1e-9)
-        every = round(steps / min(settings.validations, max(1.0, _ALL_SHARE * steps * step / each)))
+        each = loss + rows * answer
+        every = round(steps / min(settings.validations, max(1.0, _ALL_SHARE * steps * step / max(each, 1e-9))))
     made = Decisions(
         warmup=warmup_steps(settings, steps),
         validate_every=max(1, min(len(plan), every)),
         scored_rows=rows,
         seconds=measured,
+        validation_seconds=each,
         rehearsed=rehearsal.answers,
         decays=(),
     )
