@@ -51,8 +51,9 @@ class Kept:
             return None
         print(f"measuring {name}, about {minutes:.0f} min", flush=True)
         found = measure()
+        key = digest_of({"name": name, **settings})
         line = {
-            "key": (key := digest_of({"name": name, **settings})),
+            "key": key,
             "name": name,
             "machine": self.machine,
             "command": self.command,

@@ -105,8 +105,8 @@ class Decisions(Part):
 
     warmup: steps in which the rate rises. validate_every: steps from one validation to the next. scored_rows:
     validation rows that are answered and scored each time; 0: none (see TrainerState.best). seconds: before the first
-    step, for measuring and for what is rehearsed. validation_seconds: that one was expected to take within a
-    budget, which earlier versions did not say. rehearsed: answers that were drawn to be rehearsed. decays: each
+    step, for measuring and for what is rehearsed. validation_seconds: of one validation, as expected within a
+    budget; earlier versions did not say it. rehearsed: answers that were drawn to be rehearsed. decays: each
     replaces the one before it from its start on.
     """
 
