@@ -255,6 +255,8 @@ def test_the_playground_is_bounded(served: Served, evaluated: Evaluated, login: 
         page.get_by_label("Question").fill("wait")
         page.get_by_role("button", name="Ask").click()
         expect(page.get_by_text("Asking…")).to_be_visible()
+        # The page says so when it sends; the next question must come after the server has this one.
+        until(lambda: served.serving.trying._turns.held_by(OWNER) == 1)
         assert ask("hello", "prompt").status_code == 429
         served.engine.gate.set()
         expect(page.locator("#answers section").first).to_be_visible()
