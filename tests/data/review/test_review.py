@@ -123,6 +123,7 @@ def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.Mo
     done = do(desk.project, review.export)
     assert (done.accept, done.edit, done.reject) == (1, 1, 1)
     second = desk.build()
+    assert said[-1].endswith("Removed: 1 rejected in a review: refusing answer")
     assert verify_dataset(desk.store, second.digest).ok
     found = difference(desk.store, desk.first.digest, second.digest)
     assert found.rows["added"] == 0

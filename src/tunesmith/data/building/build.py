@@ -171,6 +171,9 @@ def build_dataset(
         if outside.files:
             blobs[OUTSIDE] = store.put_bytes(outside.encode())
         keep_originals(settings.privacy, root, account.originals, staging.ids())
+        by_split = ", ".join(f"{rows} {name}" for name, rows in body.splits.items())
+        removed = ", ".join(f"{rows} {reason}" for reason, rows in body.rows.removed.items())
+        progress.say(f"{body.rows.kept} rows kept: {by_split}" + (f". Removed: {removed}" if removed else ""))
     return store.put_record(body.record({}, blobs))
 
 
