@@ -9,7 +9,7 @@ from engine_parts.report import Line
 from learning_parts.kept import Figures
 from learning_parts.ours import SHORT_TASKS, Bench, defaults, trained
 from learning_parts.peers import peer, stand_in
-from learning_parts.shown import NOT_YET, difference
+from learning_parts.shown import NOT_YET, difference, gap
 from tasks import Split, Task
 
 RATES = (2e-4, 6e-4, 2e-3)  # the documented one, and two higher ones: LoRA learns little in few steps otherwise
@@ -17,6 +17,9 @@ TASKS = (*SHORT_TASKS, "masking", "personal", "calls")  # slots, labels, two of 
 # The others have 370 to 935 rows, which are their 1,000; music has 1,459.
 SIZES = {100: TASKS, 300: TASKS, 1000: TASKS, 3000: SHORT_TASKS}
 BEST = RATES[-1]  # on each of SHORT_TASKS: TRL's best with 100 rows, the stand-in's with 100 and with 1,000
+# Points. The goal is that the mean difference's whole interval is above it, that no task's whole interval is below
+# zero, and with fewer than 1,000 rows that the mean is above the peer's.
+MARGIN = -1.5
 OURS, THEIRS, STAND_IN = "ours", "TRL, best of 3 rates", f"TRL's recipe in our engine, no dropout, rate {BEST:g}"
 
 # Figures of a task with so many rows, or None where one of them is not known.
@@ -25,9 +28,9 @@ Learned = Callable[[Bench, str, Task, Split], Figures | None]
 
 def few(bench: Bench) -> list[Line]:
     """Ours and the stand-in of TRL's recipe at each size, their scores and their times; ours and TRL at 100 rows."""
-    lines = _compared(bench, 100, OURS, THEIRS, ">= TRL's", SHORT_TASKS)
+    lines = _compared(bench, 100, OURS, THEIRS, SHORT_TASKS)
     for rows, names in SIZES.items():
-        lines += [*_compared(bench, rows, OURS, STAND_IN, ">= the peer's", names), _timed(bench, rows, names)]
+        lines += [*_compared(bench, rows, OURS, STAND_IN, names), _timed(bench, rows, names)]
     return lines
 
 
@@ -50,22 +53,23 @@ def _timed(bench: Bench, rows: int, tasks: Sequence[str]) -> Line:
 
 def few_trl(bench: Bench) -> list[Line]:
     """The line for 1,000 rows against TRL itself, which takes hours."""
-    return _compared(bench, 1000, OURS, THEIRS, ">= TRL's", SHORT_TASKS)
+    return _compared(bench, 1000, OURS, THEIRS, SHORT_TASKS)
 
 
-def _compared(bench: Bench, rows: int, one: str, other: str, wanted: str, tasks: Sequence[str]) -> list[Line]:
+def _compared(bench: Bench, rows: int, one: str, other: str, tasks: Sequence[str]) -> list[Line]:
     """The mean scores of two over those of some tasks that are known, and a line for each. Whether the goal is reached
-    is said once all are known."""
+    is said once all are known: see MARGIN."""
     found = _pairs(bench, rows, one, other, tasks)
     what, pairs = f"learning from {rows:,} rows, mean of {', '.join(found or tasks)}", list(found.values())
-    lacks = NOT_YET if len(found) < len(tasks) else None
+    lacks, wanted = NOT_YET if len(found) < len(tasks) else None, f"interval above {MARGIN:g}"
     if not pairs:
         return [Line(what, against=other, wanted=wanted, lacks=lacks)]
     mine, theirs = (statistics.fmean(pair[place]["score"] for pair in pairs) for place in (0, 1))
-    shown = difference([(ours["scores"], peers["scores"]) for ours, peers in pairs])
-    mean = Line(
-        what, f"{mine:.1%}", other, f"{theirs:.1%}", shown=shown, wanted=wanted, lacks=lacks, reached=mine >= theirs
-    )
+    scores = [(ours["scores"], peers["scores"]) for ours, peers in pairs]
+    mean, half = gap(scores)
+    reached = mean - half > MARGIN and (rows >= 1000 or mean > 0) and all(sum(gap([each])) >= 0 for each in scores)
+    shown = difference(scores)
+    whole = Line(what, f"{mine:.1%}", other, f"{theirs:.1%}", shown=shown, wanted=wanted, lacks=lacks, reached=reached)
     each = [
         Line(
             f"{rows:,} rows, {name}",
@@ -76,7 +80,7 @@ def _compared(bench: Bench, rows: int, one: str, other: str, wanted: str, tasks:
         )
         for name, (ours, peers) in found.items()
     ]
-    return [mean, *each]
+    return [whole, *each]
 
 
 def _told(found: Figures) -> str:

@@ -18,12 +18,18 @@ def mean_of(scores: Sequence[float]) -> str:
     return f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
 
 
-def difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
-    """The mean over tasks of the mean difference between two models' scores, in points, with half of its 95% interval.
+Pairs = Sequence[tuple[Sequence[float], Sequence[float]]]  # of each task, both models' scores on the same requests
 
-    pairs: of each task, the scores of both models' answers to the same requests.
-    """
+
+def gap(pairs: Pairs) -> tuple[float, float]:
+    """The mean over tasks of two models' mean difference in score, in points, and half of its 95% interval."""
     each = [np.subtract(one, other) for one, other in pairs]
     variance = sum(float(np.var(one)) / len(one) for one in each)
     mean = float(np.mean([np.mean(one) for one in each]))
-    return f"{100 * mean:+.1f} ± {100 * 1.96 * variance**0.5 / len(each):.1f}"
+    return 100 * mean, 100 * 1.96 * variance**0.5 / len(each)
+
+
+def difference(pairs: Pairs) -> str:
+    """`gap` as text."""
+    mean, half = gap(pairs)
+    return f"{mean:+.1f} ± {half:.1f}"
