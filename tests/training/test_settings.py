@@ -118,7 +118,7 @@ def test_b_gets_four_times_the_default_rate_of_small_bases_where_it_was_measured
 def test_few_rows_are_read_more_often_where_the_epochs_are_left_open() -> None:
     read = [fit_to_rows(TrainSettings(), rows, 576).epochs for rows in (1, 200, 300, 600, 1000, 13_000)]
     assert read == [20, 15, 10, 5, 3, 3]
-    assert fit_to_rows(TrainSettings(), 200, 576, sentences=True).epochs == 5
+    assert fit_to_rows(TrainSettings(), 200, 576, seldom=True).epochs == 5
     for stated in (TrainSettings(epochs=1), TrainSettings(epochs=3), TrainSettings(budget=60, epochs=7)):
         assert fit_to_rows(stated, 50, 576).epochs == stated.epochs
 

@@ -37,7 +37,7 @@ from tunesmith.pipeline.context import Beside, PipelineContext
 from tunesmith.project import Project
 from tunesmith.records.training import Decisions, TrainingBody
 from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
-from tunesmith.training.settings import LEAST_SCORED, UNSCORED, MetricsSettings, TrainSettings, fit_to_rows
+from tunesmith.training.settings import LEAST_SCORED, MANY_ROWS, UNSCORED, MetricsSettings, TrainSettings, fit_to_rows
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion, Generation
@@ -352,7 +352,12 @@ def fitted(context: PipelineContext, candidate: Candidate, settings: TrainSettin
     scorer, base = _leading(context), context.on(candidate.base).base
     width = model_width(base) if base.family == "llama" else None
     sentences = isinstance(scorer, JudgeScorer) or metric_of(scorer) in OF_SENTENCES
-    return fit_to_rows(settings, rows, width, sentences=sentences)
+    seldom = sentences or (rows < MANY_ROWS and _mostly_with_tools(context.dataset.examples("train")))
+    return fit_to_rows(settings, rows, width, seldom=seldom)
+
+
+def _mostly_with_tools(examples: Sequence[Example]) -> bool:
+    return 2 * sum(any(turn.tools for turn in each.messages) for each in examples) > len(examples)
 
 
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:

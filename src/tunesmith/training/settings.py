@@ -193,26 +193,27 @@ _B_RATE = 4.0
 # with four times that for B.
 _WIDEST = 1024
 # The same table: how often rows are read before more epochs bring no more than chance.
-_READ = 3000  # rows to read in all
+MANY_ROWS = 1000  # from here on, rows are read as seldom as it gets
 _LEAST_EPOCHS, _MOST_EPOCHS = 3, 20
-_SENTENCE_EPOCHS = 5  # at most, where answers are sentences
+_SELDOM = 5  # epochs at most, where answers are sentences or rows have tools
 
 
-def fit_to_rows(settings: TrainSettings, rows: int, width: int | None, *, sentences: bool = False) -> TrainSettings:
+def fit_to_rows(settings: TrainSettings, rows: int, width: int | None, *, seldom: bool = False) -> TrainSettings:
     """The settings with the epochs for so many rows and the rate of B for the base, where they state none.
 
-    Rows are read three times, and fewer than 1,000 more often, up to twenty times, or five where answers are sentences.
-    B has four times the rate. Other bases than those that were measured, narrow ones of Llama's family, learn at half
-    the rate, A and B alike. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults, and
-    so they are for adapters that were not measured: PiSSA, rsLoRA, DoRA. Canaries are among the rows but do not count:
-    a training with them shows what the training without them memorises. width: of the hidden states of a base of
-    Llama's family, None for others. sentences: whether the primary metric compares sentences.
+    Rows are read three times, and fewer than 1,000 more often, up to twenty times, or five where answers are sentences
+    or rows have tools. B has four times the rate. Other bases than those that were measured, narrow ones of Llama's
+    family, learn at half the rate, A and B alike. Where `learning_rate` or `b_rate` is stated, both are as stated or as
+    their defaults, and so they are for adapters that were not measured: PiSSA, rsLoRA, DoRA. Canaries are among the
+    rows but do not count: a training with them shows what the training without them memorises. width: of the hidden
+    states of a base of Llama's family, None for others. seldom: whether the primary metric compares sentences, or most
+    rows have tools.
     """
     if settings.canaries:
         rows -= settings.canaries.added
     if "epochs" not in settings.model_fields_set:
-        most = _SENTENCE_EPOCHS if sentences else _MOST_EPOCHS
-        epochs = round(min(most, max(_LEAST_EPOCHS, _READ / rows)))
+        most = _SELDOM if seldom else _MOST_EPOCHS
+        epochs = round(min(most, _LEAST_EPOCHS * max(1, MANY_ROWS / rows)))
         settings = settings.model_copy(update={"epochs": epochs})
     stated = settings.model_fields_set & {"learning_rate", "b_rate"}
     plain = settings.method == "lora" and (settings.start, settings.scaling, settings.dora) == ("zero", "rank", False)
