@@ -125,7 +125,8 @@ def plan() -> Iterator[Trial]:
                     task, rows, round(_usual_epochs(task, rows) / slower), batch=8, decay=0.9, b_rate=4.0, trick=trick
                 )
     many = Trial("snips", 13000, 1, batch=8, decay=0.9, b_rate=4.0)
-    yield from (many, replace(many, rank=64), replace(many, method="full", rate=1e-4, b_rate=1.0))
+    yield from (many, replace(many, trick="twice"))
+    yield from (replace(many, rank=64), replace(many, method="full", rate=1e-4, b_rate=1.0))
     yield from (Trial(task, 200, 10, rank=64, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield from (Trial(task, 200, 10, rank=4, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
     yield Trial("personal", 200, 10, rank=64, b_rate=4.0)

@@ -7,10 +7,10 @@ import pytest
 
 from tests.models.test_rendering_tools import HERMES
 from tests.tiny_project import rows, write_project
-from tunesmith.project import Project
 from tunesmith.pipeline.candidates import untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import fitted
+from tunesmith.project import Project
 from tunesmith.training.settings import TrainSettings
 
 TOOLS = [{"type": "function", "function": {"name": "switch", "parameters": {"type": "object"}}}]
