@@ -14,9 +14,19 @@ from tests.data.rows import NO_SCAN, build_with
 from tests.tiny_project import settings
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.settings import DataSettings, Split
-from tunesmith.monitoring.cases import Case, add_cases, correct_case, delete_expired, drop_cases, list_cases, put_case
+from tunesmith.monitoring.cases import (
+    Case,
+    add_cases,
+    correct_case,
+    count_cases,
+    delete_expired,
+    drop_cases,
+    list_cases,
+    put_case,
+)
 from tunesmith.store import audit
 from tunesmith.store.people.identities import acting, add_user
 from tunesmith.store.store import Store
@@ -77,6 +87,14 @@ def test_failed_cases_wait_until_they_are_added(store: Store, tmp_path: Path) ->
         entry = list(audit.entries(session))[-1]
     assert (entry.action, entry.subject) == ("cases.add", "cases.jsonl")
     assert entry.detail["requests"] == [case(1).request, case(2).request]
+
+
+def test_a_case_that_is_being_written_is_not_listed(store: Store) -> None:
+    put_case(store, case(1))
+    (store.root / "cases" / f"{SCRATCH}half").write_text('{"request": "')
+    assert [one.request for one in list_cases(store)] == [case(1).request]
+    assert count_cases(store) == 1
+    assert delete_expired(store) == 0
 
 
 def test_a_case_is_in_the_file_once_and_without_an_answer_waits_for_one(store: Store, tmp_path: Path) -> None:
