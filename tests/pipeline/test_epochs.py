@@ -24,4 +24,5 @@ def test_rows_with_tools_are_read_five_times_at_most(tmp_path: Path, every: int,
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     context = PipelineContext(Project.load(folder))
     plain = untrained_candidate(context, "plain", context.project.settings.candidates["plain"])
-    assert fitted(context, plain, TrainSettings()).epochs == epochs
+    many_canaries = TrainSettings.model_validate({"canaries": {"each": 50}})
+    assert fitted(context, plain, TrainSettings()).epochs == fitted(context, plain, many_canaries).epochs == epochs

@@ -352,7 +352,8 @@ def fitted(context: PipelineContext, candidate: Candidate, settings: TrainSettin
     scorer, base = _leading(context), context.on(candidate.base).base
     width = model_width(base) if base.family == "llama" else None
     sentences = isinstance(scorer, JudgeScorer) or metric_of(scorer) in OF_SENTENCES
-    seldom = sentences or (rows < MANY_ROWS and _mostly_with_tools(context.dataset.examples("train")))
+    own = row_count(context.dataset.splits["train"], settings.model_copy(update={"canaries": None}))
+    seldom = sentences or (own < MANY_ROWS and _mostly_with_tools(context.dataset.examples("train")))
     return fit_to_rows(settings, rows, width, seldom=seldom)
 
 
