@@ -22,6 +22,7 @@ from tests.monitoring.test_erasure import ANNA, JOB, erase, home, plant, scene_i
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.monitoring import pruning
 from tunesmith.monitoring.erasure import plan
 from tunesmith.monitoring.pruning import Pruned, prune, usage
@@ -105,6 +106,7 @@ def test_old_trainings_go_with_what_was_made_from_them(home: Home, monkeypatch: 
     chains = trained(scene, range(1, 6))
     store.put_bytes(STRAY)
     work = unused_work(store)
+    (left := store.root / f"{SCRATCH}left").write_text("half")  # by a process that was killed
     sizes = {one.place: (one.count, one.bytes) for one in usage(store).places}
     assert sizes["trainings of tuned"][0] == 7
     assert sizes["blobs that no record names"][1] >= len(STRAY)
@@ -112,6 +114,7 @@ def test_old_trainings_go_with_what_was_made_from_them(home: Home, monkeypatch: 
     assert ("database" in sizes) == isinstance(store.blobs, LocalBlobs)
     # What is young, and what a running job may use, stays.
     assert pruned(store, 2).places == ()
+    assert not left.exists()
     with later(monkeypatch):
         with store.writing() as session:
             session.add(JobRow(id=2, project="p", kind="run", state="running", created_by="x", result={}, **JOB))

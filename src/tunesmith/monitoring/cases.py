@@ -19,7 +19,6 @@ from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.core.values import ScopedView
 from tunesmith.data.review.queue import forget_cases
@@ -76,7 +75,7 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
     Raises Refused for a damaged one.
     """
     cases = []
-    for key in _keys(store):
+    for key in store.blobs.keys(_FOLDER):
         with suppress(FileNotFoundError):  # it was withdrawn meanwhile
             if not (case := _read(store, key)).over and (everything or case.failed):
                 cases.append(case)
@@ -94,7 +93,7 @@ def find_case(store: Store, request: str) -> Case | None:
 
 def count_cases(store: Store) -> int:
     """How many cases there are."""
-    return sum(1 for _ in _keys(store))
+    return sum(1 for _ in store.blobs.keys(_FOLDER))
 
 
 def delete_expired(store: Store) -> int:
@@ -180,11 +179,6 @@ def _key(request: str) -> str:
     return f"{_FOLDER}{request}.json"
 
 
-def _keys(store: Store) -> Iterator[str]:
-    """Where cases are kept, without the scratch file of one that is being written."""
-    return (key for key in store.blobs.keys(_FOLDER) if not key.startswith(_FOLDER + SCRATCH))
-
-
 def _read(store: Store, key: str) -> Case:
     try:
         return Case.model_validate_json(store.blobs.get(key))
@@ -194,7 +188,7 @@ def _read(store: Store, key: str) -> Case:
 
 
 def _readable(store: Store) -> Iterator[Case]:
-    for key in _keys(store):
+    for key in store.blobs.keys(_FOLDER):
         try:
             yield _read(store, key)
         except FileNotFoundError:  # deleted meanwhile

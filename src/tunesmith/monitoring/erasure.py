@@ -26,7 +26,7 @@ from tunesmith.core.digests import digest_bytes, is_digest, short
 from tunesmith.core.errors import NextStep, NotThere, Refused
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.system.scratch import SCRATCH, remove_leftovers
+from tunesmith.core.system.scratch import remove_leftovers_below
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.values import View
 from tunesmith.data.governance import erased as texts
@@ -304,8 +304,7 @@ def _clean_machine(store: Store, statement: ErasureStatement) -> None:
     for folder in traces.work_folders(store):
         shutil.rmtree(folder, ignore_errors=True)
     store.local("withdrawn.json").unlink(missing_ok=True)
-    for left in store.root.rglob(f"{SCRATCH}*"):
-        remove_leftovers(left.parent)  # of killed processes
+    remove_leftovers_below(store.root)
     for key in (*statement.deleted, *(traces.key_of(one.kind, one.old) for one in statement.replaced)):
         store.blobs.delete(key)  # and the copy in the cache of a bucket
     if statement.versions:

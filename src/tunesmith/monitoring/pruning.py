@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from sqlalchemy import delete, select
 
-from tunesmith.core.system.scratch import SCRATCH
+from tunesmith.core.system.scratch import remove_leftovers_below
 from tunesmith.core.values import View
 from tunesmith.monitoring.erasure import resume
 from tunesmith.monitoring.settings import KeepSettings
@@ -164,6 +164,7 @@ def prune(store: Store, keep: KeepSettings, *, actor: str, dry_run: bool = False
                         session.execute(delete(column.class_).where(column == name))
                 audit.append(session, actor=actor, action=PRUNE, subject="store", detail=done.document())
         if not dry_run:
+            remove_leftovers_below(store.root)
             _delete(store, survey, keys, made.keys() - going)
             for folder in folders:  # at once: half a folder would look as if it was used
                 with suppress(LockHeld, FileNotFoundError), store.lock(folder.name, _PURPOSE), store.scratch() as new:
@@ -192,8 +193,7 @@ def _keys(survey: _Survey, gone: set[str], now: float) -> Iterator[str]:
     gone = gone & survey.files.keys()
     needed, freed = survey.blobs_of(survey.records.keys() - gone), survey.blobs_of(gone)
     for key, written in survey.written.items():
-        blob = key.startswith("blobs/") and named_digest(key) is not None
-        stray = (blob or key.rpartition("/")[2].startswith(SCRATCH)) and written < now - FRESH
+        stray = key.startswith("blobs/") and named_digest(key) is not None and written < now - FRESH
         if (stray or key in freed) and key not in needed:
             yield key
     order = TopologicalSorter({name: gone & {*survey.records[name].parents.values()} for name in gone})

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.values import Digest, Frozen
 from tunesmith.registry.signing.attestations import open_envelope, stated
 from tunesmith.registry.signing.signatures import check_in_time
@@ -105,8 +104,7 @@ def read_erasures(blobs: BlobStore, keys: Sequence[TrustedKey]) -> Erasures:
     """Every erasure of a store, verified. keys: all trusted ones, those of deactivated users too."""
     signed: list[Signed] = []
     problems: dict[str, str] = {}
-    # A process that was killed leaves a scratch file.
-    for key in (key for key in blobs.keys(ERASURES) if not key.startswith(ERASURES + SCRATCH)):
+    for key in blobs.keys(ERASURES):
         try:
             signed.append(read_erasure(blobs.get(key), keys, key))
         except Refused as error:

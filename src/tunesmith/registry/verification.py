@@ -14,7 +14,6 @@ from pathlib import Path
 
 from tunesmith.core.digests import digest_file, digest_pieces, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.values import Problem, View
 from tunesmith.models.base import known_folder
@@ -259,9 +258,6 @@ def _sweep(findings: _Findings) -> tuple[list[Record], list[Record]]:
     for kind, suffix in (("blobs", ""), ("records", ".json")):
         for key in findings.store.blobs.keys(f"{kind}/"):
             name = key.rsplit("/", 1)[-1]
-            if name.startswith(SCRATCH):
-                findings.notes.append(f"left over from a process that was killed: {key}")
-                continue
             digest = f"sha256:{name.removesuffix(suffix)}"
             if not is_digest(digest) or key != f"{kind}/{digest[7:9]}/{digest[7:]}{suffix}":
                 findings.problem(findings.store.blobs.where(key), "not a file that belongs here")

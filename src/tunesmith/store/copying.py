@@ -26,7 +26,7 @@ from tunesmith.core.digests import digest_file, digest_pieces, pieces_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress, Task
 from tunesmith.core.system.files import room_for, sync_folder
-from tunesmith.core.system.scratch import SCRATCH, scratch_file
+from tunesmith.core.system.scratch import scratch_file
 from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore, named_digest
 from tunesmith.store.store import ERASURES, PREFIXES, RELEASE, Store
@@ -51,8 +51,7 @@ class Contents:
 def keys_of(blobs: BlobStore) -> list[str]:
     """Every object of a store, a version's release after its other files."""
     keys = (key for prefix in PREFIXES for key in blobs.keys(prefix))
-    whole = [key for key in keys if not key.rsplit("/", 1)[-1].startswith(SCRATCH)]
-    return sorted(whole, key=lambda key: (key.endswith(f"/{RELEASE}"), key))
+    return sorted(keys, key=lambda key: (key.endswith(f"/{RELEASE}"), key))
 
 
 def export_rows(store: Store, path: Path) -> int:

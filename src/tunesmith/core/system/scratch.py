@@ -82,6 +82,13 @@ def remove_leftovers(within: Path) -> None:
             os.close(handle)
 
 
+def remove_leftovers_below(root: Path) -> None:
+    """Remove what ended processes left in a folder and in all below it."""
+    for within, folders, files in os.walk(root):  # unlike rglob, this bears folders that go meanwhile
+        if any(name.startswith(SCRATCH) for name in (*folders, *files)):
+            remove_leftovers(Path(within))
+
+
 def _lock(handle: int) -> bool:
     """Lock what this process has just made. False where another process took it for a leftover and removes it."""
     try:

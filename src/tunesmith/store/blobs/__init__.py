@@ -46,7 +46,7 @@ class BlobStore(Protocol):
         """Whether there is an object under a key."""
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Keys that begin with a prefix, which ends in `/`, in alphabetical order."""
+        """Keys that begin with a prefix, which ends in `/`, in alphabetical order. What is being written has none."""
 
     def entries(self, prefix: str) -> Iterator[tuple[str, int, float]]:
         """(key, bytes, when it was written in seconds since 1970) of the objects that `keys` lists."""

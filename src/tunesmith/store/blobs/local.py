@@ -11,6 +11,7 @@ from pathlib import Path
 from tunesmith.core.digests import pieces_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.system.files import sync_folder, write_atomic
+from tunesmith.core.system.scratch import SCRATCH
 
 READ_ONLY = 0o444
 _PRIVATE = 0o600
@@ -61,7 +62,8 @@ class LocalBlobs:
     def keys(self, prefix: str) -> Iterator[str]:
         """Keys under a prefix. Links and devices are listed as they are: who reads one must check it."""
         paths = (path for path in self.folder(prefix).rglob("*") if path.is_symlink() or not path.is_dir())
-        yield from sorted(path.relative_to(self._root).as_posix() for path in paths)
+        whole = (path for path in paths if not path.name.startswith(SCRATCH))
+        yield from sorted(path.relative_to(self._root).as_posix() for path in whole)
 
     def entries(self, prefix: str) -> Iterator[tuple[str, int, float]]:
         """(key, bytes, seconds since 1970) of the objects under a prefix."""
