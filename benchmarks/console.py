@@ -4,7 +4,7 @@
     python benchmarks/console.py --table               # the table from the results that are kept
 
 It makes a store of 1,000 versions, 100,000 recorded requests and an evaluation of five candidates on 10,000 rows, and
-serves it by a process of its own. Results are in results/console.json. benchmarks/README.md describes the parts.
+serves it by a process of its own. Results are in results/console.json. benchmarks/console.md describes the parts.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/engine.py [--install-peers] [--rounds 3] [--examples 64] [--only PART ...]
 
 Each measurement runs in a separate process. A figure is the median over rounds in which the contenders take turns.
-Nothing else should be running. The table says which peers are not installed. benchmarks/README.md describes the parts.
+Nothing else should be running. The table says which peers are not installed. benchmarks/engine.md describes the parts.
 """
 
 from __future__ import annotations

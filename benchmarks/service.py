@@ -5,7 +5,7 @@
     python benchmarks/service.py --only soak --minutes 60
 
 Servers, load generators and workers are processes of their own. Peers are installed into environments of their own in
-the cache, by their first use. Results are in results/service.json. benchmarks/README.md describes the parts.
+the cache, by their first use. Results are in results/service.json. benchmarks/service.md describes the parts.
 """
 
 from __future__ import annotations

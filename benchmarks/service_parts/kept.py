@@ -73,4 +73,4 @@ def print_table(name: str, parts: Iterable[str]) -> None:
     lines: list[Line] = []
     for part in parts:
         lines += lines_of(entries[part]) if part in entries else [Line(part, lacks=f"--only {part}")]
-    print(f"\n{table(lines)}\n\nThe same for benchmarks/README.md:\n\n{markdown(lines)}")
+    print(f"\n{table(lines)}\n\nThe same as Markdown:\n\n{markdown(lines)}")
