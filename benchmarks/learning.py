@@ -4,7 +4,7 @@
     python benchmarks/learning.py --minutes 0                          # what is known, here and on other machines
 
 Each measurement is a line of results/learning.jsonl, named by all that it depends on and by the machine, so that short
-runs add up; all of it takes about 18 hours on two cores, the last part alone eight. benchmarks/learning.md describes it.
+runs add up; all of it takes about 18 hours on two cores, the last part alone eight. learning.md describes it.
 """
 
 from __future__ import annotations

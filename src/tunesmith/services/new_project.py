@@ -341,8 +341,8 @@ def _on_the_test(findings: RowFindings) -> Iterator[str]:
     fix += "or set data.split.group_by to a key that tells kinds of requests apart"
     if not trained or not held:
         yield (
-            f"`data build` will probably refuse the rows: none is left to {'test' if trained else 'train on'}. They "
-            f"are in {findings.groups} groups (a group: the rows of {alike}), which are never divided: {fix}"
+            f"`data build` will probably refuse the rows: none is left to {'test' if trained else 'train on'}. A "
+            f"group (the rows of {alike}) is never divided, and the number of groups is {findings.groups}: {fix}"
         )
     elif tested < FEWEST_GROUPS:
         yield (
@@ -351,8 +351,9 @@ def _on_the_test(findings: RowFindings) -> Iterator[str]:
         )
     elif findings.held_groups < FEWEST_GROUPS:
         groups = min(round(findings.held_groups), FEWEST_GROUPS - 1)  # 19.9 are too few
+        of_equal_size = "group" if groups == 1 else "groups of equal size"
         yield (
-            f"about {groups} groups of equal size will be held out (a group: the rows of {alike}), which are {held} "
+            f"about {groups} {of_equal_size} will be held out (a group: the rows of {alike}), which are {held} "
             f"rows, and {trained} rows are left to train on. A gate decides nothing by fewer groups than "
             f"{FEWEST_GROUPS}: {fix}"
         )
