@@ -405,7 +405,7 @@ _SOME_TEXTS = _answered(lambda n: _json(n=n, said=f"The words are {_words(n)}") 
             _keyed("conversation_id", lambda n: f"c{n // 10}"),
             "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
         ),
-        (_asked_at("call text"), "none is left to test. A group (the rows of one wording, whatever its values) is never "),
+        (_asked_at("call text"), "none is left to test. A group (the rows of one wording, whatever its values) is"),
         (
             _asked_at("go", 900) + _asked_at("call text mail wake ask", 100),
             "which are 920 rows, and 80 rows are left to train on. A gate decides nothing by fewer groups than 20: "
