@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, is_digest, short
-from tunesmith.core.errors import NextStep, NotThere, Refused
+from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.system.scratch import remove_leftovers_below
@@ -42,7 +42,7 @@ from tunesmith.store import database
 from tunesmith.store.locks import ALONE, COPYING, LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import signature_entry
-from tunesmith.store.store import Store
+from tunesmith.store.store import ERASURES, Store
 from tunesmith.store.tables import ErasedRow, ErasureRow, FileRow, RecallRow, ReviewItemRow, Table
 
 _LOG = logging.getLogger("tunesmith.erasure")
@@ -114,6 +114,8 @@ def plan(
     """
     resume(store)
     found = traces.find(store, cause, weights)
+    if not found.rows:
+        raise UsageError(f"no dataset version in this store holds a row of {cause.label} any more")
     stated = {
         "weights": weights,
         "rows": sorted(found.rows),
@@ -130,7 +132,8 @@ def plan(
     with store.change(actor, "erase.plan", cause.label, detail) as session:
         identities.require(session, actor, "erase.plan")
         refuse_held(session, {one.digest for one in found.reached})
-        number = (session.scalar(select(func.max(ErasureRow.id))) or 0) + 1
+        there = (int(name) for key in store.blobs.keys(ERASURES) if (name := Path(key).stem).isdecimal())
+        number = max((session.scalar(select(func.max(ErasureRow.id))) or 0, *there)) + 1
         row = ErasureRow(id=number, cause=cause.label, reason=reason, planned_by=actor, at=stamp(), plan=stated)
         session.add(row)
         session.flush()
@@ -282,10 +285,11 @@ def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bo
 
 
 def _resume(store: Store, *, now: bool = False) -> None:
-    for signed, known, due in _open(store, now=now):
-        statement = signed.statement
-        if not known:
+    for signed, known, _ in _open(store, now=now):
+        if not known:  # all, before the first is carried out: a later one may have rewritten what an earlier one left
             _know(store, signed)
+    for signed, _, due in _open(store, now=now):
+        statement = signed.statement
         if due:
             _LOG.warning("erasure %d, which %s confirmed, is carried out", statement.number, statement.confirmed_by)
             _carry_out(store, statement)

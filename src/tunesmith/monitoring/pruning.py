@@ -75,7 +75,7 @@ class _Survey:
         with store.reading() as session:
             erased = {row.old: row.new for row in session.scalars(select(ErasedRow))}
         self._store = Store(store.root, store.url, store.blobs, erased)
-        names = {self._store.left_of(old): old for old in erased.keys() - set(erased.values())}
+        names = {self._store.left_of(old, record_key): old for old in erased.keys() - set(erased.values())}
         listed = [each for prefix in PREFIXES for each in store.blobs.entries(prefix)]
         self.sizes = {key: size for key, size, _ in listed}
         self.written = {key: written for key, _, written in listed}
@@ -98,7 +98,7 @@ class _Survey:
     def blobs_of(self, records: Iterable[str]) -> set[str]:
         """The keys of the blobs that records name, and of what erasures left of them."""
         named = {blob for name in records for blob in self.record(name).blobs.values()}
-        return {blob_key(each) for blob in named for each in (blob, self._store.left_of(blob))}
+        return {blob_key(each) for blob in named for each in (blob, self._store.left_of(blob, blob_key))}
 
     def candidates(self) -> Mapping[str, set[str]]:
         """Training -> the names of its candidates."""

@@ -86,6 +86,8 @@ class Found:
         if old in self.replaced or (data and not rows and not cut):
             return
         new = digest_bytes(texts.rewritten(data, rows, cut, lines=kind == "blob") if data else b"")
+        if old == new:  # it went whole before
+            return
         self.replaced[old] = Replaced(kind=kind, name=name, old=old, new=new, rows=rows, cut=cut)
         self.sized.append((f"{name} of records" if kind == "blob" else f"records: {name}", len(data)))
 
@@ -103,7 +105,7 @@ class Rows:
         for kind in ("dataset", "documents"):
             for digest in store.records_of(kind):
                 for name, blob in store.record(digest).blobs.items():
-                    blob = current_digest(store, "blob", blob)
+                    blob = store.left_of(blob, blob_key)
                     if name in _ROWS and blob not in self.files:
                         self.files[blob] = (name, texts.named_lines(store.read_blob(blob)))
         for name, lines in self.files.values():
@@ -132,9 +134,8 @@ class Rows:
 
 
 def find(store: Store, cause: Cause, weights: Weights) -> Found:
-    """What an erasure would reach now. weights: what becomes of those that learned from the rows.
-
-    Raises UsageError for a cause that names no rows, and where no dataset version holds any of it.
+    """What an erasure would reach now; no rows where others erased all of them. weights: what becomes of those that
+    learned from the rows. Raises UsageError for a cause that names no rows, or none that this store ever had.
     """
     if cause.kind not in ROW_CAUSES:
         what = f"a recall of a {cause.kind} names no rows that could be erased"
@@ -142,8 +143,6 @@ def find(store: Store, cause: Cause, weights: Weights) -> Found:
     with store.reading() as session:
         reached, ids, *_ = reach(store, session, cause)
     rows = Rows(store, ids, cause)
-    if not rows.taken:
-        raise UsageError(f"no dataset version in this store holds a row of {cause.label} any more")
     shared, others = rows.staying()
     erased = Erased(rows.taken, rows.sentences - shared, rows.turns)
     versions = {VersionBody.read(store, one.digest).line: one.digest for one in reached if one.kind == "version"}
@@ -183,7 +182,7 @@ def _look_into(store: Store, one: Reached, erased: Erased, found: Found, weights
     if digest_bytes(stated) != now:
         store.record(one.digest)  # which says what is wrong
     for name, blob in json.loads(stated)["blobs"].items():
-        blob = current_digest(store, "blob", blob)
+        blob = store.left_of(blob, blob_key)
         if name in _WEIGHTS and weights == "erase":
             found.replace("blob", name, blob, b"")
         elif one.kind == "paper":  # one that quotes a row is emptied, and counts no more
@@ -260,8 +259,3 @@ def size_of(folder: Path) -> tuple[int, float]:
 def key_of(kind: str, digest: str) -> str:
     """Where a blob or record is kept."""
     return record_key(digest) if kind == "record" else blob_key(digest)
-
-
-def current_digest(store: Store, kind: str, digest: str) -> str:
-    """The digest of a blob or record as it is now."""
-    return digest if store.blobs.exists(key_of(kind, digest)) else store.left_of(digest)

@@ -7,7 +7,9 @@ statements are how the erasure is done again.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
@@ -109,8 +111,22 @@ def read_erasures(blobs: BlobStore, keys: Sequence[TrustedKey]) -> Erasures:
             signed.append(read_erasure(blobs.get(key), keys, key))
         except Refused as error:
             problems[key] = error.what
-    # A later one may have rewritten again what an earlier one left.
-    return Erasures(tuple(sorted(signed, key=lambda each: each.statement.at)), problems)
+    return Erasures(tuple(_ordered(signed)), problems)
+
+
+def _ordered(signed: Sequence[Signed]) -> list[Signed]:
+    """Each after those whose left blobs and records it rewrote again, whatever the clocks said."""
+    made = defaultdict[str, set[int]](set)
+    for number, each in enumerate(signed):
+        for one in each.statement.replaced:
+            made[one.new].add(number)
+    before = {
+        number: set().union(*(made[one.old] for one in each.statement.replaced)) for number, each in enumerate(signed)
+    }
+    try:
+        return [signed[number] for number in TopologicalSorter(before).static_order()]
+    except CycleError as error:
+        raise Refused("erasures replace each other's blobs in a circle", where=ERASURES, fix="ask who signed them") from error
 
 
 def read_erasure(raw: bytes, keys: Sequence[TrustedKey], key: str) -> Signed:

@@ -119,9 +119,16 @@ class Store:
 
     # Blobs
 
-    def left_of(self, digest: str) -> str:
-        """The digest of what erasures left of a blob or record: its own where none rewrote it."""
-        while digest in (erased := self._erased if self._erased is not None else self._known_erased(digest)):
+    def left_of(self, digest: str, key_of: Callable[[str], str]) -> str:
+        """The digest of what there is now of a blob or record: its own, or of what erasures left of it.
+
+        key_of: blob_key or record_key. An erasure that was signed and not carried out yet has left nothing so far, so
+        this is the first of old -> new -> ... that the store holds; where it holds none, the last.
+        """
+        while not self.blobs.exists(key_of(digest)):
+            erased = self._erased if self._erased is not None else self._known_erased(digest)
+            if digest not in erased:
+                break
             digest = erased[digest]
         return digest
 
@@ -144,8 +151,8 @@ class Store:
 
     def _blob(self, digest: str) -> str:
         """The key of a blob, or of what erasures left of it. Raises Refused where it is missing."""
-        key = blob_key(digest)
-        if not self.blobs.exists(key) and not self.blobs.exists(key := blob_key(self.left_of(digest))):
+        key = blob_key(self.left_of(digest, blob_key))
+        if not self.blobs.exists(key):
             what = f"blob {short(digest)} is missing from the store"
             raise Refused(what, where=self.blobs.where(key), fix="restore the file")
         return key
@@ -190,7 +197,7 @@ class Store:
 
     def has_record(self, digest: str) -> bool:
         """Whether the store holds a record."""
-        return self.blobs.exists(record_key(digest)) or self.blobs.exists(record_key(self.left_of(digest)))
+        return self.blobs.exists(record_key(self.left_of(digest, record_key)))
 
     def put_record(self, record: Record, session: Session | None = None) -> str:
         """Keep a record and index it; returns its digest. Its parents and blobs must be in the store already.
@@ -251,7 +258,7 @@ class Store:
         read = self.blobs.get if cached else lambda key: b"".join(self.blobs.pieces(key))
         with contextlib.suppress(FileNotFoundError):
             return digest, read(record_key(digest))
-        kept = self.left_of(digest)
+        kept = self.left_of(digest, record_key)
         with contextlib.suppress(FileNotFoundError):
             return kept, read(record_key(kept))
         what, fix = f"record {short(digest)} is not in the store", "restore the file, unless the log says it was pruned"

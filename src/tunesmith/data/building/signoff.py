@@ -25,7 +25,7 @@ from tunesmith.data.splitting.leakage import Nearness, leakage
 from tunesmith.records.dataset import SignOffBody
 from tunesmith.store.people import identities
 from tunesmith.store.records import recalled
-from tunesmith.store.store import Store
+from tunesmith.store.store import Store, blob_key
 from tunesmith.store.tables import AuditRow
 
 ACTION = "data.sign"
@@ -121,7 +121,7 @@ def verify_dataset(store: Store, digest: str) -> DatasetVerification:
     erased: list[str] = []
     with _noted(problems, "record"):
         blobs = store.record(digest, kind="dataset").blobs
-        erased = [name for name, blob in blobs.items() if store.left_of(blob) != blob]
+        erased = [name for name, blob in blobs.items() if store.left_of(blob, blob_key) != blob]
     checked = _check(store, digest, problems, counted=not erased)
     return DatasetVerification(
         dataset=digest, ok=not problems, checked=checked, problems=tuple(problems), erased=tuple(erased)

@@ -133,10 +133,9 @@ def turns_of(value: Any) -> tuple[str, ...]:
 
 
 def named_lines(data: bytes) -> list[tuple[str, JsonObject]]:
-    """The lines of a file with their ids; for one without an id the file's digest and its number."""
-    of = short(digest_bytes(data))
-    lines = (parse_json(line) for line in data.splitlines())
-    return [(str(line.get("id") or f"{of}#{number}"), line) for number, line in enumerate(lines)]
+    """The lines of a file with their ids; for one without an id its own digest, whatever stands around it."""
+    lines = ((raw, parse_json(raw)) for raw in data.splitlines())
+    return [(str(line.get("id") or f"line {short(digest_bytes(raw))}"), line) for raw, line in lines]
 
 
 def rewritten(data: bytes, rows: Collection[str], cut: Collection[str], *, lines: bool) -> bytes:
@@ -144,8 +143,10 @@ def rewritten(data: bytes, rows: Collection[str], cut: Collection[str], *, lines
     that are cut: equal ones get equal other texts, which no other file has. The other lines keep their bytes."""
     gone, known, of = frozenset(rows or cut), dict[str, str](), short(digest_bytes(data))
     if rows:
-        raw = data.splitlines(keepends=True)
-        return b"".join(line for (name, _), line in zip(named_lines(data), raw, strict=True) if name not in gone)
+        raw, named = data.splitlines(keepends=True), named_lines(data)
+        # Older statements name a line without an id by the file and its number.
+        lines_of = ((name, f"{of}#{number}", line) for number, ((name, _), line) in enumerate(zip(named, raw, strict=True)))
+        return b"".join(line for name, before, line in lines_of if name not in gone and before not in gone)
 
     def other(place: str, text: str) -> str:
         return known.setdefault(text, f"{CUT} {of} {len(known)}]") if place in gone else text
