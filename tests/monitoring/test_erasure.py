@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.values import Problem
 from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.data.review.queue import NewItem, add_items
+from tunesmith.monitoring import erasure
 from tunesmith.monitoring.cases import Case, put_case
-from tunesmith.monitoring.erasure import Plan, confirm, list_erasures, plan, resume
+from tunesmith.monitoring.erasure import Plan, confirm, list_erasures, resume
 from tunesmith.monitoring.recall import Cause, recall_status
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import seal
@@ -50,6 +54,7 @@ ANSWERED = "Dear Anna Bergstrom, your parcel waits at the counter."
 SHORT = "call Rosenweg12"
 PLANTED = ("rosenweg", "bergstr", "parcel waits at")
 JOB: dict[str, Any] = {"most_attempts": 1, "due": 0.0, "created": 0.0, "progress": {}, "error": {}, "arguments": {}}
+JUNK = "not an envelope: NotJson"
 ANNA = Cause(kind="subject", value="C-1042")
 
 
@@ -150,9 +155,17 @@ def left(store: Store) -> list[str]:
     return [name for name, said in texts.items() if any(one in said for one in PLANTED)]
 
 
-def erase(store: Store, number: int, actor: str = SECOND) -> Plan:
+def signing(store: Store, actor: str) -> Callable[[JsonObject], bytes]:
     key = keys.load_signing_key(store, keys.ensure_key(store, actor))
-    return confirm(store, number, actor=actor, sign=lambda statement: seal(statement, key))
+    return lambda statement: seal(statement, key)
+
+
+def plan(store: Store, cause: Cause, *, actor: str, **given: Any) -> Plan:
+    return erasure.plan(store, cause, actor=actor, sign=signing(store, actor), **given)
+
+
+def erase(store: Store, number: int, actor: str = SECOND) -> Plan:
+    return confirm(store, number, actor=actor, sign=signing(store, actor))
 
 
 def test_a_persons_texts_are_gone_and_what_stays_verifies(home: Home, caplog: pytest.LogCaptureFixture) -> None:
@@ -186,7 +199,6 @@ def test_a_persons_texts_are_gone_and_what_stays_verifies(home: Home, caplog: py
 def test_a_restored_backup_erases_again(anna: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, file = anna.store, tmp_path / "before.tar"
     version = plant(anna)[0]
-    keys.ensure_key(store, SECOND)
     backup(store, file, actor=OWNER)
     store.engine.dispose()
     shutil.copy(store.root / "tunesmith.db", tmp_path / "before.db")
@@ -205,9 +217,18 @@ def test_a_restored_backup_erases_again(anna: Scene, tmp_path: Path, caplog: pyt
     back = Store(store.root, url=store.url)
     assert left(back) == ["tunesmith.db"]
     caplog.clear()
+    # It does not know the keys of either: they were made since. A file that is no statement stops nothing.
+    back.blobs.put("erasures/notes.txt", b"junk")
     resume(back)
     assert f"erasure 1, which {SECOND} confirmed, is carried out" in caplog.messages
-    assert (left(back), verify_audit(back).ok, verify_version(back, version.label).ok) == ([], True, True)
+    assert "erasure 1 is by a key that this database does not know: it is older" in caplog.messages
+    assert (left(back), verify_version(back, version.label).problems) == ([], [Problem(path="erasures/notes.txt", reason=JUNK)])
+    assert verify_audit(back).problems == [
+        f"erasures/notes.txt does not count: {JUNK}",
+        "erasure 1 was signed with a key that this database does not know: it was put back to an older time, or that is "
+        "forged",
+    ]
+    assert plan(back, Cause(kind="source", value="calls.jsonl"), reason="asked", actor=STEWARD).number == 2
     with back.reading() as session:
         assert recalled(session, anna.dataset) == "erasure 1: she asked"
 
@@ -287,7 +308,7 @@ def test_a_bucket_that_refuses_to_delete_is_named_and_the_erasure_goes_on_later(
     assert verify_audit(store).ok
 
 
-def test_what_an_erasure_refuses(anna: Scene) -> None:
+def test_what_an_erasure_refuses(anna: Scene, caplog: pytest.LogCaptureFixture) -> None:
     store = anna.store
     plant(anna)
     with pytest.raises(UsageError, match="holds a row of subject nobody"):
@@ -338,8 +359,8 @@ def test_what_an_erasure_refuses(anna: Scene) -> None:
     (envelope,) = (store.root / "erasures").iterdir()
     envelope.chmod(0o600)
     envelope.write_bytes(envelope.read_bytes().replace(b"payload", b"Payload"))
-    with pytest.raises(Refused, match="an erasure does not count: not an envelope"):
-        resume(store)
+    resume(store)
+    assert "erasures/2.json is no erasure that counts, and nothing is done about it: not an envelope" in caplog.text
     assert not verify_version(store, "home@v2").ok
     assert not verify_audit(store).ok
 

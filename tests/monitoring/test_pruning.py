@@ -18,13 +18,12 @@ from tests.commands import call, printed
 from tests.fabricate import APPROVER, OPERATOR, OWNER, STEWARD, Chain, Scene, approve, build_scene, put_chain
 from tests.forked import run_elsewhere, run_forked
 from tests.killed import Home, kill_each
-from tests.monitoring.test_erasure import ANNA, JOB, erase, home, plant, scene_in
+from tests.monitoring.test_erasure import ANNA, JOB, erase, home, plan, plant, scene_in
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.monitoring import pruning
-from tunesmith.monitoring.erasure import plan
 from tunesmith.monitoring.pruning import Pruned, prune, usage
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.settings import KeepSettings
@@ -35,7 +34,7 @@ from tunesmith.services.audit import show_audit, verify_audit
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.records import Record
-from tunesmith.store.store import Store, blob_key
+from tunesmith.store.store import Store, blob_key, record_key
 from tunesmith.store.tables import JobRow, RecordRow
 
 __all__ = ["home"]
@@ -90,12 +89,12 @@ def complete(store: Store) -> None:
     """Every record that is there has its parents and blobs, the index has it, and every blob is named."""
     records = {f"sha256:{Path(key).stem}": store.blobs.get(key) for key in store.blobs.keys("records/")}
     with store.reading() as session:
-        assert records.keys() == {store.left_of(each) for each in session.scalars(select(RecordRow.digest))}
+        assert records.keys() == {store.left_of(each, record_key) for each in session.scalars(select(RecordRow.digest))}
     named = set()
     for digest in records:
         record = store.record(digest)
         assert all(store.has_record(parent) for parent in record.parents.values())
-        named |= {blob_key(store.left_of(blob)) for blob in record.blobs.values()}
+        named |= {blob_key(store.left_of(blob, blob_key)) for blob in record.blobs.values()}
     assert named == set(store.blobs.keys("blobs/"))
 
 

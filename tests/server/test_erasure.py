@@ -28,8 +28,9 @@ def test_two_people_erase_over_http(
 ) -> None:
     first = start_server()
     store = first.scene.store
-    second = Approver(first, "stella", tmp_path)
-    set_roles(store, "stella", ["steward"], actor=OWNER)
+    second, planner = Approver(first, "stella", tmp_path), Approver(first, "paula", tmp_path)
+    for name in ("stella", "paula"):
+        set_roles(store, name, ["steward"], actor=OWNER)
     first.ask()
     tokens = {name: issue_token(store, name, actor=OWNER, name="e") for name in (STEWARD, APPROVER, OPERATOR)}
     reads = issue_token(store, STEWARD, actor=OWNER, name="r", scopes=["read", "rows"])

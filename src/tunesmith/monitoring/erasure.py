@@ -59,7 +59,7 @@ class Plan(View):
     the rows; versions: of what was made from them. in_use: what has to end first. outside: files that the store does
     not hold and whose owners have to erase them too. kept_until: until when backups and logs of the database can bring
     the texts back. candidates: digests of what was made from them. locked: objects that the bucket does not delete yet,
-    each with the time until which: then the erasure goes on.
+    each with the time until which: then the erasure goes on. signed: by who planned it, as its second person needs.
     """
 
     number: int
@@ -81,12 +81,14 @@ class Plan(View):
     kept_until: str
     candidates: tuple[str, ...] = ()
     locked: tuple[tuple[str, str], ...] = ()
+    signed: bool = False
 
     @property
     def notices(self) -> list[str]:
         """What whoever confirms it has to know, a sentence each."""
         erased = "are deleted" if self.weights == "erase" else "stay, and do not forget"
-        said = [f"{len(self.trainings)} trainings learned from the rows: their weights {erased}."]
+        said = [] if self.signed or self.state != "planned" else [f"{self.planned_by} has to sign it first."]
+        said += [f"{len(self.trainings)} trainings learned from the rows: their weights {erased}."]
         said += [f"{version} is retired." for version in self.versions]
         said += [f"In use by {user}: end it before you confirm." for user in self.in_use]
         said += [f"Not erased, and holds a sentence of it: row {row}." for row in self.others]
@@ -104,13 +106,21 @@ class ErasurePlans(View):
 
 
 def plan(
-    store: Store, cause: Cause, *, reason: str, actor: str, weights: traces.Weights = "keep", kept_until: str = ""
+    store: Store,
+    cause: Cause,
+    *,
+    reason: str,
+    actor: str,
+    weights: traces.Weights = "keep",
+    kept_until: str = "",
+    sign: Sign | None = None,
 ) -> Plan:
     """Write down everything that an erasure reaches. Changes nothing else.
 
-    weights: whether the weights that learned the rows are deleted, too. kept_until: until when backups, logs and
-    replicas of the database are kept, as somebody who runs them says. Raises UsageError for a cause that no row here
-    has, and for one that has no rows.
+    sign: gives the planner's envelope around the plan; None where they sign it afterwards, by `confirm`. weights:
+    whether the weights that learned the rows are deleted, too. kept_until: until when backups, logs and replicas of the
+    database are kept, as somebody who runs them says. Raises UsageError for a cause that no row here has, and for one
+    that has no rows.
     """
     resume(store)
     found = traces.find(store, cause, weights)
@@ -131,14 +141,30 @@ def plan(
     detail: JsonObject = {"reason": reason, "weights": weights}
     with store.change(actor, "erase.plan", cause.label, detail) as session:
         identities.require(session, actor, "erase.plan")
-        refuse_held(session, {one.digest for one in found.reached})
+        refuse_held(store, session, {one.digest for one in found.reached})
         there = (int(name) for key in store.blobs.keys(ERASURES) if (name := Path(key).stem).isdecimal())
         number = max((session.scalar(select(func.max(ErasureRow.id))) or 0, *there)) + 1
         row = ErasureRow(id=number, cause=cause.label, reason=reason, planned_by=actor, at=stamp(), plan=stated)
+        detail |= {"erasure": number, "rows": len(found.rows)}
+        if sign is not None:
+            _sign_plan(store, session, row, sign, detail)
         session.add(row)
         session.flush()
-        detail |= {"erasure": number, "rows": len(found.rows)}
+    identities.publish_trust(store)
     return _shown(store, row)
+
+
+def _stated_plan(row: ErasureRow) -> JsonObject:
+    return erasures.plan_statement(row.id, row.cause, row.reason, row.planned_by, row.plan)
+
+
+def _sign_plan(store: Store, session: Session, row: ErasureRow, sign: Sign, detail: JsonObject) -> None:
+    """Put the planner's signature into a plan. Raises Refused for one that does not count."""
+    envelope = sign(_stated_plan(row))
+    row.plan = {**row.plan, erasures.SIGNATURE: envelope.decode()}
+    stated = (row.id, row.cause, row.reason, row.planned_by, row.plan)
+    key = erasures.read_plan(*stated, identities.trusted_keys(session))
+    detail |= signature_entry(key.fingerprint, digest_bytes(envelope))
 
 
 def list_erasures(store: Store) -> ErasurePlans:
@@ -158,11 +184,12 @@ def _row(store: Store, number: int) -> ErasureRow:
 
 def _shown(store: Store, row: ErasureRow) -> Plan:
     using = traces.in_use(store, row.plan.get("candidates", ())) if row.state == "planned" else ()
-    return Plan.of(row, number=row.id, in_use=tuple(using), **row.plan)
+    stated = {name: value for name, value in row.plan.items() if name != erasures.SIGNATURE}
+    return Plan.of(row, number=row.id, in_use=tuple(using), signed=erasures.SIGNATURE in row.plan, **stated)
 
 
 def confirm(store: Store, number: int, *, actor: str, sign: Sign, at: str = "") -> Plan:
-    """Recall what a plan names, have the statement of what goes signed, and erase it.
+    """Recall what a plan names, have the statement of what goes signed, and erase it. By the planner: sign the plan.
 
     sign: gives the envelope around a statement. at: of the signature, where the statement was stated by `prepare`.
     Killed, the same call goes on, as does the next start of a server, a worker or a command. Raises Refused for the
@@ -170,39 +197,57 @@ def confirm(store: Store, number: int, *, actor: str, sign: Sign, at: str = "") 
     says, or than was signed.
     """
     row = _begin(store, number, actor)
+    if row.planned_by == actor:
+        detail: JsonObject = {"erasure": number}
+        with store.change(actor, erasures.PLAN, row.cause, detail) as session:
+            _sign_plan(store, session, session.get_one(ErasureRow, number), sign, detail)
+        identities.publish_trust(store)
+        return _shown(store, _row(store, number))
     with store.lock(COPYING, f"erasure {number}"), store.lock(ALONE, f"erasure {number}"):
         _resume(store)
         if _row(store, number).state == "planned":
             statement = _state(store, row, actor, at or stamp())
             envelope = sign(erasures.statement_of(statement))
             try:
-                erasures.read_erasure(envelope, identities.trusted_keys(store), statement.key)
+                erasures.read_erasure(envelope, identities.keys_of_withdrawals(store), statement.key)
             except Refused as error:
                 what = f"what {actor} signed is not what would be erased now: {error.what}"
                 raise Refused(what, fix=NextStep("have it stated again", "erase confirm")) from error
             with store.writing() as session:  # nobody holds a version meanwhile
-                refuse_held(session, statement.recalled)
+                refuse_held(store, session, statement.recalled)
                 store.blobs.put(statement.key, envelope)
         _resume(store, now=True)
     return _shown(store, _row(store, number))
 
 
-def prepare(store: Store, number: int, *, actor: str) -> ErasureStatement:
-    """Recall what a plan names, and state what its second person signs. Raises as `confirm` does."""
+def prepare(store: Store, number: int, *, actor: str) -> JsonObject:
+    """The statement to sign: for a plan's second person, of what goes, which is recalled first; for who planned it, of
+    the plan. Raises as `confirm` does."""
     row = _begin(store, number, actor)
     if row.state != "planned":
         raise Refused(f"erasure {number} was signed by {row.confirmed_by} already")
-    return _state(store, row, actor, stamp())
+    if row.planned_by == actor:
+        return _stated_plan(row)
+    return erasures.statement_of(_state(store, row, actor, stamp()))
 
 
 def _begin(store: Store, number: int, actor: str) -> ErasureRow:
-    """A plan that this person may confirm; what it names is recalled by now, and nobody uses it."""
-    identities.require(store, actor, CONFIRM)
+    """A plan that this person may sign. For its second person what it names is recalled by now, and nobody uses it.
+
+    What refuses it for good is asked before the recall; who uses the rows after it, since it stops them.
+    """
     row = _row(store, number)
+    identities.require(store, actor, erasures.PLAN if row.planned_by == actor else CONFIRM).require_everything()
     if row.planned_by == actor:
-        what = f"{actor} planned erasure {number} and cannot confirm it"
-        raise Refused(what, fix=NextStep("have another steward or an admin confirm it", "erase confirm"))
-    if row.state == "planned":
+        if erasures.SIGNATURE in row.plan:
+            what = f"{actor} planned erasure {number} and cannot confirm it"
+            raise Refused(what, fix=NextStep("have another steward or an admin confirm it", "erase confirm"))
+    elif row.state == "planned":
+        stated = (row.id, row.cause, row.reason, row.planned_by, row.plan)
+        erasures.read_plan(*stated, identities.trusted_keys(store))
+        found = _found(store, row)
+        with store.reading() as session:
+            refuse_held(store, session, {one.digest for one in found.reached})
         reason = _reason(row.id, row.reason)
         for rollout in recall(store, Cause.labelled(row.cause), reason=reason, actor=actor).rollouts:
             give_up(store, rollout, f"recalled: {reason}")
@@ -221,16 +266,24 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
     _check_unused(store, row)  # by now nobody begins: the lock of the erasure keeps them out
     if not stamp(-_LASTS) <= at <= stamp():
         raise Refused("what was to be signed is too old", fix=NextStep("have it stated again", "erase confirm"))
+    found = _found(store, row)
+    stated = {name: getattr(row, name) for name in _SHARED} | {"number": row.id, "confirmed_by": actor, "at": at}
+    stated |= {"rows": sorted(found.rows), "recalled": sorted(one.digest for one in found.reached)}
+    stated |= {"replaced": tuple(found.replaced.values()), "deleted": found.deleted, "entries": found.entries}
+    stated["versions"] = found.versions if row.plan["weights"] == "erase" else {}
+    people = (key for key in identities.trusted_keys(store) if key.user in (row.planned_by, actor) and key.active)
+    stated["keys"] = [{"user": key.user, "public_key": key.public_key} for key in people if key.status == "active"]
+    return ErasureStatement.model_validate(stated)
+
+
+def _found(store: Store, row: ErasureRow) -> traces.Found:
+    """What a plan reaches now. Raises Refused where that is more than it names."""
     found = traces.find(store, Cause.labelled(row.cause), row.plan["weights"])
     known = {*row.plan["rows"], *row.plan["versions"]}
     if new := sorted({*found.rows, *found.versions} - known):
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"
         raise Refused(what, fix=NextStep("plan it again", "erase plan"))
-    stated = {name: getattr(row, name) for name in _SHARED} | {"number": row.id, "confirmed_by": actor, "at": at}
-    stated |= {"rows": sorted(found.rows), "recalled": sorted(one.digest for one in found.reached)}
-    stated |= {"replaced": tuple(found.replaced.values()), "deleted": found.deleted, "entries": found.entries}
-    versions = found.versions if row.plan["weights"] == "erase" else {}
-    return ErasureStatement.model_validate({**stated, "versions": versions})
+    return found
 
 
 def _reason(number: int, reason: str) -> str:
@@ -243,7 +296,15 @@ def _know(store: Store, signed: Signed) -> None:
     statement = signed.statement
     stated = {"erasure": statement.number, "rows": len(statement.rows), "versions": sorted(statement.versions)}
     detail: JsonObject = stated | signature_entry(signed.fingerprint, signed.digest)
+    if signed.planner is not None:
+        detail["plan"] = signature_entry(*signed.planner)["signature"]
     with store.change(statement.confirmed_by, CONFIRM, statement.cause, detail) as session:
+        known = {key.fingerprint for key in identities.trusted_keys(session)}
+        used = {signed.fingerprint, *(signed.planner or ())[:1]} - known
+        if used:
+            _LOG.warning("erasure %d is by a key that this database does not know: it is older", statement.number)
+            lost = ((key.user, key.public_key) for key in statement.keys)
+            detail["lost"] = [[user, pem] for user, pem in lost if digest_bytes(pem.encode()) in used]
         shared = {name: getattr(statement, name) for name in _SHARED}
         session.merge(ErasureRow(id=statement.number, state="running", statement=signed.digest, **shared))
         reason = _reason(statement.number, statement.reason)
@@ -258,7 +319,7 @@ def _know(store: Store, signed: Signed) -> None:
 def resume(store: Store) -> None:
     """Go on with every erasure that is not done here, also where a backup brought back what was erased, and log it.
 
-    Raises Refused for a statement that no trusted key signed.
+    What lies among the statements and does not count is logged and left where it is: `audit verify` names it, too.
     """
     if next(_open(store), None) is not None:
         with contextlib.suppress(LockHeld), store.lock(COPYING, "erasing"), store.lock(ALONE, "erasing"):
@@ -270,9 +331,9 @@ def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bo
 
     now: also those that wait for a lock of the bucket to end.
     """
-    read = erasures.read_erasures(store.blobs, identities.trusted_keys(store))
+    read = erasures.read_erasures(store.blobs, identities.keys_of_withdrawals(store))
     for key, reason in read.problems.items():
-        raise Refused(f"an erasure does not count: {reason}", where=store.blobs.where(key), fix="ask who signed it")
+        _LOG.warning("%s is no erasure that counts, and nothing is done about it: %s", store.blobs.where(key), reason)
     with store.reading() as session:
         rows = {row.statement: row for row in session.scalars(select(ErasureRow))}
     for signed in read.signed:

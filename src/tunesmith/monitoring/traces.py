@@ -18,7 +18,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.values import View
-from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
+from tunesmith.data.dataset import REMOVED
 from tunesmith.data.documents import PASSAGES
 from tunesmith.data.governance import erased as texts
 from tunesmith.data.governance.erased import Erased, Sentences
@@ -26,7 +26,7 @@ from tunesmith.data.governance.withdrawn import ROW_CAUSES, reaches
 from tunesmith.monitoring.recall import Cause, Reached, reach
 from tunesmith.records.dataset import DatasetBody, DocumentsBody
 from tunesmith.records.version import VersionBody
-from tunesmith.registry.erasures import Replaced
+from tunesmith.registry.erasures import ROW_FILES, UNCUT, WEIGHTS, Replaced
 from tunesmith.store import tables
 from tunesmith.store.locks import users_of
 from tunesmith.store.store import Store, blob_key, record_key
@@ -35,9 +35,6 @@ from tunesmith.store.tables import FileRow, HeldRow, JobRow, ReviewItemRow, Tabl
 Weights = Literal["keep", "erase"]
 Kind = Literal["blob", "record"]
 Names = tuple[str, ...]
-_ROWS = {f"{split}.jsonl" for split in SPLITS} | {REMOVED, SUBJECTS, PASSAGES}
-_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
-_SIGNED = ("version", "approval", "paper", "base")  # records that state no text, most under signatures
 Key = tuple[str | int, ...]  # of a row of the database
 # Tables that may repeat a text. Rows of the first are deleted, in those of the others the texts are cut.
 DELETED = (HeldRow, tables.DeliveryRow, ReviewItemRow)
@@ -106,7 +103,7 @@ class Rows:
             for digest in store.records_of(kind):
                 for name, blob in store.record(digest).blobs.items():
                     blob = store.left_of(blob, blob_key)
-                    if name in _ROWS and blob not in self.files:
+                    if name in ROW_FILES and blob not in self.files:
                         self.files[blob] = (name, texts.named_lines(store.read_blob(blob)))
         for name, lines in self.files.values():
             for row, line in lines:
@@ -183,14 +180,14 @@ def _look_into(store: Store, one: Reached, erased: Erased, found: Found, weights
         store.record(one.digest)  # which says what is wrong
     for name, blob in json.loads(stated)["blobs"].items():
         blob = store.left_of(blob, blob_key)
-        if name in _WEIGHTS and weights == "erase":
+        if name in WEIGHTS and weights == "erase":
             found.replace("blob", name, blob, b"")
         elif one.kind == "paper":  # one that quotes a row is emptied, and counts no more
             if erased.sentences.stand_in(store.read_blob(blob).decode("utf-8", "replace")):
                 found.replace("blob", name, blob, b"")
-        elif name.endswith(".jsonl") and name not in _ROWS:
+        elif name.endswith(".jsonl") and name not in ROW_FILES:
             found.replace("blob", name, blob, data := store.read_blob(blob), cut=erased.cut(data, lines=True))
-    if one.kind not in _SIGNED:
+    if one.kind not in UNCUT:
         found.replace("record", one.kind, now, stated, cut=erased.cut(stated, lines=False))
 
 

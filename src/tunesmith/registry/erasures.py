@@ -15,18 +15,26 @@ from typing import Literal, NamedTuple
 from pydantic import ValidationError
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import NextStep, Refused
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.values import Digest, Frozen
-from tunesmith.registry.signing.attestations import open_envelope, stated
-from tunesmith.registry.signing.signatures import check_in_time
+from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
+from tunesmith.data.documents import PASSAGES
+from tunesmith.records.dataset import IfAny
+from tunesmith.registry.signing.attestations import ENVELOPE, open_envelope, stated
+from tunesmith.registry.signing.signatures import check_may_sign
 from tunesmith.store.blobs import BlobStore
-from tunesmith.store.people.roles import permits
-from tunesmith.store.people.trust import TrustedKey
+from tunesmith.store.people.trust import SignerKey, TrustedKey
 from tunesmith.store.store import ERASURES
 
-CONFIRM = "erase.confirm"  # the action, and who may sign
-_KIND = "urn:tunesmith:erasure:v1"
+PLAN, CONFIRM = "erase.plan", "erase.confirm"  # the actions, and who may sign
+_PLAN_KIND, _KIND = "urn:tunesmith:erasure-plan:v1", "urn:tunesmith:erasure:v1"
+SIGNATURE = "signature"  # of a plan, the key under which it keeps its planner's envelope
+ROW_FILES = {*(f"{split}.jsonl" for split in SPLITS), REMOVED, SUBJECTS, PASSAGES}
+WEIGHTS = {"adapter_model.safetensors", "model.safetensors"}
+_PAPERS = {"card.md", "bom.json", "provenance.intoto.jsonl", "ai-act.md", "papers.yaml", ENVELOPE}
+UNCUT = ("version", "approval", "paper", "base")  # kinds of records that state no text, most under signatures
+_NOTHING = digest_bytes(b"")
 
 
 class Replaced(Frozen):
@@ -40,11 +48,22 @@ class Replaced(Frozen):
     rows: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
 
+    @property
+    def allowed(self) -> bool:
+        """Whether an erasure may do this: lines leave files of rows, strings are cut in evidence and in records that
+        are not signed, and weights and papers go whole. Nothing else of what decides or serves changes."""
+        if self.kind == "record":
+            return bool(self.cut) and not self.rows and self.name not in UNCUT
+        if self.rows or self.cut:
+            fits = self.name in ROW_FILES if self.rows else self.name.endswith(".jsonl") and self.name not in ROW_FILES
+            return fits and not (self.rows and self.cut)
+        return self.new == _NOTHING and self.name in WEIGHTS | _PAPERS
+
 
 class ErasureStatement(Frozen):
     """What an erasure did. number, plan: what was planned and shown. rows: ids of erased rows and passages. deleted:
     keys of kept requests and uploaded files; entries: table -> keys of rows of the database; versions: labels of those
-    whose folder was deleted, with their digests; recalled: records that were made from the rows."""
+    whose folder was deleted, with their digests; recalled: records that were made from the rows. keys: its people's."""
 
     number: int
     cause: str
@@ -59,6 +78,7 @@ class ErasureStatement(Frozen):
     entries: Mapping[str, tuple[tuple[str | int, ...], ...]]
     versions: Mapping[str, Digest]
     recalled: tuple[Digest, ...]
+    keys: IfAny[tuple[SignerKey, ...]] = ()
 
     @property
     def said(self) -> str:
@@ -77,11 +97,13 @@ class ErasureStatement(Frozen):
 
 
 class Signed(NamedTuple):
-    """A statement that a trusted key signed. fingerprint: the key's; digest: of the envelope."""
+    """A statement that a trusted key signed. fingerprint: the key's; digest: of the envelope. planner: both of the
+    plan; None where the log recorded it before planners signed."""
 
     statement: ErasureStatement
     fingerprint: str
     digest: str
+    planner: tuple[str, str] | None = None
 
 
 class Erasures(NamedTuple):
@@ -96,6 +118,13 @@ class Erasures(NamedTuple):
         return {one.old: (one, each.statement) for each in self.signed for one in each.statement.replaced}
 
 
+def plan_statement(number: int, cause: str, reason: str, planned_by: str, plan: JsonObject) -> JsonObject:
+    """The in-toto statement that a planner signs: everything that the second person is shown."""
+    shown = {key: value for key, value in plan.items() if key not in (SIGNATURE, "locked")}
+    predicate = {"number": number, "cause": cause, "reason": reason, "planned_by": planned_by, "plan": shown}
+    return stated({f"plan of erasure {number}": digest_bytes(cause.encode())}, _PLAN_KIND, predicate)
+
+
 def statement_of(erasure: ErasureStatement) -> JsonObject:
     """The in-toto statement that is signed."""
     predicate = erasure.model_dump(mode="json")
@@ -103,7 +132,7 @@ def statement_of(erasure: ErasureStatement) -> JsonObject:
 
 
 def read_erasures(blobs: BlobStore, keys: Sequence[TrustedKey]) -> Erasures:
-    """Every erasure of a store, verified. keys: all trusted ones, those of deactivated users too."""
+    """Every erasure of a store, verified. keys: identities.keys_of_withdrawals, or a verifier's own list."""
     signed: list[Signed] = []
     problems: dict[str, str] = {}
     for key in blobs.keys(ERASURES):
@@ -126,7 +155,9 @@ def _ordered(signed: Sequence[Signed]) -> list[Signed]:
     try:
         return [signed[number] for number in TopologicalSorter(before).static_order()]
     except CycleError as error:
-        raise Refused("erasures replace each other's blobs in a circle", where=ERASURES, fix="ask who signed them") from error
+        raise Refused(
+            "erasures replace each other's blobs in a circle", where=ERASURES, fix="ask who signed them"
+        ) from error
 
 
 def read_erasure(raw: bytes, keys: Sequence[TrustedKey], key: str) -> Signed:
@@ -138,8 +169,33 @@ def read_erasure(raw: bytes, keys: Sequence[TrustedKey], key: str) -> Signed:
         raise Refused("not an erasure's statement", where=key) from error
     if statement != statement_of(erasure) or erasure.key != key or erasure.confirmed_by != by.user:
         raise Refused("not an erasure's statement under its number, by the one who signed it", where=key)
-    check_in_time(by, digest := digest_bytes(raw), key)
-    # A role that was taken away since does not count: the log says that it was there.
-    if erasure.planned_by == by.user or not (digest in by.signed or permits(by.roles, CONFIRM)):
-        raise Refused(f"{by.user} may not confirm it", where=key)
-    return Signed(erasure, by.fingerprint, digest)
+    digest, planner = digest_bytes(raw), None
+    # One that the log recorded before planners signed has one signature.
+    if SIGNATURE in erasure.plan or digest not in by.signed:
+        planner = read_plan(erasure.number, erasure.cause, erasure.reason, erasure.planned_by, erasure.plan, keys)
+    check_may_sign(by, CONFIRM, digest, key, apart_from=planner, stands=True)
+    rows, beyond = set(erasure.rows), set(erasure.rows) - set(erasure.plan.get("rows", ()))
+    beyond |= erasure.versions.keys() - set(erasure.plan.get("versions", ()))
+    if erasure.planned_by == by.user or beyond:
+        raise Refused(f"{by.user} confirmed what {erasure.planned_by} did not plan", where=key)
+    for one in erasure.replaced:
+        if not one.allowed or not rows.issuperset(one.rows):
+            raise Refused(f"it replaces {one.kind} {one.name}, which no erasure may change so", where=key)
+    of_plan = None if planner is None else (planner.fingerprint, digest_bytes(str(erasure.plan[SIGNATURE]).encode()))
+    return Signed(erasure, by.fingerprint, digest, of_plan)
+
+
+def read_plan(
+    number: int, cause: str, reason: str, planned_by: str, plan: JsonObject, keys: Sequence[TrustedKey]
+) -> TrustedKey:
+    """The key that signed a plan, in `plan` itself. Raises Refused where it is not signed by who planned it."""
+    where = f"plan of erasure {number}"
+    if SIGNATURE not in plan:
+        fix = NextStep("have its planner sign it", "erase confirm")
+        raise Refused(f"{planned_by} has not signed it", where=where, fix=fix)
+    raw = str(plan[SIGNATURE]).encode()
+    statement, by = open_envelope(raw, keys, where)
+    if by.user != planned_by or statement != plan_statement(number, cause, reason, planned_by, plan):
+        raise Refused("not what its planner signed", where=where)
+    check_may_sign(by, PLAN, digest_bytes(raw), where, stands=True)
+    return by

@@ -13,13 +13,14 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.text.names import version_label
 from tunesmith.records.version import ApprovalBody, VersionBody
 from tunesmith.registry.erasures import CONFIRM, read_erasures
+from tunesmith.registry.holds import read_holds
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
 from tunesmith.store import audit
 from tunesmith.store.audit import Pin
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, ErasedRow, TokenRow, UserRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, ErasedRow, KeyRow, TokenRow, UserRow, VersionRow
 
 State = dict[tuple[str, ...], Mapping[str, Any]]
 
@@ -45,6 +46,7 @@ def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
             problems += _differences(_replay(session), _actual(session))
             problems += _unproven(session)
             problems += _unsigned_erasures(store, session)
+            problems += [f"{key} does not count: {reason}" for key, reason in read_holds(store).problems.items()]
     return problems
 
 
@@ -83,6 +85,7 @@ def _signed_with_head(store: Store) -> list[tuple[type[VersionBody | ApprovalBod
 def _unproven(session: Session) -> list[str]:
     """The changes of keys whose proof is not a signature by another key of that user."""
     keys = identities.trusted_keys(session)
+    enrolled = {key.fingerprint: (key.enrolled, key.until) for key in session.scalars(select(KeyRow))}
     problems = []
     changes = select(AuditRow).where(AuditRow.action.in_(("user.key", "user.key.retire"))).order_by(AuditRow.seq)
     for row in session.scalars(changes):
@@ -97,15 +100,22 @@ def _unproven(session: Session) -> list[str]:
         expected = key_statement(row.subject, row.action, str(detail.get("label")), str(detail.get("key")))
         if key.user != row.subject or statement != expected:
             problems.append(f"the proof in entry {row.seq} is not of this change of a key of {row.subject}")
+        elif not enrolled[key.fingerprint][0] < row.seq <= (enrolled[key.fingerprint][1] or row.seq):
+            problems.append(f"the proof in entry {row.seq} is by a key of {row.subject} that was not active then")
     return problems
 
 
 def _unsigned_erasures(store: Store, session: Session) -> list[str]:
     """What the database says was erased and nobody signed, and statements that do not count or are missing."""
-    erasures = read_erasures(store.blobs, identities.trusted_keys(session))
+    erasures = read_erasures(store.blobs, identities.keys_of_withdrawals(store))
+    known = set(session.scalars(select(KeyRow.fingerprint)))
     signed = {each.digest for each in erasures.signed}
     pairs = {(one.old, one.new) for each in erasures.signed for one in each.statement.replaced}
     problems = [f"{key} does not count: {reason}" for key, reason in erasures.problems.items()]
+    for each in erasures.signed:
+        if not known.issuperset((each.fingerprint, *(each.planner or ())[:1])):
+            what = "with a key that this database does not know: it was put back to an older time, or that is forged"
+            problems.append(f"erasure {each.statement.number} was signed {what}")
     for row in session.scalars(select(AuditRow).where(AuditRow.action == CONFIRM).order_by(AuditRow.seq)):
         if row.detail["signature"]["digest"] not in signed:
             problems.append(f"the statement of the erasure in entry {row.seq} is missing")

@@ -266,7 +266,7 @@ def _judged(
             if entry.action == "version.refuse":  # it still counts when its approver has left
                 refused_by, reason = entry.actor, str(entry.detail.get("reason", ""))
                 break
-            check_approver(version, signer, approver)
+            check_approver(version, signer, approver, signature["digest"])
         except Untrusted as error:
             problems.append(error.what)
         else:

@@ -90,7 +90,7 @@ def verify_version(
         findings.problem(error.where or str(folder), error.what)
     if release is not None:
         records = _check_records(findings, release)
-        _check_blobs(findings, {**records, release.version.digest: release.record})
+        _check_blobs(findings, {**records, release.version.digest: release.record}, release.version.digest)
         _check_evidence(findings, release, records)
         _check_base(findings, records, release.statement.base, base_folder)
     if whole_store:
@@ -139,13 +139,26 @@ class _Findings:
     def left_of(self, digest: str) -> tuple[str, int]:
         """The digest that a file must have now, and how many lines erasures left out of it. Adds a note of them."""
         rows = 0
-        while digest in self.replaced:
-            one, erasure = self.replaced[digest]
+        for one, erasure in self._steps(digest):
             what = f"{len(one.rows)} rows" if one.rows else f"{len(one.cut)} texts"
             note = f"{one.kind} {short(digest)} ({one.name}): {what} {erasure.said}"
             self.notes += [note] if note not in self.notes else []
             digest, rows = one.new, rows + len(one.rows)
         return digest, rows
+
+    def _steps(self, digest: str) -> Iterator[tuple[Replaced, ErasureStatement]]:
+        while digest in self.replaced:
+            yield (step := self.replaced[digest])
+            digest = step[0].new
+
+    def check_left(self, digest: str, name: str, version: str) -> None:
+        """Raise Refused where an erasure changed what it may not: under the name that a record gives a blob, or of its
+        kind, and evidence of a version that the erasure did not recall, so one that was registered over what was left.
+        """
+        for one, erasure in self._steps(digest):
+            recalled = one.rows or version in erasure.recalled
+            if not one.model_copy(update={"name": name}).allowed or not recalled:
+                raise Refused(f"erasure {erasure.number} replaced this {name}, which it may not for this version")
 
     @contextlib.contextmanager
     def about(self, path: str | Path) -> Iterator[None]:
@@ -170,6 +183,7 @@ def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
             continue
         with findings.about(digest), findings.about(findings.store.record_where(digest)):
             records[digest] = findings.store.record(digest, cached=False)
+            findings.check_left(digest, records[digest].kind, release.version.digest)
             findings.checked += 1
             findings.seen.add(digest)
             findings.seen.add(findings.left_of(digest)[0])
@@ -185,9 +199,13 @@ def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
     return records
 
 
-def _check_blobs(findings: _Findings, records: Mapping[str, Record]) -> None:
+def _check_blobs(findings: _Findings, records: Mapping[str, Record], version: str) -> None:
     """Verify every blob against its digest, and the row counts of datasets against their records."""
     lines: dict[str, int] = {}
+    for record in records.values():
+        for name, blob in record.blobs.items():
+            with findings.about(findings.store.blob_where(blob)):
+                findings.check_left(blob, name, version)
     for digest in sorted(blobs_of(records.values())):
         with findings.about(digest), findings.about(findings.store.blob_where(digest)):
             actual, count = _digest_and_lines(findings.store.blob_pieces(digest))

@@ -106,6 +106,11 @@ class Acting:
         """The user's name."""
         return self.user.name
 
+    @property
+    def at_machine(self) -> bool:
+        """Whether they act by a command, so that this machine may hold their key."""
+        return self.token is None and not self.session
+
     def permits(self, scope: TokenScope) -> bool:
         """Whether a caller's token has a scope; True where nobody called by a token."""
         return self.token is None or self.token.permits(scope)

@@ -12,12 +12,10 @@ from tunesmith.monitoring.erasure import ErasurePlans as ErasurePlans
 from tunesmith.monitoring.erasure import Plan
 from tunesmith.monitoring.erasure import list_erasures as list_erasures
 from tunesmith.monitoring.traces import Weights
-from tunesmith.registry.erasures import statement_of
-from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import envelope_of, seal
+from tunesmith.registry.signing.attestations import envelope_of
 from tunesmith.services.actions import Acting, Because, Number, Request, Short, action
 from tunesmith.services.monitoring import cause_of
-from tunesmith.services.versions import Prepared, Signature
+from tunesmith.services.versions import Prepared, Signature, sign_here
 
 
 class PlanErasure(Request):
@@ -61,26 +59,24 @@ def plan(acting: Acting, asked: PlanErasure) -> Plan:
     """List everything that holds the texts of rows, and write it down for a second person. Deletes nothing."""
     store, kind, value = acting.store, asked.kind, asked.value
     cause = cause_of(store, *(value.partition(" ")[::2] if kind == "recall" else (kind, value)))
-    return erasure.plan(
-        store, cause, reason=asked.reason, actor=acting.actor, weights=asked.weights, kept_until=asked.kept_until
-    )
+    given = partial(erasure.plan, reason=asked.reason, weights=asked.weights, kept_until=asked.kept_until)
+    return given(store, cause, actor=acting.actor, sign=sign_here(acting) if acting.at_machine else None)
 
 
 @action("erase.confirm", says="confirmed an erasure", permission="erase.confirm", whole=True)
 def confirm(acting: Acting, asked: ConfirmErasure) -> Plan:
     """Erase what a plan of another person names, with the signature of who confirms it."""
-    key = keys.load_signing_key(acting.store, keys.ensure_key(acting.store, acting.actor))
-    return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=lambda stated: seal(stated, key))
+    return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=sign_here(acting))
 
 
 @_confirms("erase.prepare", at="/erasures/{erasure}/prepare")
 def prepare(acting: Acting, asked: ConfirmErasure) -> Prepared:
-    """Recall what a plan of another person names, and state what its second person signs. Deletes nothing."""
-    return Prepared.by(acting, statement_of(erasure.prepare(acting.store, asked.erasure, actor=acting.actor)))
+    """State what whoever acts signs: their own plan, or what another person's plan erases, which is recalled first."""
+    return Prepared.by(acting, erasure.prepare(acting.store, asked.erasure, actor=acting.actor))
 
 
 @_confirms("erase.submit", at="/erasures/{erasure}/confirm")
 def submit(acting: Acting, asked: SignedErasure) -> Plan:
-    """Erase what a plan of another person names. The caller signed the statement of exactly this."""
+    """Sign a plan of one's own, or erase what one of another person names. The caller signed exactly this."""
     sign = partial(envelope_of, fingerprint=asked.key, signature=asked.signature)
     return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=sign, at=asked.at)

@@ -123,7 +123,7 @@ def tree(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
     record = store.record(digest)
     version = load_version(store, digest) if record.kind == "version" else None
     with store.reading() as session:
-        held = held_versions(session).get(digest)
+        held = held_versions(store, session).get(digest)
     return Node(
         **_named(digest, record),
         held=held,

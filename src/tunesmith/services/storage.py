@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from functools import partial
+
+from pydantic import Field
+
 from tunesmith.core.clock import stamp
-from tunesmith.core.errors import NextStep, Refused
+from tunesmith.core.errors import Refused
 from tunesmith.monitoring import pruning
 from tunesmith.monitoring.pruning import Pruned
 from tunesmith.monitoring.pruning import usage as usage
-from tunesmith.registry.holds import HOLD, Held, held_versions
+from tunesmith.registry.holds import HOLD, Held, set_hold, state_hold
+from tunesmith.registry.signing.attestations import envelope_of
 from tunesmith.registry.versions import resolve
 from tunesmith.services.actions import Acting, Because, Named, Request, action
-from tunesmith.store.people.identities import require
+from tunesmith.services.versions import Prepared, Signature, sign_here
 from tunesmith.store.store import PRUNE
 
 
@@ -34,13 +40,40 @@ def prune(acting: Acting, asked: PruneStore) -> Pruned:
     return pruning.prune(acting.store, acting.project.settings.keep, actor=acting.actor, dry_run=asked.dry_run)
 
 
-@action(HOLD, says="held a version", permission=HOLD, tokens=("operate",), at="/holds", whole=True)
+class SignedHold(HoldVersion, Signature):
+    """A hold, or its end, that was prepared. at: the time that the statement says. key, signature: as for a decision on
+    a version."""
+
+    at: str = Field(pattern=r"^[0-9T:.Z-]{20,30}$")
+
+
+_holds = partial(action, permission=HOLD, tokens=("operate",), whole=True)
+
+
+def _stated(acting: Acting, asked: HoldVersion, at: str) -> tuple[tuple[str, str], Held]:
+    version = resolve(acting.store, asked.version)
+    held = Held(version=version.label, held=not asked.end, at=at, by=acting.actor, reason=asked.reason)
+    return (version.label, version.digest), held
+
+
+@action(HOLD, says="held a version", permission=HOLD, whole=True)
 def hold(acting: Acting, asked: HoldVersion) -> Held:
     """Hold a version: nothing that it was made from is erased until its hold is ended."""
-    version = resolve(acting.store, asked.version)
-    detail = {"version": version.label, "held": not asked.end, "reason": asked.reason}
-    with acting.store.change(acting.actor, HOLD, version.digest, detail) as session:
-        require(session, acting.actor, HOLD)
-        if asked.end and version.digest not in held_versions(session):
-            raise Refused(f"{version.label} is not held", where=version.label, fix=NextStep("see it", "show"))
-    return Held.model_validate({**detail, "by": acting.actor, "at": stamp()})
+    return set_hold(acting.store, *_stated(acting, asked, stamp()), sign_here(acting))
+
+
+@_holds("hold.prepare", at="/holds/prepare")
+def prepare_hold(acting: Acting, asked: HoldVersion) -> Prepared:
+    """State what whoever holds a version, or ends its hold, signs. Changes nothing."""
+    with acting.store.reading() as session:
+        stated = state_hold(acting.store, session, *_stated(acting, asked, stamp()))
+    return Prepared.by(acting, stated.statement)
+
+
+@_holds("hold.submit", says="held a version", at="/holds")
+def submit_hold(acting: Acting, asked: SignedHold) -> Held:
+    """Hold a version, or end its hold. The caller signed the statement of exactly this, within the last hour."""
+    if not stamp(-timedelta(hours=1)) <= asked.at <= stamp():
+        raise Refused("what was signed is too old", fix="prepare and sign it again")
+    sign = partial(envelope_of, fingerprint=asked.key, signature=asked.signature)
+    return set_hold(acting.store, *_stated(acting, asked, asked.at), sign)

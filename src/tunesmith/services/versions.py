@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -568,6 +568,12 @@ class SubmitDecision(Signature):
     statement: Annotated[
         JsonObject, BeforeValidator(lambda given: parse_json(given.encode()) if isinstance(given, str) else given)
     ]
+
+
+def sign_here(acting: Acting) -> Callable[[JsonObject], bytes]:
+    """Signs statements with the key that whoever acts has on this machine; they get one where they have none."""
+    key = keys.load_signing_key(acting.store, keys.ensure_key(acting.store, acting.actor))
+    return lambda stated: seal(stated, key)
 
 
 class Prepared(View):

@@ -29,7 +29,7 @@ from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.core.system.scratch import scratch_file
 from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore, named_digest
-from tunesmith.store.store import ERASURES, PREFIXES, RELEASE, Store
+from tunesmith.store.store import ERASURES, HOLDS, PREFIXES, RELEASE, Store
 from tunesmith.store.tables import HEAD_REVISION, HeldRow, LockRow, LoginLinkRow, SessionRow
 from tunesmith.store.tables import Table as Tables
 
@@ -101,12 +101,12 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
     """Write the objects into a store and read each one back; returns their number and bytes. Those that are there are
     kept. A kept request or an uploaded file that is deleted meanwhile is left out.
 
-    Statements of erasures that are there stay: what they erased has to go again. Raises Refused, before the first
-    write, where the store has another object that is not among them, and for an object whose bytes are not those that
+    Statements of erasures and holds that are there stay: what they erased has to go again. Raises Refused, before the
+    first write, where the store has another object that is not among them, and for one whose bytes are not those that
     its key names.
     """
     count = total = 0
-    erased = frozenset(store.blobs.keys(ERASURES))
+    erased = frozenset((*store.blobs.keys(ERASURES), *store.blobs.keys(HOLDS)))
     if strange := sorted(set(keys_of(store.blobs)) - set(contents.keys) - erased):
         where, fix = store.blobs.where(strange[0]), "name an empty place: TUNESMITH_BLOBS_URL, or another folder"
         raise Refused(f"the store holds {len(strange)} objects already", where=where, fix=fix)

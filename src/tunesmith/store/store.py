@@ -36,9 +36,9 @@ from tunesmith.store.tables import AuditRow, EdgeRow, ErasedRow, MemoRow, Record
 # The file that makes a version's folder complete: it is written last.
 RELEASE = "release.json"
 # What every key begins with.
-PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/", "files/", "erasures/")
+PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/", "files/", "erasures/", "holds/")
 # Of the signed statements of erasures.
-ERASURES = "erasures/"
+ERASURES, HOLDS = "erasures/", "holds/"
 # The action that deletes records, and for how long files may go after its entry in the log.
 PRUNE, _LATELY = "store.prune", timedelta(days=1)
 # The database's file, where it is SQLite.

@@ -145,8 +145,8 @@ def rewritten(data: bytes, rows: Collection[str], cut: Collection[str], *, lines
     if rows:
         raw, named = data.splitlines(keepends=True), named_lines(data)
         # Older statements name a line without an id by the file and its number.
-        lines_of = ((name, f"{of}#{number}", line) for number, ((name, _), line) in enumerate(zip(named, raw, strict=True)))
-        return b"".join(line for name, before, line in lines_of if name not in gone and before not in gone)
+        names = [{name, f"{of}#{number}"} for number, (name, _) in enumerate(named)]
+        return b"".join(line for name, line in zip(names, raw, strict=True) if name.isdisjoint(gone))
 
     def other(place: str, text: str) -> str:
         return known.setdefault(text, f"{CUT} {of} {len(known)}]") if place in gone else text

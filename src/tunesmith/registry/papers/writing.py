@@ -20,9 +20,8 @@ from tunesmith.registry.papers.provenance import statements
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, fingerprint_of, open_envelope, seal, stated
 from tunesmith.registry.signing.release import Version, read_version
-from tunesmith.registry.signing.signatures import Untrusted, check_in_time
+from tunesmith.registry.signing.signatures import check_may_sign
 from tunesmith.store.people import identities
-from tunesmith.store.people.roles import permits
 from tunesmith.store.people.trust import TrustedKey, signature_entry
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -106,9 +105,9 @@ def read_paper(store: Store, record: Record, version: Version, trusted: Sequence
     about = record.parents == {"version": version.digest} and FILES[body.paper] in blobs
     if not about or statement != _statement(version, body, blobs):
         raise Refused("a paper of another version, or not the text that was signed", where=where)
-    if key.user != body.by or not permits(key.roles, "paper.write") or not key.scope.covers(version.scope):
-        raise Untrusted(f"{key.user} may not write papers of {version.label}", where=where)
-    check_in_time(key, record.digest, where)
+    if key.user != body.by:
+        raise Refused(f"the paper says {body.by}, the key is {key.user}'s", where=where)
+    check_may_sign(key, "paper.write", record.digest, where, version.scope)
     return body
 
 

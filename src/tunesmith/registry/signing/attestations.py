@@ -16,13 +16,14 @@ from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.records.version import ApprovalBody
-from tunesmith.registry.signing.release import Version, check_owner
+from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import (
     PAYLOAD_TYPE,
     STATEMENT,
     Untrusted,
     check_base64,
     check_in_time,
+    check_may_sign,
     dsse,
 )
 from tunesmith.store.people.trust import TrustedKey, find_key
@@ -166,20 +167,18 @@ def read_approval(
     if key.user != approval.approver:
         raise Refused(f"the record says {approval.approver}, the key is {key.user}'s", where=where)
     if approval.decision == "approve":
-        check_approver(version, signer, key)
+        check_approver(version, signer, key, record.digest)
     check_in_time(key, record.digest, where)
     return approval
 
 
-def check_approver(version: Version, signer: TrustedKey, approver: TrustedKey) -> None:
+def check_approver(version: Version, signer: TrustedKey, approver: TrustedKey, digest: str) -> None:
     """Raise Untrusted unless this user may approve this version today: role, scope, and not the one who registered it.
 
-    signer, approver: the keys that signed the version and the approval.
+    signer, approver: the keys that signed the version and the approval, whose record has a digest.
     """
-    check_owner(approver, version, "approve", version.label)
     check_not_signer(version, approver.user)
-    if approver.fingerprint == signer.fingerprint:
-        raise Untrusted(f"{approver.user} approved {version.label} with the key that signed it", where=version.label)
+    check_may_sign(approver, "version.approve", digest, version.label, version.scope, apart_from=signer)
 
 
 def check_not_signer(version: Version, user: str) -> None:

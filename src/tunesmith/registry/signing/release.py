@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_bytes, digest_file, short
@@ -27,11 +27,9 @@ from tunesmith.registry.signing.signatures import (
     RELEASE,
     SIGNATURE,
     Expired,
-    Untrusted,
-    check_in_time,
+    check_may_sign,
     verify_signature,
 )
-from tunesmith.store.people.roles import permits
 from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
@@ -39,10 +37,6 @@ from tunesmith.store.store import Store
 ADAPTER_FILES = frozenset((CONFIG_FILE, ADAPTER_FILE))
 _WHOLE_FILES = frozenset((MODEL_FILE,))
 _PARENTS = frozenset(("candidate", "evaluation", "verdict"))
-_MAY = {
-    "sign": ("signed", "version.register", "engineer"),
-    "approve": ("approved", "version.approve", "approver"),
-}
 CANARIES = "trained with canaries"  # a mark of a version
 
 
@@ -148,22 +142,8 @@ def check_signer(version: Version, key: TrustedKey, where: str | None = None) ->
 
     key: the one that signed it.
     """
-    where = where or version.label
-    check_in_time(key, version.digest, where)
-    check_owner(key, version, "sign", where)
-
-
-def check_owner(key: TrustedKey, version: Version, may: Literal["sign", "approve"], where: str) -> None:
-    """Raise Untrusted unless the owner of a key may do this to a version today: active, by role, and by scope."""
-    done, action, role = _MAY[may]
-    fix = f"have an active user with the role {role} of that tenant and region do it"
-    if not key.active:
-        raise Untrusted(f"{done} by {key.user}, who is deactivated", where=where, fix=fix)
-    if not permits(key.roles, action):
-        roles = ", ".join(key.roles)
-        raise Untrusted(f"{key.user} may not {may} versions: their roles are {roles}", where=where, fix=fix)
-    if not key.scope.covers(version.scope):
-        raise Untrusted(f"{key.user} does not speak for {version.scope}", where=where, fix=fix)
+    for action in ("version.register", *(["version.override"] if version.override is not None else [])):
+        check_may_sign(key, action, version.digest, where or version.label, version.scope)
 
 
 def check_expiry(version: Version, where: str | None = None) -> None:

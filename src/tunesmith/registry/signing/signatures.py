@@ -23,8 +23,10 @@ from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import room_for, sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
+from tunesmith.core.text.names import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE
 from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.store.people.roles import permits
 from tunesmith.store.people.trust import TrustedKey, find_key
 
 RELEASE, SIGNATURE = "release.json", "model.sig"
@@ -35,6 +37,17 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 FIX = "restore the version's folder from where it was signed, or register it again"
+# What a signature does, in words.
+_ACTS = {
+    "version.register": "sign versions",
+    "version.override": "override gates",
+    "version.approve": "approve versions",
+    "version.hold": "hold versions",
+    "hold.end": "end holds",
+    "paper.write": "write papers",
+    "erase.plan": "plan erasures",
+    "erase.confirm": "confirm erasures",
+}
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # they say nothing about the folder
 
 
@@ -86,6 +99,38 @@ def check_in_time(key: TrustedKey, digest: str, where: str) -> None:
             where=where,
             fix="register or approve it again with an active key",
         )
+
+
+def check_may_sign(
+    key: TrustedKey,
+    action: str,
+    digest: str,
+    where: str,
+    scope: Scope = Scope(),
+    *,
+    apart_from: TrustedKey | None = None,
+    stands: bool = False,
+) -> None:
+    """Raise Untrusted unless a signature counts. Every kind of statement asks this, and nothing else.
+
+    action: what the statement does, one of roles.ACTIONS. digest: of what was signed. scope: what it is about.
+    apart_from: the key of the other person whom it takes. stands: what it does is done once: a signature that the audit
+    log recorded in time then counts whatever became of its person.
+    """
+    act = _ACTS[action]
+    if apart_from is not None and (key.user == apart_from.user or key.fingerprint == apart_from.fingerprint):
+        raise Untrusted(f"{key.user} may not {act} that they signed before", where=where, fix="it takes another person")
+    if stands and digest in key.signed:
+        return
+    fix = f"have an active user of that tenant and region who may {act} do it"
+    if not key.active:
+        raise Untrusted(f"signed by {key.user}, who is deactivated", where=where, fix=fix)
+    check_in_time(key, digest, where)
+    if not permits(key.roles, action):
+        roles = ", ".join(key.roles)
+        raise Untrusted(f"{key.user} may not {act}: their roles are {roles}", where=where, fix=fix)
+    if not key.scope.covers(scope):
+        raise Untrusted(f"{key.user} does not speak for {scope}", where=where, fix=fix)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ ACTIONS: Mapping[str, tuple[Role, ...]] = MappingProxyType(
         "erase.plan": ("steward",),
         "erase.confirm": ("steward", "admin"),
         "version.hold": ("steward", "admin"),
+        "hold.end": ("admin",),
         "store.prune": ("operator", "admin"),
         "job.add": ("engineer",),
         "job.change": ("operator", "engineer", "admin"),
