@@ -9,7 +9,7 @@ import pytest
 
 from tests.attack_table import Happened
 from tests.console.test_login import cookie_of, csrf, plain
-from tests.fabricate import APPROVER, OPERATOR, OWNER, STEWARD
+from tests.fabricate import APPROVER, OPERATOR, OWNER
 from tests.server.conftest import StartServer
 from tests.server.test_decisions import Approver
 from tunesmith.registry.verification import verify_version
@@ -32,18 +32,27 @@ def test_two_people_erase_over_http(
     for name in ("stella", "paula"):
         set_roles(store, name, ["steward"], actor=OWNER)
     first.ask()
-    tokens = {name: issue_token(store, name, actor=OWNER, name="e") for name in (STEWARD, APPROVER, OPERATOR)}
-    reads = issue_token(store, STEWARD, actor=OWNER, name="r", scopes=["read", "rows"])
+    tokens = {name: issue_token(store, name, actor=OWNER, name="e") for name in (APPROVER, OPERATOR)}
+    tokens["paula"] = planner.token
+    reads = issue_token(store, "paula", actor=OWNER, name="r", scopes=["read", "rows"])
     assert [first.send("/api/erasures", ASKED, each).status_code for each in (tokens[APPROVER], reads)] == [403, 403]
-    assert first.send("/api/erasures", {**ASKED, "value": "nobody"}, tokens[STEWARD]).status_code == 400
-    planned = first.send("/api/erasures", ASKED, tokens[STEWARD])
+    assert first.send("/api/erasures", {**ASKED, "value": "nobody"}, tokens["paula"]).status_code == 400
+    planned = first.send("/api/erasures", ASKED, tokens["paula"])
     assert (planned.status_code, planned.json()["state"], len(planned.json()["rows"])) == (200, "planned", 12)
     shown = first.get("/api/erasures", tokens[OPERATOR])
     assert shown.status_code == 200
     assert "switch on lamp" not in shown.text
     assert "a server that loaded home@v1" in shown.json()["erasures"][0]["in_use"][0]
-    prepare = "/api/erasures/1/prepare"
-    for who in (tokens[STEWARD], tokens[OPERATOR], reads):
+    prepare, at = "/api/erasures/1/prepare", "/api/erasures/1/confirm"
+    early = first.send(prepare, {}, second.token)
+    assert (early.status_code, "aula has not signed it" in early.text) == (409, True)
+    own = first.send(prepare, {}, planner.token).json()
+    given = {"at": "2026-01-01T00:00:00.000000Z", **planner.signed(own)}
+    del given["statement"]
+    assert first.send(at, {**given, "signature": second.signed(own)["signature"]}, planner.token).status_code == 409
+    happened("refused")
+    assert first.send(at, given, planner.token).json()["signed"]
+    for who in (tokens["paula"], tokens[OPERATOR], reads):
         assert first.send(prepare, {}, who).status_code in (403, 409)
         happened("refused")
     live = first.paused(versions[3], 50)
@@ -61,13 +70,13 @@ def test_two_people_erase_over_http(
         "key": given["key"],
         "signature": given["signature"],
     }
-    at, other = "/api/erasures/1/confirm", second.signed({**stated.json(), "payload": "eA=="})["signature"]
+    other = second.signed({**stated.json(), "payload": "eA=="})["signature"]
     wrong = {"signature": other}, {"at": "2026-01-01T00:00:00.000000Z"}, {"at": right["at"].replace("Z", "1Z")}
     for change in (*wrong, {"key": "sha256:" + "0" * 64}):
         assert served.send(at, {**right, **change}, second.token).status_code == 409, change
         happened("refused")
-    assert served.send(at, right, tokens[STEWARD]).status_code == 409, "the planner sent what another one signed"
-    for person, asks in (("stella", True), (STEWARD, False)):
+    assert served.send(at, right, tokens["paula"]).status_code == 409, "the planner sent what another one signed"
+    for person, asks in (("stella", True), ("paula", False)):
         with plain(served, cookie_of(served, person)) as http:
             page = http.get("/console/operations").text
             assert ("/console/do/erasures/1/prepare" in page) is asks

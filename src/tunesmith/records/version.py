@@ -97,7 +97,7 @@ class ApprovalBody(Body):
 
     override: why the version was registered although its gates did not pass, so that the approver knows of it.
     audit: the newest entry of the audit log when it was signed. until: when it may be submitted last; nonce: random, so
-    that it is recorded once.
+    that it is recorded once. papers: those that the version takes -> the records that the approver saw.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -112,6 +112,7 @@ class ApprovalBody(Body):
     audit: Head
     until: str
     nonce: str
+    papers: IfAny[Mapping[Paper, Digest]] = Field(default_factory=dict)
 
     @property
     def line(self) -> str:

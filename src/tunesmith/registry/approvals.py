@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import takewhile
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope
-from tunesmith.records.version import ApprovalBody, Decision
+from tunesmith.records.version import ApprovalBody, Decision, Paper
 from tunesmith.registry.opening import Verified, open_release, still_usable
 from tunesmith.registry.papers.writing import require_papers
 from tunesmith.registry.risk import Approvals
@@ -74,7 +74,7 @@ def prepare_approval(
     refusal, or for the approval of a version whose gates were overridden.
     """
     reason = reason.strip()
-    _check_decidable(store, version, actor, reason, decision)
+    _, papers = _check_decidable(store, version, actor, reason, decision)
     with store.reading() as session:
         head = audit.newest(session)
     approval = ApprovalBody(
@@ -87,6 +87,7 @@ def prepare_approval(
         audit=head,
         until=clock.stamp(LASTS),
         nonce=secrets.token_hex(_NONCE_BYTES),
+        papers=papers,
     )
     return statement_of(version, approval)
 
@@ -105,7 +106,8 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
     if by not in (None, key.user):
         raise Refused(f"signed with {key.user}'s key, and sent by {by}", fix="sign it with a key of yours")
     version = load_version(store, digest)
-    signer = _check_decidable(store, version, key.user, approval.reason, approval.decision)
+    signer, papers = _check_decidable(store, version, key.user, approval.reason, approval.decision)
+    _check_papers(version, approval, papers)
     record = approval.record({"version": version.digest}, {ENVELOPE: store.put_bytes(envelope)})
     read_approval(record, envelope, version, signer, identities.trusted_keys(store))
     stated = {"version": version.label, "reason": approval.reason, "nonce": approval.nonce}
@@ -188,11 +190,25 @@ def require_approved(
             approvals, refused_by, reason = [], approval.approver, approval.reason
     people = {approval.approver: roles[approval.approver] for approval in approvals}
     unmet(version, Approvals.by(version.risk, people, refused_by, reason), reasons).require(version.label)
+    if version.papers and any(approval.papers for approval in approvals):
+        papers = require_papers(store, version)
+        for approval in approvals:
+            _check_papers(version, approval, papers)
     return approvals[0]
 
 
-def _check_decidable(store: Store, version: Version, actor: str, reason: str, decision: Decision) -> TrustedKey:
-    """The key that signed a version which actor may approve or refuse now. Raises as prepare_approval does."""
+def _check_papers(version: Version, approval: ApprovalBody, papers: Mapping[Paper, str]) -> None:
+    """Raise Refused where an approver saw other papers than these."""
+    if approval.decision == "approve" and dict(approval.papers) != papers:
+        what = f"the papers of {version.label} are not those that {approval.approver} saw"
+        raise Refused(what, where=version.label, fix=NextStep("approve it again", "approve", version=version.label))
+
+
+def _check_decidable(
+    store: Store, version: Version, actor: str, reason: str, decision: Decision
+) -> tuple[TrustedKey, dict[Paper, str]]:
+    """The key that signed a version which actor may approve or refuse now, and the records of the papers that it takes
+    for an approval. Raises as prepare_approval does."""
     identities.require(store, actor, "version.approve", scope=version.scope)
     check_not_signer(version, actor)
     if not reason.strip() and decision == "refuse":
@@ -207,8 +223,8 @@ def _check_decidable(store: Store, version: Version, actor: str, reason: str, de
         for first in verify_version(store, version.label, keys=keys, whole_store=False).problems:
             fix = NextStep("list every problem", "verify", version=version.label)
             raise Refused(f"{version.label} does not verify: {first.reason}", where=first.path, fix=fix)
-        require_papers(store, version)
-    return signer
+        return signer, require_papers(store, version)
+    return signer, {}
 
 
 def _check_time(approval: ApprovalBody) -> None:

@@ -141,11 +141,20 @@ def paper_text(store: Store, version: Version, file: str, kept: str = "") -> byt
     return store.read_blob(store.record(state.record).blobs[kept or file])
 
 
-def require_papers(store: Store, version: Version) -> None:
-    """Raise Refused unless the papers that a version takes before its approval are there."""
-    lacking = [each for each in papers_of(store, version) if each.paper in version.papers and each.record is None]
-    if lacking:
+def require_papers(store: Store, version: Version) -> dict[Paper, str]:
+    """The records of the papers that a version takes before its approval.
+
+    Raises Refused where one is not there, and for a draft for the AI Act with gaps: what it asks is a provider's duty.
+    """
+    taken = [each for each in papers_of(store, version) if each.paper in version.papers]
+    if lacking := [each for each in taken if each.record is None]:
         raise NotWritten(version, lacking)
+    for each in taken:
+        if each.paper == "ai-act" and each.lacks:
+            what = f"the paper ai-act of {version.label} lacks {len(each.lacks)} entries, such as {each.lacks[0]}"
+            fix = NextStep(f"fill them in in {PERSON_FILE}, and write it again", "papers", version=version.label)
+            raise Refused(what, where=version.label, fix=fix)
+    return {each.paper: each.record for each in taken if each.record is not None}
 
 
 class NotWritten(Refused):
