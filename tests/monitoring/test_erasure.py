@@ -228,8 +228,8 @@ def test_a_restored_backup_erases_again(anna: Scene, tmp_path: Path, caplog: pyt
     )
     assert [problem.reason for problem in verify_audit(back).problems] == [
         f"erasures/notes.txt does not count: {JUNK}",
-        "erasure 1 was signed with a key that this database does not know: it was put back to an older time, or that is "
-        "forged",
+        "erasure 1 was signed with a key that this database does not know: it was put back to an older time, or that "
+        "is forged",
     ]
     assert plan(back, Cause(kind="source", value="calls.jsonl"), reason="asked", actor=STEWARD).number == 2
     with back.reading() as session:
