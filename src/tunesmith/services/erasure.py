@@ -76,11 +76,13 @@ def confirm(acting: Acting, asked: ConfirmErasure) -> Plan:
 @_confirms("erase.prepare", at="/erasures/{erasure}/prepare")
 def prepare(acting: Acting, asked: ConfirmErasure) -> Prepared:
     """Recall what a plan of another person names, and state what its second person signs. Deletes nothing."""
+    acting.unchanged()
     return Prepared.by(acting, statement_of(erasure.prepare(acting.store, asked.erasure, actor=acting.actor)))
 
 
 @_confirms("erase.submit", at="/erasures/{erasure}/confirm")
 def submit(acting: Acting, asked: SignedErasure) -> Plan:
     """Erase what a plan of another person names. The caller signed the statement of exactly this."""
+    acting.unchanged()
     sign = partial(envelope_of, fingerprint=asked.key, signature=asked.signature)
     return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=sign, at=asked.at)
