@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.digests import digest_of
-from tunesmith.core.errors import NextStep, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
@@ -320,10 +321,13 @@ def _check_jobs(project: ProjectSettings) -> None:
 
 
 class Project:
-    """A folder with a tunesmith.yaml. root: the folder; settings: the file's; store: the folder's `.tunesmith`."""
+    """A folder with a tunesmith.yaml. root: the folder; settings: the file's; store: the folder's `.tunesmith`.
 
-    def __init__(self, root: Path, settings: ProjectSettings) -> None:
-        self.root, self.settings = root, settings
+    loaded: the file that `load` read, and the digest of its settings; None where no file was read.
+    """
+
+    def __init__(self, root: Path, settings: ProjectSettings, loaded: tuple[Path, str] | None = None) -> None:
+        self.root, self.settings, self.loaded = root, settings, loaded
 
     @classmethod
     def load(cls, path: str | Path = FILE) -> Self:
@@ -339,7 +343,8 @@ class Project:
             )
         root = path.parent.absolute()
         settings = parse_settings(read_text_file(path, "the project file", _LARGEST), str(path))
-        return cls(root, settings.model_copy(update={"task": settings.task.loaded(root)}))
+        settings = settings.model_copy(update={"task": settings.task.loaded(root)})
+        return cls(root, settings, (path.absolute(), settings.digest))
 
     @cached_property
     def store(self) -> Store:
@@ -362,15 +367,26 @@ class Project:
 
     def with_settings(self, **settings: Any) -> Project:
         """This project and its store with other settings, which are not validated again."""
-        made = Project(self.root, self.settings.model_copy(update=settings))
+        made = Project(self.root, self.settings.model_copy(update=settings), self.loaded)
         made.store = self.store
         return made
 
-    def read_again(self) -> Project:
-        """This project and its store as its file says now. Raises UsageError where that is not valid."""
-        made = Project.load(self.root)
-        made.store = self.store
-        return made
+    def unchanged(self, since: str = "this server started") -> Self:
+        """This project, whose file still states the settings that were loaded. Raises Refused where it does not.
+
+        since: when it was loaded, for the message.
+        """
+        if self.loaded is None:
+            return self
+        with contextlib.suppress(UsageError):  # a file that is missing or not valid is a changed one
+            if Project.load(self.loaded[0]).loaded == self.loaded:
+                return self
+        raise Refused(
+            f"the project file changed since {since}",
+            where=str(self.loaded[0]),
+            fix="restart it, or put the file back",
+            code="project_changed",
+        )
 
     def in_this_process(self) -> Project:
         """This project without the Ray cluster of its settings: this process trains and answers."""

@@ -74,7 +74,7 @@ def run(
 ) -> RunSummary:
     """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped.
 
-    scope: whom the version is for.
+    scope: whom the version is for. Raises Refused where the project file changed before the version was registered.
     """
     store, signer = project.store, project.actor(actor)
     context = PipelineContext(project, progress, signer, scope, beside=best_untuned)
@@ -89,6 +89,7 @@ def run(
     if gate.verdict == "pass":
         began = time.perf_counter()
         with progress.task("registering", 1):  # the last step at which the run can be stopped
+            project.unchanged("this run began")
             risk = None if project.settings.risk is None else project.settings.risk.requirement
             version = register(
                 store, name=project.settings.name, verdict=decided, actor=signer, scope=scope, risk=risk,

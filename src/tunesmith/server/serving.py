@@ -121,7 +121,13 @@ class Serving:
     @property
     def here(self) -> dict[str, Any]:
         """What `Acting` has of this server, whoever acts."""
-        return {"store": self.store, "load": self.own_project, "region": self.settings.region, "serving": self}
+        acting = {"store": self.store, "load": self.own_project, "region": self.settings.region}
+        return acting | {"unchanged": self.unchanged, "serving": self}
+
+    def unchanged(self) -> None:
+        """Raise Refused where the project file changed since the server started, whose settings it keeps."""
+        if self.project is not None:
+            self.project.unchanged()
 
     def own_project(self) -> Project:
         """The project. Raises NotThere where the server has none."""

@@ -90,7 +90,8 @@ Result = TypeVar("Result", bound=BaseModel)
 class Acting:
     """Who acts or looks, and where. session: of the console, "" elsewhere. token: of a caller of /api, None elsewhere.
 
-    region: of the server, the user's own on the command line. progress: of what takes long.
+    region: of the server, the user's own on the command line. progress: of what takes long. unchanged: raises Refused
+    where the project file changed since this process read it, before an action that decides; a command reads it anew.
     """
 
     store: Store
@@ -100,6 +101,7 @@ class Acting:
     session: str = ""
     token: Token | None = None
     progress: Progress = SILENT
+    unchanged: Callable[[], object] = lambda: None
 
     @property
     def actor(self) -> str:

@@ -229,6 +229,7 @@ def croissant(store: Store, dataset: str, name: str) -> tuple[str, str]:
 )  # fmt: skip
 def sign(acting: Acting, asked: SignDataset) -> SignedDataset:
     """Verify a dataset version and sign it off as its steward."""
+    acting.unchanged()
     digest, steward = find_dataset(acting.store, asked.dataset), acting.actor
     signoff = sign_off(acting.store, digest, steward=steward, reason=asked.reason)
     return SignedDataset(dataset=digest, steward=steward, signoff=signoff)

@@ -72,11 +72,13 @@ def confirm(acting: Acting, asked: ConfirmErasure) -> Plan:
 @_confirms("erase.prepare", at="/erasures/{erasure}/prepare")
 def prepare(acting: Acting, asked: ConfirmErasure) -> Prepared:
     """State what whoever acts signs: their own plan, or what another person's plan erases, which is recalled first."""
+    acting.unchanged()
     return Prepared.by(acting, erasure.prepare(acting.store, asked.erasure, actor=acting.actor))
 
 
 @_confirms("erase.submit", at="/erasures/{erasure}/confirm")
 def submit(acting: Acting, asked: SignedErasure) -> Plan:
     """Sign a plan of one's own, or erase what one of another person names. The caller signed exactly this."""
+    acting.unchanged()
     sign = partial(envelope_of, fingerprint=asked.key, signature=asked.signature)
     return erasure.confirm(acting.store, asked.erasure, actor=acting.actor, sign=sign, at=asked.at)

@@ -139,7 +139,8 @@ class ChangeJob(Request):
 )  # fmt: skip
 def add(acting: Acting, asked: AddJob) -> JobView:
     """Queue a run or a forecast. It is for all tenants and regions, and so must its caller be."""
-    project = acting.project.read_again()
+    acting.unchanged()
+    project = acting.project
     kind = asked.kind or ("run" if asked.candidate is None else "forecast")
     arguments = run_arguments(project, asked.changes)
     if kind == "forecast":
@@ -470,9 +471,10 @@ class NotYet(UsageError):
 def add_fine_tuning(acting: Acting, arguments: Arguments, *, key: str | None = None) -> JobRow:
     """Queue a fine-tuning job. key: an idempotency key. The job is for the tenant and region of its files.
 
-    Raises UnknownModel; UsageError, where: the client's field, for what the project cannot do; Refused where the user
-    may not add jobs.
+    Raises UnknownModel; UsageError, where: the client's field, for what the project cannot do; Forbidden where the user
+    may not add jobs; Refused where the project file changed.
     """
+    acting.unchanged()
     project = acting.project
     known = project.settings.fine_tuning
     if known is None or arguments.model not in known.models:

@@ -174,6 +174,7 @@ class RollBack(AbortRollout, ScopedRequest):
 )  # fmt: skip
 def start(acting: Acting, asked: StartRollout) -> RolloutView:
     """Start to move traffic to an approved version, in the project's steps. A name's first version serves at once."""
+    acting.unchanged()
     project, scope = acting.project, acting.scope(asked)
     plan = project.settings.rollout
     check_analyses(project.settings.task.scorers, plan.steps)
@@ -296,12 +297,14 @@ _change = partial(action, permission="rollout.change", tokens=("operate",), form
 @_change("rollout.resume", says="resumed the rollout", at="/rollouts/{rollout}/resume")
 def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
     """End the pause of a rollout."""
+    acting.unchanged()
     return _changed(acting, asked, commands.resume)
 
 
 @_change("rollout.promote", says="promoted the canary", at="/rollouts/{rollout}/promote")
 def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
     """Give the new version all traffic now."""
+    acting.unchanged()
     return _changed(acting, asked, partial(commands.promote, override=asked.override))
 
 

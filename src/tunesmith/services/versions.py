@@ -186,6 +186,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
 
     It states the project's risk class from now on.
     """
+    acting.unchanged()
     project, risk = acting.project, acting.project.settings.risk
     verdict = asked.verdict or latest(project, "verdict", acting.user.scope)
     if verdict is None:
@@ -648,6 +649,8 @@ _decides = partial(
 @_decides("decision.prepare", at="/decisions/prepare")
 def prepare_decision(acting: Acting, asked: PrepareDecision) -> PreparedDecision:
     """Verify a version, and state what its approver signs. Changes nothing."""
+    if asked.decision == "approve":
+        acting.unchanged()
     version, statement = _stated(acting, asked, asked.decision)
     missing = approvals_for(acting.store, version).missing
     return PreparedDecision.by(acting, statement, risk=version.risk, missing=missing)
@@ -656,9 +659,11 @@ def prepare_decision(acting: Acting, asked: PrepareDecision) -> PreparedDecision
 @_decides("decision.submit", at="/decisions")
 def submit_decision(acting: Acting, asked: SubmitDecision) -> RecordedDecision:
     """Check a decision that was signed elsewhere and record it. The caller must be the one who signed it."""
+    _, digest, stated = read_statement(asked.statement)
+    if stated.decision == "approve":
+        acting.unchanged()
     envelope = envelope_of(asked.statement, asked.key, asked.signature)
     recorded = submit_approval(acting.store, envelope, by=acting.actor)
-    _, digest, _ = read_statement(asked.statement)
     return _recorded(acting.store, versions.load_version(acting.store, digest), recorded)
 
 

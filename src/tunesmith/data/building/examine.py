@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Conversation, CountTokens, Turns, tools_of, with_tools
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import AnswerAltered, Conversation, CountTokens, Turns, tools_of, with_tools
 from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, json_in, parse_json
 from tunesmith.core.values import Schema
 from tunesmith.data.building.staging import (
+    ALTERED,
     EDITED,
     HAS_CONTROL,
     OFF_SCHEMA,
@@ -277,10 +278,20 @@ class Examiner:
         """
         if self.rules.count_tokens is None or self.rules.max_tokens is None:
             return messages
-        count, most = self.rules.count_tokens, self.rules.max_tokens
+        count_tokens, most = self.rules.count_tokens, self.rules.max_tokens
+
+        def count(turns: Turns) -> int:
+            try:
+                return count_tokens(turns, most)
+            except AnswerAltered as error:
+                raise _Removed(ALTERED, name) from error
+            except TunesmithError as error:
+                error.where = f"{row.where}, {error.where}"
+                raise
+
         frame = messages[:1] if messages[0].role == "system" else ()
         spoken = messages[len(frame) :]
-        length = count(messages, most)
+        length = count(messages)
         if length > most and self.settings.overlong == "truncate":
             # Without more exchanges there are fewer tokens, so a search by halves finds how many must go.
             starts, tools = [n for n, turn in enumerate(spoken) if turn.role == "user"], tools_of(messages[:1])
@@ -288,9 +299,9 @@ class Examiner:
             def rest(start: int) -> Turns:
                 return with_tools((*frame, *spoken[start:]), tools)
 
-            gone = bisect_left(starts, True, lo=1, key=lambda start: count(rest(start), most) <= most)
+            gone = bisect_left(starts, True, lo=1, key=lambda start: count(rest(start)) <= most)
             messages = rest(starts[min(gone, len(starts) - 1)])
-            length = count(messages, most)
+            length = count(messages)
         if length <= most:
             self.account.longest = max(self.account.longest, length)
             return messages

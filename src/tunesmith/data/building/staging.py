@@ -275,6 +275,7 @@ OFF_SCHEMA: Final = "answer not valid under the schema"
 WITHDRAWN: Final = "withdrawn by a recall"
 OUTSIDE_WORDING: Final = "same wording as a row of an outside test set"
 HAS_CONTROL: Final = "holds the control token"  # the token follows
+ALTERED: Final = "answer changed by the base's chat template, such as by white space at its ends"
 SPOILT: Final = "after pseudonymisation"  # follows the reason
 EDITED: Final = "in a row that was edited in a review"  # follows the reason
 SPOILT_CALL: Final = "tool call not valid JSON after pseudonymisation"

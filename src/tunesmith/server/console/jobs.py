@@ -53,7 +53,7 @@ def start(viewer: Looking) -> Response:
     project = viewer.serving.project
     if (reason := no_start(viewer)) or project is None:
         return viewer.page("jobs_start.html.jinja", reason=reason)
-    project = project.read_again()
+    project.unchanged()
     return viewer.page(
         "jobs_start.html.jinja",
         reason="",

@@ -42,7 +42,7 @@ _STREAMS = 16  # of one user at once
 _FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
-@routes.post("", **answers(FineTuningJob, 400, 404, 408, 413, 503, 507, extra=body(FineTuningRequest)))
+@routes.post("", **answers(FineTuningJob, 400, 404, 408, 409, 413, 503, 507, extra=body(FineTuningRequest)))
 async def create(request: Request, call: Calling) -> Response:
     """Queue a job. The header Idempotency-Key gives the same job when the request is sent again."""
     user = call.user
@@ -62,7 +62,7 @@ async def create(request: Request, call: Calling) -> Response:
             field = error.where if error.where in FineTuningRequest.model_fields else None
             raise bad_request(f"{error.what}.", field) from error
         except Refused as error:
-            raise forbidden(f"{error.what}.") from error
+            raise ApiError(409, sentence(error), error.code) if error.code else forbidden(f"{error.what}.") from error
         except TunesmithError as error:
             raise not_stored(error) from error
 
