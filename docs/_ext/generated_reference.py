@@ -339,7 +339,8 @@ def records_page() -> str:
     ]
     for name, kind in KINDS.items():
         parents, blobs = (", ".join(f"`{each}`" for each in names) for names in (kind.parents, kind.blobs))
-        lines.append(f"| `{name}` | `{kind.made_by}` | {parents} | {blobs} |")
+        made_by = f"`{kind.made_by}`" if kind.made_by else "earlier versions"
+        lines.append(f"| `{name}` | {made_by} | {parents} | {blobs} |")
     by_model, document = models_json_schema([(body, "validation") for body in bodies().values()])
     schemas: Mapping[str, Any] = document["$defs"]
     used: list[str] = []

@@ -19,7 +19,6 @@ from tunesmith.jobs.performing import JobProgress
 from tunesmith.jobs.queue import Curve, JobError
 from tunesmith.project import Project
 from tunesmith.store.people.identities import add_user
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202e{{7*7}} javascript:alert(3) ' + "x" * 10_000
@@ -30,7 +29,7 @@ def added(store: Store, kind: str = "run", scope: Scope = Scope(), **arguments: 
 
 
 def claimed(store: Store) -> Lease:
-    lease = leases.claim(store, "host:1", ["run", "forecast", "fine_tuning"], project="p", seconds=600)
+    lease = leases.claim(store, "host:1", ["run", "fine_tuning"], project="p", seconds=600)
     assert lease is not None
     return lease
 
@@ -77,7 +76,7 @@ def result(scene: Scene, *, seed: int, mean: float, verdict: str = "pass") -> di
 
 def test_the_list_and_one_run_while_it_trains(served: Served, login: Login) -> None:
     store = served.scene.store
-    for kind in ("run", "forecast"):
+    for kind in ("run", "fine_tuning"):
         added(store, kind)
     lease = claimed(store)
     for _ in range(110):
@@ -155,34 +154,12 @@ def test_a_run_that_ended(served: Served, login: Login) -> None:
     check_page(page)
 
 
-def interval_of(median: float) -> dict[str, float]:
-    return {"median": median, "low": median - 0.05, "high": median + 0.05}
-
-
-def test_the_newest_forecast_stands_before_the_button_and_a_run_is_started(
-    served: Served, login: Login, tmp_path: Path
-) -> None:
+def test_a_run_is_started_from_the_form(served: Served, login: Login, tmp_path: Path) -> None:
     store = served.scene.store
-    training = {"seconds": 95.0, "epochs": 3.0, "money": None}
-    body: dict[str, Any] = {
-        "name": "tuned", "metric": "exact_match", "rows": 1200, "held": {"validation": 80}, "seconds": 55.0,
-        "confidence": 0.9, "decision": "train", "likely": 0.97, "goal": 0.05, "rival": "plain",
-        "rivals": {"plain": 0.6}, "score": interval_of(0.8), "lift": interval_of(0.2),
-        "subsets": [{"rows": 100, "epochs": 3.0, "mean": 0.7}], "curve": [{"rows": 1200, **interval_of(0.8)}],
-        "training": training,
-    }  # fmt: skip
-    for changes in ({}, {"name": "elsewhere"}, {"rivals": {"unknown": 0.6}, "rival": "unknown"}):
-        store.put_record(Record(kind="forecast", body={**body, **changes}))
     project = Project.load(write_project(tmp_path / "p"))
     project.store, served.serving.project = store, project
     page = login(OWNER, "/console/jobs/start")
-    headline = "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points."
-    expect(page.get_by_text(headline)).to_be_visible()
-    expect(page.get_by_text("for tuned, 1,200 training rows")).to_be_visible()
     check_page(page)
-    page.get_by_role("button", name="Forecast it first").click()
-    expect(page.get_by_role("heading", level=1)).to_contain_text("Job 1: forecast queued")
-    page.goto(f"{served.url}/console/jobs/start")
     epochs = page.get_by_label("Epochs")
     epochs.fill("many")
     page.get_by_role("button", name="Start the run").click()
@@ -190,7 +167,7 @@ def test_the_newest_forecast_stands_before_the_button_and_a_run_is_started(
     expect(epochs).to_have_value("many")
     epochs.fill("2")
     page.get_by_role("button", name="Start the run").click()
-    page.wait_for_url("**/console/jobs/2")
+    page.wait_for_url("**/console/jobs/1")
     expect(page.get_by_text("tuned: epochs 2")).to_be_visible()
     with plain(served, cookie_of(served, OPERATOR)) as http:
         start = http.get("/console/jobs/start").text

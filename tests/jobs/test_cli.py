@@ -88,5 +88,3 @@ def test_settings_of_one_run(folder: Path) -> None:
     assert queued["changes"] == {"tuned": {"epochs": 2, "learning_rate": 0.01}}
     assert "tuned.epochs=2" in told(folder, "jobs", "show", "1")
     assert "changes no setting" in told(folder, "run", "--queue", "--set", "tuned.epochs")
-    assert document(folder, "forecast", "--queue")["kind"] == "forecast"
-    assert told(folder, "forecast", "--queue", "--rows", "300").startswith("2: a queued forecast takes the defaults")

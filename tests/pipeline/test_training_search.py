@@ -11,7 +11,6 @@ import yaml
 
 from tests.commands import call, printed
 from tests.evaluation.probing import row
-from tests.pipeline.large_project import write_large
 from tests.tiny_project import settings, write_project
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Refused, UsageError
@@ -218,8 +217,11 @@ def test_it_says_what_validation_rows_are_missing() -> None:
 
 def test_a_metric_that_cannot_run_stops_a_training_before_it_begins(tmp_path: Path) -> None:
     """Validation by the loss instead would hide it until the evaluation, after the training."""
-    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.2, "group_by": "template"}}
-    project = write_large(tmp_path / "p", value="1.0", data=data)
+    data = {**settings()["data"], "split": {"validation": 0.5, "test": 0.2, "group_by": "template"}}
+    task = {"scorers": [{"name": "own", "function": "scorer.py:score"}]}
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "scorer.py").write_text("def score(answer, reference, request):\n    return 1.0\n")
+    project = Project.load(write_project(tmp_path / "p", data=data, task=task, gates={}))
     (tmp_path / "p" / "scorer.py").write_text("def score(answer, reference, request:\n")
     with pytest.raises(UsageError, match=r"scorer.py cannot be run: SyntaxError"):
         train(project)

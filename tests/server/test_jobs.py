@@ -87,7 +87,7 @@ def test_tracebacks_and_paths_are_for_those_who_run_the_server(served: Served) -
         assert "our apps" in browser.get(f"/console/jobs/{lease.job}").text
 
 
-def test_a_run_and_a_forecast_are_queued_over_http_and_their_curves_read(scene: Scene, tmp_path: Path) -> None:
+def test_a_run_is_queued_over_http_and_its_curves_read(scene: Scene, tmp_path: Path) -> None:
     project = Project.load(write_project(tmp_path / "p"))
     project.store = scene.store
     add_user(scene.store, "eve", ["engineer"], actor=OWNER)
@@ -99,7 +99,6 @@ def test_a_run_and_a_forecast_are_queued_over_http_and_their_curves_read(scene: 
         asked = {"changes": changes, "priority": 3, "key": "nightly"}
         first = http.post("/api/jobs", json=asked).json()
         assert (first["kind"], first["changes"], first["priority"]) == ("run", changes, 3)
-        assert http.post("/api/jobs", json={"kind": "forecast"}).json()["kind"] == "forecast"
         assert http.post("/api/jobs", json={"changes": {"tuned": {"epochs": 0}}}).status_code == 400
         lease = leases.claim(scene.store, "w", ["run"], project="tiny")
         assert lease is not None

@@ -46,8 +46,7 @@ def test_settings_of_one_run(project: Project) -> None:
         ({"changes": {"tuned": {"keep": "last"}}}, "cannot be changed for one run"),
         ({"changes": {"tuned": {"epochs": "many"}}}, "epochs: "),
         ({"changes": {"tuned": {"epochs": 2, "budget": "20x"}}}, "write a duration such as 20m"),
-        ({"candidate": "plain"}, "no candidate 'plain' is trained"),
-        ({"kind": "run", "candidate": "tuned"}, "candidate is for forecasts"),
+        ({"kind": "forecast"}, "kind"),
         ({"priority": 5000}, "less than or equal to 1000"),
     ],
 )
@@ -57,9 +56,7 @@ def test_what_cannot_be_queued(project: Project, asked: dict[str, Any], said: st
     assert jobs.list_jobs(looking(project)).total == 0
 
 
-def test_a_candidate_means_a_forecast_and_a_key_one_job(project: Project) -> None:
-    kinds = [do(project, jobs.add, **asked).kind for asked in ({}, {"candidate": "tuned"}, {"kind": "forecast"})]
-    assert kinds == ["run", "forecast", "forecast"]
+def test_a_key_means_one_job(project: Project) -> None:
     assert len({do(project, jobs.add, key="nightly").job for _ in range(2)}) == 1
 
 

@@ -29,7 +29,7 @@ class TokenPrice(Settings):
 class EndpointSettings(Settings):
     """A model behind an OpenAI-compatible URL. Its key is read from the environment and stored nowhere.
 
-    Evaluating an endpoint sends the test rows' requests to it; a search, a forecast or a training those for validation.
+    Evaluating an endpoint sends the test rows' requests to it; a search or a training those for validation.
     """
 
     url: str = Field(description="the API's URL up to /v1, such as https://host/v1")

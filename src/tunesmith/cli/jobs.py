@@ -146,7 +146,6 @@ def draw_job(job: JobView) -> Drawn:
         ("worker", job.worker),
         ("step", _step(job)),
         ("took", f"{job.ended - job.started:.0f} s" if job.started and job.ended else ""),
-        ("forecast", job.result.get("headline")),
         ("version", job.result.get("register", {}).get("version")),
         ("error", job.error.get("what")),
         ("where", job.error.get("where")),

@@ -1,4 +1,4 @@
-"""`run`, `train` and `forecast`."""
+"""`run` and `train`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,18 @@ from tunesmith.cli.jobs import draw_job
 from tunesmith.cli.terminal import Acting, Drawn, Here, Positive, Terminal, add_commands, table
 from tunesmith.core.errors import UsageError
 from tunesmith.core.system.machine import started_by_torchrun
-from tunesmith.core.text.wording import gigabytes, percent
+from tunesmith.core.text.wording import gigabytes
 
 if TYPE_CHECKING:
-    from tunesmith.evaluation.learning_curve import Forecast
     from tunesmith.pipeline.run import RunSummary, TrainingSummary
     from tunesmith.pipeline.training import Repeated
     from tunesmith.records.training import SettingsTrial
     from tunesmith.services.training import SettingsSearch
 
 
-FORECAST_EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
-_COLOURS = {"train": "green", "don't": "red", "undecided": "yellow", None: "yellow"}
-
-
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, run, train, forecast)
+    add_commands(app, run, train)
 
 
 def run(
@@ -137,34 +132,6 @@ def _check_train_options(restart: bool, repeat: bool, search: bool, *, limited: 
         raise UsageError(f"{only[0]} keeps nothing that could be restarted", fix="leave --restart out")
 
 
-def forecast(
-    here: Acting,
-    candidate: str | None = None,
-    *,
-    rows: Annotated[int | None, typer.Option(min=1)] = None,
-    goal: Annotated[float | None, typer.Option(min=-1.0, max=1.0)] = None,
-    queue: bool = False,
-) -> int:
-    """Forecast from trainings on subsets whether a training will pay. Exits with 0 for train, 3 for don't, 4 for
-    undecided.
-
-    candidate: Its name; by default the only one that is trained.
-    rows: Rows of the largest subset; by default a sixteenth of all, and 100 at least.
-    goal: The lift from which tuning pays; by default the lift gate's bound.
-    queue: Leave it to `tunesmith worker`, with the defaults, and return at once.
-    """
-    if queue:
-        if (rows, goal) != (None, None):
-            raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
-        here.show(services.jobs.add, draw_job, kind="forecast")
-        return 0
-    made = services.training.forecast(
-        here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor
-    )
-    here.emit(made, _draw_forecast)
-    return FORECAST_EXITS[made.decision]
-
-
 def _draw_training(done: TrainingSummary) -> Drawn:
     expected = done.estimate
     checkpoint, expected_checkpoint = done.checkpoint_bytes / 1e6, expected.checkpoint_bytes / 1e6
@@ -254,18 +221,3 @@ def _draw_run(done: RunSummary) -> Drawn:
         ("tunesmith serve", "an OpenAI-compatible endpoint"),
     ):
         yield f"  {command:<52} {why}"
-
-
-def _draw_forecast(forecast: Forecast) -> Drawn:
-    rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in forecast.subsets]
-    rows += [(name, percent(mean), "") for name, mean in sorted(forecast.rivals.items(), key=lambda one: one[1])]
-    rows += [
-        (f"expected of {each.rows:,} rows", percent(each.median), f"{percent(each.low)} to {percent(each.high)}")
-        for each in forecast.curve
-        if each.rows >= forecast.rows
-    ]
-    title = f"{sum(forecast.held.values())} validation rows"
-    yield table(rows, "", forecast.metric, f"{forecast.confidence:.0%} interval", title=title)
-    yield forecast.headline, f"bold {_COLOURS[forecast.decision]}"
-    for sentence in forecast.reasons:
-        yield f"- {sentence}"

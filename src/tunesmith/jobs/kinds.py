@@ -10,14 +10,12 @@ from pathlib import Path
 
 from tunesmith.core import telemetry
 from tunesmith.core.system.machine import end_with_parent
-from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.jobs import queue
 from tunesmith.jobs.arguments import project_of
 from tunesmith.jobs.fine_tuning import perform_fine_tuning
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.queue import JobError
-from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.run import RunSummary, run
 from tunesmith.project import Project, open_store
 from tunesmith.registry.versions import get_alias
@@ -56,18 +54,8 @@ def _perform_run(project: Project, job: JobRow, progress: JobProgress) -> Outcom
     return Outcome(outcome.result, error)
 
 
-def _perform_forecast(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
-    from tunesmith.pipeline.forecast import forecast  # loads torch
-
-    digest = forecast(PipelineContext(project, progress, job.created_by), job.arguments["candidate"])
-    shown = Forecast.recorded(project.store, digest)
-    progress.say(shown.headline)
-    return Outcome(shown.model_dump(mode="json"))
-
-
 KINDS: Mapping[str, Callable[[Project, JobRow, JobProgress], Outcome]] = {
     "run": _perform_run,
-    "forecast": _perform_forecast,
     FINE_TUNING: perform_fine_tuning,
 }
 

@@ -33,13 +33,11 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
     return given
 
 
-def answers_of(
-    context: PipelineContext, digest: str, split: str, title: str | None = None, first: Sequence[Example] = ()
-) -> str:
-    """Digest of the answers of a candidate record to the rows of a split. title: names it; by default its name. first:
-    only to these, which are the first ones in turns."""
+def answers_of(context: PipelineContext, digest: str, split: str, first: Sequence[Example] = ()) -> str:
+    """Digest of the answers of a candidate record to the rows of a split. first: only to these, which are the first
+    ones in turns."""
     asked = load_candidate(context.store, digest)
-    endpoint, named = context.settings_of(asked.name).endpoint, title or asked.name
+    endpoint, named = context.settings_of(asked.name).endpoint, asked.name
     choices = _choices(context) if asked.asks_base else ()
     parents = {"candidate": digest, "dataset": context.dataset.digest}
     inputs = {

@@ -32,7 +32,6 @@ REVISIONS = {
     "train": 9,
     "search": 5,
     "training_search": 8,
-    "forecast": 7,
     "answer": 4,
     "judge": 2,
     "probe": 2,

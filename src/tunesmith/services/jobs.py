@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from tunesmith.core import telemetry
@@ -34,10 +34,9 @@ from tunesmith.jobs.places import make_places
 from tunesmith.jobs.queue import Curve, JobFilter
 from tunesmith.jobs.worker import Worker
 from tunesmith.monitoring.cases import delete_expired
-from tunesmith.pipeline.training import only_tuned
 from tunesmith.project import Project
 from tunesmith.records.training import TrainingBody
-from tunesmith.services.actions import Acting, Number, Request, Short, action
+from tunesmith.services.actions import Acting, Number, Request, action
 from tunesmith.services.monitoring import look_again
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
@@ -55,10 +54,9 @@ class JobView(ScopedView):
     state: queued, running, paused, succeeded, failed or cancelled; wanted: the state that a person asked a running job
     to go to, "" where nobody did. worker: who performs it, or did last. silent: it runs, but its worker gave no sign of
     life until its lease ended, or was a process of this machine and has ended. progress: the step that it is at, with
-    `done` of `total` and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` or
-    `tunesmith forecast --json` prints, without paths; {} where there is none. error: code, what, where and fix; {}
-    where there is none. cause: why it was queued, "" where a person did it. changes: training settings, by candidate,
-    that differ from the project file.
+    `done` of `total` and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints,
+    without paths; {} where there is none. error: code, what, where and fix; {} where there is none. cause: why it was
+    queued, "" where a person did it. changes: training settings, by candidate, that differ from the project file.
     """
 
     job: int
@@ -107,24 +105,16 @@ class JobLog(View):
 
 
 class AddJob(Request):
-    """A job for a worker: a run of the project's pipeline, or a forecast of the training of a candidate.
+    """A job for a worker: a run of the project's pipeline.
 
-    kind: by default a forecast where a candidate is named, else a run. candidate: that is forecast, by default the only
-    one that is trained. changes: training settings by candidate, for this job only. priority: jobs with a higher one
-    are taken first. key: the same key again gives the same job.
+    changes: training settings by candidate, for this job only. priority: jobs with a higher one are taken first. key:
+    the same key again gives the same job.
     """
 
-    kind: Literal["run", "forecast"] | None = None
-    candidate: Short | None = None
+    kind: Literal["run"] = "run"
     changes: Annotated[dict[str, dict[str, int | float | str]], Field(default_factory=dict)]
     priority: int = Field(default=0, ge=-1000, le=1000)
     key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-
-    @model_validator(mode="after")
-    def _of_its_kind(self) -> AddJob:
-        if self.kind == "run" and self.candidate is not None:
-            raise ValueError("candidate is for forecasts")
-        return self
 
 
 class ChangeJob(Request):
@@ -138,18 +128,12 @@ class ChangeJob(Request):
     refused="job_state", reads_files=True,
 )  # fmt: skip
 def add(acting: Acting, asked: AddJob) -> JobView:
-    """Queue a run or a forecast. It is for all tenants and regions, and so must its caller be."""
+    """Queue a run. It is for all tenants and regions, and so must its caller be."""
     acting.unchanged()
     project = acting.project
-    kind = asked.kind or ("run" if asked.candidate is None else "forecast")
-    arguments = run_arguments(project, asked.changes)
-    if kind == "forecast":
-        arguments["candidate"] = named = asked.candidate or only_tuned(project)
-        if named not in (trained := project.settings.tuned):
-            raise UsageError(f"no candidate {named!r} is trained", fix=f"name one of {', '.join(trained)}")
     row = queue.add(
-        acting.store, kind, arguments, project=project.settings.name, actor=acting.actor, priority=asked.priority,
-        key=asked.key,
+        acting.store, asked.kind, run_arguments(project, asked.changes), project=project.settings.name,
+        actor=acting.actor, priority=asked.priority, key=asked.key,
     )  # fmt: skip
     return _view(row, queue.time_now(acting.store), acting.user)
 

@@ -1,4 +1,4 @@
-"""Trainings: run the pipeline with them here, train a candidate, forecast it, and search for better settings."""
+"""Trainings: run the pipeline with them here, train a candidate, and search for better settings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from tunesmith.core import telemetry
-from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Stopped
 from tunesmith.core.values import Duration, View, first_problem
-from tunesmith.evaluation.learning_curve import Forecast
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.arguments import CHANGEABLE, Changes, run_arguments, with_changes
 from tunesmith.jobs.kinds import run_project
@@ -244,52 +243,6 @@ def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
         )
         candidates.append(TrainedCandidate(name=name, settings=settings))
     return tuple(candidates)
-
-
-_LOOKED_AT = 50  # newest forecasts that are looked through for a project's
-
-
-def forecast(
-    project: Project,
-    name: str | None = None,
-    *,
-    rows: int | None = None,
-    goal: float | None = None,
-    progress: Progress = SILENT,
-    actor: str | None = None,
-) -> Forecast:
-    """Forecast a candidate's training, by default that of the only one that is trained.
-
-    rows: of the largest subset, by default a sixteenth of the rows and 100 at least. goal: the lift from which tuning
-    pays, by default the lift gate's bound.
-    """
-    from tunesmith.pipeline.forecast import forecast as run_forecast  # loads torch
-
-    context, name = PipelineContext(project, progress, actor), name or only_tuned(project)
-    return Forecast.recorded(project.store, run_forecast(context, name, rows=rows, goal=goal))
-
-
-class KeptForecast(View):
-    """A forecast that was made before. at: when, ISO 8601."""
-
-    at: str
-    forecast: Forecast
-
-
-def newest_forecast(project: Project) -> KeptForecast | None:
-    """The newest forecast of a candidate that this project trains; None where there is none.
-
-    A store may be shared with other projects: a forecast with rivals that this one does not have is another's.
-    """
-    known, trained = set(project.settings.candidates), set(project.settings.tuned)
-    for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
-        try:
-            forecast = Forecast.recorded(project.store, digest)
-        except (Refused, UsageError):
-            continue
-        if forecast.name in trained and known >= set(forecast.rivals):
-            return KeptForecast(at=at, forecast=forecast)
-    return None
 
 
 def memory(folder: Path, base: str | None = None, **given: Any) -> MemoryPlan:

@@ -22,8 +22,8 @@ _WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model.safetenso
 class RecordKind(NamedTuple):
     """What a kind of record may hold.
 
-    made_by: the module that makes it. parents: roles; `answers:NAME` stands for every role that begins with `answers:`.
-    blobs: file names.
+    made_by: the module that makes it; "" where only earlier versions did. parents: roles; `answers:NAME` stands for
+    every role that begins with `answers:`. blobs: file names.
     """
 
     made_by: str
@@ -52,8 +52,6 @@ KINDS: Mapping[str, RecordKind] = {
         ("candidate", "dataset", "base", "training", "answers"),
         ("answers.jsonl", "items.jsonl"),
     ),
-    "curve": RecordKind("pipeline/forecast.py", ("base", "dataset", "documents", "candidate:NAME"), ("scores.jsonl",)),
-    "forecast": RecordKind("pipeline/forecast.py", ("dataset", "answers:NAME", "subset:ROWS"), ()),
     "evaluation": RecordKind(
         "evaluation/evaluate.py",
         (
@@ -78,6 +76,9 @@ KINDS: Mapping[str, RecordKind] = {
         ("version",),
         ("card.md", "bom.json", "provenance.intoto.jsonl", "ai-act.md", "papers.yaml", "envelope.json"),
     ),
+    # Of earlier versions, for their stores to open and verify.
+    "curve": RecordKind("", ("base", "dataset", "documents", "candidate:NAME"), ("scores.jsonl",)),
+    "forecast": RecordKind("", ("dataset", "answers:NAME", "subset:ROWS"), ()),
 }
 
 

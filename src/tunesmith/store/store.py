@@ -294,14 +294,9 @@ class Store:
 
     def records_of(self, kind: str) -> list[str]:
         """Digests of all records of a kind, oldest first."""
-        return [digest for digest, _ in reversed(self.dated_records(kind))]
-
-    def dated_records(self, kind: str, *, most: int | None = None) -> list[tuple[str, str]]:
-        """Digests of the newest records of a kind, newest first, each with the time when it was made."""
-        query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == kind)
+        query = select(RecordRow.digest).where(RecordRow.kind == kind)
         with self.reading() as session:
-            rows = session.execute(query.order_by(RecordRow.created_at.desc(), RecordRow.digest.desc()).limit(most))
-            return [(row.digest, row.created_at) for row in rows]
+            return list(session.scalars(query.order_by(RecordRow.created_at, RecordRow.digest)))
 
     # Version folders
 

@@ -16,7 +16,7 @@ from tunesmith.server.console.routing import Looking, Pages, Viewer
 from tunesmith.server.errors import capital
 from tunesmith.services import jobs, training
 from tunesmith.services.jobs import CurvePoint, JobCurves, TrainingCurve
-from tunesmith.services.training import Setting, newest_forecast
+from tunesmith.services.training import Setting
 
 routes = Pages()
 _PAGE = 50  # jobs on a page
@@ -49,7 +49,7 @@ def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page:
 
 @routes.shows("/console/jobs/start")
 def start(viewer: Looking) -> Response:
-    """The form that starts a run or a forecast, with the project file's settings, and the newest forecast."""
+    """The form that starts a run, with the project file's settings."""
     project = viewer.serving.project
     if (reason := no_start(viewer)) or project is None:
         return viewer.page("jobs_start.html.jinja", reason=reason)
@@ -58,7 +58,6 @@ def start(viewer: Looking) -> Response:
         "jobs_start.html.jinja",
         reason="",
         candidates=training.changeable(project),
-        forecast=newest_forecast(project),
         shown=_shown,
         key=secrets.token_hex(16),  # the same form sent twice starts one run
     )

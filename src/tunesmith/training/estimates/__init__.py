@@ -1,1 +1,1 @@
-"""What a training takes and gives, before it begins: time, memory, a forecast's subsets, more time."""
+"""What a training takes and gives, before it begins: time, memory, more time."""
