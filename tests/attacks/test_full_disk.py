@@ -19,7 +19,6 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.files import copy_durably, disk_full, is_disk_full, write_atomic
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.data.dataset import load_dataset
-from tunesmith.monitoring.erasure import plan
 from tunesmith.project import Project
 from tunesmith.registry.signing.keys import ensure_key
 from tunesmith.registry.verification import verify_version
@@ -157,7 +156,7 @@ def test_an_erasure_on_a_full_disk_goes_on_afterwards(
     monkeypatch.setenv("TUNESMITH_USER", OWNER)
     store = Home.local(disk / "store").open()
     version = erasing.plant(erasing.scene_in(store))[0]
-    plan(store, erasing.ANNA, reason="she asked", actor=STEWARD)
+    erasing.plan(store, erasing.ANNA, reason="she asked", actor=STEWARD)
     ensure_key(store, erasing.SECOND)
     refused = 0
     for free in (0, 8_000, 20_000, 50_000, 100_000, 200_000, 400_000, 800_000):

@@ -63,7 +63,6 @@ def test_nothing_is_decided_by_settings_that_the_file_no_longer_states(
             ("/api/erasures/1/confirm", signature, stella.token),
             (f"/api/datasets/{scene.dataset}/sign-offs", {"reason": "read"}, steward),
             ("/api/jobs", {}, owner),
-            ("/api/jobs", {"kind": "forecast"}, owner),
             ("/v1/fine_tuning/jobs", {"model": MODEL, "training_file": uploaded}, owner),
         ]
         file = project.root / "tunesmith.yaml"

@@ -19,7 +19,14 @@ from tunesmith.store.people.roles import ACTIONS
 OF_PAGES = {"step", "champion"}
 # A key in the browser is proposed there; a command enrols a key in a file. Decisions are sent to a server. Commands
 # verify files, too, where nobody can be looked up.
-NO_COMMANDS = {"audit.verify", "erasure.prepare", "erasure.submit", "users.propose_key"} | {
+NO_COMMANDS = {
+    "audit.verify",
+    "erasure.prepare",
+    "erasure.submit",
+    "storage.prepare_hold",
+    "storage.submit_hold",
+    "users.propose_key",
+} | {
     "versions.submit_decision",
     "versions.verify",
 }

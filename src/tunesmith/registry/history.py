@@ -85,7 +85,7 @@ def _signed_with_head(store: Store) -> list[tuple[type[VersionBody | ApprovalBod
 def _unproven(session: Session) -> list[str]:
     """The changes of keys whose proof is not a signature by another key of that user."""
     keys = identities.trusted_keys(session)
-    enrolled = {key.fingerprint: (key.enrolled, key.until) for key in session.scalars(select(KeyRow))}
+    rows = {key.fingerprint: key for key in session.scalars(select(KeyRow))}
     problems = []
     changes = select(AuditRow).where(AuditRow.action.in_(("user.key", "user.key.retire"))).order_by(AuditRow.seq)
     for row in session.scalars(changes):
@@ -100,7 +100,11 @@ def _unproven(session: Session) -> list[str]:
         expected = key_statement(row.subject, row.action, str(detail.get("label")), str(detail.get("key")))
         if key.user != row.subject or statement != expected:
             problems.append(f"the proof in entry {row.seq} is not of this change of a key of {row.subject}")
-        elif not enrolled[key.fingerprint][0] < row.seq <= (enrolled[key.fingerprint][1] or row.seq):
+        elif (given := rows.get(str(detail.get("key")))) is not None and given.status == "active":
+            # A key that a stolen one enrolled was revoked with it, and proves nothing any more.
+            by = rows.get(key.fingerprint)
+            if by is not None and by.enrolled < row.seq <= (by.until or row.seq):
+                continue
             problems.append(f"the proof in entry {row.seq} is by a key of {row.subject} that was not active then")
     return problems
 
