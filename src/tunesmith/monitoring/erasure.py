@@ -249,8 +249,10 @@ def _begin(store: Store, number: int, actor: str) -> ErasureRow:
         with store.reading() as session:
             refuse_held(store, session, {one.digest for one in found.reached})
         reason = _reason(row.id, row.reason)
-        for rollout in recall(store, Cause.labelled(row.cause), reason=reason, actor=actor).rollouts:
-            give_up(store, rollout, f"recalled: {reason}")
+        if found.reached:
+            cause = Cause.labelled(row.cause)
+            for rollout in recall(store, cause, reason=reason, actor=actor).rollouts:
+                give_up(store, rollout, f"recalled: {reason}")
         _check_unused(store, row)
     return row
 
@@ -278,7 +280,10 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
 
 def _found(store: Store, row: ErasureRow) -> traces.Found:
     """What a plan reaches now. Raises Refused where that is more than it names."""
-    found = traces.find(store, Cause.labelled(row.cause), row.plan["weights"])
+    try:
+        found = traces.find(store, Cause.labelled(row.cause), row.plan["weights"])
+    except UsageError:  # another erasure took all of its rows since it was planned
+        return traces.Found(set(), set(), set(), (), {}, {})
     known = {*row.plan["rows"], *row.plan["versions"]}
     if new := sorted({*found.rows, *found.versions} - known):
         what = f"{len(new)} rows or versions are reached that plan {row.id} does not name, such as {new[0]}"

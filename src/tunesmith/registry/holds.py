@@ -115,9 +115,10 @@ def held_versions(store: Store, session: Session) -> dict[str, Held]:
         recorded.add(str(row.detail.get("signature", {}).get("digest")))
         stated = {name: row.detail[name] for name in ("version", "held", "reason")}
         newest[row.subject] = Held(by=row.actor, at=row.at, **stated)
-    for digest, each in files.items():
+    known = {each.digest: each.number for digest, each in files.items() if digest in recorded}
+    for each in files.values():
         before = newest.get(each.digest)
-        if digest not in recorded and (each.held or (before is not None and before.by == each.set_by)):
+        if each.number > known.get(each.digest, 0) and (each.held or (before is not None and before.by == each.set_by)):
             newest[each.digest] = Held.of(each)
     return {digest: held for digest, held in newest.items() if held.held}
 
