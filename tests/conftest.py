@@ -5,7 +5,8 @@ import functools
 import gc
 import os
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,18 @@ def _migrated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     Migrations are tested in store/test_migrations.py, on databases of other names. Other processes migrate.
     """
     made, migrate = tmp_path_factory.mktemp("migrated") / "made", database.migrate
-    database.connect(f"sqlite:///{made}").dispose()
+    engine = database.connect(f"sqlite:///{made}", lambda: None)
+    held = database.store_id(engine).encode()
+    engine.dispose()
     content = made.read_bytes()
 
-    def copied(engine: Engine) -> None:
+    def copied(engine: Engine, new: Callable[[], None] | None = None) -> None:
         path = Path(engine.url.database or "")
-        if engine.dialect.name == "sqlite" and path.name == DATABASE and not path.exists():
+        if new and engine.dialect.name == "sqlite" and path.name == DATABASE and not path.exists():
+            new()
             with contextlib.suppress(OSError):  # as an existing file, or a folder that cannot be written
-                _put(path, content)
-        migrate(engine)
+                _put(path, content.replace(held, uuid.uuid4().hex.encode()))
+        migrate(engine, new)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(database, "migrate", copied)

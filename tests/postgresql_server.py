@@ -89,7 +89,8 @@ def empty_database(url: str) -> None:
 def moved_to_postgresql(store: Store, url: str) -> Store:
     """The same files with the same rows, but in PostgreSQL, in place of what is in that database."""
     target = Store(store.root, url=url, blobs=store.blobs)
-    names = ", ".join(table for table in inspect(target.engine).get_table_names() if table != "alembic_version")
+    tables = inspect(target.engine_to_fill()).get_table_names()
+    names = ", ".join(table for table in tables if table != "alembic_version")
     with database.writing(target.engine) as session:
         session.execute(text(f"truncate table {names} restart identity"))
     with store.scratch() as folder:

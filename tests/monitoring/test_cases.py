@@ -55,7 +55,9 @@ def case(number: int, score: float = 0.0, **more: Any) -> Case:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+    made = Store(tmp_path / "store")
+    assert made.engine  # a store begins with its database
+    return made
 
 
 def _added(store: Store, target: Path, *, actor: str | None = None) -> int:
@@ -190,6 +192,7 @@ def test_the_verbs(tmp_path: Path) -> None:
 
     (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump(settings()))
     store = Store(tmp_path / ".tunesmith")
+    assert store.engine
     for number in (1, 2, 3):
         put_case(store, case(number).model_copy(update={"answer": "x\x1b[2J\u202e"}))
     put_case(store, case(4).model_copy(update={"expected": None}))

@@ -120,6 +120,7 @@ def test_bytes_that_a_killed_upload_left_are_removed(store: Store) -> None:
 
 def test_files_in_a_bucket(bucket: Callable[..., Any], store: Store, tmp_path: Path) -> None:
     shared = Store(store.root, blobs=bucket(tmp_path / "cache"))
+    assert shared.engine  # a store begins with its database
     left(shared, "file-a", socket.gethostname(), 0.0)
     own, cached = kept(shared), tmp_path / "cache"
     with uploads.local_file(shared, own) as path:

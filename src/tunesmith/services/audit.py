@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import is_digest
-from tunesmith.core.errors import NextStep, Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import is_number
@@ -24,7 +24,7 @@ from tunesmith.monitoring.erasure import resume
 from tunesmith.registry.erasures import read_erasures
 from tunesmith.registry.history import verify_log
 from tunesmith.services.actions import Acting, Bare, Request, action
-from tunesmith.store import audit
+from tunesmith.store import audit, database
 from tunesmith.store.anchoring import time_stamps
 from tunesmith.store.anchoring.anchors import Anchor, AnchorsFound, open_place
 from tunesmith.store.audit import Head, Pin
@@ -41,7 +41,7 @@ from tunesmith.store.copying import (
 )
 from tunesmith.store.locks import COPYING
 from tunesmith.store.people.identities import acting, first_user, require, trusted_keys
-from tunesmith.store.store import DATABASE, Store
+from tunesmith.store.store import DATABASE, MARKER, Store
 from tunesmith.store.tables import AuditRow
 from tunesmith.store.uploads import without_bytes
 
@@ -303,7 +303,8 @@ def restore(store: Store, file: Path, *, actor: str | None = None, progress: Pro
     default its owner. What was erased since the backup is erased again, where the store's place holds the statements.
     Raises Refused for a damaged file, and for a store that holds something else.
     """
-    with store.scratch() as folder, open_archive(file.absolute(), folder) as contents:
+    whole = file.absolute()
+    with _filling(store, "restore", str(whole)), store.scratch() as folder, open_archive(whole, folder) as contents:
         restored = _fill(store, contents, actor, "store.restore", file.name, progress)
     resume(store)
     return restored
@@ -324,15 +325,36 @@ def migrate(root: Path, *, actor: str | None = None, progress: Progress = SILENT
         raise UsageError("there is no place to copy to", where=str(root), fix=fix)
     if not (root / DATABASE).is_file():
         raise UsageError("there is no store in this folder", where=str(root), fix="name the project's folder with -C")
-    with contextlib.ExitStack() as held, source.scratch() as folder:
+    of = database.store_id(source.engine)
+    filling = _filling(target, "migrate", rows=not same_database)
+    with filling, contextlib.ExitStack() as held, source.scratch() as folder:
         rows = None
         if not same_database:
             held.enter_context(source.writing())  # nobody changes the source until it is copied
             rows = folder / "database.jsonl"
             export_rows(source, rows)
         keys = [] if same_blobs else keys_of(source.blobs)
-        contents = Contents(keys, source.blobs.pieces, rows)
+        contents = Contents(keys, source.blobs.pieces, rows, of)
         return _fill(target, contents, actor, "store.migrate", "store", progress, objects=not same_blobs)
+
+
+@contextlib.contextmanager
+def _filling(store: Store, verb: str, file: str = "", *, rows: bool = True) -> Iterator[None]:
+    """Let nobody open a store until it is filled, also where this process is killed.
+
+    rows: its database is filled, too. Raises Refused where that holds rows.
+    """
+    if new := not store.marker().store:
+        store.mark(filling=verb, backup=file)
+    try:
+        with store.engine_to_fill().connect() as connection:
+            if rows:
+                require_no_rows(connection)
+        yield
+    except TunesmithError:
+        if new and not store.marker().store:  # nothing was written
+            store.blobs.delete(MARKER)
+        raise
 
 
 def _fill(
@@ -346,9 +368,6 @@ def _fill(
     objects: bool = True,
 ) -> StoreCopy:
     """Objects first, then the rows and the audit entry in one transaction."""
-    if contents.rows is not None:
-        with store.engine.connect() as connection:
-            require_no_rows(connection)
     count, total = put_objects(store, contents, progress) if objects else (0, 0)
     kept = set(store.blobs.keys("files/"))
     with store.writing() as session:
@@ -358,5 +377,6 @@ def _fill(
         missing = without_bytes(session, kept)
         detail = {"rows": rows, "objects": count, **({"missing": missing} if missing else {})}
         audit.append(session, actor=user, action=action, subject=subject, detail=detail)
+        store.mark(filling="")  # a kill before the commit leaves files without a database, which may be filled, too
     place = store.engine.url.render_as_string(hide_password=True)
     return StoreCopy(place=place, objects=count, bytes=total, rows=rows, missing=tuple(missing))

@@ -29,7 +29,7 @@ from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.core.system.scratch import scratch_file
 from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore, named_digest
-from tunesmith.store.store import ERASURES, HOLDS, PREFIXES, RELEASE, Store
+from tunesmith.store.store import ERASURES, HOLDS, MARKER, PREFIXES, RELEASE, Store
 from tunesmith.store.tables import HEAD_REVISION, HeldRow, LockRow, LoginLinkRow, SessionRow
 from tunesmith.store.tables import Table as Tables
 
@@ -41,11 +41,15 @@ _TOGETHER = 500
 
 @dataclass(frozen=True)
 class Contents:
-    """What is copied. pieces: an object's bytes by its key. rows: a file with the database's rows; None: none."""
+    """What is copied. pieces: an object's bytes by its key. rows: a file with the database's rows; None: none.
+
+    store: the id of the store that they are of.
+    """
 
     keys: Sequence[str]
     pieces: Callable[[str], Iterator[bytes]]
     rows: Path | None
+    store: str
 
 
 def keys_of(blobs: BlobStore) -> list[str]:
@@ -101,15 +105,18 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
     """Write the objects into a store and read each one back; returns their number and bytes. Those that are there are
     kept. A kept request or an uploaded file that is deleted meanwhile is left out.
 
-    Statements of erasures and holds that are there stay: what they erased has to go again. Raises Refused, before the
-    first write, where the store has another object that is not among them, and for one whose bytes are not those that
-    its key names.
+    Statements of erasures and holds that are there stay, and what they erased has to go again. So do files of the same
+    store, whose database was lost. Raises Refused, before the first write, where there is any other object, and for an
+    object whose bytes are not those that its key names.
     """
     count = total = 0
     erased = frozenset((*store.blobs.keys(ERASURES), *store.blobs.keys(HOLDS)))
-    if strange := sorted(set(keys_of(store.blobs)) - set(contents.keys) - erased):
-        where, fix = store.blobs.where(strange[0]), "name an empty place: TUNESMITH_BLOBS_URL, or another folder"
+    known = store.marker().store
+    strange = {*keys_of(store.blobs), *[MARKER] * bool(known)} - set(contents.keys) - erased
+    if strange and known != contents.store:
+        where, fix = store.blobs.where(min(strange)), "name an empty place: TUNESMITH_BLOBS_URL, or another folder"
         raise Refused(f"the store holds {len(strange)} objects already", where=where, fix=fix)
+    store.mark(store=contents.store)
     with store.scratch() as folder, progress.task("copying objects", len(contents.keys)) as task:
         file = folder / "object"
         # A copy that was stopped may have written what is gone by now.
@@ -149,6 +156,7 @@ def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> tupl
                 archive.add(folder / "object", _OBJECTS + key)
                 members[_OBJECTS + key], total = digest, total + size
             facts = {"format": _FORMAT, "revision": HEAD_REVISION, "made_at": stamp(), "members": members}
+            facts["store"] = database.store_id(store.engine)
             (folder / _MANIFEST).write_text(json.dumps(facts))
             archive.add(folder / _MANIFEST, _MANIFEST)
         stream.flush()
@@ -184,7 +192,7 @@ def open_archive(path: Path, scratch: Path) -> Iterator[Contents]:
             raise refusal("it names a file twice, or holds links")
         try:
             facts: Any = json.loads(b"".join(read(_MANIFEST)))
-            made_by = facts["format"], facts["revision"]
+            made_by, of = (facts["format"], facts["revision"]), str(facts.get("store", ""))
             stated = {str(name): str(digest) for name, digest in facts["members"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise refusal("it is no whole backup") from error
@@ -201,7 +209,7 @@ def open_archive(path: Path, scratch: Path) -> Iterator[Contents]:
             raise refusal("it holds a file that no store has")
         with (scratch / _ROWS).open("wb") as rows:
             rows.writelines(read(_ROWS))
-        yield Contents(keys, lambda key: read(_OBJECTS + key), scratch / _ROWS)
+        yield Contents(keys, lambda key: read(_OBJECTS + key), scratch / _ROWS, of)
 
 
 _LEFT_OUT = {row.__tablename__ for row in (HeldRow, LockRow, LoginLinkRow, SessionRow)}

@@ -35,7 +35,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.files import disk_full, is_disk_full
 from tunesmith.core.text.names import Scope
 from tunesmith.core.values import Page
-from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, AliasRow, ForScope, Table
+from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, AliasRow, ForScope, StoreRow, Table
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
@@ -65,20 +65,26 @@ _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_tim
 _DIRECT_PRAGMAS = ("synchronous=NORMAL", "wal_autocheckpoint=8192")
 
 
-def connect(url: str) -> Engine:
-    """Open the database at url and migrate it if needed. Raises TunesmithError if that fails."""
+def connect(url: str, new: Callable[[], None] | None = None) -> Engine:
+    """Open the database at url and migrate it if needed. Raises TunesmithError if that fails.
+
+    new: called before the tables of a new store and its id are made; raises where there must be none. By default
+    tables are made without an id, for a copy.
+    """
     # All are kept open: a server's threads would else open and close those beyond the fifth for each request.
     ping = not url.startswith("sqlite")
     # hide_parameters: an error's text must not repeat the texts that a row holds.
     engine = create_engine(url, pool_pre_ping=ping, pool_size=_CONNECTIONS, max_overflow=0, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         _sqlite_transactions(engine)
+        if new is not None and not Path(engine.url.database or "").exists():
+            new()  # before there is a file
     with _usable(engine):
-        migrate(engine)
+        migrate(engine, new)
     return engine
 
 
-def migrate(engine: Engine) -> None:
+def migrate(engine: Engine, new: Callable[[], None] | None = None) -> None:
     """Bring the tables to HEAD_REVISION: make those of a new store, and change those of one that has them.
 
     Alembic is slow to import, so it is imported only if needed.
@@ -101,7 +107,11 @@ def migrate(engine: Engine) -> None:
     with _write(engine) as connection:
         config.attributes["connection"] = connection
         if _revision(connection) is None:  # no other process was faster
+            if new is not None:
+                new()
             Table.metadata.create_all(connection)
+            if new is not None:
+                connection.execute(insert(StoreRow), {})
             command.stamp(config, "head")
         else:
             command.upgrade(config, "head")
@@ -131,6 +141,12 @@ def writing(engine: Engine) -> Iterator[Session]:
             fence(session)
         yield session
         session.flush()
+
+
+def store_id(engine: Engine) -> str:
+    """The id of the store that a database holds; "" where it is to be filled."""
+    with reading(engine) as session:
+        return session.scalar(select(StoreRow.id)) or ""
 
 
 def append(engine: Engine, table: type[Table], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,9 +1,9 @@
 """The store: blobs, records and version folders under keys, and the database.
 
 Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`,
-`files/<file id>.jsonl`, `erasures/<number>.json`. They are in a BlobStore, by default the folder `root`. The database
-is `root/tunesmith.db` by default. What belongs to this machine only (work folders, private keys, where bases were
-found, the cache of a bucket) is in folders that `local` names.
+`files/<file id>.jsonl`, `erasures/<number>.json`, `store.json`. They are in a BlobStore, by default the folder
+`root`. The database is `root/tunesmith.db` by default. What belongs to this machine only (work folders, private keys,
+where bases were found, the cache of a bucket) is in folders that `local` names.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, make_url, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.system.files import copy_durably, room_for
 from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.core.text.names import VersionRef
+from tunesmith.core.values import Frozen
 from tunesmith.store import audit, database, locks
 from tunesmith.store.blobs import BlobStore, named_digest
 from tunesmith.store.blobs.local import LocalBlobs
@@ -43,6 +44,17 @@ ERASURES, HOLDS = "erasures/", "holds/"
 PRUNE, _LATELY = "store.prune", timedelta(days=1)
 # The database's file, where it is SQLite.
 DATABASE = "tunesmith.db"
+# The object that says whose files these are.
+MARKER = "store.json"
+
+
+class Marker(Frozen):
+    """store: the id that the database holds too. filling: `restore` or `migrate` until it ends. backup: the file of the
+    newest backup, or of the restore."""
+
+    store: str = ""
+    filling: str = ""
+    backup: str = ""
 
 
 class Store:
@@ -67,11 +79,58 @@ class Store:
 
     @cached_property
     def engine(self) -> Engine:
-        """The database, migrated."""
+        """The database, migrated. Raises Refused where it is not that of the files, or a copy of them has not ended."""
+        self._require_new(only_filled=True)
+        engine = self._connect(self._require_new)
+        held, known = database.store_id(engine), self.marker().store
+        if not held:
+            raise self._lost()
+        if known not in ("", held):
+            fix = "name the database and the files of one store: TUNESMITH_DATABASE_URL, TUNESMITH_BLOBS_URL"
+            raise Refused("the database is of another store than the files", where=self.blobs.where(MARKER), fix=fix)
+        if not known:
+            with contextlib.suppress(TunesmithError, OSError):  # whoever may only read writes none
+                self.mark(store=held)
+        return engine
+
+    def engine_to_fill(self) -> Engine:
+        """The database for a copy to fill, without an id where it is new. `engine` is the same from here on."""
+        self.engine = self._connect(None)
+        return self.engine
+
+    def _connect(self, new: Callable[[], None] | None) -> Engine:
         self.root.mkdir(parents=True, exist_ok=True)
         for folder in (self.local("work"), Path(tempfile.gettempdir())):
             remove_leftovers(folder)
-        return database.connect(self.url)
+        return database.connect(self.url, new)
+
+    def marker(self) -> Marker:
+        """What the files say of the store; nothing where they are of none, or of an older version."""
+        try:
+            return Marker.model_validate_json(self.blobs.get(MARKER))
+        except FileNotFoundError:
+            return Marker()
+        except ValueError as error:
+            raise Refused("this file was changed", where=self.blobs.where(MARKER), fix="delete it") from error
+
+    def mark(self, **changes: str) -> None:
+        """Change fields of the marker."""
+        self.blobs.put(MARKER, self.marker().model_copy(update=changes).model_dump_json().encode())
+
+    def _require_new(self, *, only_filled: bool = False) -> None:
+        """Raise Refused where a restore or a migration has not ended, or files say that a database was here."""
+        marker = self.marker()
+        if marker.filling:
+            fix = NextStep("run the same command again to finish it", marker.filling, file=marker.backup)
+            raise Refused(f"a {marker.filling} is under way here", where=self.blobs.where(MARKER), fix=fix)
+        if not only_filled and (marker.store or any(next(self.blobs.keys(each), None) for each in PREFIXES)):
+            raise self._lost()
+
+    def _lost(self) -> Refused:
+        where = make_url(self.url).render_as_string(hide_password=True)
+        fix = "name the database of these files (TUNESMITH_DATABASE_URL), or put the last backup back"
+        step = NextStep(fix, "restore", file=self.marker().backup or ...)
+        return Refused("the database is missing or empty, but the store's files are here", where=where, fix=step)
 
     def reading(self) -> AbstractContextManager[Session]:
         """A read-only session."""
@@ -94,7 +153,7 @@ class Store:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A temporary folder on the store's disk, so that a file can be renamed from it into the store."""
-        work = self.local("work")
+        work, _ = self.local("work"), self.engine
         work.mkdir(parents=True, exist_ok=True)
         with room_for(work), scratch_folder(work) as folder:
             yield folder
@@ -162,6 +221,7 @@ class Store:
         digest = digest_bytes(data)
         key = blob_key(digest)
         if not self.blobs.exists(key):
+            _ = self.engine  # a new store begins with its database
             self.blobs.put(key, data)
         return digest
 
@@ -216,6 +276,7 @@ class Store:
                 raise Refused(f"parent record {short(parent)} is not in the store", where=f"{record.kind} record")
         for blob in record.blobs.values():
             self._blob(blob)
+        _ = self.engine
         self.blobs.put(record_key(record.digest), record.encoded)
 
     def index_record(self, record: Record, session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
+from uuid import uuid4
 
 from sqlalchemy import JSON, BigInteger, Float, Index, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -11,7 +12,7 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import Scope, version_label
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0013"
+HEAD_REVISION = "0014"
 OLDEST_REVISION = "0012"  # from which these files lead to the newest one
 
 
@@ -48,6 +49,13 @@ class ForScope:
     def scope(self) -> Scope:
         """Whom it is for."""
         return Scope(self.tenant, self.region)
+
+
+class StoreRow(Table):
+    """The store's id, in one row, which its files and its backups hold too. Without the row a copy is under way."""
+
+    __tablename__ = "store"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True, default=lambda: uuid4().hex)
 
 
 class RecordRow(Table):
