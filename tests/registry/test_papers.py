@@ -44,7 +44,8 @@ WRITES: Mapping[str, Callable[[Draft], bytes]] = {
 }  # fmt: skip
 ENTRIES: dict[str, Any] = {
     **{key: f"we say {key}" for key in KNOWN},
-    "languages": ["en"], "hub_datasets": ["we/rows"], "base_parameters": 1e9, "base_training_compute": 1e24,
+    "languages": ["en"], "hub_datasets": ["we/rows"], "base_hub_id": "we/base",
+    "base_parameters": 1e9, "base_training_compute": 1e24,
     "licence": "CC-BY-4.0", "base_licence": "LicenseRef-Ours",
 }  # fmt: skip
 _SPECIAL: Mapping[str, Any] = {
@@ -215,7 +216,7 @@ def test_papers_are_written_signed_and_accepted_by_other_programs(
     assert kinds == ["urn:tunesmith:paper:v1"] * 4 + ["https://slsa.dev/provenance/v1", test, test]
     metadata = ModelCard.load(tmp_path / "out" / "card.md").data
     assert (metadata.license, metadata.base_model, metadata.eval_results[0].metric_value) == (
-        "cc-by-4.0", "we say base_hub_id", 1.0,
+        "cc-by-4.0", "we/base", 1.0,
     )  # fmt: skip
     made = (tmp_path / "out" / "bom.json").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(made) is None
@@ -291,6 +292,12 @@ def test_a_version_without_weights_says_so(store: Store) -> None:
     ("given", "said"),
     [
         (b"contct: me", "contct: Extra inputs are not permitted; did you mean 'contact'"),
+        (
+            b"hub_datasets: [we/rows, 'javascript:alert(1)']",
+            r"hub_datasets\.1: .javascript:alert\(1\). cannot be the name of a repository",
+        ),
+        (b"hub_datasets: [../../etc]", r"hub_datasets\.0: .\.\./\.\./etc. cannot be"),
+        (b"base_hub_id: https://huggingface.co/we/base", "base_hub_id: .*write OWNER/NAME"),
         (b"base_parameters: many", "base_parameters: Input should be a valid number"),
         (b"- contact", "Input should be a valid dictionary"),
         (b"contact: [", "not valid YAML"),

@@ -131,7 +131,7 @@ class CandidateSettings(Settings):
     )
     prompt: str | None = Field(
         default=None,
-        description="file with the system prompt, which replaces the system turn of rows and requests; "
+        description="file of the project with the system prompt, which replaces the system turn of rows and requests; "
         "without it each row's own system turn is used",
     )
     method: Method = Field(

@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
-from tunesmith.core.errors import Refused
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.core.values import Frozen
 
@@ -96,12 +95,6 @@ class Message(Frozen):
 
 Conversation = Sequence[Message]
 Turns = tuple[Message, ...]  # a conversation as it is kept
-
-
-class AnswerAltered(Refused):
-    """A base's chat template or tokenizer does not keep an answer of a row, so the model would learn another one."""
-
-
 # (messages, most) -> the number of tokens they render to; where there are more than `most`, some number above it.
 CountTokens = Callable[[Conversation, int], int]
 

@@ -16,7 +16,7 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.text.names import Scope, check_name
 from tunesmith.core.values import View, changed
 from tunesmith.data.formats.openai_rules import InvalidExamples, check_examples
-from tunesmith.data.formats.row_formats import OPENAI
+from tunesmith.data.formats.row_formats import FORMATS, OPENAI
 from tunesmith.data.settings import Source
 from tunesmith.evaluation.summary import EvaluationSummary
 from tunesmith.jobs.performing import JobProgress, Outcome
@@ -205,7 +205,9 @@ def _checked(
         progress.say(f"Validating {field.replace('_', ' ')}: {getattr(arguments, field)}")
         with progress.task(VALIDATING, lines) as task:
             try:
-                count = check_examples(path, training=field == "training_file", on_lines=task.advance)
+                count = check_examples(
+                    path, FORMATS[OPENAI].read, training=field == "training_file", on_lines=task.advance
+                )
             except InvalidExamples as error:
                 error.what = f"The job failed due to an invalid {field.replace('_', ' ')}. {error.what}"
                 error.where = field

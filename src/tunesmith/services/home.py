@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
+from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads
 from tunesmith.core.text.names import Scope
@@ -403,19 +404,28 @@ def _disk(directory: Path) -> Check:
 
 
 def _project(directory: Path) -> Check:
+    from tunesmith.pipeline.candidates import read_prompt
+    from tunesmith.registry.papers.facts import PERSON_FILE, read_person
+
     project = Project.load(directory)
+    for name, each in project.settings.candidates.items():
+        for file in filter(None, [each.prompt, *(each.optimise.prompts if each.optimise else ())]):
+            read_prompt(project.root, name, file)
+    if (person := project.root / PERSON_FILE).exists():
+        read_person(read_text_file(person, PERSON_FILE).encode(), str(person))
     return _check("project", f"{project.settings.name}, {len(project.settings.candidates)} candidates")
 
 
 def _base(directory: Path) -> Check:
     """Which engine runs each base in a local folder. Downloads nothing."""
     from tunesmith.engines.settings import SLOW, is_native
-    from tunesmith.models.base import config_folder, is_folder, read_config
+    from tunesmith.models.base import check_spec, read_config
 
     project, said = Project.load(directory), list[str]()
-    for spec in project.settings.bases:
-        if is_folder(spec):
-            family = str(read_config(config_folder(spec, project.root)).get("model_type"))
+    tuned = project.settings.fine_tuning.models.values() if project.settings.fine_tuning else ()
+    for spec in dict.fromkeys([*project.settings.bases, *filter(None, tuned)]):
+        if isinstance(folder := check_spec(spec, project.root), Path):
+            family = str(read_config(folder).get("model_type"))
             spec += f": {family}, {'on the native engine' if is_native(family) else f'which {SLOW}'}"
         said.append(spec)
     return _check("base", "; ".join(said))

@@ -17,6 +17,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message, Turns
 from tunesmith.core.reading.strict_json import JsonObject
+from tunesmith.core.reading.text_files import inside
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.values import Omitted, Page, ScopedView, View
 from tunesmith.data.building.flagged import rows_to_review
@@ -380,11 +381,8 @@ def marked(text: str) -> list[tuple[str, bool]]:
 
 def _inside(project: Project, file: str | Path, where: str) -> tuple[Path, str]:
     """A file of the project, and its path from the project's folder. Raises UsageError, with where, for one outside."""
-    root = project.root.resolve()
-    path = (root / file).resolve()
-    if not path.is_relative_to(root):
-        raise UsageError("the file lies outside the project", where=where, fix="name a file inside it")
-    return path, path.relative_to(root).as_posix()
+    path = inside(project.root, file, "the file", where)
+    return path, path.relative_to(project.root.resolve()).as_posix()
 
 
 def _reviewed_by(acting: Acting) -> Store:

@@ -257,6 +257,7 @@ def test_the_value_stays_the_same_and_a_second_time_changes_nothing(words: list[
 
 
 GOOD: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+READ = row_formats.FORMATS[row_formats.OPENAI].read
 EXPECTED = "Expected file to have JSONL format"
 
 
@@ -273,11 +274,18 @@ def written(folder: Path, *lines: object) -> Path:
         ([1], f"{EXPECTED}, where every line is a valid JSON dictionary. Line 2 is not a dictionary."),
         ({"prompt": "a", "completion": "b"}, f"{EXPECTED} with messages key. Missing 'messages' key on line 2."),
         ({"messages": []}, "Invalid file format. Line 2, messages: messages must be a list of at least one message."),
+        *(
+            (
+                {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]},
+                f"Invalid file format. Line 2, messages[0].content: content is a {kind}, not text or text parts.",
+            )
+            for content, kind in ((5, "int"), (True, "bool"), (1.5, "float"), ({"a": 1}, "dict"), ([1], "list"))
+        ),
     ],
 )
 def test_the_first_broken_line_is_named(tmp_path: Path, line: object, said: str) -> None:
     with pytest.raises(InvalidExamples) as found:
-        check_examples(written(tmp_path, GOOD, line, *[GOOD] * 10))
+        check_examples(written(tmp_path, GOOD, line, *[GOOD] * 10), READ)
     assert said in found.value.what
     assert found.value.code == "invalid_file_format"
 
@@ -286,11 +294,11 @@ def test_good_files_and_too_few_examples(tmp_path: Path, monkeypatch: pytest.Mon
     seen: list[int] = []
     monkeypatch.setattr(openai_rules, "_REPORTED", 5)
     path = written(tmp_path, *[GOOD] * 10, "", {**GOOD, "tools": []})
-    assert check_examples(path, on_lines=seen.append) == 11
+    assert check_examples(path, READ, on_lines=seen.append) == 11
     assert seen == [5, 5]
-    assert check_examples(written(tmp_path, GOOD), training=False) == 1
+    assert check_examples(written(tmp_path, GOOD), READ, training=False) == 1
     for rows, training in ((9, True), (0, False)):
         with pytest.raises(InvalidExamples) as found:
-            check_examples(written(tmp_path, *[GOOD] * rows), training=training)
+            check_examples(written(tmp_path, *[GOOD] * rows), READ, training=training)
         assert found.value.code == "invalid_n_examples"
         assert ("has 9 example(s)" in found.value.what) is training

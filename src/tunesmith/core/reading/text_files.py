@@ -13,6 +13,20 @@ LARGEST_TEXT: Final = 4 << 20
 LARGEST_DATA: Final = 256 << 20  # a file of data that is read whole
 
 
+def inside(root: Path, file: str | Path, what: str, where: str) -> Path:
+    """The path of a file in a project's folder, links followed. what: the file in words.
+
+    Raises UsageError, with where, for one outside.
+    """
+    try:
+        path = (root / file).resolve()
+        if path.is_relative_to(root.resolve()):
+            return path
+    except (OSError, ValueError, RuntimeError):  # a loop of links, or a name that no file can have
+        pass
+    raise UsageError(f"{what} lies outside the project", where=where, fix="copy it into the project")
+
+
 def read_text_file(path: Path, what: str, largest: int = LARGEST_TEXT) -> str:
     """The text of a UTF-8 file, without a byte order mark. what: the file in words, for messages.
 

@@ -20,6 +20,18 @@ def check_name(text: str, what: str) -> str:
     return text
 
 
+def check_hub_id(text: str) -> str:
+    """An id on the Hugging Face Hub as given. Raises ValueError for what is none."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise ValueError(f"{text[:80]!r} cannot be the name of a repository: write OWNER/NAME") from error
+    return text
+
+
 # Controllers and workers act under this name in the audit log when no person does.
 CONTROLLER = "controller"
 # Names that no user may have: a reader of the log would take a person for the system.

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.messages import AnswerAltered, Conversation, CountTokens, Turns, tools_of, with_tools
+from tunesmith.core.messages import Conversation, CountTokens, Turns, tools_of, with_tools
 from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, json_in, parse_json
 from tunesmith.core.values import Schema
 from tunesmith.data.building.staging import (
@@ -283,11 +283,17 @@ class Examiner:
         def count(turns: Turns) -> int:
             try:
                 return count_tokens(turns, most)
-            except AnswerAltered as error:
-                raise _Removed(ALTERED, name) from error
             except TunesmithError as error:
-                error.where = f"{row.where}, {error.where}"
-                raise
+                plain = [
+                    turn.model_copy(update={"content": "x"}) if turn.role == "assistant" and turn.content else turn
+                    for turn in turns
+                ]
+                try:
+                    count_tokens(plain, most)
+                except TunesmithError:
+                    error.where = f"{row.where}, {error.where}"
+                    raise error from None
+                raise _Removed(ALTERED, name) from error
 
         frame = messages[:1] if messages[0].role == "system" else ()
         spoken = messages[len(frame) :]

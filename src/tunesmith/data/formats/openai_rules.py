@@ -6,6 +6,7 @@ accepts more than these rules.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -95,9 +96,15 @@ class InvalidExamples(UsageError):
     usual_code = "invalid_file_format"
 
 
-def check_examples(path: Path, *, training: bool = True, on_lines: Callable[[int], object] = lambda _: None) -> int:
-    """How many examples a file has. training: it needs at least ten. on_lines: called for each 1,000 lines,
-    with their number.
+def check_examples(
+    path: Path,
+    read: Callable[[Fields, str, Counter[str]], object],
+    *,
+    training: bool = True,
+    on_lines: Callable[[int], object] = lambda _: None,
+) -> int:
+    """How many examples a file has. read: the format's `read`. training: the file needs at least ten. on_lines:
+    called for each 1,000 lines, with their number.
 
     Raises InvalidExamples for the first line that breaks a rule.
     """
@@ -109,7 +116,7 @@ def check_examples(path: Path, *, training: bool = True, on_lines: Callable[[int
             if len(line) > _LONGEST_LINE:
                 raise InvalidExamples(f"Invalid file format. Line {number} is longer than {_LONGEST_LINE >> 20} MB.")
             if line.strip():
-                _check_line(line, number)
+                _check_line(line, number, read)
                 count += 1
     if training and count < LEAST_EXAMPLES:
         raise InvalidExamples(
@@ -121,7 +128,7 @@ def check_examples(path: Path, *, training: bool = True, on_lines: Callable[[int
     return count
 
 
-def _check_line(line: bytes, number: int) -> None:
+def _check_line(line: bytes, number: int, read: Callable[[Fields, str, Counter[str]], object]) -> None:
     dictionaries = f"{_EXPECTED}, where every line is a valid JSON dictionary. Line {number}"
     try:
         fields = parse_json(line)
@@ -132,6 +139,6 @@ def _check_line(line: bytes, number: int) -> None:
     if "messages" not in fields:
         raise InvalidExamples(f"{_EXPECTED} with messages key. Missing 'messages' key on line {number}.")
     try:
-        require_openai(fields, f"Line {number}")
+        read(fields, f"Line {number}", Counter())
     except UsageError as error:
         raise InvalidExamples(f"Invalid file format. {error.where}: {error.what}.") from error

@@ -26,6 +26,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import check_answer_grammar, matches
 from tunesmith.core.reading.patterns import check_pattern, search
 from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.text_files import inside
 from tunesmith.core.text.names import bare_label
 from tunesmith.core.values import Settings
 from tunesmith.evaluation.lines import is_share
@@ -174,10 +175,7 @@ class FunctionScorer(DeclaredScorer):
 
     def file(self, root: Path) -> Path:
         """The function's file. Raises UsageError where it is not in the project."""
-        path = (root / self.function.rpartition(":")[0]).resolve()
-        if not path.is_relative_to(root.resolve()):
-            what = "the function's file lies outside the project"
-            raise UsageError(what, where=self._where, fix="copy it into the project")
+        path = inside(root, self.function.rpartition(":")[0], "the function's file", self._where)
         if not path.is_file():
             raise UsageError(f"there is no file {path}", where=self._where, fix="correct `function`")
         return path

@@ -10,13 +10,14 @@ from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import AfterValidator, Field, ValidationError, create_model
 from pydantic_core import to_jsonable_python
 
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.text.display import printable
+from tunesmith.core.text.names import check_hub_id
 from tunesmith.core.text.wording import detail_text
 from tunesmith.core.values import Settings, first_problem
 from tunesmith.records.body import bodies
@@ -38,10 +39,13 @@ def data_file(name: str) -> Any:
     return read_yaml((files("tunesmith.registry.papers") / name).read_text(encoding="utf-8"), name)
 
 
+_HubId = Annotated[str, Field(max_length=200), AfterValidator(lambda text: text and check_hub_id(text))]
 _KINDS: Mapping[str, Any] = {
     "texts": Annotated[str, Field(max_length=20_000)],
     "lists": list[Annotated[str, Field(max_length=200)]],
     "numbers": Annotated[float, Field(gt=0)],
+    "hub_ids": _HubId,
+    "lists_of_hub_ids": list[_HubId],
 }
 # What each entry of papers.yaml is. Nothing is required; a paper names each entry that it misses.
 ENTRIES: Mapping[str, str] = {key: said for kind in _KINDS for key, said in data_file("person.yaml")[kind].items()}
