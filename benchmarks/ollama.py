@@ -2,7 +2,7 @@
 
     python benchmarks/ollama.py PROJECT VERSION FOLDER [--requests 50]
 
-FOLDER was written by `tunesmith export VERSION FOLDER --as ollama`. llama.cpp is the wheel xllamacpp, asked as Ollama
+FOLDER was written by `tunesmith export VERSION FOLDER --form ollama`. llama.cpp is the wheel xllamacpp, asked as Ollama
 asks it: with the Modelfile's template, stop tokens and limits. Both answer freely, then held to the version's schema,
 which a client of Ollama gives as `format`.
 """

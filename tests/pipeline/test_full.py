@@ -81,9 +81,9 @@ def test_the_engine_swaps_adapters_and_reads_them_again(released: Path) -> None:
 @pytest.mark.parametrize("form", ["merged", "gguf"])
 def test_it_is_exported_as_a_model_that_transformers_loads(released: Path, tmp_path: Path, form: str) -> None:
     with pytest.raises(UsageError, match="trained in full: there is no adapter"):
-        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--form", "peft")
     assert not (tmp_path / "out").exists()
-    given = call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
+    given = call(released, "export", "tiny@v1", str(tmp_path / "out"), "--form", form, "--dtype", "fp32")
     assert given["outcome"] == "pass"
     assert given["equality"]["export"]["max_difference"] < 2e-3
     if form == "merged":
@@ -189,7 +189,7 @@ def test_two_adapters_on_gpt_2_learn_and_are_served_but_not_exported(tmp_path: P
     assert "gpt2, which is run by transformers' own modules" in checks["base"]["detail"]
     for form in ("peft", "merged", "gguf"):
         with pytest.raises(Refused, match="'gpt2'"):
-            call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", form)
+            call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--form", form)
         assert not (tmp_path / "out").exists()
 
 

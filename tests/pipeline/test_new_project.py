@@ -500,8 +500,12 @@ def test_init_overwrites_nothing_and_names_the_project_by_its_folder(tmp_path: P
         make_project(folder, **given)
     (tmp_path / "q" / "prompts").mkdir(parents=True)
     (tmp_path / "q" / "prompts" / "long.txt").write_text("mine")
-    with pytest.raises(UsageError, match="this file is there already"):
+    with pytest.raises(UsageError, match="this exists already"):
         make_project(tmp_path / "q", **given)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "tunesmith.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    with pytest.raises(UsageError, match="this is a link"):
+        make_project(tmp_path / "linked", **given)
     (tmp_path / "old").mkdir()
     for name, place in (("Not a name", "new/p"), ("n" * 64, "new/p"), ("", "new/p"), ("", "old")):
         with pytest.raises(UsageError, match="name"):

@@ -76,7 +76,7 @@ MERGED = {"config.json", "generation_config.json", "chat_template.jinja", "model
 def test_an_export_is_compared_recorded_and_shown(
     form: str, dtype: str | None, files: set[str], largest: float, approved: Path, tmp_path: Path
 ) -> None:
-    folder, words = tmp_path / "out", ("--as", form, *(("--dtype", dtype) if dtype else ()))
+    folder, words = tmp_path / "out", ("--form", form, *(("--dtype", dtype) if dtype else ()))
     given = call(approved, "export", "tiny@v1", str(folder), *words)
     assert given["outcome"] == "pass"
     assert {path.name for path in folder.iterdir()} == set(given["files"])
@@ -161,9 +161,9 @@ def _peft_and_transformers_agree(approved: Path, merged: Path) -> None:
 
 def test_what_nobody_approved_or_tuned_is_not_exported(released: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not approved"):
-        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--form", "merged")
     with pytest.raises(Refused, match=r"version.export|may not|it takes"):
-        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--form", "merged", "--as", "ann")
     assert list(tmp_path.iterdir()) == []
     folder = write_project(tmp_path / "p", candidates={"plain": settings()["candidates"]["plain"]})
     project = Project.load(folder)
@@ -171,7 +171,22 @@ def test_what_nobody_approved_or_tuned_is_not_exported(released: Path, tmp_path:
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
     call(folder, "approve", "tiny@v1", "--as", "ann")
     with pytest.raises(UsageError, match="has no weights to export"):
-        call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+        call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--form", "merged")
+
+
+@pytest.mark.parametrize("to", ["nothing", "a folder", "a file", "itself"])
+def test_a_link_in_place_of_the_folder_is_not_followed(to: str, approved: Path, tmp_path: Path) -> None:
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "a file").write_text("mine")
+    link = tmp_path / "itself"
+    link.symlink_to(tmp_path / to)
+    before, store = sorted(tmp_path.iterdir()), Project.load(approved).store
+    exported = exports(store)
+    with pytest.raises(UsageError, match="this is a link, which is not followed"):
+        call(approved, "export", "tiny@v1", str(link), "--form", "peft")
+    assert sorted(tmp_path.iterdir()) == before
+    assert not list((tmp_path / "a folder").iterdir())
+    assert exports(store) == exported
 
 
 @pytest.mark.parametrize("gone", ["ann", "eddy"])
@@ -191,7 +206,7 @@ def test_an_export_is_decided_again_at_its_end(
 
     monkeypatch.setattr(export_check, "compare", compare)
     with pytest.raises(Refused, match=gone):
-        call(copy, "export", "tiny@v1", str(out / "files"), "--as", "peft", "--by", "eddy")
+        call(copy, "export", "tiny@v1", str(out / "files"), "--form", "peft", "--as", "eddy")
     assert list(out.iterdir()) == []
     assert exports(store) == before
 
@@ -214,7 +229,7 @@ def test_an_export_that_is_not_what_was_measured_is_refused(
     }
     monkeypatch.setattr(merging.Change, "apply", wrong[fault])
     with pytest.raises(Refused, match="the export differs from the adapter as trained") as caught:
-        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
+        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--form", form, "--dtype", "fp32")
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
@@ -225,5 +240,5 @@ def test_an_export_that_is_not_what_was_measured_is_refused(
     # Where a missing adapter would not be noticed, the comparison decides nothing.
     monkeypatch.setattr(export_check, "TOLERANCE", {"fp32": {"max": 1e6, "mean": 1e6}})
     with pytest.raises(Inconclusive, match="a missing one would not be noticed"):
-        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
+        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--form", form, "--dtype", "fp32")
     assert list(tmp_path.iterdir()) == []

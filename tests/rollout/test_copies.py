@@ -91,6 +91,9 @@ def test_a_restored_store_is_the_one_that_was_backed_up(
         restore(Store(target.root, url=f"sqlite:///{tmp_path / 'other.db'}"), file)
     with pytest.raises(UsageError, match="exists"):
         backup(scene.store, file)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "nothing.tar")
+    with pytest.raises(UsageError, match="this is a link"):
+        backup(scene.store, tmp_path / "link.tar")
 
 
 def test_what_is_deleted_meanwhile_is_left_out(scene: Scene, target: Store, tmp_path: Path) -> None:

@@ -170,15 +170,14 @@ def show(
 
 
 def export(
-    here: Here,
+    here: Acting,
     version: str,
     target: Path,
     *,
-    form: Annotated[Literal["peft", "merged", "gguf", "ollama"], typer.Option("--as")],
+    form: Literal["peft", "merged", "gguf", "ollama"],
     dtype: Literal["bf16", "fp32"] = "bf16",
     tenant: Tenant = None,
     region: Region = None,
-    actor: Annotated[str | None, typer.Option("--by")] = None,
 ) -> None:
     """Write an approved version's weights for other programs, after comparing them with those that were measured.
 
@@ -189,11 +188,8 @@ def export(
     target FOLDER: The folder to write; it must not exist yet.
     form: peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp; ollama: with a Modelfile.
     dtype: Of merged weights; an adapter stays as it is.
-    actor USER: Who acts; by default $TUNESMITH_USER, else the owner.
     """
-    acting = Acting(here.directory, here.as_json, actor)  # --as is the form here
-    acting.given.update(here.given)
-    here.emit(acting.do(services.versions.export), _draw_export)
+    here.show(services.versions.export, _draw_export)
 
 
 def notice(here: Here, version: str, *, tenant: Tenant = None, region: Region = None) -> None:

@@ -23,7 +23,7 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import Progress
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.system.files import room_for, sync_folder
+from tunesmith.core.system.files import require_new, room_for, sync_folder
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.engines.factory import export_check
 from tunesmith.engines.settings import is_native
@@ -92,8 +92,7 @@ def export_version(
             where=version.label,
             fix="use the adapter in the version's folder: it is in PEFT's layout and verified",
         )
-    if target.exists():
-        raise UsageError("the folder exists already", where=str(target), fix="name a folder that does not exist")
+    require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with verified_copy(store, version) as loaded, _aside(store, target) as folder:
         candidate, adapter = loaded.candidate, loaded.adapter

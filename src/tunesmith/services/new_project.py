@@ -24,7 +24,7 @@ from tunesmith.core.messages import Conversation
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.reading.strict_json import json_in
-from tunesmith.core.system.files import write_atomic
+from tunesmith.core.system.files import require_new, write_atomic
 from tunesmith.core.values import View
 from tunesmith.data.building.examine import control_token, refuse_control_tokens
 from tunesmith.data.building.survey import (
@@ -129,8 +129,8 @@ def make_project(
         parse_settings(files[FILE], str(root / FILE))
         if findings.answers.schema is not None:
             check_answer_schema(findings.answers.schema, "the schema that is inferred from the answers")
-        if there := next((root / relative for relative in files if (root / relative).exists()), None):
-            raise UsageError("this file is there already", where=str(there), fix="move it, or use -C")
+        for relative in files:
+            require_new(root / relative)
         texts = {relative: text.encode() for relative, text in files.items()}
         written = _ignoring_the_store(root / ".gitignore") | texts
         for relative, content in written.items():

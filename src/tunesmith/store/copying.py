@@ -25,7 +25,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_file, digest_pieces, pieces_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress, Task
-from tunesmith.core.system.files import room_for, sync_folder
+from tunesmith.core.system.files import require_new, room_for, sync_folder
 from tunesmith.core.system.scratch import scratch_file
 from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore, named_digest
@@ -142,8 +142,7 @@ def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> tupl
 
     A kept request or an uploaded file that is deleted meanwhile is left out.
     """
-    if path.exists():
-        raise UsageError("this file exists", where=str(path), fix="name a new file")
+    require_new(path)
     if not path.parent.is_dir():
         raise UsageError("its folder does not exist", where=str(path), fix="name a file in a folder that exists")
     with store.scratch() as folder, room_for(path), scratch_file(path.parent, 0o600) as (scratch, stream):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.system.scratch import scratch_file
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,6 +32,13 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
             os.fsync(stream.fileno())
             os.replace(scratch, path)
         sync_folder(path.parent)
+
+
+def require_new(path: Path) -> None:
+    """Raise UsageError where there is anything at a path, be it a link: what is written there must be new."""
+    if os.path.lexists(path):
+        what = "this is a link, which is not followed" if path.is_symlink() else "this exists already"
+        raise UsageError(what, where=str(path), fix="name what does not exist yet")
 
 
 def sync_folder(path: Path) -> None:
