@@ -157,10 +157,12 @@ def test_changed_anchors_are_noticed(store: Store, tmp_path: Path, change: Any, 
 
 def test_places_that_cannot_be_used(store: Store, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(store.root / "inside.jsonl")
+    (tmp_path / "away").symlink_to(tmp_path / "no disk.jsonl")
     os.mkfifo(tmp_path / "fifo")
     for place, error, says in (
         (store.root / "anchors.jsonl", UsageError, "inside the store"),
         (tmp_path / "link", UsageError, "inside the store"),
+        (tmp_path / "away", UsageError, "a link to nothing"),
         (tmp_path / "fifo", UsageError, "not a regular file"),
         (tmp_path, TunesmithError, "Is a directory"),
         (tmp_path / "no" / "folder.jsonl", TunesmithError, "cannot be read or written"),

@@ -89,6 +89,8 @@ def open_place(text: str, root: Path) -> FilePlace | BucketPlace:
             where=str(path),
             fix="keep anchors on another machine or disk",
         )
+    if os.path.islink(text) and not path.exists():
+        raise UsageError("this is a link to nothing", where=str(path), fix="connect the disk that it names")
     return FilePlace(path)
 
 
