@@ -15,18 +15,22 @@ from tests.acting import do
 from tests.attack_table import Happened
 from tests.fabricate import OWNER, STEWARD, Scene, build_scene, example, put_dataset
 from tests.killed import EVERY
-from tests.monitoring.test_erasure import ANNA, SECOND, erase, plan, plant, scene_in, signing
+from tests.monitoring.test_erasure import ANNA, SECOND, erase, left, plan, plant, scene_in, signing
+from tests.server.test_decisions import new_key
+from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.monitoring.erasure import list_erasures, resume
 from tunesmith.monitoring.recall import Cause
-from tunesmith.registry import holds
+from tunesmith.registry import erasures, holds
 from tunesmith.registry.erasures import ErasureStatement, read_erasure, statement_of
+from tunesmith.registry.signing.attestations import public_pem, seal
 from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import resolve
 from tunesmith.services import storage
 from tunesmith.services.audit import verify_audit
-from tunesmith.store.people.identities import add_user, keys_of_withdrawals
+from tunesmith.store.people.identities import add_user, trusted_keys
 from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
@@ -142,15 +146,15 @@ def test_a_withdrawal_takes_two_people_who_may(anna: Scene, who: str, fields: di
     plant(anna)
     plan(store, ANNA, reason="she asked", actor=STEWARD)
     erase(store, 1)
-    raw, fresh = store.blobs.get("erasures/1.json"), [_changed(key) for key in keys_of_withdrawals(store)]
+    raw, fresh = store.blobs.get("erasures/1.json"), [_changed(key) for key in trusted_keys(store)]
     assert read_erasure(raw, fresh, "erasures/1.json").statement.number == 1
     forged = [_changed(key, **fields) if key.user == who else key for key in fresh]
     with pytest.raises(Refused):
         read_erasure(raw, forged, "erasures/1.json")
     do(store, storage.hold, actor=who, version="home@v1", reason="a lawsuit")
-    assert holds._read(store.blobs.get("holds/1.json"), fresh, "holds/1.json")[0].held
+    assert holds.read_hold(store.blobs.get("holds/1.json"), fresh, "holds/1.json")[0].held
     with pytest.raises(Refused):
-        holds._read(store.blobs.get("holds/1.json"), forged, "holds/1.json")
+        holds.read_hold(store.blobs.get("holds/1.json"), forged, "holds/1.json")
 
 
 @pytest.mark.attack("erasure", "a statement that replaces what decides, or what nobody planned")
@@ -159,7 +163,7 @@ def test_an_erasure_changes_nothing_that_decides(anna: Scene, happened: Happened
     version = plant(anna)[0]
     plan(store, ANNA, reason="she asked", actor=STEWARD)
     erase(store, 1)
-    raw, trusted = store.blobs.get("erasures/1.json"), keys_of_withdrawals(store)
+    raw, trusted = store.blobs.get("erasures/1.json"), trusted_keys(store)
     signed = read_erasure(raw, trusted, "erasures/1.json").statement
     other = store.put_bytes(b"{}")
 
@@ -217,3 +221,45 @@ def test_a_hold_stays_until_who_may_end_it_does(anna: Scene) -> None:
         assert [held.by for held in holds.held_versions(store, session).values()] == [SECOND]
     do(store, storage.hold, actor="adam", **ends)
     assert erase(store, 1).state == "done"
+
+
+@pytest.mark.attack("erasure", "statements by keys that nobody enrolled, in the names of people who may", "refused")
+def test_a_key_that_only_the_files_name_counts_for_nothing(anna: Scene, tmp_path: Path) -> None:
+    store = anna.store
+    plant(anna)
+    do(store, storage.hold, actor=SECOND, version="home@v1", reason="a lawsuit")
+    there = left(store)
+    # Everything is signed as it should be, by keys that the list in the files says are theirs.
+    made = {SECOND: new_key(tmp_path / "second.pem"), STEWARD: new_key(tmp_path / "steward.pem")}
+    pems = {name: public_pem(key.public_key()) for name, key in made.items()}
+    asked: Any = {"number": 1, "cause": ANNA.label, "reason": "asked", "planned_by": STEWARD}
+    asked["plan"] = {"rows": [], "versions": [], "weights": "keep"}
+    asked["plan"]["signature"] = seal(erasures.plan_statement(**asked), made[STEWARD]).decode()
+    empty: Any = {"rows": [], "replaced": [], "deleted": ["files/file-1.jsonl"], "entries": {}, "versions": {}}
+    forged = {**asked, **empty, "confirmed_by": SECOND, "at": stamp(), "recalled": [anna.dataset]}
+    statement = statement_of(ErasureStatement.model_validate(forged))
+    store.blobs.put("erasures/1.json", seal(statement, made[SECOND]))
+    ends = {"number": 2, "version": "home@v1", "digest": resolve(store, "home@v1").digest, "held": False, "at": stamp()}
+    ended = holds.HoldStatement.model_validate({**ends, "by": SECOND, "reason": "over", "set_by": SECOND}).statement
+    store.blobs.put("holds/2.json", seal(ended, made[SECOND]))
+    keys_file = store.root / "trust" / "keys.json"
+    listed = json.loads(keys_file.read_bytes())
+    for name, pem in pems.items():
+        stands = {"label": "more", "public_key": pem, "fingerprint": digest_bytes(pem.encode())}
+        listed.append({"user": name, "roles": ["steward"], "signed": [], **stands})
+    store.blobs.put("trust/keys.json", json.dumps(listed).encode())
+    resume(store)
+    assert left(store) == there
+    with store.reading() as session:
+        assert recalled(session, anna.dataset) is None
+        assert [held.by for held in holds.held_versions(store, session).values()] == [SECOND]
+    assert len(verify_audit(store).problems) == 2
+
+
+@pytest.mark.attack("erasure", "somebody else's hold is set again, to be ended as one's own", "refused")
+def test_a_hold_is_not_taken_over(anna: Scene) -> None:
+    store = anna.store
+    plant(anna)
+    do(store, storage.hold, actor=SECOND, version="home@v1", reason="a lawsuit")
+    with pytest.raises(Refused, match=f"home@v1 is held by {SECOND}"):
+        do(store, storage.hold, actor=STEWARD, version="home@v1", reason="mine")

@@ -25,7 +25,6 @@ from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import JsonObject
-from tunesmith.core.values import Problem
 from tunesmith.data.building.signoff import verify_dataset
 from tunesmith.data.dataset import SPLITS, load_dataset
 from tunesmith.data.documents import PASSAGES, Passage
@@ -43,7 +42,7 @@ from tunesmith.services.audit import backup, restore, verify_audit
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import keys_of
 from tunesmith.store.locks import LockHeld
-from tunesmith.store.people.identities import add_user, set_roles
+from tunesmith.store.people.identities import acting, add_user, set_roles
 from tunesmith.store.records import Record, recalled
 from tunesmith.store.store import ERASURES, Store
 from tunesmith.store.tables import FileRow, HeldRow, JobEventRow, JobRow, Table
@@ -54,7 +53,7 @@ ANSWERED = "Dear Anna Bergstrom, your parcel waits at the counter."
 SHORT = "call Rosenweg12"
 PLANTED = ("rosenweg", "bergstr", "parcel waits at")
 JOB: dict[str, Any] = {"most_attempts": 1, "due": 0.0, "created": 0.0, "progress": {}, "error": {}, "arguments": {}}
-JUNK = "not an envelope: NotJson"
+JUNK, UNKNOWN = "not an envelope: NotJson", "signed by a key that is not trusted here"
 ANNA = Cause(kind="subject", value="C-1042")
 
 
@@ -196,9 +195,14 @@ def test_a_persons_texts_are_gone_and_what_stays_verifies(home: Home, caplog: py
     assert caplog.text.count("is carried out") == 1
 
 
-def test_a_restored_backup_erases_again(anna: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("keys_made", ["before", "since"])
+def test_a_restored_backup_erases_again(
+    anna: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture, keys_made: str
+) -> None:
     store, file = anna.store, tmp_path / "before.tar"
     version = plant(anna)[0]
+    for person in (STEWARD, SECOND) if keys_made == "before" else ():
+        keys.ensure_key(store, person)
     backup(store, file, actor=OWNER)
     store.engine.dispose()
     shutil.copy(store.root / "tunesmith.db", tmp_path / "before.db")
@@ -209,31 +213,28 @@ def test_a_restored_backup_erases_again(anna: Scene, tmp_path: Path, caplog: pyt
     again = Store(tmp_path / "again", url=f"sqlite:///{tmp_path / 'again' / 'tunesmith.db'}")
     shutil.copytree(store.root / "erasures", again.root / "erasures")
     restore(again, file, actor=OWNER)
-    assert (left(again), verify_version(again, version.label).problems) == ([], [])
-    # The database alone.
+    # The database alone, with a file that is no statement beside those that are.
     for more in ("", "-wal", "-shm"):
         (store.root / f"tunesmith.db{more}").unlink(missing_ok=True)
     shutil.copy(tmp_path / "before.db", store.root / "tunesmith.db")
     back = Store(store.root, url=store.url)
-    assert left(back) == ["tunesmith.db"]
-    caplog.clear()
-    # It does not know the keys of either: they were made since. A file that is no statement stops nothing.
     back.blobs.put("erasures/notes.txt", b"junk")
+    assert left(back) == ["tunesmith.db"]
+    acting(back)  # as each command does, which writes the list of keys anew
     resume(back)
+    for one in (again, back):
+        if keys_made == "since":  # nobody can say whose these keys are, until they are enrolled again
+            assert f"erasures/1.json is no erasure that counts, and nothing is done about it: {UNKNOWN}" in caplog.text
+            assert any(UNKNOWN in problem.reason for problem in verify_audit(one).problems)
+            for person in (STEWARD, SECOND):
+                keys.enrol_public_key(one, person, (store.root / "trust" / f"{person}.pem").read_bytes(), actor=OWNER)
+            resume(one)
+        assert (left(one), verify_version(one, version.label, whole_store=False).ok) == ([], one is again)
+        with one.reading() as session:
+            assert recalled(session, anna.dataset) == "erasure 1: she asked"
     assert f"erasure 1, which {SECOND} confirmed, is carried out" in caplog.messages
-    assert "erasure 1 is by a key that this database does not know: it is older" in caplog.messages
-    assert (left(back), verify_version(back, version.label).problems) == (
-        [],
-        [Problem(path="erasures/notes.txt", reason=JUNK)],
-    )
-    assert [problem.reason for problem in verify_audit(back).problems] == [
-        f"erasures/notes.txt does not count: {JUNK}",
-        "erasure 1 was signed with a key that this database does not know: it was put back to an older time, or that "
-        "is forged",
-    ]
-    assert plan(back, Cause(kind="source", value="calls.jsonl"), reason="asked", actor=STEWARD).number == 2
-    with back.reading() as session:
-        assert recalled(session, anna.dataset) == "erasure 1: she asked"
+    assert verify_audit(again).ok
+    assert [problem.reason for problem in verify_audit(back).problems] == [f"erasures/notes.txt does not count: {JUNK}"]
 
 
 def goes_on(store: Store) -> None:

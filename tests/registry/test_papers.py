@@ -18,13 +18,15 @@ from in_toto_attestation.v1.statement import Statement
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import SSlibKey
 
-from tests.fabricate import Chain, put_chain, put_recall
+from tests.attack_table import Happened
+from tests.fabricate import Chain, approve, put_chain, put_recall
 from tests.registry.test_cli import PROJECT, document, run
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Forbidden, Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.records.version import PAPERS
+from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.papers.ai_act import ai_act
 from tunesmith.registry.papers.bom import bom
 from tunesmith.registry.papers.card import card
@@ -253,6 +255,32 @@ def test_an_approval_waits_for_the_papers_that_the_project_takes(store: Store, c
         run(store, "approve", "intents@v1", "--as", "ann")
     run(store, "papers", "intents@v1", "--for", "bom", project=project)
     assert document(store, "approve", "intents@v1", "--as", "ann")["approver"] == "ann"
+
+
+@pytest.mark.attack("people", "papers with gaps, written again after the approval, or by somebody who left")
+def test_an_approval_is_of_the_papers_that_were_seen(store: Store, chain: Chain, happened: Happened) -> None:
+    version = register(store, name="acts", verdict=chain.verdict, actor="olive", papers=("ai-act",))
+
+    def write(actor: str = "olive", **changes: Any) -> None:
+        write_papers(store, version, ["ai-act"], person=entries(**changes), where=PERSON_FILE, actor=actor)
+
+    write_papers(store, version, ["ai-act"], person=b"", where=PERSON_FILE, actor="olive")
+    with pytest.raises(Refused, match=r"the paper ai-act of acts@v1 lacks \d+ entries, such as "):
+        approve(store, version, approver="ann")
+    happened("refused")
+    identities.add_user(store, "sid", ["steward"], actor="olive")
+    write(actor="sid")
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).papers == {"ai-act": papers_of(store, version)[3].record}
+    write(contact="somebody else")
+    with pytest.raises(Refused, match="the papers of acts@v1 are not those that ann saw"):
+        require_approved(store, version)
+    happened("refused")
+    write(actor="sid")
+    identities.deactivate(store, "sid", actor="olive")
+    state = papers_of(store, version)[3]
+    assert (state.by, "signed by sid, who is deactivated" in state.why) == ("olive", True)
+    happened("refused")
 
 
 def test_papers_of_another_version_and_of_what_was_recalled_are_refused(store: Store, version: Version) -> None:

@@ -209,7 +209,7 @@ def confirm(store: Store, number: int, *, actor: str, sign: Sign, at: str = "") 
             statement = _state(store, row, actor, at or stamp())
             envelope = sign(erasures.statement_of(statement))
             try:
-                erasures.read_erasure(envelope, identities.keys_of_withdrawals(store), statement.key)
+                erasures.read_erasure(envelope, identities.trusted_keys(store), statement.key)
             except Refused as error:
                 what = f"what {actor} signed is not what would be erased now: {error.what}"
                 raise Refused(what, fix=NextStep("have it stated again", "erase confirm")) from error
@@ -273,8 +273,6 @@ def _state(store: Store, row: ErasureRow, actor: str, at: str) -> ErasureStateme
     stated |= {"rows": sorted(found.rows), "recalled": sorted(one.digest for one in found.reached)}
     stated |= {"replaced": tuple(found.replaced.values()), "deleted": found.deleted, "entries": found.entries}
     stated["versions"] = found.versions if row.plan["weights"] == "erase" else {}
-    people = (key for key in identities.trusted_keys(store) if key.user in (row.planned_by, actor) and key.active)
-    stated["keys"] = [{"user": key.user, "public_key": key.public_key} for key in people if key.status == "active"]
     return ErasureStatement.model_validate(stated)
 
 
@@ -304,12 +302,6 @@ def _know(store: Store, signed: Signed) -> None:
     if signed.planner is not None:
         detail["plan"] = signature_entry(*signed.planner)["signature"]
     with store.change(statement.confirmed_by, CONFIRM, statement.cause, detail) as session:
-        known = {key.fingerprint for key in identities.trusted_keys(session)}
-        used = {signed.fingerprint, *(signed.planner or ())[:1]} - known
-        if used:
-            _LOG.warning("erasure %d is by a key that this database does not know: it is older", statement.number)
-            lost = ((key.user, key.public_key) for key in statement.keys)
-            detail["lost"] = [[user, pem] for user, pem in lost if digest_bytes(pem.encode()) in used]
         shared = {name: getattr(statement, name) for name in _SHARED}
         session.merge(ErasureRow(id=statement.number, state="running", statement=signed.digest, **shared))
         reason = _reason(statement.number, statement.reason)
@@ -324,7 +316,8 @@ def _know(store: Store, signed: Signed) -> None:
 def resume(store: Store) -> None:
     """Go on with every erasure that is not done here, also where a backup brought back what was erased, and log it.
 
-    What lies among the statements and does not count is logged and left where it is: `audit verify` names it, too.
+    What lies among the statements and does not count is logged and left where it is: `audit verify` names it, too. So
+    is a statement by a key that a database which was put back does not know: once it is enrolled again, it counts.
     """
     if next(_open(store), None) is not None:
         with contextlib.suppress(LockHeld), store.lock(COPYING, "erasing"), store.lock(ALONE, "erasing"):
@@ -336,7 +329,7 @@ def _open(store: Store, *, now: bool = False) -> Iterator[tuple[Signed, bool, bo
 
     now: also those that wait for a lock of the bucket to end.
     """
-    read = erasures.read_erasures(store.blobs, identities.keys_of_withdrawals(store))
+    read = erasures.read_erasures(store.blobs, identities.trusted_keys(store))
     for key, reason in read.problems.items():
         _LOG.warning("%s is no erasure that counts, and nothing is done about it: %s", store.blobs.where(key), reason)
     with store.reading() as session:

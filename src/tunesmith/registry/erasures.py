@@ -20,11 +20,10 @@ from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.values import Digest, Frozen
 from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS
 from tunesmith.data.documents import PASSAGES
-from tunesmith.records.dataset import IfAny
 from tunesmith.registry.signing.attestations import ENVELOPE, open_envelope, stated
 from tunesmith.registry.signing.signatures import check_may_sign
 from tunesmith.store.blobs import BlobStore
-from tunesmith.store.people.trust import SignerKey, TrustedKey
+from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.store import ERASURES
 
 PLAN, CONFIRM = "erase.plan", "erase.confirm"  # the actions, and who may sign
@@ -63,7 +62,7 @@ class Replaced(Frozen):
 class ErasureStatement(Frozen):
     """What an erasure did. number, plan: what was planned and shown. rows: ids of erased rows and passages. deleted:
     keys of kept requests and uploaded files; entries: table -> keys of rows of the database; versions: labels of those
-    whose folder was deleted, with their digests; recalled: records that were made from the rows. keys: its people's."""
+    whose folder was deleted, with their digests; recalled: records that were made from the rows."""
 
     number: int
     cause: str
@@ -78,7 +77,6 @@ class ErasureStatement(Frozen):
     entries: Mapping[str, tuple[tuple[str | int, ...], ...]]
     versions: Mapping[str, Digest]
     recalled: tuple[Digest, ...]
-    keys: IfAny[tuple[SignerKey, ...]] = ()
 
     @property
     def said(self) -> str:
@@ -132,7 +130,7 @@ def statement_of(erasure: ErasureStatement) -> JsonObject:
 
 
 def read_erasures(blobs: BlobStore, keys: Sequence[TrustedKey]) -> Erasures:
-    """Every erasure of a store, verified. keys: identities.keys_of_withdrawals, or a verifier's own list."""
+    """Every erasure of a store, verified. keys: all trusted ones, those of deactivated users too."""
     signed: list[Signed] = []
     problems: dict[str, str] = {}
     for key in blobs.keys(ERASURES):

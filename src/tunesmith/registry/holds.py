@@ -23,7 +23,7 @@ from tunesmith.registry.signing.attestations import open_envelope, stated
 from tunesmith.registry.signing.signatures import check_may_sign
 from tunesmith.store.people import identities
 from tunesmith.store.people.roles import permits
-from tunesmith.store.people.trust import SignerKey, TrustedKey, signature_entry
+from tunesmith.store.people.trust import TrustedKey, signature_entry
 from tunesmith.store.store import HOLDS, Store
 from tunesmith.store.tables import AuditRow, ErasureRow
 
@@ -48,8 +48,8 @@ class Held(View):
 
 
 class HoldStatement(Frozen):
-    """What is signed. number: of the statements of a store; digest: the version's; set_by: whose hold ends; keys: of
-    who signs. The rest is as in Held."""
+    """What is signed. number: of the statements of a store; digest: the version's; set_by: whose hold ends. The rest is
+    as in Held."""
 
     number: int
     version: str
@@ -59,7 +59,6 @@ class HoldStatement(Frozen):
     by: str
     reason: str
     set_by: str = ""
-    keys: tuple[SignerKey, ...] = ()
 
     @property
     def key(self) -> str:
@@ -84,17 +83,19 @@ def read_holds(store: Store) -> Holds:
     """Every statement about a hold, verified."""
     signed, problems = dict[str, HoldStatement](), dict[str, str]()
     listed = list(store.blobs.keys(HOLDS))
-    keys = identities.keys_of_withdrawals(store) if listed else ()
+    keys = identities.trusted_keys(store) if listed else ()
     for key in listed:
         try:
             raw = store.blobs.get(key)
-            signed[digest_bytes(raw)] = _read(raw, keys, key)[0]
+            signed[digest_bytes(raw)] = read_hold(raw, keys, key)[0]
         except Refused as error:
             problems[key] = error.what
     return Holds(dict(sorted(signed.items(), key=lambda one: one[1].number)), problems)
 
 
-def _read(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[HoldStatement, TrustedKey]:
+def read_hold(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[HoldStatement, TrustedKey]:
+    """A statement about a hold, verified, and the key that signed it. where: its key in the store. Raises Refused for
+    one that does not count."""
     statement, by = open_envelope(raw, keys, where)
     try:
         hold = HoldStatement.model_validate(statement["predicate"])
@@ -118,7 +119,8 @@ def held_versions(store: Store, session: Session) -> dict[str, Held]:
     known = {each.digest: each.number for digest, each in files.items() if digest in recorded}
     for each in files.values():
         before = newest.get(each.digest)
-        if each.number > known.get(each.digest, 0) and (each.held or (before is not None and before.by == each.set_by)):
+        held_by = before.by if before is not None and before.held else ""
+        if each.number > known.get(each.digest, 0) and held_by == ("" if each.held else each.set_by):
             newest[each.digest] = Held.of(each)
     return {digest: held for digest, held in newest.items() if held.held}
 
@@ -134,14 +136,16 @@ def refuse_held(store: Store, session: Session, digests: Collection[str]) -> Non
 def state_hold(store: Store, session: Session, about: tuple[str, str], given: Held) -> HoldStatement:
     """What is signed for a hold or its end. about: the version's label and digest.
 
-    A hold is ended by who set it, or by an admin who planned no erasure of the version. Raises Refused for others, and
-    where there is nothing to end.
+    A hold is ended by who set it, or by an admin who planned no erasure of the version. Raises Refused for others,
+    where there is nothing to end, and for a version that is held already.
     """
     (label, digest), actor, set_by = about, given.by, ""
+    held = held_versions(store, session).get(digest)
     user = identities.require(session, actor, HOLD)
     user.require_everything()
+    if given.held and held is not None:  # it would be theirs to end
+        raise Refused(held.said, where=label, fix=f"leave it, or have {held.by} end it first")
     if not given.held:
-        held = held_versions(store, session).get(digest)
         if held is None:
             raise Refused(f"{label} is not held", where=label, fix=NextStep("see it", "show"))
         plans = session.scalars(select(ErasureRow).where(ErasureRow.planned_by == actor))
@@ -151,9 +155,8 @@ def state_hold(store: Store, session: Session, about: tuple[str, str], given: He
             raise Refused(f"{actor} may not end the hold of {held.by}", where=label, fix=fix)
         set_by = held.by
     numbers = (int(name) for key in store.blobs.keys(HOLDS) if (name := Path(key).stem).isdecimal())
-    fields: JsonObject = given.model_dump() | {"version": label, "digest": digest, "set_by": set_by}
-    fields["keys"] = [SignerKey(user=actor, public_key=key.public_key) for key in user.active_keys]
-    return HoldStatement(number=max(numbers, default=0) + 1, **fields)
+    number = max(numbers, default=0) + 1
+    return HoldStatement(number=number, digest=digest, set_by=set_by, **given.model_dump())
 
 
 def set_hold(store: Store, about: tuple[str, str], given: Held, sign: Callable[[JsonObject], bytes]) -> Held:
@@ -163,7 +166,7 @@ def set_hold(store: Store, about: tuple[str, str], given: Held, sign: Callable[[
     with store.change(given.by, HOLD, about[1], detail) as session:
         hold = state_hold(store, session, about, given)
         envelope = sign(hold.statement)
-        read, key = _read(envelope, identities.trusted_keys(session), hold.key)
+        read, key = read_hold(envelope, identities.trusted_keys(session), hold.key)
         if read != hold:
             raise Refused(f"what {given.by} signed is not this hold", fix="have it stated again")
         detail |= signature_entry(key.fingerprint, digest_bytes(envelope))

@@ -12,8 +12,7 @@ import getpass
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator
 
 from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
@@ -31,15 +30,13 @@ from tunesmith.store.people.trust import (
     TrustedKey,
     in_both,
     is_written,
-    stated_keys,
     write_trust,
 )
-from tunesmith.store.store import ERASURES, HOLDS, Store, session_of
+from tunesmith.store.store import Store, session_of
 from tunesmith.store.tables import AuditRow, KeyRow, TokenRow, UserRow
 
 # The actions whose audit entries record a signature, under the key of `signature_entry`.
-_CONFIRM = "erase.confirm"
-_STANDING = ("erase.plan", _CONFIRM, "version.hold")  # what they did stands, whatever becomes of the signer
+_STANDING = ("erase.plan", "erase.confirm", "version.hold")  # what they did stands, whatever becomes of the signer
 _SIGNING = ("version.register", "version.approve", "version.refuse", "version.papers")
 
 
@@ -267,26 +264,22 @@ def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_
 def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
     """The keys of all users, retired and revoked ones included, with their owners' roles now.
 
-    By user, then by age; first those that the database lost (`_lost_keys`).
+    Sorted by user, then by age.
     """
     with session_of(where) as session:
         users = list(session.scalars(select(UserRow).order_by(UserRow.name)))
         signed = _signed_in_time(session, [key for user in users for key in user.keys if key.status != "active"])
-        lost = _lost_keys(session, {key.fingerprint for user in users for key in user.keys}, signed)
-        return (
-            *lost,
-            *(
-                TrustedKey.of(
-                    key,
-                    user=user.name,
-                    roles=tuple(user.roles),
-                    **user.scope.fields(),
-                    active=user.active,
-                    signed=tuple(sorted(signed.get(key.fingerprint, ()))),
-                )
-                for user in users
-                for key in user.keys
-            ),
+        return tuple(
+            TrustedKey.of(
+                key,
+                user=user.name,
+                roles=tuple(user.roles),
+                **user.scope.fields(),
+                active=user.active,
+                signed=tuple(sorted(signed.get(key.fingerprint, ()))),
+            )
+            for user in users
+            for key in user.keys
         )
 
 
@@ -302,36 +295,6 @@ def _signed_in_time(session: Session, ended: list[KeyRow]) -> dict[str, set[str]
             if isinstance(signature, dict) and (action in _STANDING or seq < until.get(str(signature.get("key")), 0)):
                 signed.setdefault(signature["key"], set()).add(str(signature.get("digest")))
     return signed
-
-
-def _lost_keys(session: Session, known: Collection[str], signed: Mapping[str, set[str]]) -> list[TrustedKey]:
-    """The keys of erasures that were done again and that this database does not know. They count for these alone."""
-    found: dict[str, TrustedKey] = {}
-    for detail in session.scalars(select(AuditRow.detail).where(AuditRow.action == _CONFIRM).order_by(AuditRow.seq)):
-        for user, pem in detail.get("lost", ()):
-            if (fingerprint := digest_bytes(pem.encode())) not in known:
-                fields = {"user": user, "label": f"lost-{fingerprint[7:19]}", "public_key": pem, "roles": ()}
-                ended = {"active": False, "status": "revoked", "signed": tuple(sorted(signed.get(fingerprint, ())))}
-                found[fingerprint] = TrustedKey.model_validate({**fields, **ended, "fingerprint": fingerprint})
-    return list(found.values())
-
-
-def keys_of_withdrawals(store: Store) -> tuple[TrustedKey, ...]:
-    """The keys by which erasures and holds count: the trusted ones, and those that only the statements name.
-
-    The database was put back to a time before these were made. Files are the truth for what was withdrawn: such a key
-    counts where its user may do it today, by this database. `audit verify` names what it signed.
-    """
-    with store.reading() as session:
-        known, people = trusted_keys(session), {user.name: user for user in list_users(session)}
-    fingerprints, lost = {key.fingerprint for key in known}, dict[str, TrustedKey]()
-    for key in chain(store.blobs.keys(ERASURES), store.blobs.keys(HOLDS)):
-        for fingerprint, (name, pem) in stated_keys(store.blobs.get(key)).items():
-            if fingerprint not in fingerprints and (user := people.get(name)) is not None:
-                stands = {"roles": user.roles, **user.scope.fields(), "active": user.active}
-                own = {"user": name, "label": f"lost-{fingerprint[7:19]}", "public_key": pem}
-                lost[fingerprint] = TrustedKey.model_validate({**own, **stands, "fingerprint": fingerprint})
-    return (*known, *lost.values())
 
 
 def publish_trust(store: Store) -> None:

@@ -10,7 +10,6 @@ without the log gives the same answer.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
@@ -18,10 +17,10 @@ from typing import Literal
 from pydantic import model_validator
 
 from tunesmith.core.digests import canonical, digest_bytes
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.reading.text_files import read_text_file
-from tunesmith.core.values import Frozen, ScopedView
+from tunesmith.core.values import ScopedView
 from tunesmith.store.blobs import BlobStore
 
 TRUST_KEY = "trust/keys.json"
@@ -29,20 +28,13 @@ FIRST_LABEL = "key-1"
 KeyStatus = Literal["active", "retired", "revoked"]
 
 
-class SignerKey(Frozen):
-    """A key that a statement names, so that it can be read where a database was put back to a time before the key."""
-
-    user: str
-    public_key: str
-
-
 class TrustedKey(ScopedView):
     """A user's public key with their roles and scope.
 
     tenant, region: "" means all. active: whether the user is; a deactivated user's keys stay in the list, so that a
     message can name their owner. status: the key's own; signed: the digests of the versions, approvals and refusals
-    that a retired or revoked key signed in time, and of the erasures that any key signed. fingerprint: SHA-256 of
-    the PEM text, the same number that model-signing puts into a signature as its hint.
+    that a retired or revoked key signed in time, and of the erasures and holds that any key signed. fingerprint:
+    SHA-256 of the PEM text, the same number that model-signing puts into a signature as its hint.
     """
 
     user: str
@@ -65,16 +57,6 @@ class TrustedKey(ScopedView):
     def counts_for(self, digest: str) -> bool:
         """Whether its signature over the version or approval with a digest counts."""
         return self.status == "active" or digest in self.signed
-
-
-def stated_keys(envelope: bytes) -> dict[str, tuple[str, str]]:
-    """Fingerprint -> user and public key of the keys that a statement names, unverified; none for another file."""
-    try:
-        named = parse_json(base64.b64decode(parse_json(envelope)["payload"]))["predicate"]["keys"]
-        pairs = [(str(one["user"]), str(one["public_key"])) for one in named]
-    except (TunesmithError, KeyError, TypeError, ValueError):
-        return {}
-    return {digest_bytes(pem.encode()): (user, pem) for user, pem in pairs}
 
 
 def signature_entry(key: str, digest: str) -> JsonObject:
