@@ -41,7 +41,7 @@ from tunesmith.rollout.controller import give_up
 from tunesmith.store import database
 from tunesmith.store.locks import ALONE, COPYING, LockHeld
 from tunesmith.store.people import identities
-from tunesmith.store.people.trust import signature_entry
+from tunesmith.store.people.trust import TrustedKey, signature_entry
 from tunesmith.store.store import ERASURES, Store
 from tunesmith.store.tables import ErasedRow, ErasureRow, FileRow, RecallRow, ReviewItemRow, Table
 
@@ -158,12 +158,17 @@ def _stated_plan(row: ErasureRow) -> JsonObject:
     return erasures.plan_statement(row.id, row.cause, row.reason, row.planned_by, row.plan)
 
 
+def _planner(row: ErasureRow, where: Store | Session) -> TrustedKey:
+    """The key that signed a plan. Raises Refused where that does not count."""
+    keys = identities.trusted_keys(where)
+    return erasures.read_plan(row.id, row.cause, row.reason, row.planned_by, row.plan, keys)
+
+
 def _sign_plan(store: Store, session: Session, row: ErasureRow, sign: Sign, detail: JsonObject) -> None:
     """Put the planner's signature into a plan. Raises Refused for one that does not count."""
     envelope = sign(_stated_plan(row))
     row.plan = {**row.plan, erasures.SIGNATURE: envelope.decode()}
-    stated = (row.id, row.cause, row.reason, row.planned_by, row.plan)
-    key = erasures.read_plan(*stated, identities.trusted_keys(session))
+    key = _planner(row, session)
     detail |= signature_entry(key.fingerprint, digest_bytes(envelope))
 
 
@@ -243,8 +248,7 @@ def _begin(store: Store, number: int, actor: str) -> ErasureRow:
             what = f"{actor} planned erasure {number} and cannot confirm it"
             raise Refused(what, fix=NextStep("have another steward or an admin confirm it", "erase confirm"))
     elif row.state == "planned":
-        stated = (row.id, row.cause, row.reason, row.planned_by, row.plan)
-        erasures.read_plan(*stated, identities.trusted_keys(store))
+        _planner(row, store)
         found = _found(store, row)
         with store.reading() as session:
             refuse_held(store, session, {one.digest for one in found.reached})

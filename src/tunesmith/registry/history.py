@@ -100,13 +100,15 @@ def _unproven(session: Session) -> list[str]:
         expected = key_statement(row.subject, row.action, str(detail.get("label")), str(detail.get("key")))
         if key.user != row.subject or statement != expected:
             problems.append(f"the proof in entry {row.seq} is not of this change of a key of {row.subject}")
-        elif (given := rows.get(str(detail.get("key")))) is not None and given.status == "active":
-            # A key that a stolen one enrolled was revoked with it, and proves nothing any more.
-            by = rows.get(key.fingerprint)
-            if by is not None and by.enrolled < row.seq <= (by.until or row.seq):
-                continue
+        elif (given := rows.get(str(detail.get("key")))) is None or given.status != "active":
+            continue  # one that a stolen key enrolled was revoked with it, and nobody relies on its proof any more
+        elif not _was_active(rows[key.fingerprint], row.seq):
             problems.append(f"the proof in entry {row.seq} is by a key of {row.subject} that was not active then")
     return problems
+
+
+def _was_active(key: KeyRow, entry: int) -> bool:
+    return key.enrolled < entry <= (key.until or entry)
 
 
 def _unsigned_erasures(store: Store, session: Session) -> list[str]:
