@@ -121,7 +121,8 @@ class Store:
         """Raise Refused where a restore or a migration has not ended, or files say that a database was here."""
         marker = self.marker()
         if marker.filling:
-            fix = NextStep("run the same command again to finish it", marker.filling, file=marker.backup)
+            again = "run the same command again to finish it"
+            fix = NextStep(again, "restore", file=marker.backup) if marker.filling == "restore" else again
             raise Refused(f"a {marker.filling} is under way here", where=self.blobs.where(MARKER), fix=fix)
         if not only_filled and (marker.store or any(next(self.blobs.keys(each), None) for each in PREFIXES)):
             raise self._lost()
